@@ -1,0 +1,78 @@
+"""One engine per architecture; the runtime picks by the manifest's `architecture`."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from importlib import import_module
+from pathlib import Path
+from typing import Any, Protocol
+
+import numpy as np
+import numpy.typing as npt
+
+from edgeprompt import names
+from edgeprompt.package import Package
+from edgeprompt.prompt_file import PromptFile
+from edgeprompt.request import Request, Result
+
+_ENGINES = {
+    names.DECODER_ONLY: ("edgeprompt.engines.decoder", "DecoderEngine"),
+    names.ENCODER_ONLY: ("edgeprompt.engines.encoder", "EncoderEngine"),
+    names.ENCODER_DECODER: ("edgeprompt.engines.seq2seq", "Seq2SeqEngine"),
+}
+
+
+@dataclass(frozen=True)
+class EngineOptions:
+    """Limits and settings of one runtime; sizes in bytes, None: a default that fits the package."""
+
+    provider: str = "auto"
+    threads: int | None = None
+    prefix_budget: int | None = None
+    """Most bytes of resident prefix KV."""
+    kv_budget: int | None = None
+    """Most bytes of KV cache for running requests."""
+    max_batch: int = 16
+    """Most rows of one decode step."""
+    max_queue: int = 1024
+    """Most requests waiting."""
+    cache_folder: Path | None = None
+    """Folder of the optional on-disk prefix-KV cache."""
+
+
+class Engine(Protocol):
+    """What the runtime asks of an architecture. Every method may be called from any thread."""
+
+    provider: str
+
+    def add_prompt(self, name: str, prompt: PromptFile) -> None:
+        """Make a checked prompt ready under `name`, replacing one of that name."""
+
+    def remove_prompt(self, name: str) -> None:
+        """Forget a prompt; requests that already run keep it."""
+
+    def run(self, requests: Sequence[Request], *, return_errors: bool = False) -> list[Any]:
+        """Answer a batch of mixed tasks, in order; with `return_errors`, a failed row is its exception."""
+
+    def stream(self, request: Request) -> Iterator[str]:
+        """Generate piece by piece."""
+
+    def logits(self, request: Request) -> npt.NDArray[np.float32]:
+        """float32 [vocab_size]: scores of the next token (first decoder step for encoder-decoders)."""
+
+    def embed(self, requests: Sequence[Request], pooling: str | None) -> npt.NDArray[np.float32]:
+        """float32 [len(requests), hidden_size]."""
+
+    def close(self) -> None:
+        """Fail what is waiting and free the sessions."""
+
+
+def create_engine(package: Package, options: EngineOptions) -> Engine:
+    """The engine for a package."""
+    module, name = _ENGINES[package.manifest.architecture]
+    engine: Engine = getattr(import_module(module), name)(package, options)
+    return engine
+
+
+__all__ = ["Engine", "EngineOptions", "Result", "create_engine"]

@@ -1,0 +1,56 @@
+"""The names of the graph contract, each written once (docs/graph-contract.md)."""
+
+INPUT_IDS = "input_ids"
+ATTENTION_MASK = "attention_mask"
+POSITION_IDS = "position_ids"
+TOKEN_TYPE_IDS = "token_type_ids"
+PROMPT_EMBEDDINGS = "prompt_embeddings"
+LOGITS = "logits"
+HIDDEN_STATES = "hidden_states"
+LAST_HIDDEN_STATE = "last_hidden_state"
+POOLER_OUTPUT = "pooler_output"
+ENCODER_HIDDEN_STATES = "encoder_hidden_states"
+ENCODER_ATTENTION_MASK = "encoder_attention_mask"
+PAST_KEY_VALUES = "past_key_values"
+
+DECODER_ONLY = "decoder-only"
+ENCODER_ONLY = "encoder-only"
+ENCODER_DECODER = "encoder-decoder"
+ARCHITECTURES = (DECODER_ONLY, ENCODER_ONLY, ENCODER_DECODER)
+
+PRECISIONS = ("fp32", "fp16", "int8", "int4")
+ROUTES = ("genai", "torch", "onnx")
+TASKS = ("classify", "generate", "tag", "qa", "embed")
+METHODS = (
+    "prompt-tuning",
+    "p-tuning",
+    "prefix-tuning",
+    "p-tuning-v2",
+    "multitask-prompt-tuning",
+)
+
+MANIFEST = "edgeprompt.json"
+TOKENIZER = "tokenizer.json"
+TOKENIZER_CONFIG = "tokenizer_config.json"
+CHAT_TEMPLATE = "chat_template.jinja"
+PROMPTS_FOLDER = "prompts"
+
+
+def past(layer: int, part: str) -> str:
+    """Input name of a layer's self-attention cache; `part` is "key" or "value"."""
+    return f"past_key_values.{layer}.{part}"
+
+
+def present(layer: int, part: str) -> str:
+    """Output name of a layer's self-attention cache; `part` is "key" or "value"."""
+    return f"present.{layer}.{part}"
+
+
+def cross_past(layer: int, part: str) -> str:
+    """Decoder input name of a layer's cross-attention keys or values (encoder-decoder)."""
+    return f"past_key_values.{layer}.cross.{part}"
+
+
+def cross_present(layer: int, part: str) -> str:
+    """Encoder output name of a layer's cross-attention keys or values (encoder-decoder)."""
+    return f"present.{layer}.cross.{part}"

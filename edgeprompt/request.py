@@ -1,0 +1,129 @@
+"""What goes into a runtime and what comes out."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any, TypeAlias
+
+import numpy as np
+import numpy.typing as npt
+
+Text: TypeAlias = str | Mapping[str, str]
+"""A string fills the template's `{text}`; a mapping fills slots by name."""
+
+
+@dataclass(frozen=True)
+class GenerationOptions:
+    """How to generate. None takes the prompt file's default, then the library's (greedy, 64 new tokens)."""
+
+    max_new_tokens: int | None = None
+    temperature: float | None = None
+    """0 is greedy."""
+    top_k: int | None = None
+    top_p: float | None = None
+    min_p: float | None = None
+    repetition_penalty: float | None = None
+    seed: int | None = None
+    stop: tuple[str, ...] = ()
+    logprobs: bool = False
+    num_beams: int = 1
+    """Encoder-decoder only."""
+    choices: tuple[str, ...] = ()
+    """Answer with one of these texts and nothing else."""
+
+
+@dataclass(frozen=True)
+class Request:
+    """One row of a batch. Give `text`, or `input_ids` (all of them, the prompt's virtual tokens not included)."""
+
+    text: Text = ""
+    prompt: str | None = None
+    input_ids: Sequence[int] | None = None
+    task: str | None = None
+    """"classify", "generate", "tag", "qa" or "embed"; None takes the prompt's task, or "generate"."""
+    options: GenerationOptions = field(default_factory=GenerationOptions)
+    chat: bool = False
+    """Wrap the text in the package's chat template."""
+    timeout: float | None = None
+    """Seconds after which the request fails with RequestTimeoutError."""
+    truncate: bool = False
+    """Cut the text slot where the request exceeds the context; False refuses it."""
+
+
+@dataclass(frozen=True)
+class Timings:
+    """Seconds. `ttft`: from text to first token id, tokenisation and sampling included; `total`: to the last."""
+
+    ttft: float
+    total: float
+    input_tokens: int
+    new_tokens: int
+
+    @property
+    def tpot(self) -> float | None:
+        """Seconds per output token after the first; None for a single token."""
+        return (self.total - self.ttft) / (self.new_tokens - 1) if self.new_tokens > 1 else None
+
+
+@dataclass(frozen=True)
+class Classification:
+    """A label, and for every label its probability (`scores`) and raw score (`logits`)."""
+
+    label: str
+    scores: Mapping[str, float]
+    logits: Mapping[str, float]
+    timings: Timings | None = None
+    labels: tuple[str, ...] = ()
+    """Multi-label: all labels above one half. Regression: empty, and `logits` holds the values."""
+
+
+@dataclass(frozen=True)
+class Generation:
+    """Generated text. `finish_reason`: "eos", "stop" or "length"."""
+
+    text: str
+    token_ids: tuple[int, ...]
+    finish_reason: str
+    timings: Timings
+    logprobs: tuple[float, ...] = ()
+
+
+@dataclass(frozen=True)
+class Span:
+    """A tagged or answered piece of text: `text[start:end]`, in characters."""
+
+    label: str
+    start: int
+    end: int
+    text: str
+    score: float
+
+
+@dataclass(frozen=True)
+class Tagging:
+    """Spans of one text, and the label of every word."""
+
+    spans: tuple[Span, ...]
+    words: tuple[Span, ...] = ()
+
+
+@dataclass(frozen=True)
+class Answer:
+    """The span of the context that answers a question; an empty text means that there is no answer."""
+
+    text: str
+    start: int
+    end: int
+    score: float
+
+
+Embedding: TypeAlias = npt.NDArray[np.float32]
+Result: TypeAlias = Classification | Generation | Tagging | Answer | Embedding
+
+
+def as_json(result: Result) -> Any:
+    """A result as plain data for `json.dumps`."""
+    import dataclasses
+
+    return dataclasses.asdict(result) if dataclasses.is_dataclass(result) else np.asarray(result).tolist()
