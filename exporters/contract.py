@@ -1,0 +1,76 @@
+"""What the parts of an export hand to each other."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Protocol
+
+from edgeprompt import names
+from edgeprompt.errors import InputError
+from edgeprompt.manifest import Manifest
+from edgeprompt.prompt_file import PromptFile
+from exporters.load import LoadedBase
+
+ROUTES = ("auto", *names.ROUTES)
+PROVIDERS = ("cpu", "cuda")
+DOORS = ("input", "adapter")
+
+Progress = Callable[[str, float], None]
+"""Called with a stage's name and the fraction of the whole export done so far."""
+
+
+@dataclass(frozen=True)
+class ExportOptions:
+    """What to make of a base model."""
+
+    precision: str = "fp32"
+    route: str = "auto"
+    provider: str = "cpu"
+    door: str = "input"
+
+    def __post_init__(self) -> None:
+        for name, allowed in (
+            ("precision", names.PRECISIONS),
+            ("route", ROUTES),
+            ("provider", PROVIDERS),
+            ("door", DOORS),
+        ):
+            if getattr(self, name) not in allowed:
+                raise InputError(f"{name} {getattr(self, name)!r} is not one of {', '.join(allowed)}")
+
+
+@dataclass(frozen=True)
+class BuiltGraphs:
+    """What an architecture's exporter wrote into the package folder.
+
+    `graphs` maps the manifest's key ("model", or "encoder" and "decoder") to the graph's file name; external data
+    lies beside it as `<file name>.data`.
+    """
+
+    graphs: Mapping[str, str]
+    route: str
+    kv_dtype: str = "float32"
+    pooling: str = "mean"
+    pads_right: bool = True
+    batched_prefill: bool = False
+    extra: Mapping[str, Any] = field(default_factory=dict)
+
+
+class Exporter(Protocol):
+    """An architecture's exporter: a module with these two functions (see `exporters.export.EXPORTERS`)."""
+
+    def build(self, loaded: LoadedBase, options: ExportOptions, folder: Path, scratch: Path) -> BuiltGraphs:
+        """Write the graphs into `folder`; whatever lies in `scratch` is removed afterwards."""
+        ...
+
+    def validate(
+        self, loaded: LoadedBase, folder: Path, manifest: Manifest, prompts: tuple[PromptFile, ...]
+    ) -> Mapping[str, Any]:
+        """Compare the package with the base; return what was measured.
+
+        Raises:
+            ValidationError: the package does not compute what its base computes.
+        """
+        ...

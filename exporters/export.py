@@ -1,0 +1,184 @@
+"""From a base model to a validated package: the one way in, for every architecture and route."""
+
+from __future__ import annotations
+
+import dataclasses
+import os
+import tempfile
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from importlib import import_module
+from pathlib import Path
+from typing import Any, cast
+
+from edgeprompt import names
+from edgeprompt.errors import BaseMismatchError, ExportError, InputError
+from edgeprompt.files import atomic_folder
+from edgeprompt.manifest import Manifest
+from edgeprompt.package import open_package
+from edgeprompt.prompt_file import PromptFile, load_prompt
+from exporters.contract import Exporter, ExportOptions, Progress
+from exporters.load import LoadedBase, load_base
+from exporters.package import make_manifest, write_prompts, write_tokenizer
+
+EXPORTERS = {
+    names.DECODER_ONLY: "exporters.decoder_only",
+    names.ENCODER_ONLY: "exporters.encoder_only",
+    names.ENCODER_DECODER: "exporters.encoder_decoder",
+}
+"""Architecture -> module with `build` and `validate` (`exporters.contract.Exporter`)."""
+
+
+@dataclass(frozen=True)
+class ExportReport:
+    """What an export made and measured."""
+
+    path: Path
+    manifest: Manifest
+    size_bytes: int
+
+    @property
+    def validation(self) -> Mapping[str, Any]:
+        """What the validation measured."""
+        return self.manifest.validation
+
+
+def export_model(
+    base: str | os.PathLike[str] | LoadedBase,
+    out: str | os.PathLike[str],
+    *,
+    precision: str = "fp32",
+    route: str = "auto",
+    provider: str = "cpu",
+    prompts: Sequence[str | os.PathLike[str]] = (),
+    force: bool = False,
+    door: str = "input",
+    progress: Progress | None = None,
+) -> ExportReport:
+    """Export a base model as a package, prove it against PyTorch, and only then let it appear at `out`.
+
+    Args:
+        base: Hugging Face id, local folder, `.gguf` file, or a base that is loaded already.
+        out: The package's folder; must not exist unless `force`.
+        precision: "fp32", "fp16", "int8" (dynamic, unsigned) or "int4" (weight-only, blocks of 32).
+        route: "genai", "torch", "onnx", or "auto": genai where its builder knows the family, else torch.
+        provider: "cpu" or "cuda": what the graph's operators and types are chosen for.
+        prompts: Prompt files to validate with and to put into the package.
+        force: Replace an existing `out`, after the new package is whole.
+        door: "input": `prompt_embeddings` is required, as ORT GenAI needs it; "adapter": it is optional, as stock
+            ORT's adapters need it.
+        progress: Called with a stage's name and the fraction done.
+
+    Raises:
+        SourceError: the base is missing, unreadable or of an unknown architecture.
+        BaseMismatchError: a prompt was made for another base.
+        InputError: `out` exists, or an option has an unknown value.
+        ValidationError: the graph does not compute what the base computes.
+        ExportError: the export failed; nothing was written.
+    """
+    options = ExportOptions(precision, route, provider, door)
+    tell = progress or _silent
+    files = _load_prompts(prompts)
+    try:
+        with atomic_folder(out, force=force) as folder, tempfile.TemporaryDirectory(dir=folder.parent) as scratch:
+            if route == "onnx" or (route == "auto" and not isinstance(base, LoadedBase) and _is_onnx_folder(base)):
+                onnx_route = import_module("exporters.routes.onnx_route")
+                manifest = cast(Manifest, onnx_route.build_package(base, folder, options, files))
+            else:
+                manifest = _build(base, folder, Path(scratch), options, files, tell)
+            manifest = dataclasses.replace(manifest, prompts=write_prompts(files, folder))
+            manifest.write(folder)
+            size = sum(file.stat().st_size for file in folder.rglob("*") if file.is_file())
+    except OSError as error:
+        raise ExportError(f"cannot write {str(out)!r}: {error.strerror or error}; nothing was left behind") from error
+    tell("done", 1.0)
+    return ExportReport(Path(out), manifest, size)
+
+
+def validate_package(
+    path: str | os.PathLike[str],
+    *,
+    against: str | os.PathLike[str] | LoadedBase,
+    prompts: Sequence[str | os.PathLike[str]] = (),
+) -> Mapping[str, Any]:
+    """Compare an existing package with a base model in PyTorch; returns what was measured.
+
+    Raises:
+        PackageError: the package is broken, or its files are not those of the manifest.
+        BaseMismatchError: the package was exported from another base.
+        ValidationError: it does not compute what the base computes.
+    """
+    package = open_package(path)
+    package.verify()
+    loaded = against if isinstance(against, LoadedBase) else load_base(against)
+    manifest = package.manifest
+    if loaded.fingerprint != manifest.base.fingerprint:
+        raise BaseMismatchError(
+            f"package {str(path)!r} was exported from {manifest.base.name!r} ({manifest.base.fingerprint}); "
+            f"{loaded.name!r} has {loaded.fingerprint}"
+        )
+    files = _load_prompts(prompts)
+    for prompt in files.values():
+        prompt.check_base(manifest)
+    return find_exporter(manifest.architecture).validate(loaded, Path(path), manifest, tuple(files.values()))
+
+
+def find_exporter(architecture: str) -> Exporter:
+    """The module that builds and validates an architecture."""
+    return cast(Exporter, import_module(EXPORTERS[architecture]))
+
+
+def _build(
+    base: str | os.PathLike[str] | LoadedBase,
+    folder: Path,
+    scratch: Path,
+    options: ExportOptions,
+    prompts: Mapping[str, PromptFile],
+    tell: Progress,
+) -> Manifest:
+    tell("load", 0.0)
+    loaded = base if isinstance(base, LoadedBase) else load_base(base)
+    for prompt in prompts.values():
+        _check_fingerprint(prompt, loaded)
+    exporter = find_exporter(loaded.family.architecture)
+    tell("build", 0.2)
+    built = exporter.build(loaded, options, folder, scratch)
+    fingerprint = write_tokenizer(loaded.tokenizer, folder, scratch)
+    manifest = make_manifest(loaded, built, options, folder, fingerprint)
+    for prompt in prompts.values():
+        prompt.check_base(manifest)
+    manifest.write(folder)
+    tell("validate", 0.7)
+    measured = exporter.validate(loaded, folder, manifest, tuple(prompts.values()))
+    return dataclasses.replace(manifest, validation=measured)
+
+
+def _check_fingerprint(prompt: PromptFile, loaded: LoadedBase) -> None:
+    # Before the graph is built: a wrong prompt should cost seconds, not the whole export.
+    if prompt.base.fingerprint != loaded.fingerprint:
+        raise BaseMismatchError(
+            f"prompt {prompt.name!r} was made for {prompt.base.name!r} ({prompt.base.fingerprint}), not for "
+            f"{loaded.name!r} ({loaded.fingerprint}); export that base, or tune the prompt for this one"
+        )
+
+
+def _load_prompts(paths: Sequence[str | os.PathLike[str]]) -> dict[str, PromptFile]:
+    files: dict[str, PromptFile] = {}
+    for path in paths:
+        name = Path(path).name
+        if name in files:
+            raise InputError(f"two prompt files are called {name!r}; rename one")
+        files[name] = load_prompt(path)
+    return files
+
+
+def _is_onnx_folder(base: str | os.PathLike[str]) -> bool:
+    folder = Path(base).expanduser()
+    if not folder.is_dir():
+        return False
+    weights = any(folder.glob("*.safetensors")) or any(folder.glob("*.bin"))
+    return not weights and any(folder.rglob("*.onnx"))
+
+
+def _silent(stage: str, fraction: float) -> None:
+    """No progress wanted."""

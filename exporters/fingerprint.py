@@ -1,0 +1,46 @@
+"""The base fingerprint: the same for one base however it was loaded (float32, float16, bfloat16, from GGUF)."""
+
+from __future__ import annotations
+
+import hashlib
+from typing import Any
+
+import numpy as np
+
+from edgeprompt import strict_json
+from exporters.geometry import geometry_of, text_config
+
+_ROWS = 256
+
+
+def base_fingerprint(model: Any) -> str:
+    """Hash a transformers model's geometry and the signs of sampled rows of its input embedding.
+
+    Signs, because every float format keeps them: values rounded twice (to float16, then to bfloat16) differ in the
+    last bit from values rounded once. Fingerprints protect from mistakes; they are no signature.
+
+    Args:
+        model: A transformers model, with or without a head, or a PEFT model around one.
+
+    Returns:
+        "sha256:" and 64 hexadecimal digits.
+    """
+    if hasattr(model, "get_base_model"):
+        model = model.get_base_model()
+    config = text_config(model.config)
+    geometry = geometry_of(config)
+    facts = {
+        "model_type": config.model_type,
+        "vocab_size": geometry.vocab_size,
+        "hidden_size": geometry.hidden_size,
+        "num_layers": geometry.num_layers,
+        "num_attention_heads": geometry.num_attention_heads,
+        "num_key_value_heads": geometry.num_key_value_heads,
+        "head_size": geometry.head_size,
+    }
+    # Rows behind vocab_size are padding that some loaders add.
+    vocab = geometry.vocab_size
+    rows = sorted({index * vocab // _ROWS for index in range(_ROWS)})
+    sample = model.get_input_embeddings().weight.detach()[rows].float().cpu().numpy()
+    signs = np.packbits(sample > 0)
+    return "sha256:" + hashlib.sha256(strict_json.dumps(facts).encode() + b"\n" + signs.tobytes()).hexdigest()

@@ -1,0 +1,96 @@
+"""The package's folder: tokenizer, manifest, hashes."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import Any
+
+from edgeprompt import names
+from edgeprompt.errors import SourceError
+from edgeprompt.files import sha256_file
+from edgeprompt.manifest import Base, GraphFile, Manifest
+from edgeprompt.prompt_file import PromptFile, fingerprint_tokenizer, save_prompt
+from exporters.contract import BuiltGraphs, ExportOptions
+from exporters.geometry import geometry_of, tokens_of
+from exporters.load import LoadedBase
+
+_TOOLS = ("torch", "transformers", "onnx", "onnxruntime", "onnxruntime-genai")
+_TOKENIZER_FILES = (names.TOKENIZER, names.TOKENIZER_CONFIG, names.CHAT_TEMPLATE)
+
+
+def write_tokenizer(tokenizer: Any | None, folder: Path, scratch: Path) -> str | None:
+    """Write the tokenizer's files into `folder`; returns its fingerprint, None where the base has no tokenizer.
+
+    Raises:
+        SourceError: the tokenizer exists in slow form only.
+    """
+    if tokenizer is None:
+        return None
+    home = scratch / "tokenizer"
+    tokenizer.save_pretrained(home)
+    if not (home / names.TOKENIZER).exists():
+        raise SourceError(
+            f"tokenizer {type(tokenizer).__name__} has no {names.TOKENIZER}: convert it to a fast tokenizer first "
+            "(transformers.convert_slow_tokenizer)"
+        )
+    for name in _TOKENIZER_FILES:
+        if (home / name).exists():
+            (home / name).replace(folder / name)
+    return fingerprint_tokenizer((folder / names.TOKENIZER).read_bytes())
+
+
+def make_manifest(
+    loaded: LoadedBase, built: BuiltGraphs, options: ExportOptions, folder: Path, tokenizer_fingerprint: str | None
+) -> Manifest:
+    """Describe the graphs that lie in `folder`."""
+    return Manifest(
+        architecture=loaded.family.architecture,
+        model_type=loaded.config.model_type,
+        base=Base(loaded.name, loaded.fingerprint),
+        geometry=geometry_of(loaded.config),
+        tokens=tokens_of(loaded.config, getattr(loaded.model, "generation_config", None), loaded.tokenizer),
+        precision=options.precision,
+        route=built.route,
+        graphs=hash_graphs(built.graphs, folder),
+        tokenizer_fingerprint=tokenizer_fingerprint,
+        door=options.door,
+        kv_dtype=built.kv_dtype,
+        pooling=built.pooling,
+        pads_right=built.pads_right,
+        batched_prefill=built.batched_prefill,
+        versions=tool_versions(),
+        extra=dict(built.extra),
+    )
+
+
+def hash_graphs(graphs: Mapping[str, str], folder: Path) -> dict[str, GraphFile]:
+    """Manifest entries of graphs and of the external data beside them."""
+    entries = {}
+    for key, file in graphs.items():
+        data = f"{file}.data"
+        hashes = {data: sha256_file(folder / data)} if (folder / data).exists() else {}
+        entries[key] = GraphFile(file, sha256_file(folder / file), hashes)
+    return entries
+
+
+def write_prompts(prompts: Mapping[str, PromptFile], folder: Path) -> tuple[str, ...]:
+    """Put prompt files into the package; returns their relative paths."""
+    home = folder / names.PROMPTS_FOLDER
+    if prompts:
+        home.mkdir()
+    for file, prompt in prompts.items():
+        save_prompt(prompt, home / file)
+    return tuple(f"{names.PROMPTS_FOLDER}/{file}" for file in prompts)
+
+
+def tool_versions() -> dict[str, str]:
+    """Versions of the libraries that made the graph."""
+    found = {}
+    for tool in ("edgeprompt", *_TOOLS):
+        try:
+            found[tool] = version(tool)
+        except PackageNotFoundError:
+            continue
+    return found
