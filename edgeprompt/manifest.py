@@ -174,4 +174,6 @@ def _checked(manifest: Manifest) -> Manifest:
             raise ValueError(f"file {file!r} points out of the package")
     for value in (manifest.base.name, manifest.base.fingerprint, manifest.model_type):
         check_type(value, str, "base and model_type")
+    for name in ("validation", "versions", "extra"):
+        check_type(getattr(manifest, name), dict, name)
     return manifest

@@ -161,9 +161,9 @@ class PromptFile:
         Raises:
             PromptFileError: the prompt breaks the format.
         """
-        tensors = {name: np.ascontiguousarray(tensor) for name, tensor in sorted(self.tensors().items())}
+        tensors = {name: np.require(tensor, requirements="C") for name, tensor in sorted(self.tensors().items())}
         try:
-            _check_tensors(self, tensors)
+            _check_tensors(self, self.tensors())
             text = strict_json.dumps(self.metadata())
             if not tensors:  # safetensors needs no tensor, but a prompt without any would be no prompt
                 raise ValueError("there is no tensor to save")
@@ -255,7 +255,9 @@ def from_bytes(data: bytes) -> PromptFile:
         tensors = dict(load_tensors(data))
         written = check_type(strict_json.loads(text), dict, "metadata")
         prompt = _from_parts(written, tensors)
-        _check_tensors(prompt, tensors)
+        _check_tensors(prompt, prompt.tensors())
+        if len(prompt.tensors()) != len(tensors):
+            raise ValueError(f"unknown tensor {min(set(tensors) - set(prompt.tensors()))!r}")
         if prompt.num_virtual_tokens != written["num_virtual_tokens"]:
             raise ValueError(
                 f"num_virtual_tokens is {written['num_virtual_tokens']}, the tensors have {prompt.num_virtual_tokens}"

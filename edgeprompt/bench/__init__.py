@@ -1,0 +1,1 @@
+"""Latency benchmarks of a package: `edgeprompt bench`."""
