@@ -9,6 +9,7 @@ from typing import Any
 from edgeprompt.errors import SourceError
 
 _MODULES = {
+    "bart": "bart",
     "bloom": "bloom",
     "codegen": "codegen",
     "gemma3_text": "rotary",
@@ -16,12 +17,17 @@ _MODULES = {
     "gpt_neox": "rotary",
     "gptj": "gptj",
     "llama": "rotary",
+    "marian": "bart",
+    "mbart": "bart",
     "mistral": "rotary",
+    "mt5": "t5",
     "opt": "learned",
+    "pegasus": "bart",
     "phi3": "rotary",
     "qwen2": "rotary",
     "qwen3": "rotary",
     "smollm3": "rotary",
+    "t5": "t5",
 }
 """model_type -> module in this folder, whose `FAMILIES` holds the entry."""
 
