@@ -1,0 +1,86 @@
+"""Progress and notes on stderr; progress is silent where stderr is no terminal."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import contextmanager
+from typing import TYPE_CHECKING, Any, TypeVar
+
+import click
+
+if TYPE_CHECKING:
+    from rich.console import Console
+    from rich.progress import Progress
+
+T = TypeVar("T")
+
+
+def note(text: str) -> None:
+    """One line on stderr."""
+    click.echo(text, err=True)
+
+
+@contextmanager
+def stages(title: str) -> Iterator[Callable[[str, float], None]]:
+    """A bar for work that reports (stage, fraction of the whole done).
+
+    >>> with stages("export") as tell:
+    ...     tell("quantise", 0.5)
+    """
+    with _bar(counts=False) as bar:
+        task = bar.add_task(title, total=1.0)
+        yield lambda stage, done: bar.update(task, completed=done, description=f"{title}: {stage}")
+
+
+def track(items: Iterable[T], title: str, *, total: int | None = None) -> Iterator[T]:
+    """Pass `items` on and count them; without `total` the bar shows the count and the time alone."""
+    with _bar(counts=True) as bar:
+        task = bar.add_task(title, total=total)
+        for item in items:
+            yield item
+            bar.advance(task)
+
+
+def quiet_libraries() -> None:
+    """Keep the libraries' own bars and chatter off the terminal; call before they are imported."""
+    os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
+    os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
+    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+
+
+def stderr_console() -> Console:
+    """A rich console on stderr."""
+    from rich.console import Console
+
+    return Console(stderr=True)
+
+
+def _bar(*, counts: bool) -> Progress:
+    from rich.progress import (
+        BarColumn,
+        MofNCompleteColumn,
+        Progress,
+        TaskProgressColumn,
+        TextColumn,
+        TimeElapsedColumn,
+        TimeRemainingColumn,
+    )
+
+    console = stderr_console()
+    return Progress(
+        TextColumn("{task.description}"),
+        BarColumn(),
+        MofNCompleteColumn() if counts else TaskProgressColumn(),
+        TimeElapsedColumn(),
+        TimeRemainingColumn(),
+        console=console,
+        disable=not console.is_terminal,
+        transient=True,
+    )
+
+
+def print_measured(measured: Mapping[str, Any]) -> None:
+    """Measured values on stdout, one a line."""
+    for key, value in measured.items():
+        click.echo(f"  {key}: {f'{value:.6g}' if isinstance(value, float) else value}")

@@ -1,0 +1,139 @@
+"""`edgeprompt inspect`: what a package, a prompt file or an adapter is."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import click
+
+from edgeprompt import names
+
+
+@click.command("inspect")
+@click.argument("path", type=click.Path(path_type=Path))
+@click.option("--json", "as_json", is_flag=True, help="One JSON object.")
+def command(path: Path, as_json: bool) -> None:
+    """Show what PATH is, for which base, and how big.
+
+    PATH is a package folder, a prompt file (.safetensors) or an ONNX Runtime adapter (.onnx_adapter).
+    """
+    facts = describe(path)
+    if as_json:
+        click.echo(json.dumps(facts, ensure_ascii=False))
+        return
+    width = max(map(len, facts)) + 2
+    for key, value in facts.items():
+        click.echo(f"{key:<{width}}{_text(value)}")
+
+
+def describe(path: Path) -> dict[str, Any]:
+    """The facts about a path, in the order in which a person wants them.
+
+    Raises:
+        PackageError: a folder that is no package.
+        PromptFileError: a file that is no prompt.
+        InputError: another kind of file.
+    """
+    from edgeprompt.errors import InputError
+
+    if not path.exists():
+        raise InputError(f"nothing at {str(path)!r}; give a package folder, a .safetensors or an .onnx_adapter file")
+    if path.is_dir():
+        return _package(path)
+    if path.suffix == ".safetensors":
+        return _prompt(path)
+    if path.suffix == ".onnx_adapter":
+        return _adapter(path)
+    raise InputError(f"cannot inspect {str(path)!r}; known: package folders, .safetensors and .onnx_adapter files")
+
+
+def _package(path: Path) -> dict[str, Any]:
+    from edgeprompt.package import open_package
+
+    package = open_package(path)
+    manifest = package.manifest
+    size = manifest.geometry
+    facts: dict[str, Any] = {
+        "kind": "package",
+        "base": manifest.base.name,
+        "fingerprint": manifest.base.fingerprint,
+        "architecture": f"{manifest.architecture} ({manifest.model_type})",
+        "precision": manifest.precision,
+        "route": manifest.route,
+        "door": manifest.door,
+        "layers": size.num_layers,
+        "hidden_size": size.hidden_size,
+        "heads": f"{size.num_attention_heads} ({size.num_key_value_heads} key/value) of size {size.head_size}",
+        "vocab_size": size.vocab_size,
+        "max_positions": size.max_positions or None,
+        "kv_dtype": manifest.kv_dtype,
+        "graphs": {key: graph.file for key, graph in manifest.graphs.items()},
+        "prompts": list(manifest.prompts),
+        "size_bytes": sum(file.stat().st_size for file in path.rglob("*") if file.is_file()),
+        "weights_hash": manifest.weights_hash,
+        "validation": dict(manifest.validation),
+        "made_with": dict(manifest.versions),
+    }
+    return facts
+
+
+def _prompt(path: Path) -> dict[str, Any]:
+    from edgeprompt.prompt_file import load_prompt
+
+    prompt = load_prompt(path)
+    tuned = prompt.tuned_for
+    return {
+        "kind": "prompt file",
+        "name": prompt.name,
+        "task": prompt.task,
+        "method": prompt.method,
+        "base": prompt.base.name,
+        "fingerprint": prompt.base.fingerprint,
+        "tuned_for": f"{tuned.precision} {tuned.weights_hash or '(full precision)'}" if tuned else None,
+        "num_virtual_tokens": prompt.num_virtual_tokens,
+        "template": str(prompt.template),
+        "verbalizer": {label: list(words) for label, words in prompt.verbalizer.items()},
+        "labels": list(prompt.labels),
+        "tensors": {name: f"{tensor.dtype} {list(tensor.shape)}" for name, tensor in prompt.tensors().items()},
+        "generation": dict(prompt.generation),
+        "training": dict(prompt.training),
+        "golden": dict(prompt.golden.fields) if prompt.golden else None,
+        "size_bytes": path.stat().st_size,
+    }
+
+
+def _adapter(path: Path) -> dict[str, Any]:
+    import onnxruntime
+
+    from edgeprompt.errors import InputError
+
+    try:
+        adapter = onnxruntime.AdapterFormat.read_adapter(str(path))
+        tensors = {name: value.numpy() for name, value in adapter.get_parameters().items()}
+    except Exception as error:  # onnxruntime raises its own kinds, which share no public parent
+        raise InputError(f"cannot read adapter {str(path)!r}: {error}") from error
+    rows = tensors.get(names.PROMPT_EMBEDDINGS)
+    return {
+        "kind": "ONNX Runtime adapter",
+        "num_virtual_tokens": int(rows.shape[0]) if rows is not None else None,
+        "tensors": {name: f"{tensor.dtype} {list(tensor.shape)}" for name, tensor in tensors.items()},
+        "adapter_version": adapter.get_adapter_version(),
+        "model_version": adapter.get_model_version(),
+        "size_bytes": path.stat().st_size,
+    }
+
+
+def _text(value: Any) -> str:
+    """A fact as people read it."""
+    if value is None or value in ({}, []):
+        return "-"
+    if isinstance(value, Mapping):
+        return ", ".join(f"{key}={_text(inner)}" for key, inner in value.items())
+    if isinstance(value, list):
+        return ", ".join(map(_text, value))
+    if isinstance(value, float):
+        return f"{value:.6g}"
+    return json.dumps(value, ensure_ascii=False) if isinstance(value, str) and value != value.strip() else str(value)

@@ -1,0 +1,171 @@
+"""How well predictions match references, each figure with its standard error."""
+
+from __future__ import annotations
+
+import json
+import math
+import re
+import string
+from collections import Counter
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from edgeprompt.errors import DataError, InputError, MissingDependencyError
+
+METRICS = ("accuracy", "f1", "exact-match", "rouge", "bleu")
+_RESAMPLES = 200
+_NORMAL_95 = 1.96
+"""Half the width of a 95 % interval in standard errors."""
+
+
+@dataclass(frozen=True)
+class LabelScore:
+    """One label's precision, recall and F1 (0 to 1), and how many references carry it."""
+
+    precision: float
+    recall: float
+    f1: float
+    n: int
+
+
+@dataclass(frozen=True)
+class Score:
+    """A metric over `n` examples. `value` and `standard_error` are fractions of 1."""
+
+    metric: str
+    value: float
+    standard_error: float
+    n: int
+    per_label: Mapping[str, LabelScore] = field(default_factory=dict)
+
+
+def score(metric: str, predictions: Sequence[str], references: Sequence[str], *, labels: bool = False) -> Score:
+    """Compare predictions with references.
+
+    Args:
+        metric: "accuracy" (equal labels), "f1" (macro average over labels; for texts the overlap of words, as SQuAD
+            has it, mean over examples), "exact-match" (equal after trimming), "rouge" (ROUGE-L F-measure, mean over
+            examples) or "bleu" (of the corpus).
+        predictions: what was answered.
+        references: what is right, in the same order.
+        labels: whether both are labels of a classification, not free text.
+
+    Raises:
+        InputError: unknown metric, or one that does not fit.
+        DataError: nothing to compare, or of different number.
+        MissingDependencyError: the metric's library is not installed.
+
+    Mean metrics have the standard error of a mean; those of the whole set (macro F1, BLEU) that of a bootstrap over
+    200 resamples with a fixed seed.
+    """
+    if metric not in METRICS:
+        raise InputError(f"metric {metric!r} is not one of {', '.join(METRICS)}")
+    if len(predictions) != len(references) or not references:
+        raise DataError(f"{len(predictions)} predictions and {len(references)} references cannot be compared")
+    if metric == "accuracy" and not labels:
+        raise InputError("accuracy is for labels; for texts take exact-match, f1, rouge or bleu")
+    if metric == "bleu":
+        value, error = _bleu(predictions, references)
+    elif metric == "f1" and labels:
+        value, error = _macro_f1(predictions, references)
+    else:
+        each = _per_example(metric, labels)
+        value, error = _mean([each(guess, truth) for guess, truth in zip(predictions, references, strict=True)])
+    table = _label_table(predictions, references) if labels else {}
+    return Score(metric, value, error, len(references), table)
+
+
+def default_metric(task: str) -> str:
+    """What `eval` reports where nothing is asked for."""
+    return {"classify": "accuracy", "qa": "f1"}.get(task, "rouge")
+
+
+def _per_example(metric: str, labels: bool) -> Callable[[str, str], float]:
+    if metric == "rouge":
+        return _rouge()
+    if metric == "f1":
+        return _word_f1
+    return lambda guess, truth: float(guess.strip() == truth.strip())
+
+
+def _mean(values: Sequence[float]) -> tuple[float, float]:
+    """Mean and its standard error (0 for a single value, whose spread is unknown)."""
+    n = len(values)
+    mean = math.fsum(values) / n
+    if n == 1:
+        return mean, 0.0
+    variance = math.fsum((value - mean) ** 2 for value in values) / (n - 1)
+    return mean, math.sqrt(variance / n)
+
+
+def _macro_f1(predictions: Sequence[str], references: Sequence[str]) -> tuple[float, float]:
+    """Macro-averaged F1 and its standard error over resampled confusion matrices."""
+    labels = {label: index for index, label in enumerate(sorted({*predictions, *references}))}
+    counts = np.zeros((len(labels), len(labels)))
+    for guess, truth in zip(predictions, references, strict=True):
+        counts[labels[truth], labels[guess]] += 1
+    draws = np.random.default_rng(0).multinomial(len(references), (counts / counts.sum()).ravel(), size=_RESAMPLES)
+    spread = [_mean_f1(draw.reshape(counts.shape)) for draw in draws]
+    return _mean_f1(counts), float(np.std(spread, ddof=1))
+
+
+def _mean_f1(counts: npt.NDArray[Any]) -> float:
+    """Mean F1 of the labels that occur in a confusion matrix [truth, guess]."""
+    total = counts.sum(0) + counts.sum(1)
+    seen = total > 0
+    return float(np.mean(2 * np.diag(counts)[seen] / total[seen]))
+
+
+def _bleu(predictions: Sequence[str], references: Sequence[str]) -> tuple[float, float]:
+    metric = _library("sacrebleu", "sacrebleu").BLEU()
+    found = metric.corpus_score(list(predictions), [list(references)], n_bootstrap=_RESAMPLES)
+    written = json.loads(found.format(width=6, signature=metric.get_signature().format(), is_json=True))
+    half_width = written.get("confidence_var", 0.0)  # sacrebleu leaves it out where every resample scores 0
+    return found.score / 100, half_width / 100 / _NORMAL_95
+
+
+def _rouge() -> Callable[[str, str], float]:
+    scorer = _library("rouge_score.rouge_scorer", "rouge-score").RougeScorer(["rougeL"], use_stemmer=False)
+    return lambda guess, truth: float(scorer.score(truth, guess)["rougeL"].fmeasure)
+
+
+def _word_f1(guess: str, truth: str) -> float:
+    """Overlap of words without case, punctuation and articles (SQuAD's evaluation, Rajpurkar et al. 2016)."""
+    guessed, true = _words(guess), _words(truth)
+    if not guessed or not true:
+        return float(guessed == true)
+    common = sum((Counter(guessed) & Counter(true)).values())
+    return 2 * common / (len(guessed) + len(true))
+
+
+def _words(text: str) -> list[str]:
+    bare = text.lower().translate(str.maketrans("", "", string.punctuation))
+    return re.sub(r"\b(a|an|the)\b", " ", bare).split()
+
+
+def _label_table(predictions: Sequence[str], references: Sequence[str]) -> dict[str, LabelScore]:
+    right = Counter(truth for guess, truth in zip(predictions, references, strict=True) if guess == truth)
+    guessed, true = Counter(predictions), Counter(references)
+    table = {}
+    for label in sorted(set(guessed) | set(true)):
+        hits, found, wanted = right[label], guessed[label], true[label]
+        table[label] = LabelScore(
+            precision=hits / found if found else 0.0,
+            recall=hits / wanted if wanted else 0.0,
+            f1=2 * hits / (found + wanted),
+            n=wanted,
+        )
+    return table
+
+
+def _library(module: str, package: str) -> Any:
+    from importlib import import_module
+
+    try:
+        return import_module(module)
+    except ImportError as error:
+        raise MissingDependencyError(f"this metric needs {package}: pip install 'edgeprompt[eval]'") from error
