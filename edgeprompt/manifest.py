@@ -33,6 +33,8 @@ class Geometry:
     """Layers of the encoder (encoder-decoder only; `num_layers` then counts the decoder's)."""
     position_offset: int = 0
     """What absolute positions start at (RoBERTa: 2)."""
+    embedding_size: int = 0
+    """Width of token and prompt embeddings where it is not `hidden_size` (ALBERT, small ELECTRA); 0: it is."""
 
 
 @dataclass(frozen=True)

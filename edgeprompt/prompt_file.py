@@ -33,7 +33,7 @@ METADATA_KEY = "edgeprompt"
 MAX_HEADER_BYTES = 1 << 20
 MAX_FILE_BYTES = 1 << 30
 MAX_VIRTUAL_TOKENS = 65_536
-HEAD_INPUTS = ("first", "first_text", "pooler", "mean", "last", "tokens")
+HEAD_INPUTS = ("first", "first_text", "pooler", "mean", "mean_all", "last", "tokens", "tokens_unshifted")
 HEAD_OPERATIONS = ("linear", "tanh", "gelu", "relu", "silu", "layer_norm")
 PROBLEM_TYPES = ("single_label", "multi_label", "regression")
 
@@ -51,8 +51,10 @@ class Head:
     """A task head, applied by the runtime to a row's hidden states.
 
     `input` says which: "first" position of the sequence, virtual tokens included (PEFT's BERT), "first_text" the
-    first position behind them, "pooler" the base's pooled vector, "mean" or "last" over the text, "tokens" every
-    text position (tagging, question answering).
+    first position behind them, "pooler" the base's pooled vector, "mean" or "last" over the text, "mean_all" over the
+    virtual tokens as well (PEFT's ModernBERT), "tokens" every text position (tagging, question answering),
+    "tokens_unshifted" as many from the sequence's first position on: position i answers for text token i, though
+    virtual tokens stand in front (what PEFT's question answering trains).
     """
 
     input: str
@@ -201,7 +203,7 @@ class PromptFile:
         size, count = manifest.geometry, self.num_virtual_tokens
         prefix = (2, size.num_key_value_heads, count, size.head_size)
         expected = {
-            names.PROMPT_EMBEDDINGS: (count, size.hidden_size),
+            names.PROMPT_EMBEDDINGS: (count, size.embedding_size or size.hidden_size),
             names.PAST_KEY_VALUES: (size.num_layers, *prefix),
             f"encoder_{names.PAST_KEY_VALUES}": (size.num_encoder_layers, *prefix),
         }

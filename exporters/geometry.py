@@ -19,7 +19,7 @@ _DECODER_NAMES = {
     "num_attention_heads": ("decoder_attention_heads",),
 }
 _POSITION_NAMES = ("max_position_embeddings", "n_positions", "n_ctx", "seq_length")
-_OFFSET_FAMILIES = ("roberta", "xlm-roberta", "camembert")
+_OFFSET_FAMILIES = ("roberta", "xlm-roberta", "camembert", "mpnet")
 
 
 def geometry_of(config: Any) -> Geometry:
@@ -51,6 +51,7 @@ def geometry_of(config: Any) -> Geometry:
         max_positions=max(0, int(limit) - offset),
         num_encoder_layers=_encoder_layers(config) if encoder_decoder else 0,
         position_offset=offset,
+        embedding_size=_embedding_size(config, hidden),
     )
 
 
@@ -77,6 +78,11 @@ def tokens_of(config: Any, generation_config: Any = None, tokenizer: Any = None)
 def text_config(config: Any) -> Any:
     """The language model's part of a config (models with several modalities nest it)."""
     return config.get_text_config() if getattr(config, "text_config", None) is not None else config
+
+
+def _embedding_size(config: Any, hidden: int) -> int:
+    size = getattr(config, "embedding_size", None) or getattr(config, "word_embed_proj_dim", None) or hidden
+    return 0 if size == hidden else int(size)
 
 
 def _encoder_layers(config: Any) -> int:

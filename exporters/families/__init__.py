@@ -10,8 +10,14 @@ from edgeprompt.errors import SourceError
 
 _MODULES = {
     "bart": "bart",
+    "albert": "bert",
+    "bert": "bert",
     "bloom": "bloom",
+    "camembert": "bert",
     "codegen": "codegen",
+    "deberta-v2": "deberta",
+    "distilbert": "bert",
+    "electra": "bert",
     "gemma3_text": "rotary",
     "gpt2": "learned",
     "gpt_neox": "rotary",
@@ -21,12 +27,16 @@ _MODULES = {
     "mbart": "bart",
     "mistral": "rotary",
     "mt5": "t5",
+    "modernbert": "bert",
+    "mpnet": "mpnet",
     "opt": "learned",
     "pegasus": "bart",
     "phi3": "rotary",
     "qwen2": "rotary",
     "qwen3": "rotary",
+    "roberta": "bert",
     "smollm3": "rotary",
+    "xlm-roberta": "bert",
     "t5": "t5",
 }
 """model_type -> module in this folder, whose `FAMILIES` holds the entry."""
