@@ -9,9 +9,9 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
-from pathlib import Path
 from typing import Any
 
+import onnx_ir as ir
 import torch
 from torch import Tensor
 from transformers import AttentionInterface
@@ -114,14 +114,10 @@ class _Graph(torch.nn.Module):
 
 
 class EncoderGraph(_Graph):
-    """Text and virtual tokens in, encoder states and the decoder's cross-attention keys and values out."""
+    """Text in, encoder states and the decoder's cross-attention keys and values out."""
 
     def forward(
-        self,
-        input_ids: Tensor,
-        attention_mask: Tensor,
-        prompt_embeddings: Tensor,
-        past: list[tuple[Tensor, Tensor]],
+        self, input_ids: Tensor, attention_mask: Tensor, past: list[tuple[Tensor, Tensor]]
     ) -> tuple[Tensor, ...]:
         """Trace the encoder; `past` is empty for families without encoder deep prompts."""
         trace = self.trace
@@ -130,9 +126,7 @@ class EncoderGraph(_Graph):
         trace.bias = self.relative_bias(self.found.encoder[0], length, total)
         encoder = self.model.get_encoder()
         with _positions(encoder, attention_mask, length):
-            states = encoder(
-                inputs_embeds=virtual_embedding(encoder, self.family, input_ids, prompt_embeddings)
-            ).last_hidden_state
+            states = encoder(input_ids=input_ids).last_hidden_state
         crossed = []
         for attention, projections in zip(self.found.cross, self.found.cross_projections, strict=True):
             heads = getattr(attention, "n_heads", None) or attention.num_heads
@@ -179,22 +173,10 @@ class DecoderGraph(_Graph):
         return (logits, *[tensor for layer in sorted(trace.present) for tensor in trace.present[layer]])
 
 
-def virtual_embedding(stack: Any, family: Seq2SeqFamily, ids: Tensor, rows: Tensor) -> Tensor:
-    """Embeddings of `ids`, those at or above the vocabulary's size from `rows [prompt_rows, hidden_size]`."""
-    embedding = stack.embed_tokens
-    vocab = embedding.num_embeddings
-    virtual = ids >= vocab
-    zero = torch.zeros_like(ids)
-    text = embedding(torch.where(virtual, zero, ids))
-    if family.scales_ids_only:
-        text = text * stack.embed_scale
-    return torch.where(virtual[..., None], rows[torch.where(virtual, ids - vocab, zero)].to(text.dtype), text)
-
-
-def export_encoder(model: Any, family: Seq2SeqFamily, path: Path) -> None:
-    """Write the encoder graph: names and shapes as in docs/graph-contract.md."""
+def export_encoder(model: Any, family: Seq2SeqFamily) -> ir.Model:
+    """The encoder graph, before virtual tokens are grafted: names and shapes as in docs/graph-contract.md."""
     size = geometry_of(model.config)
-    batch, length, past, rows = 2, 5, 3, 4
+    batch, length, past = 2, 5, 3
     # Deep prompts have a meaning where positions are distances; absolute ones have no use in anybody's training.
     layers = size.num_encoder_layers if family.relative_positions else 0
     if not layers:
@@ -202,24 +184,22 @@ def export_encoder(model: Any, family: Seq2SeqFamily, path: Path) -> None:
     sample = (
         torch.randint(0, size.vocab_size, (batch, length)),
         torch.ones(batch, past + length, dtype=torch.int64),
-        torch.randn(rows, size.hidden_size),
         [_kv(batch, size.num_attention_heads, past, size.head_size) for _ in range(layers)],
     )
     dynamic = (
         {0: "batch_size", 1: "sequence_length"},
         {0: "batch_size", 1: "total_sequence_length"},
-        {0: "prompt_rows"},
         [({0: "batch_size", 2: "past_sequence_length"},) * 2] * layers,
     )
-    inputs = [names.INPUT_IDS, names.ATTENTION_MASK, names.PROMPT_EMBEDDINGS]
+    inputs = [names.INPUT_IDS, names.ATTENTION_MASK]
     inputs += [names.past(layer, part) for layer in range(layers) for part in PARTS]
     outputs = [names.ENCODER_HIDDEN_STATES]
     outputs += [names.cross_present(layer, part) for layer in range(size.num_layers) for part in PARTS]
-    _export(EncoderGraph(model, family), sample, dynamic, inputs, outputs, path)
+    return _export(EncoderGraph(model, family), sample, dynamic, inputs, outputs)
 
 
-def export_decoder(model: Any, family: Seq2SeqFamily, path: Path) -> None:
-    """Write the decoder graph: names and shapes as in docs/graph-contract.md."""
+def export_decoder(model: Any, family: Seq2SeqFamily) -> ir.Model:
+    """The decoder graph: names and shapes as in docs/graph-contract.md."""
     size = geometry_of(model.config)
     batch, length, past, source = 2, 5, 3, 7
     kv = (batch, size.num_key_value_heads)
@@ -241,12 +221,12 @@ def export_decoder(model: Any, family: Seq2SeqFamily, path: Path) -> None:
     inputs = [names.INPUT_IDS, names.ATTENTION_MASK, names.ENCODER_ATTENTION_MASK]
     inputs += [names.past(*one) for one in every] + [names.cross_past(*one) for one in every]
     outputs = [names.LOGITS, *(names.present(*one) for one in every)]
-    _export(DecoderGraph(model, family), sample, dynamic, inputs, outputs, path)
+    return _export(DecoderGraph(model, family), sample, dynamic, inputs, outputs)
 
 
 def _export(
-    graph: _Graph, sample: tuple[Any, ...], dynamic: tuple[Any, ...], inputs: list[str], outputs: list[str], path: Path
-) -> None:
+    graph: _Graph, sample: tuple[Any, ...], dynamic: tuple[Any, ...], inputs: list[str], outputs: list[str]
+) -> ir.Model:
     with _standing_in(graph), torch.no_grad():
         program = torch.onnx.export(
             graph,
@@ -258,9 +238,8 @@ def _export(
             dynamic_shapes=dynamic,
             verbose=False,
         )
-    if program is None:
-        raise AssertionError("torch.onnx.export(dynamo=True) returns a program")
-    program.save(path, external_data=True)
+    assert program is not None
+    return program.model
 
 
 _current: list[_Graph] = []

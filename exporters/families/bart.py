@@ -18,9 +18,6 @@ def _attentions(model: Any) -> Attentions:
     )
 
 
-FAMILIES = (
-    Seq2SeqFamily("bart", attentions=_attentions),
-    Seq2SeqFamily("mbart", attentions=_attentions),
-    Seq2SeqFamily("pegasus", attentions=_attentions, scales_ids_only=True),
-    Seq2SeqFamily("marian", attentions=_attentions, scales_ids_only=True),
+FAMILIES = tuple(
+    Seq2SeqFamily(model_type, attentions=_attentions) for model_type in ("bart", "mbart", "pegasus", "marian")
 )

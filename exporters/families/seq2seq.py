@@ -28,5 +28,3 @@ class Seq2SeqFamily(Family):
     attentions: Callable[[Any], Attentions] = lambda model: Attentions((), (), (), ())
     relative_positions: bool = False
     """Whether self-attention adds a bias by distance, held by the first layer (T5), instead of absolute positions."""
-    scales_ids_only: bool = False
-    """Whether the embedding scale is applied to ids and not to `inputs_embeds` (Pegasus, Marian)."""

@@ -1,0 +1,79 @@
+"""Exports decoder-only models: one graph, with logits of the last position."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import onnx_ir as ir
+
+from edgeprompt import names
+from edgeprompt.manifest import Manifest
+from edgeprompt.prompt_file import PromptFile
+from exporters.contract import BuiltGraphs, ExportOptions
+from exporters.geometry import geometry_of
+from exporters.graft import graft_virtual_tokens
+from exporters.load import LoadedBase
+from exporters.quantize import quantize_graph
+from exporters.validate import validate_decoder
+
+GRAPH = "model.onnx"
+
+
+def build(loaded: LoadedBase, options: ExportOptions, folder: Path, scratch: Path) -> BuiltGraphs:
+    """Build, quantise, graft and write the graph.
+
+    Raises:
+        ExportError: the route cannot build this model.
+    """
+    from exporters.routes import genai, torch_route
+
+    route = options.route
+    if route == "auto":
+        route = "genai" if loaded.family.genai and genai.is_installed() else "torch"
+    builder = genai.build_graph if route == "genai" else torch_route.build_graph
+    model = builder(loaded, options, folder, scratch)
+    finish_graph(model, loaded, options)
+    save_graph(model, folder / GRAPH)
+    return BuiltGraphs({"model": GRAPH}, route, extra={"weights": model.meta["weights"]})
+
+
+def finish_graph(model: ir.Model, loaded: LoadedBase, options: ExportOptions) -> None:
+    """What every route's graph goes through, in place: contract shapes, quantisation, virtual tokens."""
+    geometry = geometry_of(loaded.config)
+    _name_shapes(model, geometry.num_key_value_heads, geometry.head_size)
+    model.meta["weights"] = quantize_graph(model, options.precision, loaded.model)
+    graft_virtual_tokens(
+        model,
+        vocab_size=geometry.vocab_size,
+        hidden_size=geometry.hidden_size,
+        after_scale=hasattr(loaded.model.get_input_embeddings(), "embed_scale"),
+        door=options.door,
+    )
+
+
+def save_graph(model: ir.Model, path: Path) -> None:
+    """Write a graph and, beside it, all of its weights (protobuf ends at 2 GB, external data does not)."""
+    model.graph.sort()
+    ir.save(model, path, external_data=f"{path.name}.data", size_threshold_bytes=1024)
+
+
+def validate(
+    loaded: LoadedBase, folder: Path, manifest: Manifest, prompts: tuple[PromptFile, ...]
+) -> Mapping[str, Any]:
+    """Compare the package with the base.
+
+    Raises:
+        ValidationError: it does not compute what the base computes.
+    """
+    return validate_decoder(loaded, folder, manifest, prompts)
+
+
+def _name_shapes(model: ir.Model, kv_heads: int, head_size: int) -> None:
+    for value in (*model.graph.inputs, *model.graph.outputs):
+        name = value.name or ""
+        if name.startswith(names.PAST_KEY_VALUES):
+            value.shape = ir.Shape(["batch_size", kv_heads, "past_sequence_length", head_size])
+        elif name.startswith("present."):
+            value.shape = ir.Shape(["batch_size", kv_heads, "total_sequence_length", head_size])

@@ -1,0 +1,76 @@
+"""Exports encoder-decoder models: an encoder graph and a decoder graph, no merged one."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from edgeprompt.errors import UnsupportedError
+from edgeprompt.manifest import Manifest
+from edgeprompt.prompt_file import PromptFile
+from exporters.contract import BuiltGraphs, ExportOptions
+from exporters.decoder_only import save_graph
+from exporters.geometry import geometry_of
+from exporters.graft import graft_virtual_tokens
+from exporters.load import LoadedBase
+from exporters.quantize import quantize_graph
+
+ENCODER = "encoder.onnx"
+DECODER = "decoder.onnx"
+
+
+def build(loaded: LoadedBase, options: ExportOptions, folder: Path, scratch: Path) -> BuiltGraphs:
+    """Trace, quantise, graft and write both graphs.
+
+    Raises:
+        UnsupportedError: a route that does not build encoder-decoders.
+    """
+    from exporters import seq2seq_graph
+
+    if options.route not in ("auto", "torch"):
+        raise UnsupportedError(
+            f"route {options.route!r} does not build encoder-decoders ({loaded.config.model_type}); "
+            "use --route torch, or leave it out"
+        )
+    geometry = geometry_of(loaded.config)
+    encoder = seq2seq_graph.export_encoder(loaded.model, loaded.family)
+    weights = {"encoder": quantize_graph(encoder, options.precision, loaded.model)}
+    graft_virtual_tokens(
+        encoder,
+        vocab_size=geometry.vocab_size,
+        hidden_size=geometry.hidden_size,
+        after_scale=_scales_embeddings(loaded.model),
+        door=options.door,
+    )
+    save_graph(encoder, folder / ENCODER)
+    decoder = seq2seq_graph.export_decoder(loaded.model, loaded.family)
+    weights["decoder"] = quantize_graph(decoder, options.precision, loaded.model)
+    save_graph(decoder, folder / DECODER)
+    return BuiltGraphs(
+        {"encoder": ENCODER, "decoder": DECODER},
+        "torch",
+        pads_right=False,
+        batched_prefill=True,
+        extra={"weights": weights},
+    )
+
+
+def validate(
+    loaded: LoadedBase, folder: Path, manifest: Manifest, prompts: tuple[PromptFile, ...]
+) -> Mapping[str, Any]:
+    """Compare the package with the base.
+
+    Raises:
+        ValidationError: it does not compute what the base computes.
+    """
+    from exporters.validate_seq2seq import validate_seq2seq
+
+    return validate_seq2seq(loaded, folder, manifest, prompts)
+
+
+def _scales_embeddings(model: Any) -> bool:
+    """Whether ids are looked up and then scaled; rows of a prompt join behind that, as `inputs_embeds` do."""
+    encoder = model.get_encoder()
+    holders = (encoder, encoder.embed_tokens)
+    return any(getattr(holder, "embed_scale", 1.0) != 1.0 for holder in holders)

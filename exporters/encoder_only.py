@@ -1,0 +1,66 @@
+"""Exports encoder-only models: one graph with virtual tokens, deep prompts, hidden states and pooled vector."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from edgeprompt.errors import UnsupportedError
+from edgeprompt.manifest import Manifest
+from edgeprompt.prompt_file import PromptFile
+from exporters.contract import BuiltGraphs, ExportOptions
+from exporters.decoder_only import GRAPH, save_graph
+from exporters.encoder_graph import trace_graph
+from exporters.encoder_validate import validate_encoder
+from exporters.geometry import geometry_of
+from exporters.graft import graft_virtual_tokens
+from exporters.load import LoadedBase
+from exporters.quantize import quantize_graph
+
+
+def build(loaded: LoadedBase, options: ExportOptions, folder: Path, scratch: Path) -> BuiltGraphs:
+    """Trace, quantise, graft and write the graph.
+
+    Raises:
+        UnsupportedError: a route that has no encoders.
+        ExportError: PyTorch's exporter failed.
+    """
+    if options.route == "genai":
+        raise UnsupportedError("the genai route builds decoders only; give --route torch, or leave it out")
+    geometry = geometry_of(loaded.config)
+    model = trace_graph(loaded)
+    weights = quantize_graph(model, options.precision, loaded.model)
+    width = geometry.embedding_size or geometry.hidden_size
+    graft_virtual_tokens(model, vocab_size=geometry.vocab_size, hidden_size=width, door=options.door)
+    save_graph(model, folder / GRAPH)
+    return BuiltGraphs(
+        {"model": GRAPH},
+        "torch",
+        pooling=_pooling(loaded.config),
+        batched_prefill=True,
+        extra={"weights": weights},
+    )
+
+
+def validate(
+    loaded: LoadedBase, folder: Path, manifest: Manifest, prompts: tuple[PromptFile, ...]
+) -> Mapping[str, Any]:
+    """Compare the package with the base.
+
+    Raises:
+        ValidationError: it does not compute what the base computes.
+    """
+    return validate_encoder(loaded, folder, manifest, prompts)
+
+
+def _pooling(config: Any) -> str:
+    """What sentence-transformers noted beside the model, else the mean."""
+    file = Path(getattr(config, "_name_or_path", "") or ".") / "1_Pooling/config.json"
+    if not file.is_file():
+        return "mean"
+    noted = json.loads(file.read_text("utf-8"))
+    if noted.get("pooling_mode_cls_token"):
+        return "cls"
+    return "last" if noted.get("pooling_mode_lasttoken") else "mean"

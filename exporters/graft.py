@@ -1,0 +1,114 @@
+"""Grafts virtual tokens onto a graph: ids at or above vocab_size index rows of the input `prompt_embeddings`."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+import onnx_ir as ir
+
+from edgeprompt import names
+from edgeprompt.errors import ExportError
+
+_LOOKUPS = ("Gather", "GatherBlockQuantized")
+_PREFIX = "virtual"
+
+
+def graft_virtual_tokens(
+    model: ir.Model, *, vocab_size: int, hidden_size: int, after_scale: bool = False, door: str = "input"
+) -> None:
+    """Add the `prompt_embeddings` input to a graph, in place, at the node that looks `input_ids` up.
+
+    Args:
+        model: A graph from any exporter.
+        vocab_size: The first virtual id.
+        hidden_size: Width of an embedding row.
+        after_scale: Whether the embedding table's own scale (Gemma) comes before the rows join: prompt rows take the
+            place of what the embedding *module* returns.
+        door: "input": the new input is required; "adapter": it has a default of one zero row, so that stock ORT can
+            feed it from an adapter file.
+
+    Raises:
+        ExportError: no node, or more than one, looks `input_ids` up.
+    """
+    graph = model.graph
+    ids = next((value for value in graph.inputs if value.name == names.INPUT_IDS), None)
+    readers = [] if ids is None else _lookups(ids)
+    if len(readers) != 1:
+        raise ExportError(
+            f"expected one embedding node ({' or '.join(_LOOKUPS)}) that reads {names.INPUT_IDS}, "
+            f"found {[node.op_type for node in readers]}"
+        )
+    assert ids is not None
+    lookup = readers[0]
+    rows = lookup.outputs[0]
+    if after_scale:
+        rows = _scaled(rows)
+    dtype = rows.dtype or ir.DataType.FLOAT
+    rows.dtype = dtype
+    position = next(index for index, value in enumerate(lookup.inputs) if value is not None and value is ids)
+
+    prompt = ir.Input(
+        names.PROMPT_EMBEDDINGS,
+        shape=ir.Shape(["prompt_rows", hidden_size]),
+        type=ir.TensorType(ir.DataType.FLOAT),
+    )
+    graph.inputs.append(prompt)
+    if door == "adapter":
+        prompt.const_value = ir.tensor(np.zeros((1, hidden_size), np.float32), name=names.PROMPT_EMBEDDINGS)
+        graph.register_initializer(prompt)
+    first = _constant(graph, "first_id", np.array(vocab_size, np.int64))
+    zero = _constant(graph, "zero", np.array(0, np.int64))
+    last_axis = _constant(graph, "last_axis", np.array([-1], np.int64))
+
+    before: list[ir.Node] = []
+    is_virtual = _node(before, "GreaterOrEqual", [ids, first], "is_virtual", ir.DataType.BOOL)
+    token_ids = _node(before, "Where", [is_virtual, zero, ids], "token_ids", ir.DataType.INT64)
+    offset = _node(before, "Sub", [ids, first], "offset", ir.DataType.INT64)
+    row_ids = _node(before, "Where", [is_virtual, offset, zero], "row_ids", ir.DataType.INT64)
+    prompt_rows = _node(before, "Gather", [prompt, row_ids], "prompt_rows", ir.DataType.FLOAT, axis=0)
+    if dtype != ir.DataType.FLOAT:
+        prompt_rows = _node(before, "Cast", [prompt_rows], "prompt_rows_cast", dtype, to=dtype)
+    mask = _node(before, "Unsqueeze", [is_virtual, last_axis], "mask", ir.DataType.BOOL)
+    graph.insert_before(lookup, before)
+    lookup.replace_input_with(position, token_ids)
+
+    users = list(rows.uses())
+    joined: list[ir.Node] = []
+    output = _node(joined, "Where", [mask, prompt_rows, rows], "embeddings", dtype)
+    producer = rows.producer()
+    assert producer is not None
+    graph.insert_after(producer, joined)
+    for node, index in users:
+        node.replace_input_with(index, output)
+
+
+def _lookups(ids: ir.Value) -> list[ir.Node]:
+    return [node for node, _ in ids.uses() if node.op_type in _LOOKUPS]
+
+
+def _scaled(rows: ir.Value) -> ir.Value:
+    users = [node for node, _ in rows.uses()]
+    if len(users) == 1 and users[0].op_type == "Mul":
+        return users[0].outputs[0]
+    raise ExportError(f"expected the embedding's scale (Mul) behind the lookup, found {[n.op_type for n in users]}")
+
+
+def _constant(graph: ir.Graph, name: str, value: Any) -> ir.Value:
+    tensor = ir.tensor(value, name=f"{_PREFIX}/{name}")
+    constant = ir.Value(
+        name=tensor.name, shape=ir.Shape(tensor.shape), type=ir.TensorType(tensor.dtype), const_value=tensor
+    )
+    graph.register_initializer(constant)
+    return constant
+
+
+def _node(
+    into: list[ir.Node], op_type: str, inputs: list[ir.Value], name: str, dtype: ir.DataType, **attributes: Any
+) -> ir.Value:
+    values = {key: int(value) for key, value in attributes.items()}
+    node = ir.node(op_type, inputs, values, name=f"{_PREFIX}/{name}")
+    node.outputs[0].name = f"{_PREFIX}/{name}"
+    node.outputs[0].dtype = dtype
+    into.append(node)
+    return node.outputs[0]

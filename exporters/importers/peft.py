@@ -1,0 +1,222 @@
+"""PEFT adapters: `adapter_config.json` with `adapter_model.safetensors` or `.bin` (PEFT 0.2 to 0.21)."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from edgeprompt import names
+from edgeprompt.errors import SourceError, UnsupportedError
+from exporters.importers.foreign import (
+    Array,
+    BaseFacts,
+    ForeignPrompt,
+    ReadOptions,
+    as_prefix,
+    as_rows,
+    need_base,
+    prompt_name,
+)
+from exporters.importers.foreign_heads import describe_head
+from exporters.importers.reading import read_json, read_tensors
+
+CONFIG = "adapter_config.json"
+WEIGHTS = ("adapter_model.safetensors", "adapter_model.bin")
+
+_METHODS = {
+    "PROMPT_TUNING": "prompt-tuning",
+    "CPT": "prompt-tuning",
+    "TRAINABLE_TOKENS": "prompt-tuning",
+    "P_TUNING": "p-tuning",
+    "PREFIX_TUNING": "prefix-tuning",
+    "CARTRIDGE": "prefix-tuning",
+    "MULTITASK_PROMPT_TUNING": "multitask-prompt-tuning",
+}
+_TASKS = {
+    "CAUSAL_LM": "generate",
+    "SEQ_2_SEQ_LM": "generate",
+    "SEQ_CLS": "classify",
+    "TOKEN_CLS": "tag",
+    "QUESTION_ANS": "qa",
+    "FEATURE_EXTRACTION": "embed",
+}
+_HEAD_TASKS = ("SEQ_CLS", "TOKEN_CLS", "QUESTION_ANS")
+_ROWS, _COLUMNS, _FACTORS = names.PROMPT_EMBEDDINGS, "prefix_task_cols", "prefix_task_rows"
+_DELTA = "trainable_tokens_delta"
+_SCALED_EMBEDDINGS = ("gemma", "bart", "mbart", "pegasus")
+
+
+def recognises(source: Path) -> bool:
+    """A folder with an adapter_config.json, that file, or the weights beside it."""
+    return _folder(source) is not None
+
+
+def read(source: Path, base: BaseFacts | None, options: ReadOptions) -> list[ForeignPrompt]:
+    """The adapter's prompt; for MULTITASK_PROMPT_TUNING one per task, composed."""
+    folder = _folder(source)
+    if folder is None:
+        raise SourceError(f"{str(source)!r} has no {CONFIG}, so it is no PEFT adapter")
+    config = read_json(folder / CONFIG)
+    kind = config.get("peft_type")
+    if not isinstance(kind, str):
+        raise SourceError(f"{CONFIG} in {str(folder)!r} names no peft_type")
+    if kind not in _METHODS:
+        raise UnsupportedError(
+            f"{kind} changes the base's weights, and a soft prompt cannot carry that: merge it into the base with "
+            f"PeftModel.merge_and_unload(), export the merged model, or train a prompt (known: {', '.join(_METHODS)})"
+        )
+    if kind == "TRAINABLE_TOKENS":
+        return [_trainable_tokens(folder, config, base)]
+    task_type = config.get("task_type") or "CAUSAL_LM"
+    if task_type not in _TASKS:
+        raise SourceError(f"task_type is {task_type!r}, known: {', '.join(_TASKS)}")
+    tensors = read_tensors(_weights(folder))
+    if _ROWS not in tensors:
+        raise SourceError(f"the adapter in {str(folder)!r} has no {_ROWS}; it has {', '.join(tensors) or 'nothing'}")
+    prompt = ForeignPrompt(
+        prompt_name(folder),
+        _METHODS[kind],
+        _TASKS[task_type],
+        base_name=config.get("base_model_name_or_path") or None,
+        source={"format": "peft", "peft_type": kind, "task_type": task_type},
+        found=(f"PEFT {kind} for {task_type}", *(f"{name} {list(tensor.shape)}" for name, tensor in tensors.items())),
+    )
+    prompt = _with_head(prompt, tensors, task_type, base)
+    rows = tensors[_ROWS]
+    if kind in ("PREFIX_TUNING", "CARTRIDGE"):
+        return [replace(prompt, past_key_values=_prefix(rows, config, base), prompt_embeddings=None)]
+    if kind != "MULTITASK_PROMPT_TUNING":
+        return [_with_rows(prompt, rows, config, base)]
+    composed = _compose(rows, tensors)
+    return [
+        _with_rows(replace(prompt, name=f"{prompt.name}-{task}"), table, config, base)
+        for task, table in enumerate(composed)
+    ]
+
+
+def _folder(source: Path) -> Path | None:
+    folder = source if source.is_dir() else source.parent
+    belongs = source.is_dir() or source.name in (CONFIG, *WEIGHTS)
+    return folder if belongs and (folder / CONFIG).is_file() else None
+
+
+def _weights(folder: Path) -> Path:
+    for name in WEIGHTS:
+        if (folder / name).is_file():
+            return folder / name
+    raise SourceError(f"the adapter in {str(folder)!r} has neither {' nor '.join(WEIGHTS)}")
+
+
+def _with_rows(prompt: ForeignPrompt, rows: Array, config: Mapping[str, Any], base: BaseFacts | None) -> ForeignPrompt:
+    """Keep the rows that PEFT puts in front of the (encoder's) text."""
+    as_rows(rows, _ROWS, base)
+    count, submodules = _count(config, "num_virtual_tokens"), config.get("num_transformer_submodules") or 1
+    if len(rows) == count:
+        return replace(prompt, prompt_embeddings=rows)
+    if len(rows) != count * submodules:
+        raise SourceError(f"{_ROWS} has {len(rows)} rows, the config says {count} virtual tokens x {submodules}")
+    unused = f"{_ROWS}[{count}:{len(rows)}]: PEFT allocates them for the decoder and never uses them in generate"
+    return replace(prompt, prompt_embeddings=rows[:count], dropped=(*prompt.dropped, unused))
+
+
+def _prefix(rows: Array, config: Mapping[str, Any], base: BaseFacts | None) -> Array:
+    """Keys and values per layer, in the layers where PEFT puts them.
+
+    Under grouped-query attention the config's num_attention_heads and token_dim are those of keys and values. With two
+    submodules (encoder-decoder) PEFT repeats the stack and hands it out in fours, so that decoder layer i gets slot
+    2i modulo the number of layers (peft_model.py, get_prompt).
+    """
+    layers, heads = _count(config, "num_layers"), _count(config, "num_attention_heads")
+    if len(rows) != _count(config, "num_virtual_tokens"):
+        raise SourceError(
+            f"{_ROWS} has {len(rows)} rows, the config says {config['num_virtual_tokens']} virtual tokens"
+        )
+    prefix = as_prefix(rows, _ROWS, layers, heads, base)
+    if (config.get("num_transformer_submodules") or 1) == 2:
+        prefix = np.ascontiguousarray(prefix[[2 * layer % layers for layer in range(layers)]])
+    return prefix
+
+
+def _compose(rows: Array, tensors: Mapping[str, Array]) -> list[Array]:
+    """prompt[t] = rows * (columns[t] @ factors[t]) (Wang et al. 2023, arXiv:2303.02861)."""
+    columns, factors = tensors.get(_COLUMNS), tensors.get(_FACTORS)
+    if columns is None or factors is None:
+        raise SourceError(f"a MULTITASK_PROMPT_TUNING adapter needs {_COLUMNS} and {_FACTORS}; one is missing")
+    fits = columns.ndim == factors.ndim == 3 and columns.shape[0] == factors.shape[0]
+    if not fits or columns.shape[1:] != (len(rows), factors.shape[1]) or factors.shape[2] != rows.shape[-1]:
+        raise SourceError(
+            f"{_COLUMNS} {list(columns.shape)} and {_FACTORS} {list(factors.shape)} do not fit "
+            f"{_ROWS} {list(rows.shape)}"
+        )
+    return [rows * (columns[task] @ factors[task]) for task in range(len(columns))]
+
+
+def _with_head(
+    prompt: ForeignPrompt, tensors: Mapping[str, Array], task_type: str, base: BaseFacts | None
+) -> ForeignPrompt:
+    head = {
+        name.removeprefix("base_model.").removeprefix("model."): tensor
+        for name, tensor in tensors.items()
+        if name not in (_ROWS, _COLUMNS, _FACTORS)
+    }
+    if task_type not in _HEAD_TASKS:
+        if head:
+            raise UnsupportedError(
+                f"the adapter also changes the base's {next(iter(head))}, which a soft prompt cannot carry: "
+                "merge it into the base and export that, or train without modules_to_save"
+            )
+        return prompt
+    facts = need_base(base, f"a {task_type} adapter", "the base's family says what its head does")
+    spec, used = describe_head(head, task_type, facts)
+    kept = {name: tensor for name, tensor in head.items() if name.rpartition(".")[0] in used}
+    dropped = tuple(f"{name}: not part of the {task_type} head" for name in head if name not in kept)
+    return replace(prompt, head=kept, head_spec=spec, dropped=(*prompt.dropped, *dropped))
+
+
+def _trainable_tokens(folder: Path, config: Mapping[str, Any], base: BaseFacts | None) -> ForeignPrompt:
+    """Replaced rows of the input embedding become virtual tokens (the "delta" holds whole rows, not differences)."""
+    tensors = read_tensors(_weights(folder))
+    ids = config.get("token_indices")
+    if not isinstance(ids, list) or not ids or not all(isinstance(number, int) for number in ids):
+        raise SourceError(f"{CONFIG} of a TRAINABLE_TOKENS adapter must list token_indices, found {ids!r}")
+    targets = config.get("target_modules") or "embed_tokens"
+    wanted = tuple(targets) if isinstance(targets, list) else (str(targets),)
+    found = {name: tensor for name, tensor in tensors.items() if name.endswith(f".{_DELTA}")}
+    inputs = [name for name in found if name.removesuffix(f".{_DELTA}").endswith(wanted)]
+    if len(inputs) != 1:
+        raise SourceError(f"expected one {_DELTA} for {', '.join(wanted)}, found {', '.join(found) or 'none'}")
+    rows = as_rows(found[inputs[0]], inputs[0], base)
+    if len(rows) != len(ids):
+        raise SourceError(f"{inputs[0]} has {len(rows)} rows for {len(ids)} token_indices")
+    if base and base.model_type.startswith(_SCALED_EMBEDDINGS):
+        raise UnsupportedError(
+            f"{base.model_type} scales its embeddings behind the look-up, so replaced rows are no virtual tokens "
+            "there; use prompt tuning"
+        )
+    others = set(tensors) - {inputs[0]}
+    return ForeignPrompt(
+        prompt_name(folder),
+        "prompt-tuning",
+        prompt_embeddings=rows,
+        base_name=config.get("base_model_name_or_path") or None,
+        source={"format": "peft", "peft_type": "TRAINABLE_TOKENS", "task_type": "CAUSAL_LM", "token_indices": ids},
+        found=(f"PEFT TRAINABLE_TOKENS, ids {', '.join(map(str, ids))} as virtual tokens in this order",),
+        dropped=(
+            *(
+                f"{name}: a prompt changes no output layer, so these tokens cannot be generated"
+                for name in sorted(others)
+            ),
+            "the places of these tokens: give --template with {prompt:1} where each stands (default: all in front)",
+        ),
+    )
+
+
+def _count(config: Mapping[str, Any], name: str) -> int:
+    value = config.get(name)
+    if not isinstance(value, int) or isinstance(value, bool) or not 0 < value < 1 << 20:
+        raise SourceError(f"{CONFIG}: {name} is {value!r}, a positive number is needed")
+    return value

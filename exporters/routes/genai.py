@@ -1,0 +1,110 @@
+"""The genai route: onnxruntime-genai's model builder writes the graph, in float; the rest of the export is ours."""
+
+from __future__ import annotations
+
+import contextlib
+import importlib.util
+import io
+import os
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from edgeprompt.errors import ExportError, MissingDependencyError
+from exporters.contract import ExportOptions
+from exporters.load import LoadedBase
+
+GENAI_CONFIG = "genai_config.json"
+
+
+def build_graph(loaded: LoadedBase, options: ExportOptions, folder: Path, scratch: Path) -> Any:
+    """Let the builder describe the model, and take the graph before it is quantised or written.
+
+    The weights stay the PyTorch model's own tensors: nothing is copied until the graph is saved. Also writes
+    `genai_config.json` into `folder`, which makes the package a model folder of ORT GenAI.
+
+    Returns:
+        An onnx_ir model in float32 with logits of the last position only.
+    """
+    home = scratch / "genai"
+    home.mkdir()
+    loaded.config.save_pretrained(home)
+    if getattr(loaded.model, "generation_config", None) is not None:
+        loaded.model.generation_config.save_pretrained(home)
+    if loaded.tokenizer is not None:
+        loaded.tokenizer.save_pretrained(home)
+    builder = _import_builder()
+    with _handed_over(loaded.model, keep_tokenizer=loaded.tokenizer is not None) as taken, _quiet():
+        details = {"extra_kwargs": {}, "hf_name": str(home), "hf_config": _builder_config(loaded)}
+        try:
+            builder.create_model(
+                "",
+                str(home),
+                str(home),
+                "fp32",
+                options.provider,
+                str(scratch / "cache"),
+                prune_lm_head=True,
+                shared_embeddings=False,
+                hf_token=False,
+                op_types_to_quantize=("MatMul",),
+                hf_details=details,
+            )
+        except NotImplementedError as error:
+            raise ExportError(f"the genai builder refuses {loaded.name!r}: {error}; use --route torch") from error
+    if (home / GENAI_CONFIG).exists():
+        (home / GENAI_CONFIG).replace(folder / GENAI_CONFIG)
+    return taken[0]
+
+
+def is_installed() -> bool:
+    """Whether the builder can be imported."""
+    return importlib.util.find_spec("onnxruntime_genai") is not None
+
+
+def _builder_config(loaded: LoadedBase) -> Any:
+    from copy import deepcopy
+
+    config = deepcopy(loaded.config)
+    config.architectures = [type(loaded.model).__name__]
+    return config
+
+
+def _import_builder() -> Any:
+    try:
+        from onnxruntime_genai.models import builder
+    except ImportError as error:
+        raise MissingDependencyError(
+            "the genai route needs onnxruntime-genai: pip install 'edgeprompt[export]', or use --route torch"
+        ) from error
+    return builder
+
+
+@contextlib.contextmanager
+def _handed_over(model: Any, *, keep_tokenizer: bool) -> Iterator[list[Any]]:
+    """Make the builder use the model in memory, and hand its graph over instead of writing it."""
+    # The builder's own modules are top-level names: its package puts its folder on sys.path.
+    base = sys.modules["builders.base"].Model  # type: ignore[attr-defined]
+    taken: list[Any] = []
+    before = base.load_weights, base.save_model, base.save_processing
+
+    def save_model(self: Any, out_dir: str) -> None:
+        self.model.graph.sort()
+        taken.append(self.model)
+
+    base.load_weights = lambda self, input_path: model
+    base.save_model = save_model
+    if not keep_tokenizer:
+        base.save_processing = lambda self, *args: None
+    try:
+        yield taken
+    finally:
+        base.load_weights, base.save_model, base.save_processing = before
+
+
+@contextlib.contextmanager
+def _quiet() -> Iterator[None]:
+    # The builder narrates every layer on stdout, which is the command's result channel.
+    with contextlib.redirect_stdout(io.StringIO()), open(os.devnull, "w") as sink, contextlib.redirect_stderr(sink):
+        yield
