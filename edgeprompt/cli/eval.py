@@ -1,0 +1,229 @@
+"""`edgeprompt eval`: how good a prompt is on labelled data, on the package that serves it."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import random
+from collections.abc import Iterator, Mapping, Sequence
+from itertools import islice
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import click
+
+from edgeprompt.cli import console, serving
+
+if TYPE_CHECKING:
+    from edgeprompt.metrics import Score
+    from edgeprompt.prompt_file import PromptFile
+    from edgeprompt.request import GenerationOptions, Result
+    from edgeprompt.runtime import Runtime
+
+METRICS = ("accuracy", "f1", "exact-match", "rouge", "bleu")
+
+
+@click.command("eval")
+@click.argument("package", type=click.Path(path_type=Path))
+@click.argument("data")
+@click.option(
+    "--prompt",
+    "wanted",
+    multiple=True,
+    required=True,
+    metavar="FILE|NAME",
+    help="Soft prompt: a file, or one inside the package; repeat it to compare several for one task.",
+)
+@click.option("--metric", type=click.Choice(METRICS), help="[default: accuracy for labels, f1 for qa, else rouge]")
+@click.option("--text-column", default="text", show_default=True, help="Column that fills {text}.")
+@click.option("--label-column", default="label", show_default=True, help="Column with the label (classify).")
+@click.option("--target-column", default="target", show_default=True, help="Column with the right text (generate, qa).")
+@click.option("--limit", type=click.IntRange(min=1), help="Look at the first rows only.")
+@click.option("--zero-shot", is_flag=True, help="Compare with no prompt: the same template and label words.")
+@click.option("--hard-prompt", "hard", metavar="TEXT", help="Compare with TEXT in front instead of the soft prompt.")
+@click.option("--shots", type=click.IntRange(min=1), help="Compare with this many solved examples in front.")
+@click.option("--shots-from", metavar="DATA", help="Where --shots draws its examples (not the data evaluated on).")
+@click.option("--seed", type=click.IntRange(min=0), default=0, show_default=True, help="Draws the --shots examples.")
+@click.option("--max-new-tokens", type=click.IntRange(min=1))
+@serving.runtime_options
+@click.option("--json", "as_json", is_flag=True, help="One JSON object a line.")
+def command(
+    package: Path,
+    data: str,
+    wanted: tuple[str, ...],
+    metric: str | None,
+    text_column: str,
+    label_column: str,
+    target_column: str,
+    limit: int | None,
+    zero_shot: bool,
+    hard: str | None,
+    shots: int | None,
+    shots_from: str | None,
+    seed: int,
+    max_new_tokens: int | None,
+    provider: str,
+    threads: int | None,
+    as_json: bool,
+) -> None:
+    """Evaluate prompts on DATA as PACKAGE serves them: the metric with its standard error, and a table of labels.
+
+    DATA is streamed; every prompt, and every baseline asked for, answers the same rows in mixed batches.
+    """
+    if (shots is None) != (shots_from is None):
+        raise click.UsageError("--shots and --shots-from go together")
+    from edgeprompt.hard_prompt import few_shot_text, hard_prompt
+    from edgeprompt.request import GenerationOptions
+
+    columns = Columns(text_column, label_column, target_column)
+    with serving.open_runtime(package, provider=provider, threads=threads) as runtime:
+        prompts = serving.add_prompts(runtime, package, wanted)
+        first = next(iter(prompts.values()))
+        check_task(prompts, metric)
+        baselines = [hard_prompt(first, "", name="zero-shot")] if zero_shot else []
+        if hard is not None:
+            baselines.append(hard_prompt(first, hard, name="hard prompt"))
+        if shots and shots_from:
+            text = few_shot_text(first, draw_shots(first, shots_from, columns, shots, seed))
+            baselines.append(hard_prompt(first, text, name=f"{shots}-shot hard prompt"))
+        for baseline in baselines:
+            runtime.add_prompt(baseline)
+            prompts[baseline.name] = baseline
+        rows = console.track(islice(_read(data), limit), "eval", total=limit)
+        options = GenerationOptions(max_new_tokens=max_new_tokens)
+        found = evaluate(runtime, prompts, rows, columns, metric=metric, options=options)
+    for name, score in found.items():
+        if as_json:
+            click.echo(json.dumps({"prompt": name, **dataclasses.asdict(score)}, ensure_ascii=False))
+        else:
+            show(name, score)
+
+
+@dataclasses.dataclass(frozen=True)
+class Columns:
+    """Where in a row the text, the label and the right answer stand."""
+
+    text: str = "text"
+    label: str = "label"
+    target: str = "target"
+
+    def fields(self, prompt: PromptFile, row: Mapping[str, Any], number: int) -> dict[str, str]:
+        """The template's slots."""
+        return serving.fields_of(row, self.text, prompt.template.slots, number)
+
+    def reference(self, prompt: PromptFile, row: Mapping[str, Any], number: int) -> str:
+        """The right answer.
+
+        Raises:
+            DataError: the column is missing, or the label is none of the prompt's.
+        """
+        from edgeprompt.data import text_of
+        from edgeprompt.errors import DataError
+
+        if prompt.task != "classify":
+            return text_of(row, self.target, f"row {number}")
+        label = text_of(row, self.label, f"row {number}")
+        known = tuple(prompt.verbalizer) or prompt.labels
+        if label not in known:
+            raise DataError(f"row {number}: label {label!r} is none that prompt {prompt.name!r} knows: {known}")
+        return label
+
+
+def evaluate(
+    runtime: Runtime,
+    prompts: Mapping[str, PromptFile],
+    rows: Iterator[Mapping[str, Any]],
+    columns: Columns,
+    *,
+    metric: str | None,
+    options: GenerationOptions,
+) -> dict[str, Score]:
+    """The score of every prompt over the same rows; memory holds the short answers and one batch of texts."""
+    from edgeprompt.metrics import default_metric, score
+    from edgeprompt.request import Request
+
+    said: dict[str, list[str]] = {name: [] for name in prompts}
+    right: list[str] = []
+    first = next(iter(prompts.values()))
+    number = 0
+    for batch in serving.batches(rows, serving.ROWS_AT_ONCE):
+        requests = []
+        for row in batch:
+            number += 1
+            right.append(columns.reference(first, row, number))
+            for name, prompt in prompts.items():
+                fields = columns.fields(prompt, row, number)
+                requests.append((number, Request(text=fields, prompt=name, options=options, truncate=True)))
+        for (_, request), result in zip(requests, serving.answers(runtime, requests), strict=True):
+            said[str(request.prompt)].append(_text(result))
+    labels = first.task == "classify"
+    name = metric or default_metric(first.task)
+    return {prompt: score(name, guesses, right, labels=labels) for prompt, guesses in said.items()}
+
+
+def check_task(prompts: Mapping[str, PromptFile], metric: str | None) -> None:
+    """Refuse, before any work, what cannot be compared.
+
+    Raises:
+        InputError: prompts of different tasks, or a metric that does not fit.
+        UnsupportedError: a task without a metric here.
+    """
+    from edgeprompt.errors import InputError, UnsupportedError
+
+    tasks = {prompt.task for prompt in prompts.values()}
+    if len(tasks) > 1:
+        raise InputError(f"the prompts are for different tasks ({', '.join(sorted(tasks))}); evaluate each on its data")
+    (task,) = tasks
+    if task not in ("classify", "generate", "qa"):
+        raise UnsupportedError(f"eval has no metric for task {task!r}; it knows classify, generate and qa")
+    if metric == "accuracy" and task != "classify":
+        raise InputError(f"accuracy is for labels; for {task} take exact-match, f1, rouge or bleu")
+
+
+def draw_shots(
+    prompt: PromptFile, source: str, columns: Columns, count: int, seed: int
+) -> Sequence[tuple[Mapping[str, str], str]]:
+    """`count` solved examples drawn by the seed, labels as equally many as can be, in one pass over the data."""
+    by_label: dict[str, list[tuple[Mapping[str, str], str]]] = {}
+    seen: dict[str, int] = {}
+    draw = random.Random(seed)
+    for number, row in enumerate(_read(source), 1):
+        answer = columns.reference(prompt, row, number)
+        kind = answer if prompt.task == "classify" else ""
+        kept = by_label.setdefault(kind, [])
+        seen[kind] = seen.get(kind, 0) + 1
+        # Reservoir sampling (Vitter 1985): every row is equally likely to stay, without holding the data.
+        place = len(kept) if len(kept) < count else draw.randrange(seen[kind])
+        if place < count:
+            kept[place : place + 1] = [(columns.fields(prompt, row, number), answer)]
+    groups = [by_label[kind] for kind in sorted(by_label)]
+    turns = [group[place] for place in range(count) for group in groups if place < len(group)]
+    picked = turns[:count]
+    draw.shuffle(picked)
+    return picked
+
+
+def _read(source: str) -> Iterator[Mapping[str, Any]]:
+    from edgeprompt.data import read_rows
+
+    return read_rows(source)
+
+
+def _text(result: Result) -> str:
+    from edgeprompt.request import Answer, Classification, Generation
+
+    if isinstance(result, Classification):
+        return result.label
+    assert isinstance(result, (Generation, Answer)), "check_task lets no other task in"
+    return result.text.strip()
+
+
+def show(name: str, score: Score) -> None:
+    """A score on stdout."""
+    click.echo(f"{name}: {score.metric} {100 * score.value:.1f} ± {100 * score.standard_error:.1f} (n = {score.n})")
+    if score.per_label:
+        width = max(len(label) for label in (*score.per_label, "label")) + 2
+        click.echo(f"  {'label':<{width}}precision  recall     f1       n")
+    for label, found in score.per_label.items():
+        cells = "".join(f"{100 * value:<11.1f}" for value in (found.precision, found.recall))
+        click.echo(f"  {label:<{width}}{cells}{100 * found.f1:<9.1f}{found.n}")
