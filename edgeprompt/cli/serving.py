@@ -100,7 +100,8 @@ def read_lines(file: Iterable[str], name: str) -> Iterator[Mapping[str, Any]]:
 
     count = 0
     try:
-        for count, line in enumerate(file, 1):
+        for line in file:
+            count += 1
             yield {"text": line.rstrip("\n")}
     except UnicodeDecodeError as error:
         raise DataError(f"{name} is not UTF-8 text ({error.reason} behind line {count})") from error
