@@ -46,6 +46,10 @@ class Tokens:
     pad: int | None = None
     mask: int | None = None
     decoder_start: int | None = None
+    forced_bos: int | None = None
+    """What a decoder says first, whatever its logits (mBART: the target language)."""
+    forced_eos: int | None = None
+    """What a decoder says last where the length limit cuts it (BART)."""
 
 
 @dataclass(frozen=True)

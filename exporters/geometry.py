@@ -72,6 +72,8 @@ def tokens_of(config: Any, generation_config: Any = None, tokenizer: Any = None)
         pad=find("pad_token_id"),
         mask=getattr(tokenizer, "mask_token_id", None),
         decoder_start=find("decoder_start_token_id"),
+        forced_bos=find("forced_bos_token_id"),
+        forced_eos=find("forced_eos_token_id"),
     )
 
 

@@ -1,0 +1,104 @@
+"""Beam search over one request, step for step as transformers does it (`GenerationMixin._beam_search`, 5.x)."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Literal
+
+import numpy as np
+import numpy.typing as npt
+
+_NEVER = -1e9
+
+
+class BeamSearch:
+    """Keeps the best `num_beams` continuations; the caller computes logits and moves caches along.
+
+    Finished hypotheses are ranked by `sum of log-probabilities / length ** length_penalty`, the end token counted in
+    the length and the decoder's own start tokens not.
+    """
+
+    def __init__(
+        self,
+        num_beams: int,
+        max_new_tokens: int,
+        eos: Sequence[int],
+        *,
+        length_penalty: float = 1.0,
+        early_stopping: bool | Literal["never"] = False,
+    ) -> None:
+        self._num_beams = num_beams
+        self._max = max_new_tokens
+        self._eos = frozenset(eos)
+        self._keep = max(2, 1 + len(self._eos)) * num_beams
+        self._penalty = length_penalty
+        self._early = early_stopping
+        self._scores = np.zeros(1, np.float32)
+        self._running: list[list[int]] = [[]]
+        self._finished: list[tuple[float, list[int]]] = []
+        self._improvable = True
+
+    @property
+    def best(self) -> list[int]:
+        """Tokens of the best hypothesis, its end token included."""
+        return self._finished[0][1] if self._finished else self._running[0]
+
+    @property
+    def best_score(self) -> float:
+        """Its length-penalised log-probability."""
+        return self._finished[0][0] if self._finished else float(self._scores[0])
+
+    def advance(
+        self, logits: npt.NDArray[np.float32]
+    ) -> tuple[npt.NDArray[np.int64], npt.NDArray[np.int64]] | None:
+        """Take one step.
+
+        Args:
+            logits: `[rows, vocab_size]`: of the start alone at the first step, then of every running beam.
+
+        Returns:
+            The beams' next tokens, and for each the row that it continues; None when the search is over.
+        """
+        logarithms = _log_softmax(logits) + self._scores[:, None]
+        vocab = logits.shape[1]
+        flat = logarithms.ravel()
+        keep = min(self._keep, flat.size)
+        top = np.argpartition(-flat, keep - 1)[:keep]
+        top = top[np.argsort(-flat[top], kind="stable")]
+        scores, parents, tokens = flat[top], top // vocab, top % vocab
+        sequences = [[*self._running[parent], int(token)] for parent, token in zip(parents, tokens, strict=True)]
+        length = len(sequences[0])
+        ended = np.array([token in self._eos or length >= self._max for token in tokens])
+        self._finish(sequences, scores, ended, length)
+        best = np.argsort(-(scores + np.where(ended, np.float32(_NEVER), 0)), kind="stable")[: self._num_beams]
+        self._running = [sequences[index] for index in best]
+        self._scores = (scores + np.where(ended, np.float32(_NEVER), 0))[best].astype(np.float32)
+        self._improvable = self._improvable and self._can_improve(length)
+        full = len(self._finished) == self._num_beams
+        if not self._improvable or (full and self._early is True) or ended.all():
+            return None
+        return tokens[best], parents[best]
+
+    def _finish(
+        self, sequences: list[list[int]], scores: npt.NDArray[np.float32], ended: npt.NDArray[np.bool_], length: int
+    ) -> None:
+        """Take what ended among the best `num_beams`, and keep the best `num_beams` of all that ever ended."""
+        if not self._improvable or (self._early is True and len(self._finished) == self._num_beams):
+            return
+        for index in range(min(self._num_beams, len(sequences))):
+            if ended[index]:
+                self._finished.append((float(scores[index] / np.float32(length**self._penalty)), sequences[index]))
+        self._finished.sort(key=lambda found: -found[0])
+        del self._finished[self._num_beams :]
+
+    def _can_improve(self, length: int) -> bool:
+        if len(self._finished) < self._num_beams:
+            return True
+        reachable = self._max if self._early == "never" and self._penalty > 0 else length
+        return float(self._scores[0]) / reachable**self._penalty > self._finished[-1][0]
+
+
+def _log_softmax(logits: npt.NDArray[np.float32]) -> npt.NDArray[np.float32]:
+    shifted = logits - logits.max(axis=1, keepdims=True)
+    result: npt.NDArray[np.float32] = shifted - np.log(np.exp(shifted).sum(axis=1, keepdims=True))
+    return result
