@@ -50,7 +50,9 @@ _FIELD = re.compile(r"\{\{|\}\}|\{([a-z_][a-z0-9_]*)(?::(\d+))?\}|[{}]")
 class Tokenizer(Protocol):
     """What a template needs of a tokenizer."""
 
-    mask_token: str | None
+    @property
+    def mask_token(self) -> str | None:
+        """The mask token's text, None where there is none."""
 
     def encode(self, text: str, *, add_special_tokens: bool = True) -> list[int]:
         """Token ids of `text`."""

@@ -1,0 +1,99 @@
+"""`edgeprompt tune`: from labelled data to a prompt file."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import click
+
+from edgeprompt import names
+from edgeprompt.cli import console
+from edgeprompt.tuning.options import ENCODERS, INITS, PRECISIONS, TuneOptions
+
+
+def _verbalizer(_context: click.Context, _parameter: click.Parameter, values: tuple[str, ...]) -> dict[str, Any]:
+    words: dict[str, tuple[str, ...]] = {}
+    for value in values:
+        label, sign, word = value.partition("=")
+        if not (label and sign and word):
+            raise click.BadParameter(f'{value!r} is not of the form label=" word"')
+        words[label] = (*words.get(label, ()), word)
+    return words
+
+
+def _template(_context: click.Context, _parameter: click.Parameter, value: str | None) -> str | None:
+    return None if value is None else value.replace("\\n", "\n").replace("\\t", "\t")
+
+
+@click.command("tune")
+@click.argument("base")
+@click.argument("data")
+@click.option("-o", "--output", required=True, type=click.Path(path_type=Path), help="Prompt file (.safetensors).")
+@click.option("--method", type=click.Choice(names.METHODS), default="prompt-tuning", show_default=True)
+@click.option("--encoder", type=click.Choice(ENCODERS), default="mlp", show_default=True, help="Network of p-tuning.")
+@click.option("--projection", is_flag=True, help="Train a prefix behind a two-layer network.")
+@click.option(
+    "--task",
+    type=click.Choice([task for task in names.TASKS if task != "embed"]),
+    help="Without it: by the columns of DATA.",
+)
+@click.option("--virtual-tokens", "num_virtual_tokens", type=click.IntRange(1), default=16, show_default=True)
+@click.option("--init", type=click.Choice(INITS), default="text", show_default=True, help="What the prompt starts as.")
+@click.option("--init-text", help="Text to start from; without it a sentence that names the label words.")
+@click.option("--template", callback=_template, help=r'For example "{prompt}{text}\nSentiment:".')
+@click.option(
+    "--verbalizer",
+    multiple=True,
+    callback=_verbalizer,
+    metavar="LABEL=WORD",
+    help='Label word, as positive=" positive"; once for every label, or several words for one.',
+)
+@click.option("--text-column", default="text", show_default=True)
+@click.option("--label-column", default="label", show_default=True)
+@click.option("--target-column", default="target", show_default=True)
+@click.option("--eval", "eval_data", metavar="DATA", help="Data to choose the best prompt by.")
+@click.option("--eval-split", type=float, default=0.1, show_default=True, help="Fraction of DATA, without --eval.")
+@click.option("--shots", type=click.IntRange(1), help="Training examples per class.")
+@click.option("--steps", type=click.IntRange(1), help="Training steps; 200 without --steps and --epochs.")
+@click.option("--epochs", type=click.FloatRange(0, min_open=True))
+@click.option("--batch-size", type=click.IntRange(1), default=16, show_default=True)
+@click.option("--lr", "learning_rate", type=click.FloatRange(0, min_open=True), help="Without it: by the method.")
+@click.option("--seed", type=click.IntRange(0), default=0, show_default=True)
+@click.option("--max-length", type=click.IntRange(2), default=256, show_default=True, help="Tokens; longer is cut.")
+@click.option("--mixed-precision", type=click.Choice(PRECISIONS), default="no", show_default=True)
+@click.option(
+    "--for",
+    "package",
+    type=click.Path(path_type=Path),
+    help="Package to tune for: the frozen weights are its own, dequantised.",
+)
+@click.option("--resume", type=click.Path(path_type=Path), help="Checkpoint to go on from, or prompt file to start as.")
+@click.option("--adapter", type=click.Path(path_type=Path), help="Folder: also save the PEFT adapter.")
+@click.option("--log", type=click.Path(path_type=Path), help="Folder: metrics.jsonl and TensorBoard events.")
+@click.option("--json", "as_json", is_flag=True, help="The result as one JSON object.")
+def command(base: str, data: str, output: Path, as_json: bool, **values: Any) -> None:
+    """Train a soft prompt for BASE on DATA.
+
+    BASE is a Hugging Face id, a local folder or a .gguf file; DATA is a .csv, .tsv, .jsonl or .parquet file or a
+    dataset id (name:split).
+    """
+    options = TuneOptions(**values)
+    console.quiet_libraries()
+    from edgeprompt.tuning import tune
+
+    result = tune(base, data, output=output, options=options)
+    facts = {
+        "path": str(result.path),
+        "steps": result.steps,
+        "best_step": result.best_step,
+        f"eval_{result.metric}": result.value,
+        "examples_per_second": round(result.examples_per_second, 2),
+        **result.checks,
+    }
+    if as_json:
+        click.echo(json.dumps(facts, ensure_ascii=False))
+        return
+    click.echo(f"{result.path}: {result.prompt.num_virtual_tokens} virtual tokens, {result.path.stat().st_size} bytes")
+    console.print_measured({key: value for key, value in facts.items() if key != "path" and value is not None})

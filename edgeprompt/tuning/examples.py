@@ -1,0 +1,135 @@
+"""Tokenised examples: spooled to a temporary file, mapped, split, sampled and grouped into batches of like length."""
+
+from __future__ import annotations
+
+import tempfile
+from array import array
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import IO
+
+import numpy as np
+import numpy.typing as npt
+
+_FLUSH = 1 << 20
+_POOL = 64
+"""Batches whose examples are sorted by length together."""
+
+
+@dataclass(frozen=True)
+class Example:
+    """One example: token ids (virtual ids included), and what the loss compares with (class, target ids, tags)."""
+
+    ids: list[int]
+    target: list[int]
+
+
+class Examples:
+    """Examples on disk; memory holds two offsets for each."""
+
+    def __init__(self) -> None:
+        self._file: IO[bytes] = tempfile.TemporaryFile()  # noqa: SIM115 - lives as long as the examples
+        self._pending = array("i")
+        self._bounds = array("q", [0])
+        self._classes = array("i")
+        self._values: npt.NDArray[np.int32] | None = None
+
+    def append(self, example: Example) -> None:
+        """Add an example at the end."""
+        for values in (example.ids, example.target):
+            self._pending.extend(values)
+            self._bounds.append(self._bounds[-1] + len(values))
+        self._classes.append(example.target[0] if example.target else -1)
+        if len(self._pending) > _FLUSH:
+            self._flush()
+
+    def _flush(self) -> None:
+        self._pending.tofile(self._file)
+        self._pending = array("i")
+        self._values = None
+
+    def __len__(self) -> int:
+        return len(self._classes)
+
+    def __getitem__(self, index: int) -> Example:
+        if self._values is None or self._pending:
+            self._flush()
+            self._file.flush()
+            self._values = np.memmap(self._file, np.int32, "r")
+        start, middle, end = self._bounds[2 * index : 2 * index + 3]
+        return Example(self._values[start:middle].tolist(), self._values[middle:end].tolist())
+
+    @property
+    def lengths(self) -> npt.NDArray[np.int64]:
+        """Number of ids and targets of each example, int64 [len(self)]."""
+        return np.diff(np.frombuffer(self._bounds, np.int64)[::2])
+
+    @property
+    def classes(self) -> npt.NDArray[np.int32]:
+        """First target of each example (its class where there is one), int32 [len(self)]."""
+        return np.array(self._classes, np.int32)
+
+
+def split(count: int, fraction: float, seed: int) -> tuple[npt.NDArray[np.int64], npt.NDArray[np.int64]]:
+    """Indices for training and for evaluation, drawn by the seed; evaluation gets at least one where it may."""
+    order = np.random.default_rng([seed, 1]).permutation(count)
+    held = min(count - 1, max(1, round(count * fraction))) if fraction > 0 and count > 1 else 0
+    return np.sort(order[held:]), np.sort(order[:held])
+
+
+def few_shot(
+    indices: npt.NDArray[np.int64], classes: npt.NDArray[np.int32], shots: int, seed: int
+) -> npt.NDArray[np.int64]:
+    """At most `shots` of `indices` for each class, drawn by the seed."""
+    order = np.random.default_rng([seed, 2]).permutation(indices)
+    taken = [order[classes[order] == kind][:shots] for kind in np.unique(classes[order])]
+    return np.sort(np.concatenate(taken))
+
+
+def sample(indices: npt.NDArray[np.int64], limit: int, seed: int) -> npt.NDArray[np.int64]:
+    """At most `limit` of `indices`, drawn by the seed."""
+    return np.sort(np.random.default_rng([seed, 3]).permutation(indices)[:limit])
+
+
+class BatchPlan:
+    """Which examples each step sees: shuffled by (seed, epoch), grouped by length, the same on every run.
+
+    Every batch is full: what is left over at the end of an epoch is filled up from the epoch's first examples.
+    """
+
+    def __init__(
+        self, indices: npt.NDArray[np.int64], lengths: npt.NDArray[np.int64], batch_size: int, seed: int
+    ) -> None:
+        self._indices, self._lengths, self._seed = indices, lengths, seed
+        self.batch_size = min(batch_size, len(indices))
+        self.batches_per_epoch = -(-len(indices) // self.batch_size)
+        self._epoch = -1
+        self._batches: list[npt.NDArray[np.int64]] = []
+
+    def batch(self, step: int) -> Sequence[int]:
+        """Example indices of step 0, 1, 2, ..."""
+        epoch, place = divmod(step, self.batches_per_epoch)
+        if epoch != self._epoch:
+            self._epoch, self._batches = epoch, self._shuffled(epoch)
+        return [int(index) for index in self._batches[place]]
+
+    def _shuffled(self, epoch: int) -> list[npt.NDArray[np.int64]]:
+        random = np.random.default_rng([self._seed, 4, epoch])
+        order = random.permutation(self._indices)
+        order = np.concatenate([order, order])[: self.batches_per_epoch * self.batch_size]
+        pool = self.batch_size * _POOL
+        batches: list[npt.NDArray[np.int64]] = []
+        for start in range(0, len(order), pool):
+            part = order[start : start + pool]
+            part = part[np.argsort(self._lengths[part], kind="stable")]
+            batches += np.split(part, len(part) // self.batch_size)
+        return [batches[index] for index in random.permutation(len(batches))]
+
+
+def sorted_batches(
+    indices: npt.NDArray[np.int64], lengths: npt.NDArray[np.int64], batch_size: int
+) -> Iterator[list[int]]:
+    """All of `indices` once, in batches of like length."""
+    order = indices[np.argsort(lengths[indices], kind="stable")]
+    for start in range(0, len(order), batch_size):
+        yield [int(index) for index in order[start : start + batch_size]]

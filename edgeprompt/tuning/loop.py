@@ -1,0 +1,231 @@
+"""The training loop: accelerate underneath, best prompt kept, checkpoints that go on bit for bit."""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Mapping, Sequence
+from contextlib import suppress
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from edgeprompt import strict_json
+from edgeprompt.errors import TuningError
+from edgeprompt.files import atomic_file
+from edgeprompt.tuning.examples import BatchPlan, Examples
+from edgeprompt.tuning.objectives import Objective
+from edgeprompt.tuning.options import TuneOptions
+from edgeprompt.tuning.record import Recorder
+
+_WARMUP = 0.05
+_CLIP = 1.0
+
+
+@dataclass
+class Progress:
+    """How far a run is, and the best it has found."""
+
+    step: int = 0
+    best_step: int = 0
+    best: dict[str, float] = field(default_factory=dict)
+    """Figures of the best evaluation; empty without evaluation."""
+    best_parameters: dict[str, torch.Tensor] = field(default_factory=dict)
+    waited: int = 0
+    """Evaluations since the best."""
+    seconds: float = 0.0
+    """Time spent in training steps."""
+
+
+class _Step(nn.Module):
+    """One step's loss as a module's forward, so that accelerate can wrap it for several devices."""
+
+    def __init__(self, objective: Objective) -> None:
+        super().__init__()
+        self.model = objective.model
+        self.__dict__["objective"] = objective
+
+    def forward(self, examples: Examples, indices: Sequence[int]) -> torch.Tensor:
+        objective: Objective = self.__dict__["objective"]
+        outcome = objective.measure([examples[index] for index in indices])
+        return outcome.loss / outcome.count
+
+
+class Loop:
+    """Trains an objective's model on a batch plan."""
+
+    def __init__(
+        self,
+        objective: Objective,
+        examples: Examples,
+        plan: BatchPlan,
+        eval_batches: tuple[Examples, Sequence[Sequence[int]]],
+        options: TuneOptions,
+        *,
+        steps: int,
+        checkpoint: Path,
+        signature: Mapping[str, Any],
+    ) -> None:
+        """`eval_batches`: examples and which of them to evaluate on, none for no evaluation; `signature`: what a
+        checkpoint must agree with to go on."""
+        from accelerate import Accelerator
+
+        self.accelerator = Accelerator(mixed_precision=options.mixed_precision)
+        self._objective, self._examples, self._plan, self._options = objective, examples, plan, options
+        self._eval_examples, self._eval_batches = eval_batches
+        self._steps, self._checkpoint, self._signature = steps, checkpoint, strict_json.dumps(signature)
+        if options.mixed_precision != "no":
+            objective.model.base.to({"bf16": torch.bfloat16, "fp16": torch.float16}[options.mixed_precision])
+        objective.model.to(self.accelerator.device)
+        self.parameters = {name: value for name, value in objective.model.named_parameters() if value.requires_grad}
+        optimizer = torch.optim.AdamW(self.parameters.values(), lr=options.rate, weight_decay=0.0)
+        self._module, self._optimizer = self.accelerator.prepare(_Step(objective), optimizer)
+        self.progress = Progress()
+
+    def run(self, *, show: bool) -> Progress:
+        """Train until the last step, or until evaluation stops getting better.
+
+        Raises:
+            TuningError: the loss is not finite, or the run was interrupted (a checkpoint is written first).
+        """
+        every = self._options.eval_steps or max(1, math.ceil(self._steps / 8))
+        progress = self.progress
+        log = self._options.log if self.accelerator.is_main_process else None
+        with Recorder(log, total=self._steps, start=progress.step, progress=show) as recorder:
+            try:
+                while progress.step < self._steps and not self._patience_spent():
+                    recorder.step(progress.step + 1, self._train_step())
+                    if progress.step % every == 0 or progress.step == self._steps:
+                        self._evaluate_and_keep(recorder)
+                        self.save(self._checkpoint)
+            except KeyboardInterrupt as error:
+                self.save(self._checkpoint)
+                raise TuningError(
+                    f"interrupted after step {progress.step}; go on with --resume {self._checkpoint}"
+                ) from error
+        if progress.best_parameters:
+            self._set_parameters(progress.best_parameters)
+        else:
+            progress.best_step = progress.step
+        return progress
+
+    def _patience_spent(self) -> bool:
+        return self._options.patience is not None and self.progress.waited >= self._options.patience
+
+    def _train_step(self) -> dict[str, float]:
+        started = time.perf_counter()
+        step, world = self.progress.step, self.accelerator.num_processes
+        rate = self._options.rate * _schedule(step, self._steps)
+        for group in self._optimizer.param_groups:
+            group["lr"] = rate
+        self._objective.model.train()
+        indices = self._plan.batch(step)
+        mine = indices[self.accelerator.process_index :: world] or indices[:1]
+        with self.accelerator.autocast():
+            loss = self._module(self._examples, mine)
+        if not torch.isfinite(loss):
+            raise TuningError(f"the loss is {loss.item()} at step {step + 1}; try a lower --lr than {rate:g}")
+        self.accelerator.backward(loss)
+        norm = self.accelerator.clip_grad_norm_(list(self.parameters.values()), _CLIP)
+        self._optimizer.step()
+        self._optimizer.zero_grad()
+        seconds = time.perf_counter() - started
+        self.progress.step += 1
+        self.progress.seconds += seconds
+        return {
+            "loss": loss.item(),
+            "learning_rate": rate,
+            "gradient_norm": float(norm),
+            "examples_per_second": len(indices) / seconds,
+        }
+
+    def _evaluate_and_keep(self, recorder: Recorder) -> None:
+        figures = self.evaluate()
+        if not figures:
+            return
+        progress, metric = self.progress, self._objective.metric
+        if not progress.best or _rank(figures, metric) > _rank(progress.best, metric):
+            progress.best, progress.best_step, progress.waited = figures, progress.step, 0
+            progress.best_parameters = {name: value.detach().clone() for name, value in self.parameters.items()}
+        else:
+            progress.waited += 1
+        note = f"{metric} {figures[metric]:.3f} (best {progress.best[metric]:.3f})"
+        recorder.evaluation(progress.step, figures, note)
+
+    @torch.no_grad()
+    def evaluate(self) -> dict[str, float]:
+        """Mean loss and metric over the eval batches; empty without any."""
+        if not self._eval_batches:
+            return {}
+        model, accelerator = self._objective.model, self.accelerator
+        model.eval()
+        sums = torch.zeros(3, dtype=torch.float64)
+        with accelerator.autocast():
+            shared = self._objective.shared()
+            for batch in self._eval_batches[accelerator.process_index :: accelerator.num_processes]:
+                outcome = self._objective.measure([self._eval_examples[index] for index in batch], shared)
+                sums += torch.tensor([float(outcome.loss), outcome.correct, outcome.count], dtype=torch.float64)
+        loss, correct, count = accelerator.reduce(sums.float().to(accelerator.device), "sum").tolist()
+        return {"loss": loss / count, self._objective.metric: correct / count}
+
+    def _set_parameters(self, values: Mapping[str, torch.Tensor]) -> None:
+        with torch.no_grad():
+            for name, parameter in self.parameters.items():
+                parameter.copy_(values[name])
+
+    def save(self, path: Path) -> None:
+        """Write a checkpoint: parameters, the best ones, optimizer, step and random state."""
+        if not self.accelerator.is_main_process:
+            return
+        progress = self.progress
+        content = {
+            "signature": self._signature,
+            "parameters": {name: value.detach().cpu() for name, value in self.parameters.items()},
+            "optimizer": self._optimizer.state_dict(),
+            "random": torch.get_rng_state(),
+            "progress": {name: getattr(progress, name) for name in progress.__dataclass_fields__},
+        }
+        with atomic_file(path) as temporary:
+            torch.save(content, temporary)
+
+    def resume(self, path: Path) -> None:
+        """Go on from a checkpoint.
+
+        Raises:
+            TuningError: no checkpoint, or one of another run; the message names the first setting that differs.
+        """
+        try:
+            content = torch.load(path, map_location="cpu", weights_only=True)
+            theirs, ours = strict_json.loads(content["signature"]), strict_json.loads(self._signature)
+            progress = Progress(**content["progress"])
+        except Exception as error:  # torch and pickle raise many kinds for a broken file
+            raise TuningError(f"cannot go on from {str(path)!r}: no checkpoint of edgeprompt tune") from error
+        for name in ours:
+            if theirs.get(name) != ours[name]:
+                raise TuningError(
+                    f"checkpoint {str(path)!r} was made with {name} {theirs.get(name)!r}, this run has {ours[name]!r}"
+                )
+        self._set_parameters(content["parameters"])
+        self._optimizer.load_state_dict(content["optimizer"])
+        torch.set_rng_state(content["random"])
+        self.progress = progress
+
+    def forget_checkpoint(self) -> None:
+        """Remove the checkpoint of a run that is done."""
+        if self.accelerator.is_main_process:
+            with suppress(FileNotFoundError):
+                self._checkpoint.unlink()
+
+
+def _schedule(step: int, steps: int) -> float:
+    """Factor on the learning rate: a short linear warm-up, then down to a tenth along a line."""
+    warmup = max(1, round(steps * _WARMUP))
+    return min((step + 1) / warmup, 1 - 0.9 * step / steps)
+
+
+def _rank(figures: Mapping[str, float], metric: str) -> tuple[float, float]:
+    """What makes an evaluation better: the metric, then the loss (a generation's loss alone)."""
+    return (figures[metric] if metric == "accuracy" else -figures["loss"], -figures["loss"])

@@ -1,0 +1,118 @@
+"""PEFT's prompt encoders: built, started from a text, read out."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+import torch
+from torch import nn
+
+from edgeprompt import names
+from edgeprompt.errors import UnsupportedError
+from edgeprompt.manifest import Geometry
+from edgeprompt.tuning.options import TuneOptions
+
+PREFIX_METHODS = ("prefix-tuning", "p-tuning-v2")
+
+
+class SoftPrompt(nn.Module):
+    """One task's trainable part: PEFT's prompt encoder, without the base it stands in front of.
+
+    Attributes:
+        peft: the PEFT model around the base (not a submodule: its parameters are the base's).
+        encoder: PEFT's prompt encoder; its parameters are the trainable ones.
+        is_prefix: whether it makes keys and values for every layer (else embeddings).
+    """
+
+    def __init__(self, base: Any, geometry: Geometry, options: TuneOptions, *, task_type: str) -> None:
+        super().__init__()
+        from peft import get_peft_model
+
+        self.is_prefix = options.method in PREFIX_METHODS
+        self.num_virtual_tokens = options.num_virtual_tokens
+        self._geometry = geometry
+        self.__dict__["peft"] = get_peft_model(base, _config(geometry, options, task_type))
+        self.peft: Any
+        self.encoder = self.peft.prompt_encoder["default"].float()
+
+    def forward(self) -> torch.Tensor:
+        """The prompt: embeddings [num_virtual_tokens, hidden_size], or, for a prefix, keys and values
+        [num_layers, 2, num_key_value_heads, num_virtual_tokens, head_size]."""
+        tokens = torch.arange(self.num_virtual_tokens, device=self.encoder.embedding.weight.device)
+        made: torch.Tensor = self.encoder(tokens[None])[0]
+        if not self.is_prefix:
+            return made
+        size = self._geometry
+        view = made.view(self.num_virtual_tokens, size.num_layers, 2, size.num_key_value_heads, size.head_size)
+        return view.permute(1, 2, 3, 0, 4)
+
+    @torch.no_grad()
+    def start_from(self, target: torch.Tensor) -> None:
+        """Set the parameters so that `forward` gives `target`; behind a network, its last layer is solved for."""
+        if self.is_prefix:
+            target = target.permute(3, 0, 1, 2, 4).reshape(self.num_virtual_tokens, -1)
+        network = getattr(self.encoder, "mlp_head", None) or getattr(self.encoder, "transform", None)
+        if network is None:
+            self.encoder.embedding.weight.copy_(target)
+            return
+        features = self.encoder.embedding.weight[None]
+        if hasattr(self.encoder, "lstm_head"):
+            features = self.encoder.lstm_head(features)[0]
+        features = network[:-1](features)[0]
+        # The least-squares solution of smallest norm: exact as long as there are as many features as virtual tokens.
+        last, mean = network[-1], target.mean(0)
+        last.bias.copy_(mean)
+        last.weight.copy_((torch.linalg.pinv(features.double()) @ (target - mean).double()).T)
+
+    def array(self) -> np.ndarray[Any, np.dtype[np.float32]]:
+        """`forward` as float32 in numpy."""
+        with torch.no_grad():
+            return np.ascontiguousarray(self().float().cpu().numpy())
+
+
+def _config(size: Geometry, options: TuneOptions, task_type: str) -> Any:
+    from peft import PrefixTuningConfig, PromptEncoderConfig, PromptTuningConfig
+
+    common: dict[str, Any] = {
+        "task_type": task_type,
+        "num_virtual_tokens": options.num_virtual_tokens,
+        "num_transformer_submodules": 1,
+        "num_layers": size.num_layers,
+        "token_dim": size.hidden_size,
+        "num_attention_heads": size.num_attention_heads,
+    }
+    if options.method in PREFIX_METHODS:
+        # Under grouped-query attention PEFT's names mean the geometry of keys and values.
+        common |= {
+            "token_dim": size.num_key_value_heads * size.head_size,
+            "num_attention_heads": size.num_key_value_heads,
+        }
+        hidden = size.hidden_size if options.projection else None
+        return PrefixTuningConfig(**common, prefix_projection=options.projection, encoder_hidden_size=hidden)
+    if options.method == "p-tuning":
+        return PromptEncoderConfig(
+            **common, encoder_reparameterization_type=options.encoder.upper(), encoder_hidden_size=size.hidden_size
+        )
+    if options.method == "prompt-tuning":
+        return PromptTuningConfig(**common, prompt_tuning_init="RANDOM")
+    raise UnsupportedError(f"method {options.method!r} is not offered for this base; known: {', '.join(names.METHODS)}")
+
+
+def start_ids(
+    options: TuneOptions, tokenizer: Any, vocab_size: int, words: Sequence[str], purpose: str
+) -> list[int] | None:
+    """Token ids whose embeddings (or keys and values) the prompt starts from; None for a random start.
+
+    A text is repeated or cut to the number of virtual tokens, as PEFT does.
+    """
+    count = options.num_virtual_tokens
+    if options.init == "random":
+        return None
+    if options.init == "vocab":
+        return [int(value) for value in np.random.default_rng([options.seed, 5]).integers(0, vocab_size, count)]
+    text = "".join(words) if options.init == "labels" and words else options.init_text or purpose
+    ids = tokenizer.encode(text, add_special_tokens=False) or [0]
+    return (ids * math.ceil(count / len(ids)))[:count]
