@@ -1,0 +1,258 @@
+"""A decoder-only graph and the rows that run on it: prefill one row, or one decode step for many."""
+
+from __future__ import annotations
+
+import mmap
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, Protocol
+
+import numpy as np
+import numpy.typing as npt
+
+from edgeprompt import names
+from edgeprompt.kv_cache import KV, KVShape, SlotCache
+from edgeprompt.session import Session, import_onnxruntime
+
+Ids = npt.NDArray[np.int64]
+Logits = npt.NDArray[np.float32]
+
+LOGITS_BUDGET = 64 << 20
+"""Most bytes of logits per prefill chunk, for graphs that compute them at every position."""
+PREFILL_CHUNK = 512
+
+
+class DecoderGraph(Protocol):
+    """What the scheduler needs of a graph. Rows are numbered; the first `n` take part in a decode step."""
+
+    chunk: int
+
+    def fits(self, rows: int, length: int) -> bool:
+        """Whether that many rows of that many positions are within the budget."""
+
+    def place(self, row: int, prefix: KV | None, length: int, used: int) -> None:
+        """Start row `row` on a prefix [2 * num_layers, heads, positions, head_size], with room for `length`."""
+
+    def prefill(self, row: int, ids: Sequence[int], past: int, rows: Logits | None) -> Logits:
+        """Run a row's next ids behind `past` positions; float32 [vocab_size] of the last one."""
+
+    def decode(self, ids: Sequence[int], lengths: Sequence[int]) -> Logits:
+        """One token for each of the first rows, `lengths` positions before it; float32 [rows, vocab_size]."""
+
+    def decode_one(self, row: int, token: int, length: int) -> Logits:
+        """One token for one row; float32 [vocab_size]."""
+
+    def read(self, row: int, length: int) -> KV:
+        """Copy of a row's first keys and values."""
+
+    def move(self, source: int, target: int, length: int) -> None:
+        """Let `target` continue where `source` is."""
+
+    def idle(self) -> None:
+        """No row is running: give back what a long request took."""
+
+
+def open_graph(session: Session, path: Path, shape: KVShape, *, hidden_size: int, max_rows: int, budget: int) -> DecoderGraph:
+    """The way to run a graph: caches shared in place where its attention appends in place, else grown by the graph."""
+    kind = SharedGraph if _appends_in_place(path) else GrowingGraph
+    return kind(session, shape, hidden_size=hidden_size, max_rows=max_rows, budget=budget)
+
+
+def _appends_in_place(path: Path) -> bool:
+    """Whether the graph's attention is GroupQueryAttention (operator names stand in the file as plain text)."""
+    with path.open("rb") as file, mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as data:
+        return data.find(b"GroupQueryAttention") >= 0
+
+
+class _Graph:
+    """What both ways share: names, types and the small inputs."""
+
+    def __init__(self, session: Session, shape: KVShape, *, hidden_size: int, max_rows: int, budget: int) -> None:
+        self._session, self._ort = session, session.ort
+        self._shape, self._max_rows, self._budget = shape, max_rows, budget
+        inputs = {value.name: value for value in self._ort.get_inputs()}
+        outputs = {value.name: value for value in self._ort.get_outputs()}
+        self._inputs, self._outputs = set(inputs), set(outputs)
+        logits = outputs[names.LOGITS]
+        self._vocab = int(logits.shape[2])
+        self._logits_type = np.float16 if "float16" in logits.type else np.float32
+        self._last_only = logits.shape[1] == 1
+        self.chunk = PREFILL_CHUNK
+        if not self._last_only:
+            self.chunk = min(PREFILL_CHUNK, max(16, LOGITS_BUDGET // (4 * self._vocab)))
+        self._no_rows = np.zeros((1, hidden_size), np.float32)
+        self._blocks = [
+            (2 * layer + index, names.past(layer, part), names.present(layer, part))
+            for layer in range(shape.num_layers)
+            for index, part in enumerate(("key", "value"))
+        ]
+
+
+class SharedGraph(_Graph):
+    """GroupQueryAttention: past and present are the same memory, and the operator appends in place.
+
+    A binding holds addresses, so there is one per slot (prefill) and one per number of rows (decode); a step binds
+    ids and mask only.
+    """
+
+    def __init__(self, session: Session, shape: KVShape, *, hidden_size: int, max_rows: int, budget: int) -> None:
+        super().__init__(session, shape, hidden_size=hidden_size, max_rows=max_rows, budget=budget)
+        self._cache = SlotCache(shape, max_slots=max_rows, budget=budget)
+        self._bindings: dict[tuple[int, int], Any] = {}
+        self._generation = -1
+        self._occupant: dict[int, KV | None] = {}
+        """The prefix at the start of each slot: rows write behind it only, so the next row may use it as it is."""
+        self._logits = np.empty((max_rows, 1, self._vocab), self._logits_type)
+        self._ids = np.empty((max_rows, 1), np.int64)
+        self._positions = np.empty((max_rows, 1), np.int64)
+        self._mask = np.empty(0, np.int64)
+        self._count = np.empty(0, np.int64)
+        self._run_options = import_onnxruntime().RunOptions()
+
+    def fits(self, rows: int, length: int) -> bool:
+        """Whether that many rows of that many positions are within the budget."""
+        return self._cache.fits(rows, length)
+
+    def place(self, row: int, prefix: KV | None, length: int, used: int) -> None:
+        """Start a row on a prefix; a slot that still holds the same prefix from its last row is used as it is."""
+        self._cache.reserve(row + 1, length, used)
+        if self._generation != self._cache.generation:
+            self._generation = self._cache.generation
+            self._bindings.clear()
+            self._occupant.clear()
+            self._mask = np.empty(self._cache.slots * self._cache.length, np.int64)
+            self._count = np.arange(self._cache.length)
+        if prefix is not None and self._occupant.get(row) is not prefix:
+            self._cache.write(row, prefix)
+        self._occupant[row] = prefix
+
+    def prefill(self, row: int, ids: Sequence[int], past: int, rows: Logits | None) -> Logits:
+        """Run a row's next ids on top of `past` positions of its slot."""
+        binding = self._binding(row, 1)
+        count = len(ids)
+        table = self._no_rows if rows is None else rows
+        tensors = [np.asarray([ids], np.int64), np.ones((1, past + count), np.int64), np.arange(past, past + count)[None]]
+        self._bind(binding, names.INPUT_IDS, tensors[0])
+        self._bind(binding, names.ATTENTION_MASK, tensors[1])
+        self._bind(binding, names.POSITION_IDS, tensors[2])
+        self._bind(binding, names.PROMPT_EMBEDDINGS, table)
+        logits = self._logits[:1] if self._last_only else np.empty((1, count, self._vocab), self._logits_type)
+        self._bind_output(binding, logits)
+        self._ort.run_with_iobinding(binding)
+        return logits[0, -1].astype(np.float32, copy=False)
+
+    def decode(self, ids: Sequence[int], lengths: Sequence[int]) -> Logits:
+        """One token for each of the first rows."""
+        return self._step(0, ids, lengths)
+
+    def decode_one(self, row: int, token: int, length: int) -> Logits:
+        """One token for one row."""
+        logits: Logits = self._step(row, (token,), (length,))[0]
+        return logits
+
+    def _step(self, row: int, ids: Sequence[int], lengths: Sequence[int]) -> Logits:
+        count = len(ids)
+        binding = self._binding(row, count)
+        width = min(-(-(max(lengths) + 1) // 64) * 64, self._cache.length)
+        mask = self._mask[: count * width].reshape(count, width)
+        np.less_equal(self._count[:width], np.asarray(lengths)[:, None], out=mask, casting="unsafe")
+        self._ids[:count, 0] = ids
+        self._positions[:count, 0] = lengths
+        self._bind(binding, names.INPUT_IDS, self._ids[:count])
+        self._bind(binding, names.ATTENTION_MASK, mask)
+        self._bind(binding, names.POSITION_IDS, self._positions[:count])
+        self._bind(binding, names.PROMPT_EMBEDDINGS, self._no_rows)
+        self._bind_output(binding, self._logits[:count])
+        self._ort.run_with_iobinding(binding)
+        return self._logits[:count, 0].astype(np.float32, copy=False)
+
+    def read(self, row: int, length: int) -> KV:
+        """Copy of a slot's first keys and values."""
+        return self._cache.read(row, length)
+
+    def move(self, source: int, target: int, length: int) -> None:
+        """Copy a slot over another (when a row in the middle leaves)."""
+        self._cache.move(source, target, length)
+        self._occupant[target] = self._occupant.get(source)
+
+    def idle(self) -> None:
+        """Give back what a long request took."""
+        self._cache.shrink(1024)
+
+    def _binding(self, row: int, count: int) -> Any:
+        found = self._bindings.get((row, count))
+        if found is None:
+            found = self._ort.io_binding()
+            size = self._shape
+            shape = (count, size.num_heads, self._cache.length, size.head_size)
+            for block, past, present in self._blocks:
+                place = ("cpu", 0, np.dtype(size.dtype).type, shape, self._cache.pointer(block, row))
+                found.bind_input(past, *place)
+                found.bind_output(present, *place)
+            self._bindings[row, count] = found
+        return found
+
+    def _bind(self, binding: Any, name: str, array: npt.NDArray[Any]) -> None:
+        if name in self._inputs:
+            binding.bind_input(name, "cpu", 0, array.dtype.type, array.shape, array.ctypes.data)
+
+    def _bind_output(self, binding: Any, logits: npt.NDArray[Any]) -> None:
+        binding.bind_output(names.LOGITS, "cpu", 0, logits.dtype.type, logits.shape, logits.ctypes.data)
+
+
+class GrowingGraph(_Graph):
+    """Attention that returns past and new keys joined (other exporters' graphs): each row keeps its own, and runs alone."""
+
+    def __init__(self, session: Session, shape: KVShape, *, hidden_size: int, max_rows: int, budget: int) -> None:
+        super().__init__(session, shape, hidden_size=hidden_size, max_rows=max_rows, budget=budget)
+        self._rows: dict[int, list[npt.NDArray[Any]]] = {}
+        self._names = [names.LOGITS, *(present for _, _, present in self._blocks)]
+
+    def fits(self, rows: int, length: int) -> bool:
+        """Whether that many rows of that many positions are within the budget."""
+        return rows <= self._max_rows and rows * length * self._shape.bytes_per_position <= self._budget
+
+    def place(self, row: int, prefix: KV | None, length: int, used: int) -> None:
+        """Start a row on a prefix."""
+        size = self._shape
+        empty = np.empty((2 * size.num_layers, size.num_heads, 0, size.head_size), size.dtype)
+        self._rows[row] = [block[None] for block in (empty if prefix is None else prefix)]
+
+    def prefill(self, row: int, ids: Sequence[int], past: int, rows: Logits | None) -> Logits:
+        """Run a row's next ids."""
+        kept = self._rows[row]
+        if kept[0].shape[2] > past:
+            kept = [block[:, :, :past] for block in kept]
+        total = past + len(ids)
+        feed = {
+            names.INPUT_IDS: np.asarray([ids], np.int64),
+            names.ATTENTION_MASK: np.ones((1, total), np.int64),
+            names.POSITION_IDS: np.arange(past, total)[None],
+            names.PROMPT_EMBEDDINGS: self._no_rows if rows is None else rows,
+            **{name: kept[block] for block, name, _ in self._blocks},
+        }
+        logits, *present = self._ort.run(self._names, {key: value for key, value in feed.items() if key in self._inputs})
+        self._rows[row] = present
+        last: Logits = logits[0, -1].astype(np.float32, copy=False)
+        return last
+
+    def decode(self, ids: Sequence[int], lengths: Sequence[int]) -> Logits:
+        """One token for each of the first rows, one after another."""
+        return np.stack([self.decode_one(row, token, lengths[row]) for row, token in enumerate(ids)])
+
+    def decode_one(self, row: int, token: int, length: int) -> Logits:
+        """One token for one row."""
+        return self.prefill(row, (token,), length, None)
+
+    def read(self, row: int, length: int) -> KV:
+        """A row's first keys and values."""
+        found: KV = np.concatenate([block[:, :, :length] for block in self._rows[row]])
+        return found
+
+    def move(self, source: int, target: int, length: int) -> None:
+        """Hand a row's keys and values over."""
+        self._rows[target] = self._rows.pop(source)
+
+    def idle(self) -> None:
+        """Free all rows."""
+        self._rows.clear()

@@ -1,0 +1,152 @@
+"""Keys and values: one growing buffer with a slot per running row, and the resident prefixes of prompts."""
+
+from __future__ import annotations
+
+import threading
+from collections import OrderedDict
+from collections.abc import Hashable
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+KV = npt.NDArray[np.float32] | npt.NDArray[np.float16]
+
+
+@dataclass(frozen=True)
+class KVShape:
+    """What one position of one row takes."""
+
+    num_layers: int
+    num_heads: int
+    head_size: int
+    dtype: str
+
+    @property
+    def bytes_per_position(self) -> int:
+        """Bytes of the keys and values of one position."""
+        return 2 * self.num_layers * self.num_heads * self.head_size * np.dtype(self.dtype).itemsize
+
+    def prefix(self, past_key_values: npt.NDArray[Any]) -> KV:
+        """A prompt file's `past_key_values` [num_layers, 2, heads, length, head_size] as the cache keeps it."""
+        layers, two, heads, length, size = past_key_values.shape
+        prefix: KV = np.ascontiguousarray(past_key_values, self.dtype).reshape(layers * two, heads, length, size)
+        return prefix
+
+
+class SlotCache:
+    """One buffer [2 * num_layers, slots, heads, length, head_size] for all running rows.
+
+    Row `i` lives in slot `i`, so a decode step of `n` rows reads the first `n` slots and a prefill one slot, both as
+    plain sub-blocks of each layer's block: nothing is copied per step. The buffer grows by doubling (the rows in it
+    are copied then) up to `budget` bytes. Memory that no row has touched is not resident.
+    """
+
+    def __init__(self, shape: KVShape, *, max_slots: int, budget: int) -> None:
+        self.shape = shape
+        self.max_slots = max_slots
+        self.budget = budget
+        self.slots = 0
+        self.length = 0
+        self.generation = 0
+        """Rises whenever the buffer moves, so that bindings know that they are stale."""
+        self._buffer: KV = np.empty((2 * shape.num_layers, 0, shape.num_heads, 0, shape.head_size), shape.dtype)
+
+    def fits(self, slots: int, length: int) -> bool:
+        """Whether the budget allows `slots` rows of `length` positions."""
+        return slots <= self.max_slots and slots * _round(length) * self.shape.bytes_per_position <= self.budget
+
+    def reserve(self, slots: int, length: int, used: int) -> None:
+        """Make room for `slots` rows of `length` positions, keeping what the first `used` slots hold."""
+        length = _round(length)
+        if slots <= self.slots and length <= self.length:
+            return
+        if self.fits(slots, max(length, self.length)):
+            length = max(length, self.length)
+        wanted = min(max(self.slots, 1 << (slots - 1).bit_length()), self.max_slots)
+        slots = wanted if self.fits(wanted, length) else slots
+        size = self.shape
+        buffer: KV = np.empty((2 * size.num_layers, slots, size.num_heads, length, size.head_size), size.dtype)
+        kept = min(length, self.length)
+        if used:
+            buffer[:, :used, :, :kept] = self._buffer[:, :used, :, :kept]
+        self._buffer = buffer
+        self.slots, self.length = slots, length
+        self.generation += 1
+
+    def shrink(self, length: int) -> None:
+        """Give back memory above `length` positions a slot; only while no row is in use."""
+        if self.length > _round(length):
+            self.slots = self.length = 0
+            self._buffer = self._buffer[:, :0, :, :0]
+            self.generation += 1
+
+    def pointer(self, block: int, slot: int) -> int:
+        """Address of `slot` in block `2 * layer + (0 keys, 1 values)`."""
+        strides = self._buffer.strides
+        return int(self._buffer.ctypes.data) + block * strides[0] + slot * strides[1]
+
+    def write(self, slot: int, prefix: KV) -> None:
+        """Put a prefix [2 * num_layers, heads, length, head_size] at the start of a slot."""
+        self._buffer[:, slot, :, : prefix.shape[2]] = prefix
+
+    def read(self, slot: int, length: int) -> KV:
+        """Copy of the first `length` positions of a slot."""
+        return self._buffer[:, slot, :, :length].copy()
+
+    def move(self, source: int, target: int, length: int) -> None:
+        """Copy the first `length` positions of one slot over another."""
+        self._buffer[:, target, :, :length] = self._buffer[:, source, :, :length]
+
+
+def _round(length: int) -> int:
+    """Buffer lengths are powers of two from 256, so that a buffer seldom moves."""
+    return max(256, 1 << (length - 1).bit_length())
+
+
+class PrefixCache:
+    """Resident prefixes, least recently used first out, within a budget in bytes. Safe from any thread."""
+
+    def __init__(self, budget: int) -> None:
+        self.budget = budget
+        self.size = 0
+        self.misses = 0
+        self._entries: OrderedDict[Hashable, KV] = OrderedDict()
+        self._lock = threading.Lock()
+
+    def get(self, key: Hashable) -> KV | None:
+        """The prefix, now the most recently used; None if it is not resident."""
+        with self._lock:
+            found = self._entries.get(key)
+            if found is None:
+                self.misses += 1
+            else:
+                self._entries.move_to_end(key)
+            return found
+
+    def put(self, key: Hashable, prefix: KV) -> None:
+        """Keep a prefix; one larger than the whole budget is not kept."""
+        with self._lock:
+            self._drop(key)
+            if prefix.nbytes > self.budget:
+                return
+            while self.size + prefix.nbytes > self.budget:
+                _, old = self._entries.popitem(last=False)
+                self.size -= old.nbytes
+            self._entries[key] = prefix
+            self.size += prefix.nbytes
+
+    def has_room(self, size: int) -> bool:
+        """Whether `size` more bytes fit without putting anything out."""
+        return self.size + size <= self.budget
+
+    def remove(self, key: Hashable) -> None:
+        """Forget a prefix, if it is there."""
+        with self._lock:
+            self._drop(key)
+
+    def _drop(self, key: Hashable) -> None:
+        old = self._entries.pop(key, None)
+        if old is not None:
+            self.size -= old.nbytes

@@ -1,0 +1,113 @@
+"""ONNX Runtime sessions: which provider, how many threads."""
+
+from __future__ import annotations
+
+import os
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from edgeprompt.errors import InputError, MissingDependencyError, PackageError, ProviderError
+
+_PROVIDERS = {
+    "cpu": "CPUExecutionProvider",
+    "cuda": "CUDAExecutionProvider",
+    "tensorrt": "TensorrtExecutionProvider",
+    "rocm": "ROCMExecutionProvider",
+    "migraphx": "MIGraphXExecutionProvider",
+    "openvino": "OpenVINOExecutionProvider",
+    "directml": "DmlExecutionProvider",
+    "coreml": "CoreMLExecutionProvider",
+    "xnnpack": "XnnpackExecutionProvider",
+    "qnn": "QNNExecutionProvider",
+    "webgpu": "WebGpuExecutionProvider",
+}
+_INSTALL = {"cpu": "onnxruntime", "cuda": "onnxruntime-gpu", "tensorrt": "onnxruntime-gpu", "openvino": "onnxruntime-openvino",
+            "directml": "onnxruntime-directml", "qnn": "onnxruntime-qnn"}  # fmt: skip
+
+
+@dataclass(frozen=True)
+class Session:
+    """An open graph. `provider` is the short name of what runs it, `device` where its tensors may live."""
+
+    ort: Any
+    provider: str
+    device: str
+
+
+def import_onnxruntime() -> Any:
+    """The onnxruntime module.
+
+    Raises:
+        MissingDependencyError: neither onnxruntime nor onnxruntime-gpu is installed.
+    """
+    try:
+        import onnxruntime
+    except ImportError as error:
+        raise MissingDependencyError(
+            "onnxruntime is not installed: pip install 'edgeprompt[cpu]' or 'edgeprompt[gpu]'"
+        ) from error
+    return onnxruntime
+
+
+def choose_provider(provider: str) -> tuple[str, str]:
+    """(short name, ONNX Runtime's name) for "auto", a short name, or ONNX Runtime's own name.
+
+    "auto" is CUDA where it is there, else the CPU.
+
+    Raises:
+        ProviderError: asked for and not available; names what is, and how to install it.
+    """
+    available = import_onnxruntime().get_available_providers()
+    short = {full: name for name, full in _PROVIDERS.items()}
+    if provider == "auto":
+        provider = "cuda" if _PROVIDERS["cuda"] in available else "cpu"
+    full = _PROVIDERS.get(provider.lower(), provider)
+    if full not in available:
+        there = ", ".join(short.get(name, name) for name in available)
+        package = _INSTALL.get(provider.lower())
+        fix = f"pip install {package}" if package else "install an onnxruntime that has it"
+        raise ProviderError(f"provider {provider!r} is not available here (available: {there}); {fix}")
+    return short.get(full, full), full
+
+
+def open_session(
+    path: str | os.PathLike[str], *, provider: str = "auto", threads: int | None = None, spinning: bool = True
+) -> Session:
+    """Open a graph.
+
+    Args:
+        path: the ONNX file.
+        provider: "auto", "cpu", "cuda", another provider's short or full name.
+        threads: intra-op threads; None lets ONNX Runtime take one per physical core.
+        spinning: whether idle threads spin between operators (faster answers, busier cores).
+
+    Raises:
+        ProviderError: the provider is not there, or did not start.
+        PackageError: the graph does not load.
+        InputError: `threads` is below 1.
+    """
+    if threads is not None and threads < 1:
+        raise InputError(f"threads is {threads}; it must be at least 1, or None for one per core")
+    ort = import_onnxruntime()
+    name, full = choose_provider(provider)
+    options = ort.SessionOptions()
+    options.log_severity_level = 3
+    if threads is not None:
+        options.intra_op_num_threads = threads
+    options.inter_op_num_threads = 1
+    options.add_session_config_entry("session.intra_op.allow_spinning", "1" if spinning else "0")
+    providers = [full] if name == "cpu" else [full, _PROVIDERS["cpu"]]
+    try:
+        session = ort.InferenceSession(str(path), options, providers=providers)
+    except Exception as error:  # onnxruntime raises its own family without a common base
+        text = str(error).splitlines()[0]
+        if name != "cpu" and full in text:
+            raise ProviderError(f"provider {name!r} failed to start: {text}") from error
+        raise PackageError(f"cannot load graph {Path(path).name!r}: {text}") from error
+    if full not in session.get_providers():
+        raise ProviderError(
+            f"provider {name!r} was asked for and did not start (running: {', '.join(session.get_providers())}); "
+            "check its driver and libraries, or use provider='cpu'"
+        )
+    return Session(session, name, "cuda" if name in ("cuda", "tensorrt") else "cpu")

@@ -1,0 +1,112 @@
+"""Classification by label words: what a text's continuation says about its label.
+
+The formula, the same here and in tuning. With the label words ``w`` of a label, each of tokens ``w_1 ... w_k``::
+
+    log p(w)     = sum_t log p(w_t | prompt, text, w_1 ... w_(t-1))      over the whole vocabulary
+    score(label) = logsumexp over the label's words of log p(w)
+    P(label)     = softmax over the labels of (score - calibration)
+
+`Classification.logits` holds `score`, `Classification.scores` holds `P`. `calibration` is the content-free prior of
+Zhao et al. 2021, "Calibrate Before Use": log of the mean P over texts without content.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+
+import numpy as np
+import numpy.typing as npt
+
+from edgeprompt.errors import TemplateError
+from edgeprompt.request import Classification
+
+CONTENT_FREE = ("", "N/A", "[MASK]")
+
+Floats = npt.NDArray[np.float64]
+
+
+@dataclass
+class Node:
+    """A node of the tree of words: the words that begin with the tokens on the way here."""
+
+    children: dict[int, Node] = field(default_factory=dict)
+    words: list[int] = field(default_factory=list)
+    """Words that end here, by index."""
+
+
+def word_tree(words: Sequence[Sequence[int]]) -> Node:
+    """The tree over token ids; every inner node needs one row of logits, so shared beginnings cost once."""
+    root = Node()
+    for index, ids in enumerate(words):
+        node = root
+        for token in ids:
+            node = node.children.setdefault(token, Node())
+        node.words.append(index)
+    return root
+
+
+@dataclass(frozen=True)
+class Verbalizer:
+    """Labels and the token ids of their words."""
+
+    labels: tuple[str, ...]
+    words: tuple[tuple[int, ...], ...]
+    """Token ids of every word."""
+    owner: tuple[int, ...]
+    """Index of each word's label."""
+    calibration: tuple[float, ...] = ()
+
+    @staticmethod
+    def compile(
+        verbalizer: Mapping[str, Sequence[str]],
+        encode: Callable[[str], Sequence[int]],
+        calibration: Sequence[float] = (),
+    ) -> Verbalizer:
+        """Tokenise the label words, exactly as written (a leading space counts), without special tokens.
+
+        Raises:
+            TemplateError: fewer than two labels, a word without tokens, or one word for two labels.
+        """
+        if len(verbalizer) < 2:
+            raise TemplateError(f"a verbalizer needs at least two labels, found {list(verbalizer)}")
+        words: dict[tuple[int, ...], int] = {}
+        for owner, (label, texts) in enumerate(verbalizer.items()):
+            for text in texts:
+                ids = tuple(encode(text))
+                if not ids:
+                    raise TemplateError(f"label word {text!r} of label {label!r} has no tokens")
+                if words.setdefault(ids, owner) != owner:
+                    other = list(verbalizer)[words[ids]]
+                    raise TemplateError(f"labels {other!r} and {label!r} share the label word {text!r}; change one")
+        return Verbalizer(tuple(verbalizer), tuple(words), tuple(words.values()), tuple(calibration))
+
+    def scores(self, word_logprobs: npt.ArrayLike) -> Floats:
+        """float64 [num_labels]: `score(label)` from the log-probability of every word."""
+        values = np.asarray(word_logprobs, np.float64)
+        found = np.full(len(self.labels), -np.inf)
+        np.logaddexp.at(found, np.asarray(self.owner), values)
+        return found
+
+    def classification(self, word_logprobs: npt.ArrayLike) -> Classification:
+        """The decision, with probabilities and raw scores."""
+        raw = self.scores(word_logprobs)
+        chance = probabilities(raw - np.asarray(self.calibration) if self.calibration else raw)
+        return Classification(
+            label=self.labels[int(chance.argmax())],
+            scores=dict(zip(self.labels, chance.tolist(), strict=True)),
+            logits=dict(zip(self.labels, raw.tolist(), strict=True)),
+        )
+
+
+def probabilities(scores: Floats) -> Floats:
+    """Softmax over the last axis."""
+    shifted = np.exp(scores - scores.max(axis=-1, keepdims=True))
+    found: Floats = shifted / shifted.sum(axis=-1, keepdims=True)
+    return found
+
+
+def contextual_calibration(raw_scores: npt.ArrayLike) -> tuple[float, ...]:
+    """Calibration values from the raw scores [texts, num_labels] of content-free texts: log of the mean P(label)."""
+    mean = probabilities(np.asarray(raw_scores, np.float64)).mean(axis=0)
+    return tuple(float(value) for value in np.log(np.maximum(mean, 1e-12)))
