@@ -10,7 +10,7 @@ import struct
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import numpy as np
 import numpy.typing as npt
@@ -21,7 +21,7 @@ from safetensors.numpy import save as save_tensors
 from edgeprompt import names, strict_json
 from edgeprompt.errors import BaseMismatchError, PromptFileError, TemplateError
 from edgeprompt.files import write_atomic
-from edgeprompt.manifest import Base, Manifest
+from edgeprompt.manifest import Base, Geometry, Manifest
 from edgeprompt.strict_json import check_keys, check_type
 from edgeprompt.template import Template
 
@@ -79,6 +79,18 @@ class Golden:
     token_ids: tuple[int, ...] = ()
     logits: Mapping[str, float] = field(default_factory=dict)
     """A few logits of the first answer, keyed by label (classify) or by token id."""
+
+
+class Sizes(Protocol):
+    """What a prompt's shapes are checked against: a manifest, or anything else that knows its base and sizes."""
+
+    @property
+    def base(self) -> Base:
+        """The base's name and fingerprint."""
+
+    @property
+    def geometry(self) -> Geometry:
+        """The base's sizes."""
 
 
 @dataclass(frozen=True)
@@ -194,7 +206,7 @@ class PromptFile:
             raise BaseMismatchError(f"prompt {self.name!r} was made with tokenizer {ours}, the package holds {theirs}")
         self.check_geometry(manifest)
 
-    def check_geometry(self, manifest: Manifest) -> None:
+    def check_geometry(self, manifest: Sizes) -> None:
         """Refuse tensors that do not fit the package's sizes.
 
         Raises:

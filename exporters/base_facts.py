@@ -47,4 +47,5 @@ def read_base_facts(base: str | os.PathLike[str]) -> BaseFacts:
         geometry_of(loaded.config),
         fingerprint,
         loaded.tokenizer,
+        loaded.config,
     )

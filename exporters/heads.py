@@ -119,6 +119,26 @@ _SEQUENCE: dict[str, Callable[[Any], tuple[str, list[HeadStep]]]] = {
 _KNOWN = f"sequence classification is known for {', '.join(_SEQUENCE)} and decoders with a score layer"
 
 
+def sequence_head(model_type: str, config: Any) -> tuple[str, list[HeadStep]]:
+    """Input and steps of a family's `...ForSequenceClassification`, for readers of checkpoints without a model.
+
+    Args:
+        model_type: The base's; decoders have one `score` layer and need no entry here.
+        config: The base's transformers config; None where it is not at hand.
+
+    Raises:
+        UnsupportedError: the family is not known, or its head goes by the config and there is none.
+    """
+    if model_type not in _SEQUENCE:
+        raise UnsupportedError(f"the classification head of {model_type!r} is not known; {_KNOWN}")
+    try:
+        return _SEQUENCE[model_type](config)
+    except AttributeError as error:
+        raise UnsupportedError(
+            f"the head of {model_type!r} goes by its config: give the model itself as --base, not its package"
+        ) from error
+
+
 def _sequence_head(model: Any) -> tuple[str, list[HeadStep]]:
     known = _SEQUENCE.get(model.config.model_type)
     if known is not None:

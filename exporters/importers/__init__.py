@@ -8,6 +8,7 @@ from typing import cast
 
 from edgeprompt.errors import InputError, SourceError
 from exporters.importers.foreign import BaseFacts, ForeignPrompt, Importer, ReadOptions
+from exporters.importers.reading import peek
 
 FORMATS = ("peft", "tgis", "nemo", "openprompt", "p-tuning-v2", "trtllm", "t5x", "vllm")
 """In the order in which auto-detection asks: the unmistakable first, bare tensors last."""
@@ -28,12 +29,12 @@ def detect_format(source: Path) -> str:
     """The first format that recognises `source`.
 
     Raises:
-        SourceError: nothing is there, or no format recognises it.
+        SourceError: nothing is there, it is broken, or no format recognises it.
+        UnsupportedError: a pickle that holds more than tensors.
     """
-    if not source.exists():
-        raise SourceError(f"nothing is at {str(source)!r}; give a prompt's file or folder")
+    contents = peek(source)
     for name in FORMATS:
-        if find_importer(name).recognises(source):
+        if find_importer(name).recognises(source, contents):
             return name
     raise SourceError(
         f"{str(source)!r} is in no known prompt format; name it with --from if it is one of {', '.join(FORMATS)}"

@@ -15,6 +15,7 @@ from edgeprompt.errors import BaseMismatchError, SourceError
 from edgeprompt.manifest import Base, Geometry
 from edgeprompt.prompt_file import Head
 from edgeprompt.template import Template
+from exporters.importers.reading import Contents
 
 Array = npt.NDArray[Any]
 
@@ -29,7 +30,9 @@ class BaseFacts:
     geometry: Geometry
     tokenizer_fingerprint: str | None = None
     tokenizer: Any = None
-    """Anything with `decode(ids) -> str`; None where the base has no tokenizer."""
+    """A transformers or an edgeprompt tokenizer; None where the base has none."""
+    config: Any = None
+    """The transformers config; None where the facts come from a package."""
 
 
 @dataclass(frozen=True)
@@ -56,11 +59,20 @@ class ForeignPrompt:
     """What was left out, each with the reason."""
 
 
+@dataclass(frozen=True)
+class ReadOptions:
+    """What the user knows and the file does not say."""
+
+    template: str | None = None
+    """As the user wrote it; formats with a template language of their own read that too."""
+    labels: tuple[str, ...] = ()
+
+
 class Importer(Protocol):
     """A module of this folder."""
 
-    def recognises(self, source: Path) -> bool:
-        """Whether `source` looks like this format; cheap, and never raises for a broken file."""
+    def recognises(self, source: Path, contents: Contents) -> bool:
+        """Whether `source` looks like this format."""
 
     def read(self, source: Path, base: BaseFacts | None, options: ReadOptions) -> list[ForeignPrompt]:
         """Every prompt in `source`.
@@ -70,15 +82,6 @@ class Importer(Protocol):
             UnsupportedError: this format, and something that a soft prompt cannot express.
             BaseMismatchError: it does not fit the base.
         """
-
-
-@dataclass(frozen=True)
-class ReadOptions:
-    """What the user knows and the file does not say."""
-
-    template: str | None = None
-    """As the user wrote it; formats with a template language of their own read that too."""
-    labels: tuple[str, ...] = ()
 
 
 def need_base(base: BaseFacts | None, kind: str, why: str) -> BaseFacts:

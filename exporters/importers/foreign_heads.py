@@ -8,22 +8,12 @@ from typing import Any
 import numpy.typing as npt
 
 from edgeprompt import names
-from edgeprompt.errors import SourceError, UnsupportedError
+from edgeprompt.errors import SourceError
 from edgeprompt.prompt_file import Head, HeadStep
+from exporters.heads import sequence_head
 from exporters.importers.foreign import BaseFacts
 
 Array = npt.NDArray[Any]
-
-_CLASSIFY: dict[str, tuple[str, tuple[tuple[str, str], ...]]] = {
-    "bert": ("pooler", (("linear", "classifier"),)),
-    "albert": ("pooler", (("linear", "classifier"),)),
-    "distilbert": ("first", (("linear", "pre_classifier"), ("relu", ""), ("linear", "classifier"))),
-    "roberta": ("first", (("linear", "classifier.dense"), ("tanh", ""), ("linear", "classifier.out_proj"))),
-    "electra": ("first", (("linear", "classifier.dense"), ("gelu", ""), ("linear", "classifier.out_proj"))),
-    "deberta-v2": ("first", (("linear", "pooler.dense"), ("gelu", ""), ("linear", "classifier"))),
-}
-"""model_type -> input and steps of its `...ForSequenceClassification` (transformers 5)."""
-_SAME = {"xlm-roberta": "roberta", "camembert": "roberta"}
 
 
 def describe_head(tensors: Mapping[str, Array], task_type: str, base: BaseFacts) -> tuple[Head, tuple[str, ...]]:
@@ -39,23 +29,15 @@ def describe_head(tensors: Mapping[str, Array], task_type: str, base: BaseFacts)
 
     Raises:
         SourceError: a tensor that the head needs is not there.
-        UnsupportedError: a model type whose head is not known.
+        UnsupportedError: a model type whose head is not known, or goes by a config that is not at hand.
     """
-    kind = _SAME.get(base.model_type, base.model_type)
-    spec: tuple[str, tuple[tuple[str, str], ...]]
-    if task_type == "QUESTION_ANS":
-        spec = ("tokens", (("linear", "qa_outputs"),))
-    elif task_type == "TOKEN_CLS":
-        spec = ("tokens", (("linear", "score" if "score.weight" in tensors else "classifier"),))
-    elif base.architecture == names.DECODER_ONLY:
-        spec = ("last", (("linear", "score"),))
-    elif kind in _CLASSIFY:
-        spec = _CLASSIFY[kind]
-    else:
-        raise UnsupportedError(
-            f"the classification head of {base.model_type!r} is not known; known: {', '.join([*_CLASSIFY, *_SAME])}"
-        )
-    steps = tuple(HeadStep(operation, name) for operation, name in spec[1])
+    source, steps = "tokens", [HeadStep("linear", "qa_outputs")]
+    if task_type == "TOKEN_CLS":
+        steps = [HeadStep("linear", "score" if "score.weight" in tensors else "classifier")]
+    elif task_type == "SEQ_CLS" and base.architecture == names.DECODER_ONLY:
+        source, steps = "last", [HeadStep("linear", "score")]
+    elif task_type == "SEQ_CLS":
+        source, steps = sequence_head(base.model_type, base.config)
     for step in steps:
         if step.name and f"{step.name}.weight" not in tensors:
             raise SourceError(
@@ -64,4 +46,4 @@ def describe_head(tensors: Mapping[str, Array], task_type: str, base: BaseFacts)
             )
     classes = tensors[f"{steps[-1].name}.weight"].shape[0]
     problem = "regression" if task_type == "SEQ_CLS" and classes == 1 else "single_label"
-    return Head(spec[0], steps, problem), tuple(step.name for step in steps if step.name)
+    return Head(source, tuple(steps), problem), tuple(step.name for step in steps if step.name)

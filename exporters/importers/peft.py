@@ -22,7 +22,7 @@ from exporters.importers.foreign import (
     prompt_name,
 )
 from exporters.importers.foreign_heads import describe_head
-from exporters.importers.reading import read_json, read_tensors
+from exporters.importers.reading import Contents, read_json, read_tensors
 
 CONFIG = "adapter_config.json"
 WEIGHTS = ("adapter_model.safetensors", "adapter_model.bin")
@@ -50,8 +50,8 @@ _DELTA = "trainable_tokens_delta"
 _SCALED_EMBEDDINGS = ("gemma", "bart", "mbart", "pegasus")
 
 
-def recognises(source: Path) -> bool:
-    """A folder with an adapter_config.json, that file, or the weights beside it."""
+def recognises(source: Path, contents: Contents) -> bool:
+    """A folder with an adapter_config.json, or the weights beside one."""
     return _folder(source) is not None
 
 
@@ -100,7 +100,7 @@ def read(source: Path, base: BaseFacts | None, options: ReadOptions) -> list[For
 
 def _folder(source: Path) -> Path | None:
     folder = source if source.is_dir() else source.parent
-    belongs = source.is_dir() or source.name in (CONFIG, *WEIGHTS)
+    belongs = source.is_dir() or source.name in WEIGHTS
     return folder if belongs and (folder / CONFIG).is_file() else None
 
 

@@ -6,6 +6,7 @@ import json
 import re
 import warnings
 from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -53,15 +54,36 @@ def read_tensors(file: Path, keep: Keep = lambda name: True) -> dict[str, Array]
     return _from_safetensors(file, keep) if file.suffix == ".safetensors" else flatten(load_pickle(file), file, keep)
 
 
-def tensor_names(file: Path) -> tuple[str, ...]:
-    """Names in a `.safetensors` file without reading the tensors; for other files, and broken ones, none."""
-    from safetensors import SafetensorError, safe_open
+@dataclass(frozen=True)
+class Contents:
+    """What detection looks at: a folder's files, a file's tensor names, or the rank of its only tensor."""
 
-    try:
-        with safe_open(file, framework="numpy") as opened:
-            return tuple(opened.keys())
-    except (OSError, ValueError, SafetensorError):
-        return ()
+    files: frozenset[str] = frozenset()
+    tensors: tuple[str, ...] = ()
+    rank: int = 0
+
+
+def peek(source: Path) -> Contents:
+    """What `source` holds, without reading tensors.
+
+    Raises:
+        SourceError: nothing is there, or the file is broken.
+        UnsupportedError: a pickle that holds more than tensors.
+    """
+    if source.is_dir():
+        return Contents(files=frozenset(path.name for path in source.iterdir()))
+    if not source.is_file():
+        raise SourceError(f"nothing is at {str(source)!r}; give a prompt's file or folder")
+    if source.suffix == ".safetensors":
+        return Contents(tensors=_safetensors_names(source))
+    if source.suffix == ".npy":
+        return Contents(rank=load_npy(source).ndim)
+    if source.suffix in PICKLES:
+        state = load_pickle(source)
+        if isinstance(state, Mapping):
+            return Contents(tensors=tuple(name for name, _ in _walk(state, "", 0)))
+        return Contents(rank=getattr(state, "ndim", 0))
+    return Contents()
 
 
 def load_pickle(file: Path) -> Any:
@@ -154,6 +176,16 @@ def _walk(state: Mapping[Any, Any], path: str, depth: int) -> Iterable[tuple[str
             yield name, value
         elif isinstance(value, Mapping):
             yield from _walk(value, name, depth + 1)
+
+
+def _safetensors_names(file: Path) -> tuple[str, ...]:
+    from safetensors import SafetensorError, safe_open
+
+    try:
+        with safe_open(file, framework="numpy") as opened:
+            return tuple(opened.keys())
+    except (OSError, ValueError, SafetensorError) as error:
+        raise SourceError(f"{str(file)!r} is no readable safetensors file: {error}") from error
 
 
 def _from_safetensors(file: Path, keep: Keep) -> dict[str, Array]:

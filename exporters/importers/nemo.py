@@ -1,0 +1,89 @@
+"""NeMo prompt learning: prompt tables in a `.nemo` archive or a checkpoint."""
+
+from __future__ import annotations
+
+import re
+import tarfile
+import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+from edgeprompt.errors import SourceError, UnsupportedError
+from exporters.importers.foreign import BaseFacts, ForeignPrompt, ReadOptions, as_rows, prompt_name
+from exporters.importers.reading import PICKLES, Contents, read_tensors
+
+WEIGHTS = "model_weights.ckpt"
+MAX_ARCHIVE_MEMBER = 4 << 30
+MAX_MEMBERS = 10_000
+
+_TASK = re.compile(r"(?:^|\.)prompt_table\.(?!prompt_table\.)([^/]+?)\.prompt_embeddings\.weight$")
+_TABLE = re.compile(r"(?:^|\.)inference_table(?:\.inference_table)?$")
+_ENCODER = re.compile(r"(?:^|\.)prompt_encoder\.")
+
+
+def recognises(source: Path, contents: Contents) -> bool:
+    """A `.nemo` archive, or a checkpoint with a prompt table."""
+    return source.suffix == ".nemo" or any(
+        pattern.search(name) for name in contents.tensors for pattern in (_TASK, _TABLE, _ENCODER)
+    )
+
+
+def read(source: Path, base: BaseFacts | None, options: ReadOptions) -> list[ForeignPrompt]:
+    """One prompt per task of the table."""
+    with _weights(source) as file:
+        tables = read_tensors(file, lambda name: bool(_TASK.search(name) or _TABLE.search(name)))
+        encoder = not tables and bool(read_tensors(file, lambda name: bool(_ENCODER.search(name))))
+    if encoder:
+        raise UnsupportedError(
+            f"{source.name} holds a prompt encoder and no table; let NeMo finish the p-tuning (it then writes the "
+            "inference table), and convert that"
+        )
+    tasks = {match[1]: name for name in tables if (match := _TASK.search(name))}
+    if not tasks:
+        tasks = {prompt_name(source): name for name in tables}
+    if not tasks:
+        raise SourceError(f"{source.name} has no prompt_table.<task>.prompt_embeddings.weight and no inference_table")
+    where = "NeMo's task template, which says where virtual tokens stand: give --template (default: all in front)"
+    return [
+        ForeignPrompt(
+            task,
+            "p-tuning",
+            prompt_embeddings=as_rows(tables[name], name, base),
+            source={"format": "nemo", "task": task},
+            found=(f"task {task!r}: {list(tables[name].shape)}",),
+            dropped=(where,),
+        )
+        for task, name in tasks.items()
+    ]
+
+
+@contextmanager
+def _weights(source: Path) -> Iterator[Path]:
+    """The checkpoint's file; from an archive only that member is read, and never written to where it says."""
+    if source.suffix in (*PICKLES, ".safetensors"):
+        yield source
+        return
+    with tempfile.TemporaryDirectory() as scratch:
+        target = Path(scratch) / WEIGHTS
+        try:
+            with tarfile.open(source, "r:*") as archive:
+                for count, member in enumerate(archive):
+                    if count > MAX_MEMBERS:
+                        raise SourceError(f"{source.name} has more than {MAX_MEMBERS} members")
+                    if not member.isfile() or Path(member.name).name != WEIGHTS:
+                        continue
+                    if member.size > MAX_ARCHIVE_MEMBER:
+                        raise SourceError(f"{WEIGHTS} in {source.name} has {member.size} bytes, too many for a prompt")
+                    content = archive.extractfile(member)
+                    with target.open("wb") as file:
+                        while content and (piece := content.read(1 << 20)):
+                            file.write(piece)
+                    break
+        except (tarfile.TarError, OSError, EOFError, ValueError) as error:
+            if isinstance(error, SourceError):
+                raise
+            raise SourceError(f"{str(source)!r} is no readable .nemo archive: {error}") from error
+        if not target.exists():
+            raise SourceError(f"{source.name} has no {WEIGHTS}; it is no NeMo prompt archive")
+        yield target

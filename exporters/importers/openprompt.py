@@ -1,0 +1,232 @@
+"""OpenPrompt 1.0 checkpoints: a state_dict with `prompt_model.template.*` and `prompt_model.verbalizer.*`."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from edgeprompt import names
+from edgeprompt.errors import SourceError, UnsupportedError
+from edgeprompt.prompt_file import Head, HeadStep
+from exporters.importers.foreign import (
+    Array,
+    BaseFacts,
+    ForeignPrompt,
+    ReadOptions,
+    as_prefix,
+    as_rows,
+    need_base,
+    prefix_sizes,
+    prompt_name,
+)
+from exporters.importers.openprompt_template import ReadTemplate, read_template
+from exporters.importers.p_tuning_v2 import project
+from exporters.importers.reading import PICKLES, Contents, read_tensors
+
+_TEMPLATE = re.compile(
+    r"^(?:(?:prompt_model\.)?template\.)?(soft_embeds|soft_embedding\.weight|new_embedding\.weight"
+    r"|new_(?:lstm|mlp)_head\..+|(?:decoder_)?wte\.weight|(?:decoder_)?control_trans\.[02]\.(?:weight|bias))$"
+)
+_VERBALIZER = re.compile(r"^(?:prompt_model\.)?verbalizer\.(label_words_ids|words_ids_mask|label_words_mask|head\..+)$")
+_KINDS = ("soft_embeds", "soft_embedding.weight", "decoder_wte.weight", "wte.weight")
+
+
+def recognises(source: Path, contents: Contents) -> bool:
+    """A checkpoint with one of OpenPrompt's soft templates."""
+    found = {match[1] for name in contents.tensors if (match := _TEMPLATE.search(name))}
+    return bool(found & set(_KINDS))
+
+
+def read(source: Path, base: BaseFacts | None, options: ReadOptions) -> list[ForeignPrompt]:
+    """The template's soft tokens or prefix, and the verbalizer."""
+    if source.suffix not in (*PICKLES, ".safetensors"):
+        raise SourceError(f"{source.name} is no PyTorch or safetensors file")
+    tensors = read_tensors(source, lambda name: bool(_TEMPLATE.search(name) or _VERBALIZER.search(name)))
+    parts = {match[1]: tensor for name, tensor in tensors.items() if (match := _TEMPLATE.search(name))}
+    words = {match[1]: tensor for name, tensor in tensors.items() if (match := _VERBALIZER.search(name))}
+    prompt = ForeignPrompt(
+        prompt_name(source),
+        "prompt-tuning",
+        source={"format": "openprompt"},
+        dropped=("the checkpoint's copy of the base's weights: --base names them",),
+    )
+    template = read_template(options.template, base)
+    if "new_embedding.weight" in parts:
+        prompt = _ptuning(prompt, parts, template, base)
+    elif "soft_embeds" in parts:
+        prompt = replace(
+            prompt,
+            prompt_embeddings=as_rows(parts["soft_embeds"], "soft_embeds", base),
+            template=template.in_front() if template else None,
+            found=("SoftTemplate",),
+        )
+    elif "soft_embedding.weight" in parts:
+        prompt = _mixed(prompt, parts["soft_embedding.weight"], template, base)
+    elif {"wte.weight", "decoder_wte.weight"} & set(parts):
+        prompt = _prefix(prompt, parts, template, base)
+    else:
+        raise SourceError(f"{source.name} has no soft tokens of OpenPrompt; looked for {', '.join(_KINDS)}")
+    return [_with_verbalizer(prompt, words, base, options)]
+
+
+def _ptuning(
+    prompt: ForeignPrompt, parts: Mapping[str, Array], template: ReadTemplate | None, base: BaseFacts | None
+) -> ForeignPrompt:
+    rows = as_rows(_encode(parts), "the projected new_embedding", base)
+    prompt = replace(prompt, method="p-tuning", prompt_embeddings=rows, found=("PtuningTemplate, its encoder run",))
+    if template is None:
+        return _unplaced(prompt)
+    if template.soft_ids and template.places != len(rows):
+        raise SourceError(f"the template places {template.places} soft tokens, the checkpoint has {len(rows)}")
+    return replace(prompt, template=template.scattered(), add_special_tokens=template.adds_specials)
+
+
+def _encode(parts: Mapping[str, Array]) -> Array:
+    """Run the LSTM, where there is one, and the MLP (P-tuning, Liu et al. 2021, arXiv:2103.10385)."""
+    import torch
+
+    rows = torch.from_numpy(np.array(parts["new_embedding.weight"], np.float32))[None]
+    width = rows.shape[-1]
+    weights = {name: torch.from_numpy(np.array(value, np.float32)) for name, value in parts.items() if "_head." in name}
+    mlp_in = 2 * width if any(name.startswith("new_lstm_head.") for name in weights) else width
+    mlp = torch.nn.Sequential(torch.nn.Linear(mlp_in, width), torch.nn.ReLU(), torch.nn.Linear(width, width))
+    modules: list[tuple[str, torch.nn.Module]] = [("new_mlp_head.", mlp)]
+    if mlp_in != width:
+        lstm = torch.nn.LSTM(width, width, num_layers=2, bidirectional=True, batch_first=True)
+        modules.insert(0, ("new_lstm_head.", lstm))
+    with torch.no_grad():
+        for prefix, module in modules:
+            try:
+                module.load_state_dict(
+                    {name.removeprefix(prefix): value for name, value in weights.items() if name.startswith(prefix)}
+                )
+            except RuntimeError as error:
+                raise SourceError(
+                    f"{prefix}* does not fit new_embedding: {' '.join(str(error).split())[:200]}"
+                ) from error
+            rows = module(rows)
+            rows = rows[0] if isinstance(rows, tuple) else rows
+    return np.asarray(rows[0].numpy())
+
+
+def _mixed(prompt: ForeignPrompt, table: Array, template: ReadTemplate | None, base: BaseFacts | None) -> ForeignPrompt:
+    """Rows in the order of their places; soft ids start at 1, row 0 is never used."""
+    as_rows(table, "soft_embedding.weight", base)
+    if len(table) < 2:
+        raise SourceError("soft_embedding.weight has no row behind the unused first one")
+    prompt = replace(prompt, prompt_embeddings=table[1:], found=(f"MixedTemplate with {len(table) - 1} soft tokens",))
+    prompt = replace(prompt, dropped=(*prompt.dropped, "soft_embedding.weight[0]: OpenPrompt's row for no soft token"))
+    if template is None:
+        return _unplaced(prompt)
+    ids = list(template.soft_ids) or list(range(1, len(table)))
+    if len(set(ids)) != len(table) - 1:
+        raise SourceError(f"the template has {len(set(ids))} soft tokens, the checkpoint {len(table) - 1}")
+    return replace(
+        prompt,
+        prompt_embeddings=table[ids],
+        template=template.scattered(),
+        add_special_tokens=template.adds_specials,
+    )
+
+
+def _prefix(
+    prompt: ForeignPrompt, parts: Mapping[str, Array], template: ReadTemplate | None, base: BaseFacts | None
+) -> ForeignPrompt:
+    facts = need_base(base, "an OpenPrompt prefix", "its rows say nothing of layers and heads")
+    found: dict[str, Array] = {}
+    for side, key, encoder in (("", "encoder_past_key_values", True), ("decoder_", "past_key_values", False)):
+        if f"{side}wte.weight" not in parts:
+            continue
+        needed = [f"{side}control_trans.{layer}.{part}" for layer in (0, 2) for part in ("weight", "bias")]
+        missing = [name for name in needed if name not in parts]
+        if missing:
+            raise SourceError(f"the prefix lacks {missing[0]}")
+        rows = project(parts[f"{side}wte.weight"], *(parts[name] for name in needed), name=f"{side}control_trans")
+        layers, heads = prefix_sizes(facts, encoder)
+        if layers == 0:
+            raise SourceError(f"the checkpoint has a prefix in an encoder, and {facts.base.name} has none")
+        found[key] = as_prefix(rows, f"{side}control_trans", layers, heads, facts, encoder)
+    return replace(
+        prompt,
+        method="prefix-tuning",
+        past_key_values=found.get("past_key_values"),
+        encoder_past_key_values=found.get("encoder_past_key_values"),
+        template=template.in_front() if template else None,
+        found=(f"PrefixTuningTemplate: {', '.join(found)}, projected by its MLP",),
+    )
+
+
+def _unplaced(prompt: ForeignPrompt) -> ForeignPrompt:
+    lost = "the places of the soft tokens, which no checkpoint holds: give --template (default: all in front)"
+    return replace(prompt, dropped=(*prompt.dropped, lost))
+
+
+def _with_verbalizer(
+    prompt: ForeignPrompt, words: Mapping[str, Array], base: BaseFacts | None, options: ReadOptions
+) -> ForeignPrompt:
+    if "head.weight" in words:
+        return _soft_verbalizer(prompt, words["head.weight"], base)
+    if any(name.startswith("head.") for name in words):
+        raise UnsupportedError(
+            "the SoftVerbalizer's head includes the masked-language-model's own layers, read at the mask; "
+            "convert with a ManualVerbalizer, or train a classifier head in PEFT"
+        )
+    if "label_words_ids" not in words:
+        return prompt
+    ids = words["label_words_ids"]
+    if ids.ndim != 3 or ids.dtype.kind not in "iu":
+        raise SourceError(
+            f"label_words_ids is {ids.dtype} {list(ids.shape)}; integers [classes, words, tokens] are needed"
+        )
+    if base is None or base.tokenizer is None:
+        lost = "the verbalizer: its word ids need the base's tokenizer; give --base with one, or --verbalizer"
+        return replace(prompt, dropped=(*prompt.dropped, lost))
+    labels = options.labels or tuple(f"LABEL_{index}" for index in range(len(ids)))
+    if len(labels) != len(ids):
+        raise SourceError(f"{len(labels)} labels given, the verbalizer has {len(ids)} classes")
+    used = words.get("words_ids_mask", np.ones(ids.shape)).astype(bool)
+    if used.shape != ids.shape:
+        raise SourceError(f"words_ids_mask is {list(used.shape)}, label_words_ids {list(ids.shape)}")
+    lead = "<extra_id_0>" if base.architecture == names.ENCODER_DECODER else ""
+    found: dict[str, tuple[str, ...]] = {}
+    for label, rows, masks in zip(labels, ids, used, strict=True):
+        first = [int(row[0]) for row, mask in zip(rows, masks, strict=True) if mask[0]]
+        found[label] = tuple(lead + _word(number, base) for number in first)
+    notes = []
+    if used[..., 1:].any():
+        notes.append("label words behind their first token: OpenPrompt's default (first) reads that alone")
+    if ids.shape[1] > 1:
+        notes.append("OpenPrompt's mean over a label's words: edgeprompt adds their probabilities")
+    return replace(prompt, verbalizer=found, task="classify", dropped=(*prompt.dropped, *notes))
+
+
+def _word(number: int, base: BaseFacts) -> str:
+    tokenizer: Any = base.tokenizer
+    if not 0 <= number < base.geometry.vocab_size:
+        raise SourceError(f"label word id {number} is outside the base's vocabulary of {base.geometry.vocab_size}")
+    text = str(tokenizer.decode([number]))
+    if list(tokenizer.encode(text, add_special_tokens=False)) != [number]:
+        raise UnsupportedError(
+            f"label word {number} ({text!r}) is a token that text alone does not give; choose words with --verbalizer"
+        )
+    return text
+
+
+def _soft_verbalizer(prompt: ForeignPrompt, weight: Array, base: BaseFacts | None) -> ForeignPrompt:
+    facts = need_base(base, "a SoftVerbalizer", "its architecture says which hidden state the head reads")
+    if facts.architecture != names.DECODER_ONLY:
+        raise UnsupportedError(
+            f"a SoftVerbalizer on a {facts.architecture} base reads the hidden state at the mask or in the decoder, "
+            "where prompt files have no head; convert with a ManualVerbalizer"
+        )
+    if weight.ndim != 2 or weight.shape[1] != facts.geometry.hidden_size:
+        raise SourceError(
+            f"head.weight is {list(weight.shape)}, the base's hidden size is {facts.geometry.hidden_size}"
+        )
+    spec = Head("last", (HeadStep("linear", "score"),))
+    return replace(prompt, task="classify", head={"score.weight": weight}, head_spec=spec)

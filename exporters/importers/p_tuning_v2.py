@@ -1,0 +1,132 @@
+"""P-Tuning v2 checkpoints (THUDM/P-tuning-v2, and ChatGLM's): a prefix encoder inside a whole model's state_dict."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping
+from pathlib import Path
+
+import numpy as np
+
+from edgeprompt.errors import SourceError, UnsupportedError
+from edgeprompt.prompt_file import Head, HeadStep
+from exporters.importers.foreign import (
+    Array,
+    BaseFacts,
+    ForeignPrompt,
+    ReadOptions,
+    as_prefix,
+    need_base,
+    prefix_sizes,
+    prompt_name,
+)
+from exporters.importers.reading import PICKLES, Contents, peek, read_tensors
+
+WEIGHTS = ("model.safetensors", "pytorch_model.bin")
+
+_PREFIX = re.compile(r"(?:^|\.)prefix_encoder\.(embedding\.weight|trans\.[02]\.(?:weight|bias)|weight)$")
+_HEAD = re.compile(r"^(classifier|qa_outputs)\.(weight|bias)$")
+_POOLER = re.compile(r"^\w+\.(pooler\.dense\.(?:weight|bias))$")
+
+
+def recognises(source: Path, contents: Contents) -> bool:
+    """A checkpoint, or its folder, with a prefix_encoder."""
+    file = _file(source)
+    found = contents if file == source else peek(file) if file else Contents()
+    return any(_PREFIX.search(name) for name in found.tensors)
+
+
+def read(source: Path, base: BaseFacts | None, options: ReadOptions) -> list[ForeignPrompt]:
+    """The prefix, projected where the checkpoint projects it, and the head."""
+    file = _file(source)
+    if file is None:
+        raise SourceError(f"{str(source)!r} has neither {' nor '.join(WEIGHTS)}")
+    facts = need_base(base, "a P-Tuning v2 checkpoint", "its rows say nothing of layers and heads")
+    tensors = read_tensors(file, lambda name: bool(_PREFIX.search(name) or _HEAD.search(name) or _POOLER.search(name)))
+    parts = {match[1]: tensor for name, tensor in tensors.items() if (match := _PREFIX.search(name))}
+    if "embedding.weight" not in parts:
+        if "weight" in parts:
+            raise UnsupportedError(
+                f"{file.name} is of a ...PromptFor... model, which adds positions and normalises its prompt twice; "
+                "no serving runtime computes that: train with --prefix, or prompt tuning in PEFT"
+            )
+        raise SourceError(f"{file.name} has no prefix_encoder.embedding.weight")
+    rows, projected = _projected(parts, file.name)
+    layers, heads = prefix_sizes(facts)
+    prompt = ForeignPrompt(
+        prompt_name(source),
+        "p-tuning-v2",
+        past_key_values=as_prefix(rows, "prefix_encoder", layers, heads, facts),
+        source={"format": "p-tuning-v2"},
+        found=(f"prefix of {len(rows)} tokens{', projected by its MLP' if projected else ''}",),
+        dropped=("the frozen base's own weights: --base names them",),
+    )
+    return [_with_head(prompt, tensors, facts)]
+
+
+def _file(source: Path) -> Path | None:
+    if source.is_dir():
+        return next((source / name for name in WEIGHTS if (source / name).is_file()), None)
+    return source if source.suffix in (*PICKLES, ".safetensors") else None
+
+
+def _projected(parts: Mapping[str, Array], file: str) -> tuple[Array, bool]:
+    rows = parts["embedding.weight"]
+    if not any(name.startswith("trans.") for name in parts):
+        return rows, False
+    needed = [f"trans.{layer}.{part}" for layer in (0, 2) for part in ("weight", "bias")]
+    missing = [name for name in needed if name not in parts]
+    if missing:
+        raise SourceError(f"{file} projects its prefix, and lacks prefix_encoder.{missing[0]}")
+    return project(rows, *(parts[name] for name in needed), name="prefix_encoder"), True
+
+
+def project(rows: Array, first: Array, first_bias: Array, second: Array, second_bias: Array, *, name: str) -> Array:
+    """Linear, tanh, linear: the reparameterisation of prefix tuning (Li and Liang 2021) in P-Tuning v2 and OpenPrompt.
+
+    Raises:
+        SourceError: shapes that do not fit each other.
+    """
+    fits = rows.ndim == first.ndim == second.ndim == 2 and rows.shape[1] == first.shape[1]
+    if not fits or second.shape[1] != len(first) or first_bias.shape != first.shape[:1]:
+        fits = False
+    if not fits or second_bias.shape != second.shape[:1]:
+        raise SourceError(
+            f"{name}: rows {list(rows.shape)}, first layer {list(first.shape)} and second layer {list(second.shape)} "
+            "do not fit each other"
+        )
+    wide = [tensor.astype(np.float32) for tensor in (rows, first, first_bias, second, second_bias)]
+    hidden = np.tanh(wide[0] @ wide[1].T + wide[2])
+    return np.asarray(hidden @ wide[3].T + wide[4], np.float32)
+
+
+def _with_head(prompt: ForeignPrompt, tensors: Mapping[str, Array], facts: BaseFacts) -> ForeignPrompt:
+    """Classification heads read the pooled first token; question answering and tagging read every token.
+
+    The repository's classes for sequences and for tokens both call their head `classifier`. Only a sequence
+    classifier's model has a pooler, so a pooler in the checkpoint decides. The pooler travels with the prompt: RoBERTa
+    bases have none of their own, and the checkpoint's was frozen at its random start.
+    """
+    import dataclasses
+
+    head = {name: tensor for name, tensor in tensors.items() if _HEAD.search(name)}
+    pooler = {match[1]: tensor for name, tensor in tensors.items() if (match := _POOLER.search(name))}
+    if not head:
+        return prompt
+    if "qa_outputs.weight" in head:
+        return dataclasses.replace(
+            prompt, task="qa", head=head, head_spec=Head("tokens", (HeadStep("linear", "qa_outputs"),))
+        )
+    if "classifier.weight" not in head:
+        raise SourceError(f"the checkpoint's head has {', '.join(head)}, and no classifier.weight")
+    if not pooler:
+        spec = Head("tokens", (HeadStep("linear", "classifier"),))
+        return dataclasses.replace(prompt, task="tag", head=head, head_spec=spec)
+    if set(pooler) != {"pooler.dense.weight", "pooler.dense.bias"}:
+        raise SourceError(f"the checkpoint's pooler has only {', '.join(pooler)}")
+    classes = head["classifier.weight"].shape[0]
+    steps = (HeadStep("linear", "pooler.dense"), HeadStep("tanh"), HeadStep("linear", "classifier"))
+    problem = "regression" if classes == 1 else "single_label"
+    return dataclasses.replace(
+        prompt, task="classify", head={**pooler, **head}, head_spec=Head("first", steps, problem)
+    )
