@@ -16,7 +16,7 @@ import click
 
 from edgeprompt.errors import EdgePromptError, MissingDependencyError
 
-COMMANDS = ("tune", "export", "convert", "run", "eval", "bench", "inspect", "validate")
+COMMANDS = ("tune", "export", "convert", "run", "eval", "inspect", "validate")
 
 
 class _Failed(click.ClickException):

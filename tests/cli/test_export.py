@@ -1,0 +1,106 @@
+"""`export` and `validate`: a package or nothing."""
+
+import json
+import os
+import resource
+import signal
+import time
+
+import pytest
+
+from edgeprompt import save_prompt
+from edgeprompt.manifest import Base
+from edgeprompt.package import open_package
+
+
+@pytest.fixture(scope="module")
+def exported(cli, tiny_llama_base, tmp_path_factory):
+    out = tmp_path_factory.mktemp("export") / "package"
+    result = cli("export", tiny_llama_base, "-o", out, "--precision", "int4")
+    assert result.exit_code == 0, result.stderr
+    return out, result.stdout
+
+
+def test_export_writes_a_package_and_says_what_it_measured(exported):
+    out, text = exported
+    assert os.listdir(out.parent) == ["package"]
+    manifest = open_package(out).manifest
+    assert manifest.precision == "int4"
+    assert text.startswith(f"{out}: ")
+    assert all(key in text for key in manifest.validation)
+    assert manifest.validation
+
+
+def test_validate_agrees(cli, exported, tiny_llama_base):
+    out, _ = exported
+    result = cli("validate", out, "--against", tiny_llama_base, "--json")
+    assert result.exit_code == 0, result.stderr
+    assert set(json.loads(result.stdout)) == set(open_package(out).manifest.validation)
+
+
+def test_validate_refuses_another_base_and_a_changed_graph(
+    refused, exported, tiny_gpt2_base, tiny_llama_base, tmp_path
+):
+    out, _ = exported
+    assert "was exported from" in refused("validate", out, "--against", tiny_gpt2_base)
+    import shutil
+
+    copy = shutil.copytree(out, tmp_path / "copy")
+    graph = next(copy.glob("*.onnx"))
+    graph.write_bytes(graph.read_bytes() + b"\0")
+    assert "has SHA-256" in refused("validate", copy, "--against", tiny_llama_base)
+
+
+def test_an_existing_output_is_kept_without_force(cli, refused, exported, tiny_llama_base):
+    out, _ = exported
+    before = (out / "edgeprompt.json").read_bytes()
+    assert "give --force" in refused("export", tiny_llama_base, "-o", out)
+    assert (out / "edgeprompt.json").read_bytes() == before
+    assert cli("export", tiny_llama_base, "-o", out, "--precision", "int4", "--force").exit_code == 0
+    assert os.listdir(out.parent) == ["package"]
+
+
+def test_refusals_leave_nothing(refused, make_prompt, tiny_llama_base, tmp_path):
+    out = tmp_path / "out" / "package"
+    base = tmp_path / "unknown"
+    base.mkdir()
+    (base / "config.json").write_text('{"model_type": "mamba"}')
+    line = refused("export", base, "-o", out)
+    assert "mamba" in line
+    assert "llama" in line
+    assert "no base model at" in refused("export", "./missing", "-o", out)
+    other = tmp_path / "other.safetensors"
+    save_prompt(make_prompt("other", base=Base("another-model", "sha256:00")), other)
+    line = refused("export", tiny_llama_base, "-o", out, "--prompt", other)
+    assert "another-model" in line
+    assert not out.exists()
+    assert not any((tmp_path / "out").glob(".*"))
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_killed_during_export_leaves_nothing(number, spawn, tiny_llama_base, tmp_path):
+    out = tmp_path / "package"
+    with spawn("export", tiny_llama_base, "-o", out) as process:
+        deadline = time.monotonic() + 120
+        while not list(tmp_path.iterdir()) and process.poll() is None and time.monotonic() < deadline:
+            time.sleep(0.01)
+        assert list(tmp_path.iterdir()), "the export began to write"
+        process.send_signal(number)
+        _, error = process.communicate(timeout=60)
+    assert process.returncode != 0
+    assert "Traceback" not in error
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_full_disk_leaves_nothing(spawn, tiny_llama_base, tmp_path):
+    def small_files() -> None:
+        signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+        resource.setrlimit(resource.RLIMIT_FSIZE, (20_000, 20_000))
+
+    out = tmp_path / "package"
+    with spawn("export", tiny_llama_base, "-o", out, preexec_fn=small_files) as process:
+        _, error = process.communicate(timeout=120)
+    assert process.returncode == 1
+    assert error.startswith("error: ")
+    assert len(error.splitlines()) == 1
+    assert list(tmp_path.iterdir()) == []

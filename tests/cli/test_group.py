@@ -1,0 +1,47 @@
+"""The group: commands, usage errors, errors as one line."""
+
+import edgeprompt
+from edgeprompt.cli import COMMANDS
+
+
+def test_help_lists_every_command_with_a_line(cli):
+    result = cli("--help")
+    assert result.exit_code == 0
+    listed = [line.split(maxsplit=1) for line in result.stdout.partition("Commands:\n")[2].splitlines()]
+    assert [line[0] for line in listed] == list(COMMANDS)
+    assert all(len(line) == 2 for line in listed)
+
+
+def test_version(cli):
+    assert cli("--version").stdout.strip().endswith(edgeprompt.__version__)
+
+
+def test_every_command_has_help(cli):
+    for name in COMMANDS:
+        result = cli(name, "--help")
+        assert result.exit_code == 0
+        assert result.stdout.startswith("Usage:")
+
+
+def test_usage_errors_exit_with_2(cli, tmp_path):
+    for args in (["nothing"], ["run"], ["export", "base"], ["run", tmp_path, "--threads", "0", "text"]):
+        result = cli(*args)
+        assert result.exit_code == 2
+        assert result.stdout == ""
+        assert "Usage:" in result.stderr
+
+
+def test_what_the_system_refuses_is_one_line(refused, tiny_llama_package, tmp_path):
+    line = refused("run", tiny_llama_package, "--input", tmp_path / "missing.txt")
+    assert line == f"{tmp_path / 'missing.txt'}: No such file or directory"
+
+
+def test_a_missing_library_is_one_line_with_the_install_command(spawn, tiny_llama_package):
+    with spawn(
+        "validate", tiny_llama_package, "--against", "base", before="import sys; sys.modules['torch'] = None"
+    ) as it:
+        out, error = it.communicate(timeout=60)
+    assert it.returncode == 1
+    assert out == ""
+    (line,) = error.splitlines()
+    assert line.startswith("error: this needs 'torch', which is not installed: pip install 'edgeprompt[")

@@ -1,0 +1,59 @@
+"""`inspect`: a package, a prompt file, an adapter; anything else is refused."""
+
+import json
+
+import numpy as np
+import onnxruntime
+
+from edgeprompt.package import open_package
+
+
+def test_package(cli, tiny_llama_package):
+    result = cli("inspect", tiny_llama_package, "--json")
+    facts = json.loads(result.stdout)
+    manifest = open_package(tiny_llama_package).manifest
+    assert facts["fingerprint"] == manifest.base.fingerprint
+    assert facts["architecture"] == "decoder-only (llama)"
+    assert facts["hidden_size"] == 64
+    assert facts["size_bytes"] == sum(file.stat().st_size for file in tiny_llama_package.rglob("*") if file.is_file())
+    lines = cli("inspect", tiny_llama_package).stdout.splitlines()
+    assert [line.split()[0] for line in lines] == list(facts)
+
+
+def test_prompt_file(cli, prompt_folder):
+    path = prompt_folder / "sentiment.safetensors"
+    facts = json.loads(cli("inspect", path, "--json").stdout)
+    assert facts["kind"] == "prompt file"
+    assert facts["tensors"] == {"prompt_embeddings": "float32 [4, 64]"}
+    assert facts["verbalizer"] == {"negative": [" bad"], "positive": [" good"]}
+    text = cli("inspect", path).stdout
+    assert 'negative=" bad"' in text
+    assert r"template" in text
+
+
+def test_adapter(cli, tmp_path):
+    path = tmp_path / "task.onnx_adapter"
+    adapter = onnxruntime.AdapterFormat()
+    adapter.set_adapter_version(1)
+    adapter.set_model_version(7)
+    rows = onnxruntime.OrtValue.ortvalue_from_numpy(np.ones((5, 8), np.float32))
+    adapter.set_parameters({"prompt_embeddings": rows})
+    adapter.export_adapter(str(path))
+    facts = json.loads(cli("inspect", path, "--json").stdout)
+    assert facts["num_virtual_tokens"] == 5
+    assert facts["tensors"] == {"prompt_embeddings": "float32 [5, 8]"}
+    assert facts["model_version"] == 7
+
+
+def test_refusals(refused, tmp_path):
+    assert "nothing at" in refused("inspect", tmp_path / "none")
+    assert "is no package" in refused("inspect", tmp_path)
+    other = tmp_path / "x.bin"
+    other.write_bytes(b"abc")
+    assert "known: package folders" in refused("inspect", other)
+    adapter = tmp_path / "x.onnx_adapter"
+    adapter.write_bytes(b"abc")
+    assert "cannot read adapter" in refused("inspect", adapter)
+    prompt = tmp_path / "x.safetensors"
+    prompt.write_bytes(b"abc")
+    assert "bad prompt file" in refused("inspect", prompt)
