@@ -57,6 +57,14 @@ class Tokenizer:
         encoding = self._tokenizer.encode(text, add_special_tokens=add_special_tokens)
         return list(encoding.ids), [(int(start), int(end)) for start, end in encoding.offsets]
 
+    def encode_pair(
+        self, first: str, second: str, *, add_special_tokens: bool = True
+    ) -> tuple[list[int], list[tuple[int, int]], list[int], list[int | None]]:
+        """Two texts joined the tokenizer's way: ids, characters covered, segments, and which text (None: special)."""
+        found = self._tokenizer.encode(first, second, add_special_tokens=add_special_tokens)
+        offsets = [(int(start), int(end)) for start, end in found.offsets]
+        return list(found.ids), offsets, list(found.type_ids), list(found.sequence_ids)
+
     def truncate(self, text: str, count: int) -> str:
         """The longest prefix of `text` whose tokens number at most `count`, cut at a token's border."""
         offsets = self._tokenizer.encode(text, add_special_tokens=False).offsets

@@ -96,7 +96,9 @@ class EncoderGraph(torch.nn.Module):
             results.append(found.pooler_output)
         if names.LOGITS in self.outputs:
             rows = torch.arange(found.last_hidden_state.shape[0])
-            results.append(self.family.lm_logits(self.model, found.last_hidden_state[rows, inputs[names.MASK_POSITIONS]]))
+            results.append(
+                self.family.lm_logits(self.model, found.last_hidden_state[rows, inputs[names.MASK_POSITIONS]])
+            )
         return tuple(results)
 
 
@@ -132,12 +134,17 @@ def trace_graph(loaded: LoadedBase) -> ir.Model:
                 opset_version=OPSET,
                 input_names=[*plain, *past],
                 output_names=output_names(loaded),
-                dynamic_shapes=({name: _AXES[name] for name in plain}, [(_PREFIX_AXES, _PREFIX_AXES)] * layers, None),
+                dynamic_shapes=({name: _AXES[name] for name in plain}, [(_PREFIX_AXES, _PREFIX_AXES)] * layers),
                 verbose=False,
             )
     except Exception as error:  # the exporter raises many kinds
-        message = " ".join(str(error).split())[:300]
-        raise ExportError(f"PyTorch could not export {loaded.name!r} ({loaded.config.model_type}): {message}") from error
+        reason = error.__cause__ or error
+        message = " ".join(str(reason).split())[:300]
+        raise ExportError(
+            f"PyTorch could not export {loaded.name!r} ({loaded.config.model_type}): {message}"
+        ) from error
     assert program is not None
     model: ir.Model = program.model
+    for node in model.graph:
+        node.metadata_props.clear()  # stack traces of this machine
     return model

@@ -95,12 +95,15 @@ def _read_model(base: str, source: str, options: dict[str, str], family: Any) ->
     import torch
     import transformers
 
+    from exporters.encoder_base import read_encoder
+
     auto = {
         names.DECODER_ONLY: transformers.AutoModelForCausalLM,
-        names.ENCODER_ONLY: transformers.AutoModel,
         names.ENCODER_DECODER: transformers.AutoModelForSeq2SeqLM,
-    }[family.architecture]
+    }.get(family.architecture)
     try:
+        if auto is None:
+            return read_encoder(source, options)
         return auto.from_pretrained(source, dtype=torch.float32, **options)
     except (OSError, ValueError, RuntimeError, ImportError) as error:
         raise SourceError(f"cannot load the base model {base!r}: {_one_line(error)}") from error
