@@ -40,7 +40,7 @@ class Start(Protocol):
     """How a request begins."""
 
     ids: Sequence[int]
-    """What to prefill, behind the prefix."""
+    """What to prefill, behind the prefix; nothing where only the prefix is to be made ready."""
     total: int
     """Most positions that the row may reach."""
 
@@ -202,6 +202,9 @@ class Scheduler:
                 total = self._longest(job)
                 prefix = job.start.prefix(self._graph, slot, total)
                 job.work.length = 0 if prefix is None else prefix.shape[2]
+                if not job.start.ids:
+                    job.finish()
+                    return
                 self._graph.place(slot, prefix, total, slot)
             piece = job.start.ids[job.filled : job.filled + self._graph.chunk]
             logits = self._graph.prefill(slot, piece, job.work.length, job.start.rows())

@@ -52,6 +52,19 @@ class LogitsWork:
         return self._logits
 
 
+class PrefixWork:
+    """Makes a prompt's prefix resident, and asks for no logits."""
+
+    def __init__(self) -> None:
+        self.length = 0
+
+    def advance(self, logits: Logits) -> None:
+        """Never called: there is nothing to run."""
+
+    def result(self) -> None:
+        """Nothing."""
+
+
 class ScoreWork:
     """Log-probabilities of label words, walking the tree of their tokens depth first.
 

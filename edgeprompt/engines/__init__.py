@@ -29,6 +29,8 @@ class EngineOptions:
 
     provider: str = "auto"
     threads: int | None = None
+    spinning: bool = True
+    """Whether idle threads spin between operators (faster answers, busier cores)."""
     prefix_budget: int | None = None
     """Most bytes of resident prefix KV."""
     kv_budget: int | None = None

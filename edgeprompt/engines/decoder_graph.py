@@ -52,7 +52,9 @@ class DecoderGraph(Protocol):
         """No row is running: give back what a long request took."""
 
 
-def open_graph(session: Session, path: Path, shape: KVShape, *, hidden_size: int, max_rows: int, budget: int) -> DecoderGraph:
+def open_graph(
+    session: Session, path: Path, shape: KVShape, *, hidden_size: int, max_rows: int, budget: int
+) -> DecoderGraph:
     """The way to run a graph: caches shared in place where its attention appends in place, else grown by the graph."""
     kind = SharedGraph if _appends_in_place(path) else GrowingGraph
     return kind(session, shape, hidden_size=hidden_size, max_rows=max_rows, budget=budget)
@@ -131,7 +133,11 @@ class SharedGraph(_Graph):
         binding = self._binding(row, 1)
         count = len(ids)
         table = self._no_rows if rows is None else rows
-        tensors = [np.asarray([ids], np.int64), np.ones((1, past + count), np.int64), np.arange(past, past + count)[None]]
+        tensors = [
+            np.asarray([ids], np.int64),
+            np.ones((1, past + count), np.int64),
+            np.arange(past, past + count)[None],
+        ]
         self._bind(binding, names.INPUT_IDS, tensors[0])
         self._bind(binding, names.ATTENTION_MASK, tensors[1])
         self._bind(binding, names.POSITION_IDS, tensors[2])
@@ -231,7 +237,9 @@ class GrowingGraph(_Graph):
             names.PROMPT_EMBEDDINGS: self._no_rows if rows is None else rows,
             **{name: kept[block] for block, name, _ in self._blocks},
         }
-        logits, *present = self._ort.run(self._names, {key: value for key, value in feed.items() if key in self._inputs})
+        logits, *present = self._ort.run(
+            self._names, {key: value for key, value in feed.items() if key in self._inputs}
+        )
         self._rows[row] = present
         last: Logits = logits[0, -1].astype(np.float32, copy=False)
         return last

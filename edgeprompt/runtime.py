@@ -1,0 +1,408 @@
+"""The runtime: one package, many prompts, from any thread."""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import threading
+import weakref
+from collections.abc import AsyncIterator, Callable, Iterable, Iterator, Mapping, Sequence
+from concurrent.futures import Future
+from dataclasses import dataclass
+from pathlib import Path
+from types import TracebackType
+from typing import Any, TypeVar, overload
+
+import numpy as np
+import numpy.typing as npt
+
+from edgeprompt.engines import Engine, EngineOptions, create_engine
+from edgeprompt.errors import InputError, PromptNotFoundError
+from edgeprompt.manifest import Manifest
+from edgeprompt.package import Package, open_package
+from edgeprompt.prompt_file import PromptFile
+from edgeprompt.prompt_source import PromptSource
+from edgeprompt.request import Classification, Generation, GenerationOptions, Request, Result, Text
+from edgeprompt.verbalizer import CONTENT_FREE, contextual_calibration
+
+T = TypeVar("T")
+Ids = Sequence[int]
+Array = npt.NDArray[np.float32]
+
+_OPTIONS = tuple(GenerationOptions.__dataclass_fields__)
+
+
+@dataclass(frozen=True)
+class GoldenCheck:
+    """What a prompt answered to its golden example, beside what it answered where it was made."""
+
+    passed: bool
+    expected: str | tuple[int, ...]
+    found: str | tuple[int, ...]
+    max_logit_difference: float | None = None
+
+
+class Runtime:
+    """Serves one package. Every method may be called from any thread; make one with `load`."""
+
+    def __init__(self, package: Package, options: EngineOptions) -> None:
+        self._package = package
+        self._engine: Engine = create_engine(package, options)
+        self._prompts: dict[str, PromptSource] = {}
+        self._inside = {path.stem: path for path in package.prompt_paths}
+        self._lock = threading.Lock()
+        self._close = weakref.finalize(self, self._engine.close)  # also at interpreter exit
+
+    @property
+    def manifest(self) -> Manifest:
+        """What the package is."""
+        return self._package.manifest
+
+    @property
+    def provider(self) -> str:
+        """The execution provider that runs it, as "cpu" or "cuda"; what `auto` chose."""
+        return self._engine.provider
+
+    @property
+    def prompts(self) -> tuple[str, ...]:
+        """Names of the prompts that requests can name: those added, and those that travel in the package."""
+        return tuple(dict.fromkeys((*self._prompts, *self._inside)))
+
+    def prompt(self, name: str) -> PromptFile:
+        """A prompt by name, with its tensors.
+
+        Raises:
+            PromptNotFoundError: no prompt of that name.
+        """
+        self._ensure(name)
+        return self._prompts[name].tensors()
+
+    def add_prompt(
+        self, prompt: str | os.PathLike[str] | PromptFile, *, name: str | None = None, allow_base_mismatch: bool = False
+    ) -> str:
+        """Make a prompt ready, replacing one of the same name; requests that run keep the old one.
+
+        A path is read again when tensors are needed, so thousands of prompts take little memory; it must not change.
+
+        Args:
+            prompt: path of a prompt file, or a `PromptFile`.
+            name: under which requests find it; None takes the file's.
+            allow_base_mismatch: serve a prompt of another base whose sizes fit.
+
+        Returns:
+            The name.
+
+        Raises:
+            PromptFileError: broken file.
+            BaseMismatchError: made for another base, tokenizer or geometry.
+        """
+        if isinstance(prompt, PromptFile):
+            source, whole = PromptSource(prompt), prompt
+        else:
+            source = PromptSource.open(prompt)
+            whole = source.tensors()
+        if allow_base_mismatch:
+            whole.check_geometry(self.manifest)
+        else:
+            whole.check_base(self.manifest)
+        name = name or whole.name
+        with self._lock:
+            self._engine.add_prompt(name, source if getattr(self._engine, "reads_sources", False) else whole)  # type: ignore[arg-type]
+            self._prompts[name] = source
+        return name
+
+    def remove_prompt(self, name: str) -> None:
+        """Forget a prompt; requests that run keep it.
+
+        Raises:
+            PromptNotFoundError: no prompt of that name was added.
+        """
+        with self._lock:
+            if name not in self._prompts:
+                raise PromptNotFoundError(f"no prompt {name!r}; loaded: {', '.join(self._prompts) or 'none'}")
+            self._engine.remove_prompt(name)
+            del self._prompts[name]
+
+    def run(self, requests: Sequence[Request], *, return_errors: bool = False) -> list[Any]:
+        """Answer a batch of mixed tasks, in order.
+
+        With `return_errors`, a row that fails is its exception in the list, and the others are answered.
+        """
+        self._open()
+        for request in requests:
+            self._ensure(request.prompt)
+        return self._engine.run(requests, return_errors=return_errors)
+
+    def run_tasks(self, text: Text, prompts: Sequence[str], *, truncate: bool = False) -> dict[str, Result]:
+        """One text, many tasks, as one batch: prompt name -> result."""
+        requests = [Request(text, name, truncate=truncate) for name in prompts]
+        return dict(zip(prompts, self.run(requests), strict=True))
+
+    @overload
+    def classify(self, text: Text = ..., *, prompt: str | None = ..., input_ids: Ids | None = ..., truncate: bool = ..., timeout: float | None = ...) -> Classification: ...  # fmt: skip
+    @overload
+    def classify(self, text: Sequence[Text], *, prompt: str | None = ..., input_ids: None = ..., truncate: bool = ..., timeout: float | None = ...) -> list[Classification]: ...  # fmt: skip
+    def classify(
+        self,
+        text: Text | Sequence[Text] = "",
+        *,
+        prompt: str | None = None,
+        input_ids: Ids | None = None,
+        truncate: bool = False,
+        timeout: float | None = None,
+    ) -> Classification | list[Classification]:
+        """Label a text, or a list of texts.
+
+        Args:
+            text: a string, fields of the template by name, or a list of either.
+            prompt: name of a prompt with a verbalizer or a head.
+            input_ids: ids of one text, instead of `text`, without the prompt's virtual tokens.
+            truncate: cut the text where the request exceeds the context; False refuses it.
+            timeout: seconds after which the request fails with RequestTimeoutError.
+        """
+
+        def ask(one: Text) -> Request:
+            return Request(one, prompt, input_ids, "classify", timeout=timeout, truncate=truncate)
+
+        return self._each(text, ask)
+
+    @overload
+    def generate(self, text: Text = ..., *, prompt: str | None = ..., input_ids: Ids | None = ..., options: GenerationOptions | None = ..., chat: bool = ..., truncate: bool = ..., timeout: float | None = ..., **settings: Any) -> Generation: ...  # fmt: skip
+    @overload
+    def generate(self, text: Sequence[Text], *, prompt: str | None = ..., input_ids: None = ..., options: GenerationOptions | None = ..., chat: bool = ..., truncate: bool = ..., timeout: float | None = ..., **settings: Any) -> list[Generation]: ...  # fmt: skip
+    def generate(
+        self,
+        text: Text | Sequence[Text] = "",
+        *,
+        prompt: str | None = None,
+        input_ids: Ids | None = None,
+        options: GenerationOptions | None = None,
+        chat: bool = False,
+        truncate: bool = False,
+        timeout: float | None = None,
+        **settings: Any,
+    ) -> Generation | list[Generation]:
+        """Generate from a text, or from a list of texts; without `prompt`, exactly the base model.
+
+        `settings` are the fields of `GenerationOptions` (`max_new_tokens=`, `temperature=`, `stop=` ...), instead of
+        `options`. The other arguments are those of `classify`; `chat` wraps the text in the chat template.
+        """
+        chosen = _options(options, settings)
+
+        def ask(one: Text) -> Request:
+            return Request(one, prompt, input_ids, "generate", chosen, chat, timeout, truncate)
+
+        return self._each(text, ask)
+
+    def stream(
+        self,
+        text: Text = "",
+        *,
+        prompt: str | None = None,
+        input_ids: Ids | None = None,
+        options: GenerationOptions | None = None,
+        chat: bool = False,
+        truncate: bool = False,
+        timeout: float | None = None,
+        **settings: Any,
+    ) -> Iterator[str]:
+        """`generate`, piece by piece; closing the iterator cancels the request."""
+        chosen = _options(options, settings)
+        return self.stream_request(Request(text, prompt, input_ids, "generate", chosen, chat, timeout, truncate))
+
+    def stream_request(self, request: Request) -> Iterator[str]:
+        """`stream` of a `Request`."""
+        self._open()
+        self._ensure(request.prompt)
+        return self._engine.stream(request)
+
+    def logits(self, text: Text = "", *, prompt: str | None = None, input_ids: Ids | None = None) -> Array:
+        """float32 [vocab_size]: scores of the next token (first decoder step for encoder-decoders)."""
+        self._open()
+        self._ensure(prompt)
+        return self._engine.logits(Request(text, prompt, input_ids))
+
+    def embed(
+        self,
+        texts: Sequence[Text],
+        *,
+        prompt: str | None = None,
+        pooling: str | None = None,
+        input_ids: Sequence[Ids] | None = None,
+    ) -> Array:
+        """float32 [len(texts), hidden_size]. `pooling` "mean", "cls" or "last"; None takes the package's default."""
+        self._open()
+        self._ensure(prompt)
+        if isinstance(texts, str | Mapping):
+            raise InputError("embed takes a list of texts; put the one text into a list")
+        if input_ids is not None:
+            requests = [Request("", prompt, ids, "embed") for ids in input_ids]
+        else:
+            requests = [Request(text, prompt, None, "embed") for text in texts]
+        return self._engine.embed(requests, pooling)
+
+    def check(self, prompt: str) -> GoldenCheck:
+        """Ask a prompt its golden example, and compare with what it answered where it was made.
+
+        Raises:
+            InputError: the prompt file holds no golden example.
+        """
+        self._ensure(prompt)
+        golden = self._prompts[prompt].prompt.golden
+        if golden is None:
+            raise InputError(f"prompt {prompt!r} holds no golden example; tune stores one")
+        if golden.label is not None:
+            result = self.classify(golden.fields, prompt=prompt)
+            differences = [
+                abs(value - result.logits[key]) for key, value in golden.logits.items() if key in result.logits
+            ]
+            return GoldenCheck(
+                result.label == golden.label, golden.label, result.label, max(differences) if differences else None
+            )
+        found = self.generate(golden.fields, prompt=prompt, max_new_tokens=len(golden.token_ids), temperature=0)
+        ids = found.token_ids[: len(golden.token_ids)]
+        logits = self.logits(golden.fields, prompt=prompt) if golden.logits else np.empty(0)
+        differences = [abs(value - float(logits[int(key)])) for key, value in golden.logits.items()]
+        expected = tuple(golden.token_ids)
+        return GoldenCheck(ids == expected, expected, ids, max(differences) if differences else None)
+
+    def calibration(self, prompt: str, texts: Sequence[Text] = CONTENT_FREE) -> tuple[float, ...]:
+        """Values for `PromptFile.calibration`: what the verbalizer says about texts without content."""
+        results = self.classify(list(texts), prompt=prompt)
+        return contextual_calibration([list(result.logits.values()) for result in results])
+
+    def submit(self, request: Request) -> Future[Any]:
+        """Queue a request and return at once; `result()` waits, `cancel()` takes effect before the next step.
+
+        Raises:
+            CapacityError: the queue is full, or the request is larger than the memory budget.
+        """
+        self._open()
+        self._ensure(request.prompt)
+        submit: Callable[[Request], Future[Any]] | None = getattr(self._engine, "submit", None)
+        if submit is not None:
+            return submit(request)
+        future: Future[Any] = Future()
+
+        def answer() -> None:
+            try:
+                future.set_result(self._engine.run([request])[0])
+            except BaseException as error:
+                future.set_exception(error)
+
+        threading.Thread(target=answer, name="edgeprompt-request", daemon=True).start()
+        return future
+
+    async def arun(self, requests: Sequence[Request]) -> list[Any]:
+        """`run` for asyncio; cancelling the task cancels the requests."""
+        return list(await asyncio.gather(*(asyncio.wrap_future(self.submit(request)) for request in requests)))
+
+    async def aclassify(self, text: Text, *, prompt: str | None = None, truncate: bool = False) -> Classification:
+        """`classify` of one text for asyncio."""
+        (result,) = await self.arun([Request(text, prompt, None, "classify", truncate=truncate)])
+        found: Classification = result
+        return found
+
+    async def agenerate(
+        self, text: Text, *, prompt: str | None = None, options: GenerationOptions | None = None, **settings: Any
+    ) -> Generation:
+        """`generate` of one text for asyncio."""
+        (result,) = await self.arun([Request(text, prompt, None, "generate", _options(options, settings))])
+        found: Generation = result
+        return found
+
+    async def astream(
+        self, text: Text, *, prompt: str | None = None, options: GenerationOptions | None = None, **settings: Any
+    ) -> AsyncIterator[str]:
+        """`stream` for asyncio."""
+        pieces = self.stream(text, prompt=prompt, options=options, **settings)
+        try:
+            while (piece := await asyncio.to_thread(next, pieces, None)) is not None:
+                yield piece
+        finally:
+            close = getattr(pieces, "close", None)
+            if close is not None:
+                close()
+
+    def close(self) -> None:
+        """Fail requests in flight with RequestCancelledError and free the model. Closing twice is fine."""
+        self._close()
+
+    def __enter__(self) -> Runtime:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.close()
+
+    def _open(self) -> None:
+        if not self._close.alive:
+            raise InputError("the runtime is closed; load the package again")
+
+    def _ensure(self, name: str | None) -> None:
+        """Add a prompt that travels in the package when it is first named."""
+        if name is None or name in self._prompts:
+            return
+        if name not in self._inside:
+            there = ", ".join(self.prompts[:20]) or "none"
+            raise PromptNotFoundError(f"no prompt {name!r}; loaded: {there}")
+        self.add_prompt(self._inside[name], name=name)
+
+    def _each(self, text: Text | Sequence[Text], ask: Callable[[Text], Request]) -> Any:
+        if isinstance(text, str | Mapping):
+            return self.run([ask(text)])[0]
+        return self.run([ask(one) for one in text])
+
+
+def load(
+    path: str | os.PathLike[str],
+    *,
+    provider: str = "auto",
+    threads: int | None = None,
+    prompts: Iterable[str | os.PathLike[str] | PromptFile] = (),
+    options: EngineOptions | None = None,
+) -> Runtime:
+    """Open a package.
+
+    Args:
+        path: the folder that `edgeprompt export` made.
+        provider: "auto" (CUDA where it is there, else the CPU), "cpu", "cuda", or another by name.
+        threads: intra-op threads; None: one per physical core.
+        prompts: prompts to add.
+        options: budgets and limits; its provider and threads are used where those here are not given.
+
+    Raises:
+        PackageError: no package, or a broken one.
+        ProviderError: the provider is not there.
+    """
+    import dataclasses
+
+    chosen = options or EngineOptions()
+    chosen = dataclasses.replace(
+        chosen,
+        provider=chosen.provider if provider == "auto" else provider,
+        threads=chosen.threads if threads is None else threads,
+    )
+    runtime = Runtime(open_package(Path(path)), chosen)
+    try:
+        for prompt in prompts:
+            runtime.add_prompt(prompt)
+    except BaseException:
+        runtime.close()
+        raise
+    return runtime
+
+
+def _options(options: GenerationOptions | None, settings: Mapping[str, Any]) -> GenerationOptions:
+    unknown = [name for name in settings if name not in _OPTIONS]
+    if unknown:
+        raise InputError(f"unknown option {unknown[0]!r}; known: {', '.join(_OPTIONS)}")
+    if settings and options is not None:
+        raise InputError(f"give options= or {next(iter(settings))}=, not both")
+    if "stop" in settings and isinstance(settings["stop"], str):
+        settings = {**settings, "stop": (settings["stop"],)}
+    for name in ("stop", "choices"):
+        if name in settings:
+            settings = {**settings, name: tuple(settings[name])}
+    return options or GenerationOptions(**settings)
