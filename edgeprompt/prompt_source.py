@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import hashlib
+import os
 from pathlib import Path
 
 from edgeprompt.errors import PromptFileError
@@ -25,7 +26,7 @@ class PromptSource:
         """Everything but the prompt's own tensors."""
 
     @staticmethod
-    def open(path: str | Path) -> PromptSource:
+    def open(path: str | os.PathLike[str]) -> PromptSource:
         """Read and check a file; its path and hash are kept, its tensors are not.
 
         Raises:

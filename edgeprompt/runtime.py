@@ -139,12 +139,28 @@ class Runtime:
         return dict(zip(prompts, self.run(requests), strict=True))
 
     @overload
-    def classify(self, text: Text = ..., *, prompt: str | None = ..., input_ids: Ids | None = ..., truncate: bool = ..., timeout: float | None = ...) -> Classification: ...  # fmt: skip
-    @overload
-    def classify(self, text: Sequence[Text], *, prompt: str | None = ..., input_ids: None = ..., truncate: bool = ..., timeout: float | None = ...) -> list[Classification]: ...  # fmt: skip
     def classify(
         self,
-        text: Text | Sequence[Text] = "",
+        text: Text = ...,
+        *,
+        prompt: str | None = ...,
+        input_ids: Ids | None = ...,
+        truncate: bool = ...,
+        timeout: float | None = ...,
+    ) -> Classification: ...
+    @overload
+    def classify(
+        self,
+        text: list[Text] | list[str] | tuple[Text, ...],
+        *,
+        prompt: str | None = ...,
+        input_ids: Ids | None = ...,
+        truncate: bool = ...,
+        timeout: float | None = ...,
+    ) -> list[Classification]: ...
+    def classify(
+        self,
+        text: Text | list[Text] | list[str] | tuple[Text, ...] = "",
         *,
         prompt: str | None = None,
         input_ids: Ids | None = None,
@@ -164,15 +180,16 @@ class Runtime:
         def ask(one: Text) -> Request:
             return Request(one, prompt, input_ids, "classify", timeout=timeout, truncate=truncate)
 
-        return self._each(text, ask)
+        found: Classification | list[Classification] = self._each(text, ask)
+        return found
 
     @overload
-    def generate(self, text: Text = ..., *, prompt: str | None = ..., input_ids: Ids | None = ..., options: GenerationOptions | None = ..., chat: bool = ..., truncate: bool = ..., timeout: float | None = ..., **settings: Any) -> Generation: ...  # fmt: skip
+    def generate(self, text: Text = ..., **keywords: Any) -> Generation: ...
     @overload
-    def generate(self, text: Sequence[Text], *, prompt: str | None = ..., input_ids: None = ..., options: GenerationOptions | None = ..., chat: bool = ..., truncate: bool = ..., timeout: float | None = ..., **settings: Any) -> list[Generation]: ...  # fmt: skip
+    def generate(self, text: list[Text] | list[str] | tuple[Text, ...], **keywords: Any) -> list[Generation]: ...
     def generate(
         self,
-        text: Text | Sequence[Text] = "",
+        text: Text | list[Text] | list[str] | tuple[Text, ...] = "",
         *,
         prompt: str | None = None,
         input_ids: Ids | None = None,
@@ -192,7 +209,8 @@ class Runtime:
         def ask(one: Text) -> Request:
             return Request(one, prompt, input_ids, "generate", chosen, chat, timeout, truncate)
 
-        return self._each(text, ask)
+        found: Generation | list[Generation] = self._each(text, ask)
+        return found
 
     def stream(
         self,

@@ -84,7 +84,7 @@ def resolve(options: GenerationOptions, defaults: Mapping[str, Any]) -> Sampling
 
 def log_softmax(logits: Logits) -> Logits:
     """Log-probabilities over the last axis, in float32."""
-    shifted = logits - logits.max(axis=-1, keepdims=True)
+    shifted: Logits = logits - logits.max(axis=-1, keepdims=True)
     shifted -= np.log(np.exp(shifted).sum(axis=-1, keepdims=True, dtype=np.float64)).astype(np.float32)
     return shifted
 

@@ -22,8 +22,14 @@ _PROVIDERS = {
     "qnn": "QNNExecutionProvider",
     "webgpu": "WebGpuExecutionProvider",
 }
-_INSTALL = {"cpu": "onnxruntime", "cuda": "onnxruntime-gpu", "tensorrt": "onnxruntime-gpu", "openvino": "onnxruntime-openvino",
-            "directml": "onnxruntime-directml", "qnn": "onnxruntime-qnn"}  # fmt: skip
+_INSTALL = {
+    "cpu": "onnxruntime",
+    "cuda": "onnxruntime-gpu",
+    "tensorrt": "onnxruntime-gpu",
+    "openvino": "onnxruntime-openvino",
+    "directml": "onnxruntime-directml",
+    "qnn": "onnxruntime-qnn",
+}
 
 
 @dataclass(frozen=True)

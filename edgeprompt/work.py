@@ -154,10 +154,11 @@ class GenerateWork:
         if piece and self._on_text is not None:
             self._on_text(piece)
 
-    def _end(self, reason: str) -> None:
+    def _end(self, reason: str) -> int | None:
         self._reason = reason
         if self._text is not None:
             self._say(self._text.finish())
+        return None
 
     def result(self) -> Generation:
         """The text and its tokens, without the end token."""

@@ -233,7 +233,8 @@ class DecoderEngine:
         if task == "classify":
             sampling = Sampling(max_new_tokens=self._deepest(request, loaded))
             ids = self._encode(request, loaded, template, sampling)
-            assert loaded is not None and loaded.verbalizer is not None
+            assert loaded is not None
+            assert loaded.verbalizer is not None
             work: Work = ScoreWork(loaded.verbalizer, clock)
         elif task == "generate":
             sampling = resolve(request.options, loaded.prompt.generation if loaded else {})
@@ -269,7 +270,7 @@ class DecoderEngine:
     def _deepest(self, request: Request, loaded: Loaded | None) -> int:
         if loaded is None or loaded.verbalizer is None:
             raise InputError(
-                f"prompt {request.prompt!r} has no verbalizer, which classify needs; tune it with label words, or generate"
+                f"prompt {request.prompt!r} has no verbalizer, which classify needs; tune it with label words"
                 if loaded
                 else "classify needs a prompt with a verbalizer; add one and name it with prompt="
             )

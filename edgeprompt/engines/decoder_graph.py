@@ -145,7 +145,8 @@ class SharedGraph(_Graph):
         logits = self._logits[:1] if self._last_only else np.empty((1, count, self._vocab), self._logits_type)
         self._bind_output(binding, logits)
         self._ort.run_with_iobinding(binding)
-        return logits[0, -1].astype(np.float32, copy=False)
+        last: Logits = logits[0, -1].astype(np.float32, copy=False)
+        return last
 
     def decode(self, ids: Sequence[int], lengths: Sequence[int]) -> Logits:
         """One token for each of the first rows."""
@@ -207,7 +208,7 @@ class SharedGraph(_Graph):
 
 
 class GrowingGraph(_Graph):
-    """Attention that returns past and new keys joined (other exporters' graphs): each row keeps its own, and runs alone."""
+    """Attention that returns past and new keys joined (others' graphs): each row keeps its own and runs alone."""
 
     def __init__(self, session: Session, shape: KVShape, *, hidden_size: int, max_rows: int, budget: int) -> None:
         super().__init__(session, shape, hidden_size=hidden_size, max_rows=max_rows, budget=budget)
