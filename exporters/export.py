@@ -91,6 +91,11 @@ def export_model(
             size = sum(file.stat().st_size for file in folder.rglob("*") if file.is_file())
     except OSError as error:
         raise ExportError(f"cannot write {str(out)!r}: {error.strerror or error}; nothing was left behind") from error
+    except Exception as error:
+        # Libraries written in Rust (tokenizers, safetensors) report a full disk as kinds of their own.
+        if "(os error " not in str(error):
+            raise
+        raise ExportError(f"cannot write {str(out)!r}: {error}; nothing was left behind") from error
     tell("done", 1.0)
     return ExportReport(Path(out), manifest, size)
 
