@@ -22,6 +22,9 @@ import pytest
 # Before anything imports transformers: no test may reach for a hub.
 os.environ["HF_HUB_OFFLINE"] = "1"
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+# One line of error is one line: no bars of the libraries between.
+os.environ.setdefault("TQDM_DISABLE", "1")
+os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
 
 ROOT = Path(__file__).resolve().parent.parent
 EXPORT_SOURCES = ("edgeprompt/*.py", "exporters/*.py", "exporters/routes/*.py", "exporters/families/*.py")

@@ -14,6 +14,7 @@ from typing import Any
 
 import click
 
+import edgeprompt
 from edgeprompt.errors import EdgePromptError, MissingDependencyError
 
 COMMANDS = ("tune", "export", "convert", "run", "eval", "inspect", "validate")
@@ -84,7 +85,7 @@ def _terminable() -> Iterator[None]:
 
 
 @click.group(cls=_Commands, context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 100})
-@click.version_option(package_name="edgeprompt", message="%(prog)s %(version)s")
+@click.version_option(edgeprompt.__version__, message="%(prog)s %(version)s")
 def main() -> None:
     """One frozen language model on a device, many tasks.
 

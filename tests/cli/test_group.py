@@ -36,10 +36,9 @@ def test_what_the_system_refuses_is_one_line(refused, tiny_llama_package, tmp_pa
     assert line == f"{tmp_path / 'missing.txt'}: No such file or directory"
 
 
-def test_a_missing_library_is_one_line_with_the_install_command(spawn, tiny_llama_package):
-    with spawn(
-        "validate", tiny_llama_package, "--against", "base", before="import sys; sys.modules['torch'] = None"
-    ) as it:
+def test_a_missing_library_is_one_line_with_the_install_command(spawn, tiny_llama_base, tmp_path):
+    without = "import sys; sys.modules['torch'] = None"
+    with spawn("export", tiny_llama_base, "-o", tmp_path / "package", before=without) as it:
         out, error = it.communicate(timeout=60)
     assert it.returncode == 1
     assert out == ""
