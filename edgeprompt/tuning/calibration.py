@@ -1,4 +1,4 @@
-"""Contextual calibration (Zhao et al. 2021, arXiv:2102.09690): take away what the prompt answers to no text."""
+"""Contextual calibration of a tuned verbalizer, kept only where the eval data gains by it."""
 
 from __future__ import annotations
 
@@ -9,15 +9,13 @@ import torch
 
 from edgeprompt.tuning.examples import Examples
 from edgeprompt.tuning.objectives import CausalClassify
-
-CONTENT_FREE = ("N/A", "...", "-")
-"""Texts that say nothing. Each fills every slot of the template."""
+from edgeprompt.verbalizer import CONTENT_FREE, contextual_calibration
 
 
 def choose_calibration(
     objective: CausalClassify, examples: Examples, batches: Sequence[Sequence[int]], shared: Any
 ) -> tuple[float, ...]:
-    """Biases to subtract from the labels' scores, or none if they do not make the eval data's accuracy better.
+    """Values to subtract from the labels' scores, or none where they do not make the eval accuracy better.
 
     Args:
         objective: the task with the tuned prompt.
@@ -27,12 +25,13 @@ def choose_calibration(
     """
     slots = objective.template.slots
     rows = [objective.text_ids(dict.fromkeys(slots, text)) for text in CONTENT_FREE]
-    prior = objective.scores(rows, shared).log_softmax(-1).mean(0)
+    calibration = contextual_calibration(objective.scores(rows, shared).cpu().numpy())
+    prior = torch.tensor(calibration)
     plain = calibrated = 0
     for batch in batches:
         chosen = [examples[index] for index in batch]
-        scores = objective.scores([example.ids for example in chosen], shared)
-        target = torch.tensor([example.target[0] for example in chosen], device=scores.device)
+        scores = objective.scores([example.ids for example in chosen], shared).cpu()
+        target = torch.tensor([example.target[0] for example in chosen])
         plain += int((scores.argmax(-1) == target).sum())
         calibrated += int(((scores - prior).argmax(-1) == target).sum())
-    return tuple(float(value) for value in prior) if calibrated > plain else ()
+    return calibration if calibrated > plain else ()

@@ -4,9 +4,8 @@ from __future__ import annotations
 
 import tempfile
 from array import array
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
-from typing import IO
 
 import numpy as np
 import numpy.typing as npt
@@ -25,49 +24,35 @@ class Example:
 
 
 class Examples:
-    """Examples on disk; memory holds two offsets for each."""
+    """Examples on disk, mapped; memory holds two offsets and a class for each."""
 
-    def __init__(self) -> None:
-        self._file: IO[bytes] = tempfile.TemporaryFile()  # noqa: SIM115 - lives as long as the examples
-        self._pending = array("i")
-        self._bounds = array("q", [0])
-        self._classes = array("i")
-        self._values: npt.NDArray[np.int32] | None = None
-
-    def append(self, example: Example) -> None:
-        """Add an example at the end."""
-        for values in (example.ids, example.target):
-            self._pending.extend(values)
-            self._bounds.append(self._bounds[-1] + len(values))
-        self._classes.append(example.target[0] if example.target else -1)
-        if len(self._pending) > _FLUSH:
-            self._flush()
-
-    def _flush(self) -> None:
-        self._pending.tofile(self._file)
-        self._pending = array("i")
-        self._values = None
+    def __init__(self, examples: Iterable[Example]) -> None:
+        """Spool `examples` to a temporary file, one at a time."""
+        pending, bounds, classes = array("i"), array("q", [0]), array("i")
+        with tempfile.TemporaryFile() as file:
+            for example in examples:
+                for values in (example.ids, example.target):
+                    pending.extend(values)
+                    bounds.append(bounds[-1] + len(values))
+                classes.append(example.target[0] if example.target else -1)
+                if len(pending) > _FLUSH:
+                    pending.tofile(file)
+                    pending = array("i")
+            pending.tofile(file)
+            file.flush()
+            self._values = np.memmap(file, np.int32, "r")
+        self._bounds = np.array(bounds, np.int64)
+        self.classes = np.array(classes, np.int32)
+        """First target of each example (its class where there is one), int32 [len(self)]."""
+        self.lengths = np.diff(self._bounds[::2])
+        """Number of ids and targets of each example, int64 [len(self)]."""
 
     def __len__(self) -> int:
-        return len(self._classes)
+        return len(self.classes)
 
     def __getitem__(self, index: int) -> Example:
-        if self._values is None or self._pending:
-            self._flush()
-            self._file.flush()
-            self._values = np.memmap(self._file, np.int32, "r")
         start, middle, end = self._bounds[2 * index : 2 * index + 3]
         return Example(self._values[start:middle].tolist(), self._values[middle:end].tolist())
-
-    @property
-    def lengths(self) -> npt.NDArray[np.int64]:
-        """Number of ids and targets of each example, int64 [len(self)]."""
-        return np.diff(np.frombuffer(self._bounds, np.int64)[::2])
-
-    @property
-    def classes(self) -> npt.NDArray[np.int32]:
-        """First target of each example (its class where there is one), int32 [len(self)]."""
-        return np.array(self._classes, np.int32)
 
 
 def split(count: int, fraction: float, seed: int) -> tuple[npt.NDArray[np.int64], npt.NDArray[np.int64]]:

@@ -36,6 +36,8 @@ class Progress:
     best_parameters: dict[str, torch.Tensor] = field(default_factory=dict)
     waited: int = 0
     """Evaluations since the best."""
+    evaluated: int = 0
+    """Step of the last evaluation."""
     seconds: float = 0.0
     """Time spent in training steps."""
 
@@ -72,7 +74,10 @@ class Loop:
         """`eval_batches`: examples and which of them to evaluate on, none for no evaluation; `signature`: what a
         checkpoint must agree with to go on."""
         from accelerate import Accelerator
+        from accelerate.state import AcceleratorState
 
+        # accelerate keeps the first run's precision for the whole process, and refuses another
+        AcceleratorState._reset_state()
         self.accelerator = Accelerator(mixed_precision=options.mixed_precision)
         self._objective, self._examples, self._plan, self._options = objective, examples, plan, options
         self._eval_examples, self._eval_batches = eval_batches
@@ -84,6 +89,7 @@ class Loop:
         optimizer = torch.optim.AdamW(self.parameters.values(), lr=options.rate, weight_decay=0.0)
         self._module, self._optimizer = self.accelerator.prepare(_Step(objective), optimizer)
         self.progress = Progress()
+        self._updating = False
 
     def run(self, *, show: bool) -> Progress:
         """Train until the last step, or until evaluation stops getting better.
@@ -96,13 +102,17 @@ class Loop:
         log = self._options.log if self.accelerator.is_main_process else None
         with Recorder(log, total=self._steps, start=progress.step, progress=show) as recorder:
             try:
-                while progress.step < self._steps and not self._patience_spent():
-                    recorder.step(progress.step + 1, self._train_step())
-                    if progress.step % every == 0 or progress.step == self._steps:
+                while True:
+                    due = progress.step and (progress.step % every == 0 or progress.step == self._steps)
+                    if due and progress.evaluated != progress.step:
                         self._evaluate_and_keep(recorder)
                         self.save(self._checkpoint)
+                    if progress.step >= self._steps or self._patience_spent():
+                        break
+                    recorder.step(progress.step + 1, self._train_step())
             except KeyboardInterrupt as error:
-                self.save(self._checkpoint)
+                if not self._updating:  # half an update would be neither this step nor the next
+                    self.save(self._checkpoint)
                 raise TuningError(
                     f"interrupted after step {progress.step}; go on with --resume {self._checkpoint}"
                 ) from error
@@ -121,6 +131,7 @@ class Loop:
         rate = self._options.rate * _schedule(step, self._steps)
         for group in self._optimizer.param_groups:
             group["lr"] = rate
+        self._optimizer.zero_grad()  # an interrupted step may have left some
         self._objective.model.train()
         indices = self._plan.batch(step)
         mine = indices[self.accelerator.process_index :: world] or indices[:1]
@@ -130,11 +141,12 @@ class Loop:
             raise TuningError(f"the loss is {loss.item()} at step {step + 1}; try a lower --lr than {rate:g}")
         self.accelerator.backward(loss)
         norm = self.accelerator.clip_grad_norm_(list(self.parameters.values()), _CLIP)
-        self._optimizer.step()
-        self._optimizer.zero_grad()
         seconds = time.perf_counter() - started
+        self._updating = True
+        self._optimizer.step()
         self.progress.step += 1
         self.progress.seconds += seconds
+        self._updating = False
         return {
             "loss": loss.item(),
             "learning_rate": rate,
@@ -144,9 +156,10 @@ class Loop:
 
     def _evaluate_and_keep(self, recorder: Recorder) -> None:
         figures = self.evaluate()
+        progress, metric = self.progress, self._objective.metric
+        progress.evaluated = progress.step
         if not figures:
             return
-        progress, metric = self.progress, self._objective.metric
         if not progress.best or _rank(figures, metric) > _rank(progress.best, metric):
             progress.best, progress.best_step, progress.waited = figures, progress.step, 0
             progress.best_parameters = {name: value.detach().clone() for name, value in self.parameters.items()}

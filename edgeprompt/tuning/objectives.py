@@ -17,6 +17,7 @@ from edgeprompt.tuning.causal import CausalPrompt
 from edgeprompt.tuning.examples import Example
 from edgeprompt.tuning.options import TuneOptions
 from edgeprompt.tuning.verbalizer import LabelWords
+from edgeprompt.verbalizer import Verbalizer
 
 
 @dataclass(frozen=True)
@@ -84,7 +85,9 @@ class CausalClassify:
         self._model = model
         self._encoder = encoder
         self.labels = tuple(verbalizer)
-        self.words = LabelWords(word_ids(verbalizer, encoder.tokenizer))
+        self.words = LabelWords(
+            Verbalizer.compile(verbalizer, lambda word: encoder.tokenizer.encode(word, add_special_tokens=False))
+        )
         self._room = max(len(stem) for stem in self.words.stems)
 
     @property
@@ -175,24 +178,3 @@ class CausalGenerate:
         target = torch.tensor([token for example in batch for token in example.target], device=logits.device)
         loss = nn.functional.cross_entropy(logits, target, reduction="sum")
         return Outcome(loss, float((logits.argmax(-1) == target).sum()), len(target))
-
-
-def word_ids(verbalizer: Mapping[str, tuple[str, ...]], tokenizer: Tokenizer) -> list[list[list[int]]]:
-    """Token ids of every label's words.
-
-    Raises:
-        DataError: a word has no token, or two labels share one.
-    """
-    found: dict[tuple[int, ...], str] = {}
-    table: list[list[list[int]]] = []
-    for label, words in verbalizer.items():
-        table.append([])
-        for word in words:
-            ids = tokenizer.encode(word, add_special_tokens=False)
-            if not ids:
-                raise DataError(f"label {label!r}: word {word!r} has no token in this base's vocabulary")
-            other = found.setdefault(tuple(ids), label)
-            if other != label:
-                raise DataError(f"labels {other!r} and {label!r} share the word {word!r}; give each its own")
-            table[-1].append(ids)
-    return table

@@ -104,8 +104,8 @@ class TuneOptions:
             ("steps", 1), ("epochs", 0), ("shots", 1), ("eval_steps", 1), ("patience", 1), ("learning_rate", 0),
         ):  # fmt: skip
             value = getattr(self, name)
-            if value is not None and not value >= least:
-                raise InputError(f"{name} is {value}, it must be at least {least}")
+            if value is not None and not least <= value < float("inf"):
+                raise InputError(f"{name} is {value}, it must be a number of at least {least}")
         if self.steps and self.epochs:
             raise InputError("give steps or epochs, not both")
         if not 0 <= self.eval_split < 1:

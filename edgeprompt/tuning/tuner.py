@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import os
 import tempfile
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from importlib.metadata import version
 from pathlib import Path
@@ -14,14 +14,14 @@ from typing import Any
 import torch
 
 from edgeprompt.data import DataSource, data_hash, read_rows, source_name
-from edgeprompt.errors import BaseMismatchError, DataError, InputError, SourceError, TuningError, UnsupportedError
+from edgeprompt.errors import BaseMismatchError, InputError, SourceError, TuningError, UnsupportedError
 from edgeprompt.manifest import Base, Geometry
 from edgeprompt.package import Package, open_package
 from edgeprompt.prompt_file import Golden, PromptFile, TunedFor, load_prompt, save_prompt
 from edgeprompt.tokenizer import Tokenizer
 from edgeprompt.tuning.calibration import choose_calibration
 from edgeprompt.tuning.causal import CausalPrompt, check_embedding
-from edgeprompt.tuning.examples import BatchPlan, Examples, few_shot, sample, sorted_batches, split
+from edgeprompt.tuning.examples import BatchPlan, Example, Examples, few_shot, sample, sorted_batches, split
 from edgeprompt.tuning.loop import Loop, Progress
 from edgeprompt.tuning.objectives import CausalClassify, CausalGenerate, Encoder
 from edgeprompt.tuning.options import DEFAULT_STEPS, TuneOptions, checkpoint_path
@@ -30,6 +30,7 @@ from edgeprompt.tuning.soft_prompt import SoftPrompt, start_ids
 
 _EVAL_BATCHES = 2
 """Evaluation batches are this many times the training batch: no gradients to keep."""
+_CLOSENESS_TEXTS = 8
 
 
 @dataclass(frozen=True)
@@ -110,7 +111,9 @@ def _prepare(base: Any, plan: TaskPlan, options: TuneOptions) -> tuple[_Run, Pac
         raise UnsupportedError(f"{loaded.name} has no output layer over the vocabulary; tune needs a causal LM")
     fingerprint = loaded.fingerprint
     if package is not None:
-        _use_weights(loaded, fingerprint, package)
+        from exporters.dequantize import load_package_weights
+
+        load_package_weights(loaded.model, package.path)
     geometry = geometry_of(loaded.config)
     tokenizer = _tokenizer(loaded)
     soft = SoftPrompt(loaded.model, geometry, options, task_type="CAUSAL_LM")
@@ -167,6 +170,7 @@ def _train(run: _Run, package: Package | None, data: DataSource, path: Path, sho
     prompt = _finish(
         run, package, loop, progress, path, (data, len(indices)), (held_examples, evaluation), sample_fields
     )
+    checks = _closeness(run, package, held_examples, evaluation or [indices.tolist()]) if package is not None else {}
     if loop.accelerator.is_main_process:
         save_prompt(prompt, path)
         if options.adapter is not None:
@@ -181,32 +185,37 @@ def _train(run: _Run, package: Package | None, data: DataSource, path: Path, sho
         metric=objective.metric,
         value=progress.best.get(objective.metric),
         examples_per_second=done / progress.seconds if progress.seconds else 0.0,
-        checks={},
+        checks=checks,
     )
 
 
 def _encode(run: _Run, data: DataSource) -> tuple[Examples, dict[str, str]]:
     """All rows of `data` as examples, and the fields of the first."""
-    examples, name, first = Examples(), source_name(data), None
-    for number, row in enumerate(read_rows(data), 1):
-        where = f"row {number} of {name!r}"
-        first = first or run.encoder.fields(row, where)
-        examples.append(run.objective.encode(row, where))
-    if first is None:
-        raise DataError(f"data {name!r} is empty: it has no row")
-    return examples, first
+    first: dict[str, str] = {}
+
+    def encoded() -> Iterator[Example]:
+        for number, row in enumerate(read_rows(data), 1):
+            where = f"row {number} of {source_name(data)!r}"
+            if not first:
+                first.update(run.encoder.fields(row, where))
+            yield run.objective.encode(row, where)
+
+    return Examples(encoded()), first
 
 
-def _use_weights(loaded: Any, fingerprint: str, package: Package) -> None:
-    from exporters.dequantize import load_package_weights
+def _closeness(run: _Run, package: Package, examples: Examples, batches: list[list[int]]) -> dict[str, float]:
+    """How closely the model in training followed the package's graph, on a few texts with the tuned prompt."""
+    from exporters.dequantize import check_closeness
 
-    expected = package.manifest.base.fingerprint
-    if fingerprint != expected:
-        raise BaseMismatchError(
-            f"package {str(package.path)!r} holds {package.manifest.base.name} ({expected}), "
-            f"the base is {loaded.name} ({fingerprint})"
-        )
-    load_package_weights(loaded.model, package.path)
+    soft = run.objective.model.soft
+    some = [examples[index].ids for batch in batches for index in batch][:_CLOSENESS_TEXTS]
+    found = check_closeness(run.base.model, package.path, some, None if soft.is_prefix else soft.array())
+    return {
+        "graph_max_difference": found.max_difference,
+        "graph_mean_difference": found.mean_difference,
+        "logit_scale": found.logit_scale,
+        "graph_top1_agreement": found.top1_agreement,
+    }
 
 
 def _tokenizer(loaded: Any) -> Tokenizer:

@@ -1,0 +1,273 @@
+"""`tune` from end to end on a tiny random decoder."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import random
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+from edgeprompt.errors import (
+    BaseMismatchError,
+    DataError,
+    InputError,
+    PackageError,
+    SourceError,
+    TemplateError,
+    TuningError,
+)
+from edgeprompt.prompt_file import load_prompt
+from edgeprompt.tuning import TuneOptions, tune
+from edgeprompt.tuning.options import checkpoint_path
+from edgeprompt.tuning.record import Recorder
+
+WORDS = {"animal": ["cat", "dog", "cow", "horse", "sheep"], "number": ["one", "two", "three", "four", "five"]}
+
+
+def toy_rows(count: int = 96) -> list[dict[str, str]]:
+    chosen = random.Random(0)
+    return [
+        {"text": " ".join(chosen.choices(WORDS[label], k=chosen.randint(2, 6))), "label": label}
+        for label in ("animal", "number")
+        for _ in range(count // 2)
+    ]
+
+
+TOY = TuneOptions(
+    template="{prompt}{text} is",
+    verbalizer={"animal": (" a",), "number": (" n",)},
+    num_virtual_tokens=8,
+    steps=40,
+    learning_rate=0.1,
+    eval_split=0.25,
+    seed=3,
+)
+
+
+def options(**changes: Any) -> TuneOptions:
+    return dataclasses.replace(TOY, **changes)
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {},
+        {"method": "p-tuning", "learning_rate": 0.01},
+        {"method": "p-tuning", "encoder": "lstm", "learning_rate": 0.01},
+        {"method": "prefix-tuning"},
+        {"method": "prefix-tuning", "projection": True, "learning_rate": 0.01},
+        {"template": "{text} is {prompt}"},
+        {"verbalizer": {"animal": (" a cat", " dog"), "number": (" n",)}},
+    ],
+    ids=["prompt", "mlp", "lstm", "prefix", "projection", "inside", "long-words"],
+)
+def test_learns_a_toy_task(tiny_llama_base: Path, tmp_path: Path, changes: dict[str, Any]) -> None:
+    result = tune(tiny_llama_base, toy_rows(), output=tmp_path / "toy.safetensors", options=options(**changes))
+    print(result.value, result.steps, result.best_step, result.prompt.training["metric"])
+    assert result.value is not None
+    assert result.value >= 0.9
+
+
+@pytest.mark.parametrize("method", ["prompt-tuning", "prefix-tuning"])
+def test_the_file_holds_what_peft_computes(tiny_llama_base: Path, tmp_path: Path, method: str) -> None:
+    from peft import PeftModel
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    adapter = tmp_path / "adapter"
+    changes = options(method=method, steps=10, adapter=adapter)
+    result = tune(tiny_llama_base, toy_rows(), output=tmp_path / "toy.safetensors", options=changes)
+    prompt = load_prompt(result.path)
+    assert prompt.sha256 == result.prompt.sha256
+    base = AutoModelForCausalLM.from_pretrained(tiny_llama_base, dtype=torch.float32)
+    peft = PeftModel.from_pretrained(base, str(adapter)).eval()
+    assert prompt.golden is not None
+    ids = AutoTokenizer.from_pretrained(tiny_llama_base)(prompt.golden.fields["text"] + " is", return_tensors="pt")
+    with torch.no_grad():
+        logarithms = peft(**ids).logits[0, -1].double().log_softmax(-1)
+    tokenizer = AutoTokenizer.from_pretrained(tiny_llama_base)
+    for label, (word,) in prompt.verbalizer.items():
+        (token,) = tokenizer(word, add_special_tokens=False)["input_ids"]
+        assert prompt.golden.logits[label] == pytest.approx(float(logarithms[token]), abs=1e-4)
+    saved = peft.get_prompt_embedding_to_save("default").numpy()
+    if method == "prompt-tuning":
+        assert prompt.prompt_embeddings is not None
+        np.testing.assert_array_equal(prompt.prompt_embeddings, saved)
+    else:
+        assert prompt.past_key_values is not None
+        np.testing.assert_array_equal(prompt.past_key_values, saved.reshape(8, 2, 2, 2, 16).transpose(1, 2, 3, 0, 4))
+
+
+def test_what_the_file_says(tiny_llama_base: Path, tmp_path: Path) -> None:
+    from exporters.load import load_base
+
+    prompt = tune(tiny_llama_base, toy_rows(), output=tmp_path / "toy.safetensors", options=options(steps=8)).prompt
+    assert prompt.name == "toy"
+    assert prompt.task == "classify"
+    assert prompt.labels == ("animal", "number")
+    assert prompt.base.fingerprint == load_base(tiny_llama_base).fingerprint
+    assert prompt.tuned_for is not None
+    assert (prompt.tuned_for.precision, prompt.tuned_for.weights_hash) == ("fp32", None)
+    assert str(prompt.template) == TOY.template
+    training = prompt.training
+    assert (training["steps"], training["seed"], training["examples"], training["eval_examples"]) == (8, 3, 72, 24)
+    assert training["data"].startswith("sha256:")
+    assert not checkpoint_path(tmp_path / "toy.safetensors").exists()
+
+
+def test_same_seed_same_bytes(tiny_llama_base: Path, tmp_path: Path) -> None:
+    made = [
+        tune(tiny_llama_base, toy_rows(), output=tmp_path / f"{run}.safetensors", options=options(steps=6, name="toy"))
+        for run in "ab"
+    ]
+    other = tune(tiny_llama_base, toy_rows(), output=tmp_path / "c.safetensors", options=options(steps=6, seed=4))
+    assert made[0].path.read_bytes() == made[1].path.read_bytes()
+    assert not np.array_equal(made[0].prompt.prompt_embeddings, other.prompt.prompt_embeddings)
+
+
+@pytest.mark.parametrize("stop", [7, 12], ids=["between evaluations", "after an evaluation"])
+def test_resuming_equals_never_stopping(
+    tiny_llama_base: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, stop: int
+) -> None:
+    settings = options(method="p-tuning", learning_rate=0.01, steps=16, eval_steps=4, batch_size=20, name="toy")
+    whole = tune(tiny_llama_base, toy_rows(), output=tmp_path / "whole.safetensors", options=settings)
+
+    record = Recorder.step
+
+    def interrupted(self: Recorder, step: int, figures: Any) -> None:
+        record(self, step, figures)
+        if step == stop:
+            raise KeyboardInterrupt
+
+    output = tmp_path / "parts.safetensors"
+    with monkeypatch.context() as patch:
+        patch.setattr(Recorder, "step", interrupted)
+        with pytest.raises(TuningError, match=f"after step {stop}; go on with --resume"):
+            tune(tiny_llama_base, toy_rows(), output=output, options=settings)
+    assert not output.exists()
+    again = dataclasses.replace(settings, resume=checkpoint_path(output))
+    with pytest.raises(TuningError, match="batch_size 20, this run has 10"):
+        tune(tiny_llama_base, toy_rows(), output=output, options=dataclasses.replace(again, batch_size=10))
+    parts = tune(tiny_llama_base, toy_rows(), output=output, options=again)
+    assert parts.path.read_bytes() == whole.path.read_bytes()
+
+
+def test_starting_as_another_prompt(tiny_llama_base: Path, tiny_gpt2_base: Path, tmp_path: Path) -> None:
+    first = tune(tiny_llama_base, toy_rows(), output=tmp_path / "first.safetensors", options=options())
+    again = options(resume=first.path, steps=1, learning_rate=1e-9)
+    second = tune(tiny_llama_base, toy_rows(), output=tmp_path / "second.safetensors", options=again)
+    np.testing.assert_allclose(second.prompt.prompt_embeddings, first.prompt.prompt_embeddings, atol=1e-6)
+    with pytest.raises(TuningError, match=r"needs \[4, 64\], found \[8, 64\]"):
+        tune(
+            tiny_llama_base,
+            toy_rows(),
+            output=tmp_path / "third.safetensors",
+            options=options(resume=first.path, num_virtual_tokens=4),
+        )
+    with pytest.raises(BaseMismatchError, match="was made for base"):
+        tune(tiny_gpt2_base, toy_rows(), output=tmp_path / "third.safetensors", options=again)
+
+
+def test_generation_learns_its_target_and_its_end(tiny_llama_base: Path, tmp_path: Path) -> None:
+    answers = {"animal": "alive", "number": "count"}
+    rows = [{"text": row["text"], "target": answers[row["label"]]} for row in toy_rows()]
+    settings = options(template=None, verbalizer={}, steps=80, method="prefix-tuning", num_virtual_tokens=16)
+    result = tune(tiny_llama_base, rows, output=tmp_path / "toy.safetensors", options=settings)
+    assert (result.prompt.task, result.metric) == ("generate", "token_accuracy")
+    assert result.value is not None
+    assert result.value >= 0.9
+    assert result.prompt.golden is not None
+    assert result.prompt.golden.token_ids[-1] == 0  # <eos>
+
+
+def test_early_stopping_keeps_the_best(tiny_llama_base: Path, tmp_path: Path) -> None:
+    settings = options(steps=40, eval_steps=1, patience=2, learning_rate=5.0, log=tmp_path / "log")
+    result = tune(tiny_llama_base, toy_rows(), output=tmp_path / "toy.safetensors", options=settings)
+    assert result.best_step == result.steps - 2
+    assert result.steps < 40
+    lines = [json.loads(line) for line in (tmp_path / "log/metrics.jsonl").read_text().splitlines()]
+    assert [line["step"] for line in lines if "loss" in line] == list(range(1, result.steps + 1))
+    evaluated = {line["step"]: line["eval_accuracy"] for line in lines if "eval_accuracy" in line}
+    assert evaluated[result.best_step] == max(evaluated.values()) == result.value
+    assert list((tmp_path / "log").glob("events.out.tfevents.*"))
+
+
+def test_half_precision_trains(tiny_llama_base: Path, tmp_path: Path) -> None:
+    settings = options(mixed_precision="bf16")
+    result = tune(tiny_llama_base, toy_rows(), output=tmp_path / "toy.safetensors", options=settings)
+    assert result.value is not None
+    assert result.value >= 0.9
+    assert result.prompt.prompt_embeddings is not None
+    assert result.prompt.prompt_embeddings.dtype == np.float32
+
+
+def test_labels_and_words_come_from_the_data(tiny_llama_base: Path, tmp_path: Path) -> None:
+    data = tmp_path / "toy.jsonl"
+    data.write_text("".join(json.dumps({"body": r["text"], "kind": r["label"]}) + "\n" for r in toy_rows()))
+    settings = options(verbalizer={}, template=None, text_column="body", label_column="kind", steps=2, shots=3)
+    prompt = tune(tiny_llama_base, data, output=tmp_path / "toy.safetensors", options=settings).prompt
+    assert prompt.verbalizer == {"animal": (" animal",), "number": (" number",)}
+    assert str(prompt.template) == "{prompt}{text}\nLabel:"
+    assert prompt.training["examples"] == 6
+
+
+@pytest.mark.parametrize(
+    ("changes", "error", "message"),
+    [
+        ({"label_column": "kind"}, DataError, "neither a column 'kind'.*it has: text, label"),
+        ({"text_column": "body"}, DataError, "row 1 of 'rows' has no column 'body'; it has text, label"),
+        ({"template": "{prompt}{title} {text}"}, DataError, "no column 'title'"),
+        ({"verbalizer": {"animal": (" a",), "x": (" x",)}}, DataError, "label 'number' has no verbalizer word"),
+        ({"verbalizer": {"animal": (" a",), "number": (" a",)}}, TemplateError, "share the label word ' a'"),
+        ({"template": "{text"}, TemplateError, "stray"),
+        ({"task": "generate", "verbalizer": {}}, DataError, "no column 'target'"),
+        ({"task": "generate"}, InputError, "a verbalizer is for --task classify"),
+        ({"max_length": 9999}, InputError, "max_length is 9999, .* takes at most 256"),
+        ({"max_length": 8}, InputError, "at most 8 fit"),
+        ({"package": Path("nowhere")}, PackageError, "no package folder at 'nowhere'"),
+        ({"resume": Path("nowhere.checkpoint")}, TuningError, "cannot go on from 'nowhere.checkpoint'"),
+        ({"learning_rate": 3.4e38}, TuningError, "try a lower --lr"),
+    ],
+    ids=lambda value: next(iter(value)) if isinstance(value, dict) else None,
+)
+def test_bad_input_is_one_line_and_leaves_nothing(
+    tiny_llama_base: Path, tmp_path: Path, changes: dict[str, Any], error: type[Exception], message: str
+) -> None:
+    with pytest.raises(error, match=message) as caught:
+        tune(
+            tiny_llama_base, toy_rows(), output=tmp_path / "toy.safetensors", options=options(**{"steps": 4, **changes})
+        )
+    assert "\n" not in str(caught.value)
+    assert not list(tmp_path.iterdir())
+
+
+def test_other_bad_input(tiny_llama_base: Path, tmp_path: Path) -> None:
+    with pytest.raises(InputError, match=r"must end in \.safetensors"):
+        tune(tiny_llama_base, toy_rows(), output=tmp_path / "toy.bin")
+    with pytest.raises(SourceError, match="no base model at"):
+        tune(tmp_path / "nothing", toy_rows(), output=tmp_path / "toy.safetensors", options=TOY)
+    with pytest.raises(DataError, match="is empty"):
+        tune(tiny_llama_base, [], output=tmp_path / "toy.safetensors", options=TOY)
+    with pytest.raises(DataError, match="one label only"):
+        tune(tiny_llama_base, toy_rows()[:5], output=tmp_path / "toy.safetensors", options=options(verbalizer={}))
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"method": "lora"}, "method is 'lora', allowed: prompt-tuning"),
+        ({"steps": 0}, "steps is 0"),
+        ({"learning_rate": float("inf")}, "learning_rate is inf"),
+        ({"steps": 3, "epochs": 2}, "steps or epochs"),
+        ({"eval_split": 1.0}, "eval_split is 1.0"),
+        ({"verbalizer": {"a": ()}}, "no word for label 'a'"),
+        ({"init": "magic"}, "init is 'magic', allowed: text, vocab, labels, random"),
+    ],
+)
+def test_options_out_of_range(changes: dict[str, Any], message: str) -> None:
+    with pytest.raises(InputError, match=message):
+        TuneOptions(**changes)
