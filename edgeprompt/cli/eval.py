@@ -62,6 +62,7 @@ def command(
     shots_from: str | None,
     seed: int,
     max_new_tokens: int | None,
+    allow_base_mismatch: bool,
     provider: str,
     threads: int | None,
     as_json: bool,
@@ -77,7 +78,7 @@ def command(
 
     columns = Columns(text_column, label_column, target_column)
     with serving.open_runtime(package, provider=provider, threads=threads) as runtime:
-        prompts = serving.add_prompts(runtime, package, wanted)
+        prompts = serving.add_prompts(runtime, package, wanted, allow_base_mismatch=allow_base_mismatch)
         first = next(iter(prompts.values()))
         check_task(prompts, metric)
         baselines = [hard_prompt(first, "", name="zero-shot")] if zero_shot else []
@@ -87,7 +88,7 @@ def command(
             text = few_shot_text(first, draw_shots(first, shots_from, columns, shots, seed))
             baselines.append(hard_prompt(first, text, name=f"{shots}-shot hard prompt"))
         for baseline in baselines:
-            runtime.add_prompt(baseline)
+            runtime.add_prompt(baseline, allow_base_mismatch=allow_base_mismatch)
             prompts[baseline.name] = baseline
         rows = console.track(islice(_read(data), limit), "eval", total=limit)
         options = GenerationOptions(max_new_tokens=max_new_tokens)
@@ -125,7 +126,9 @@ class Columns:
         label = text_of(row, self.label, f"row {number}")
         known = tuple(prompt.verbalizer) or prompt.labels
         if label not in known:
-            raise DataError(f"row {number}: label {label!r} is none that prompt {prompt.name!r} knows: {known}")
+            raise DataError(
+                f"row {number}: label {label!r} is none that prompt {prompt.name!r} knows: {', '.join(known)}"
+            )
         return label
 
 

@@ -74,6 +74,7 @@ def command(
     stop: tuple[str, ...],
     chat: bool,
     truncate: bool,
+    allow_base_mismatch: bool,
     provider: str,
     threads: int | None,
     as_json: bool,
@@ -96,12 +97,12 @@ def command(
     )
     rows = _rows(texts, source)
     with serving.open_runtime(package, provider=provider, threads=threads) as runtime:
-        prompts = serving.add_prompts(runtime, package, wanted)
+        prompts = serving.add_prompts(runtime, package, wanted, allow_base_mismatch=allow_base_mismatch)
         ask = _asker(prompts, options, text_column, prompt_column, chat=chat, truncate=truncate)
         single = len(texts) == 1 and len(prompts) <= 1
         if single and not out and not as_json and sys.stdout.isatty() and _generates(prompts):
             _, request = next(ask(1, next(rows)))
-            for piece in runtime.stream(request):
+            for piece in runtime.stream_request(request):
                 click.echo(piece, nl=False)
             click.echo()
             return

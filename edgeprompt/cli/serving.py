@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from itertools import islice
@@ -10,9 +11,11 @@ from typing import TYPE_CHECKING, Any, TypeVar
 
 import click
 
+from edgeprompt.cli import console
 from edgeprompt.errors import EdgePromptError, InputError
 
 if TYPE_CHECKING:
+    from edgeprompt.manifest import Manifest
     from edgeprompt.prompt_file import PromptFile
     from edgeprompt.request import Request, Result
     from edgeprompt.runtime import Runtime
@@ -28,6 +31,7 @@ def runtime_options(command: F) -> F:
     for option in (
         click.option("--threads", type=click.IntRange(min=1), help="intra_op_num_threads of the session."),
         click.option("--provider", type=click.Choice(("auto", "cpu", "cuda")), default="auto", show_default=True),
+        click.option("--allow-base-mismatch", is_flag=True, help="Serve a prompt of another base whose sizes fit."),
     ):
         command = option(command)
     return command
@@ -45,38 +49,54 @@ def open_runtime(package: Path, *, provider: str, threads: int | None) -> Iterat
         runtime.close()
 
 
-def find_prompt(package: Path, wanted: str) -> PromptFile:
-    """A prompt by FILE, or by the NAME of one that travels in the package.
+def find_prompt(package: Path, wanted: str) -> Path:
+    """The file of a prompt given by FILE, or by the NAME of one that travels in the package.
 
     Raises:
         InputError: neither; names those in the package.
     """
     from edgeprompt.package import open_package
-    from edgeprompt.prompt_file import load_prompt
 
     if Path(wanted).is_file():
-        return load_prompt(wanted)
+        return Path(wanted)
     inside = {path.stem: path for path in open_package(package).prompt_paths}
     if wanted in inside:
-        return load_prompt(inside[wanted])
+        return inside[wanted]
     known = f"in the package: {', '.join(sorted(inside))}" if inside else "the package holds none"
     raise InputError(f"no prompt file {wanted!r} and no prompt of that name ({known})")
 
 
-def add_prompts(runtime: Runtime, package: Path, wanted: Sequence[str]) -> dict[str, PromptFile]:
-    """Load prompts into the runtime; name -> prompt, in the order given.
+def add_prompts(
+    runtime: Runtime, package: Path, wanted: Sequence[str], *, allow_base_mismatch: bool
+) -> dict[str, PromptFile]:
+    """Load prompts into the runtime; name -> prompt without its tensors, in the order given.
 
     Raises:
         InputError: two prompts of one name.
     """
     prompts: dict[str, PromptFile] = {}
     for item in wanted:
-        prompt = find_prompt(package, item)
-        if prompt.name in prompts:
-            raise InputError(f"two prompts are called {prompt.name!r}; give one, or tune the other under another name")
-        runtime.add_prompt(prompt)
-        prompts[prompt.name] = prompt
+        name = runtime.add_prompt(find_prompt(package, item), allow_base_mismatch=allow_base_mismatch)
+        if name in prompts:
+            raise InputError(f"two prompts are called {name!r}; give one, or tune the other under another name")
+        prompts[name] = dataclasses.replace(
+            runtime.prompt(name), prompt_embeddings=None, past_key_values=None, encoder_past_key_values=None
+        )
+        _note_precision(prompts[name], runtime.manifest)
     return prompts
+
+
+def _note_precision(prompt: PromptFile, manifest: Manifest) -> None:
+    """Say, and no more, when a prompt serves on other weights than it was tuned for."""
+    tuned = prompt.tuned_for
+    if tuned is None:
+        return
+    if tuned.precision != manifest.precision:
+        console.note(
+            f"note: prompt {prompt.name!r} was tuned for {tuned.precision}, this package is {manifest.precision}"
+        )
+    elif tuned.weights_hash not in (None, manifest.weights_hash):
+        console.note(f"note: prompt {prompt.name!r} was tuned for another {tuned.precision} package of this base")
 
 
 def read_texts(source: Path) -> Iterator[Mapping[str, Any]]:

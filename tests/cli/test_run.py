@@ -179,3 +179,27 @@ def test_refusals(refused, make_prompt, tiny_llama_package, prompt_folder, tmp_p
 def test_usage(cli, tiny_llama_package, tmp_path):
     assert "not both" in cli("run", tiny_llama_package, "text", "--input", "x.txt").stderr
     assert "--prompt-column needs --input" in cli("run", tiny_llama_package, "t", "--prompt-column", "p").stderr
+
+
+def test_a_prompt_of_another_base_is_served_when_asked_for(cli, answers, make_prompt, tiny_llama_package, tmp_path):
+    from edgeprompt.manifest import Base
+
+    other = tmp_path / "other.safetensors"
+    save_prompt(make_prompt("sentiment", base=Base("another-model", "sha256:00")), other)
+    result = cli("run", tiny_llama_package, TEXTS[0], "--prompt", other, "--allow-base-mismatch")
+    assert result.stdout == answers[0]
+
+
+def test_other_weights_than_tuned_for_are_noted(cli, make_prompt, tiny_llama_package, tmp_path):
+    from edgeprompt.prompt_file import TunedFor
+
+    file = tmp_path / "p.safetensors"
+    for tuned, words in (
+        (TunedFor("int4", "sha256:00"), "was tuned for int4, this package is fp32"),
+        (TunedFor("fp32", "sha256:00"), "was tuned for another fp32 package"),
+        (TunedFor("fp32"), ""),
+    ):
+        save_prompt(make_prompt("p", tuned_for=tuned), file)
+        result = cli("run", tiny_llama_package, "text", "--prompt", file)
+        assert result.exit_code == 0
+        assert (words in result.stderr) if words else result.stderr == ""
