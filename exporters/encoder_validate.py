@@ -107,8 +107,8 @@ def _batches(loaded: LoadedBase, manifest: Manifest) -> Iterator[list[Row]]:
         virtual = [] if table is None else range(size.vocab_size, size.vocab_size + len(table))
         ids = [*virtual, *text]
         types = [0] * (len(ids) // 2) + [1] * (len(ids) - len(ids) // 2)
-        made = make_row(ids, size.vocab_size, type_ids=types, embeddings=table, prefix=prefix, mask_id=text[1])
-        return made
+        at = len(virtual) + 1
+        return make_row(ids, size.vocab_size, type_ids=types, embeddings=table, prefix=prefix, mask_position=at)
 
     yield [row(texts[0])]
     yield [row(texts[0], tables[0]), row(texts[1], tables[1]), row(texts[2])]
@@ -142,7 +142,6 @@ def _golden_row(prompt: PromptFile, folder: Path, manifest: Manifest) -> Row:
         type_ids=encoded.type_ids,
         embeddings=prompt.prompt_embeddings,
         prefix=prompt.past_key_values,
-        mask_id=manifest.tokens.mask,
     )
 
 

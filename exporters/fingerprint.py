@@ -6,8 +6,10 @@ import hashlib
 from typing import Any
 
 import numpy as np
+import numpy.typing as npt
 
 from edgeprompt import strict_json
+from edgeprompt.manifest import Geometry
 from exporters.geometry import geometry_of, text_config
 
 _ROWS = 256
@@ -28,9 +30,26 @@ def base_fingerprint(model: Any) -> str:
     if hasattr(model, "get_base_model"):
         model = model.get_base_model()
     config = text_config(model.config)
-    geometry = geometry_of(config)
+    rows = sampled_rows(geometry_of(config).vocab_size)
+    sample = model.get_input_embeddings().weight.detach()[rows].float().cpu().numpy()
+    return fingerprint_of(config.model_type, geometry_of(config), sample)
+
+
+def sampled_rows(vocab_size: int) -> list[int]:
+    """Which rows of the embedding are hashed; rows behind `vocab_size` are padding that some loaders add."""
+    return sorted({index * vocab_size // _ROWS for index in range(_ROWS)})
+
+
+def fingerprint_of(model_type: str, geometry: Geometry, sample: npt.NDArray[Any]) -> str:
+    """The fingerprint from its parts.
+
+    Args:
+        model_type: As transformers calls it.
+        geometry: The base's sizes.
+        sample: `sampled_rows` of the unquantised embedding, [rows, width].
+    """
     facts = {
-        "model_type": config.model_type,
+        "model_type": model_type,
         "vocab_size": geometry.vocab_size,
         "hidden_size": geometry.hidden_size,
         "num_layers": geometry.num_layers,
@@ -38,9 +57,5 @@ def base_fingerprint(model: Any) -> str:
         "num_key_value_heads": geometry.num_key_value_heads,
         "head_size": geometry.head_size,
     }
-    # Rows behind vocab_size are padding that some loaders add.
-    vocab = geometry.vocab_size
-    rows = sorted({index * vocab // _ROWS for index in range(_ROWS)})
-    sample = model.get_input_embeddings().weight.detach()[rows].float().cpu().numpy()
     signs = np.packbits(sample > 0)
     return "sha256:" + hashlib.sha256(strict_json.dumps(facts).encode() + b"\n" + signs.tobytes()).hexdigest()

@@ -11,6 +11,10 @@ from edgeprompt import names
 from edgeprompt.errors import ExportError
 
 _LOOKUPS = ("Gather", "GatherBlockQuantized")
+_IDS = 1
+"""Which input of a look-up holds the ids."""
+_WAY = ("Reshape", "Cast", "Identity", "Unsqueeze", "Squeeze")
+"""What other exporters put between `input_ids` and the look-up."""
 _PREFIX = "virtual"
 
 
@@ -32,21 +36,13 @@ def graft_virtual_tokens(
         ExportError: no node, or more than one, looks `input_ids` up.
     """
     graph = model.graph
-    ids = next((value for value in graph.inputs if value.name == names.INPUT_IDS), None)
-    readers = [] if ids is None else _lookups(ids)
-    if len(readers) != 1:
-        raise ExportError(
-            f"expected one embedding node ({' or '.join(_LOOKUPS)}) that reads {names.INPUT_IDS}, "
-            f"found {[node.op_type for node in readers]}"
-        )
+    lookup, rows = find_embedding(model)
+    ids = lookup.inputs[_IDS]
     assert ids is not None
-    lookup = readers[0]
-    rows = lookup.outputs[0]
     if after_scale:
         rows = _scaled(rows)
     dtype = rows.dtype or ir.DataType.FLOAT
     rows.dtype = dtype
-    position = next(index for index, value in enumerate(lookup.inputs) if value is not None and value is ids)
 
     prompt = ir.Input(
         names.PROMPT_EMBEDDINGS,
@@ -71,7 +67,7 @@ def graft_virtual_tokens(
         prompt_rows = _node(before, "Cast", [prompt_rows], "prompt_rows_cast", dtype, to=dtype)
     mask = _node(before, "Unsqueeze", [is_virtual, last_axis], "mask", ir.DataType.BOOL)
     graph.insert_before(lookup, before)
-    lookup.replace_input_with(position, token_ids)
+    lookup.replace_input_with(_IDS, token_ids)
 
     users = list(rows.uses())
     joined: list[ir.Node] = []
@@ -83,8 +79,41 @@ def graft_virtual_tokens(
         node.replace_input_with(index, output)
 
 
+def find_embedding(model: ir.Model) -> tuple[ir.Node, ir.Value]:
+    """The node that looks `input_ids` up, and the float rows it gives (behind a dequantisation, where there is one).
+
+    Other exporters reshape or cast the ids on the way, and store the table in eight bits.
+
+    Raises:
+        ExportError: no node, or more than one; the message says what reads `input_ids`.
+    """
+    ids = next((value for value in model.graph.inputs if value.name == names.INPUT_IDS), None)
+    found = [] if ids is None else _lookups(ids)
+    if len(found) != 1:
+        readers = "no such input" if ids is None else ", ".join(sorted({node.op_type for node, _ in ids.uses()}))
+        raise ExportError(
+            f"expected one embedding node ({' or '.join(_LOOKUPS)}) that reads {names.INPUT_IDS}, found {len(found)} "
+            f"(what reads it: {readers or 'nothing'}); a graph with fused embeddings has to be exported without them"
+        )
+    lookup = found[0]
+    rows = lookup.outputs[0]
+    source = lookup.inputs[2] if lookup.op_type == "GatherBlockQuantized" else lookup.inputs[0]
+    users = [node for node, _ in rows.uses()]
+    if len(users) == 1 and users[0].op_type == "DequantizeLinear":
+        rows, source = users[0].outputs[0], users[0].inputs[1]
+    if rows.dtype is None and source is not None:
+        rows.dtype = source.dtype  # the table's, or its scales': exporters need not state inner types
+    return lookup, rows
+
+
 def _lookups(ids: ir.Value) -> list[ir.Node]:
-    return [node for node, _ in ids.uses() if node.op_type in _LOOKUPS]
+    found = []
+    for node, index in ids.uses():
+        if node.op_type in _LOOKUPS and index == _IDS:
+            found.append(node)
+        elif node.op_type in _WAY and index == 0:
+            found += _lookups(node.outputs[0])
+    return found
 
 
 def _scaled(rows: ir.Value) -> ir.Value:

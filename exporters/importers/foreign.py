@@ -104,10 +104,10 @@ def as_rows(tensor: Array, name: str, base: BaseFacts | None) -> Array:
     """
     if tensor.ndim != 2 or 0 in tensor.shape:
         raise SourceError(f"{name} has shape {list(tensor.shape)}; prompt embeddings are [tokens, hidden_size]")
-    if base and tensor.shape[1] != base.geometry.hidden_size:
+    width = base.geometry.embedding_size or base.geometry.hidden_size if base else tensor.shape[1]
+    if base and tensor.shape[1] != width:
         raise BaseMismatchError(
-            f"{name} is {list(tensor.shape)}, hidden size {tensor.shape[1]}; "
-            f"base {base.base.name} has hidden size {base.geometry.hidden_size}"
+            f"{name} is {list(tensor.shape)}: {tensor.shape[1]} values a token, base {base.base.name} has {width}"
         )
     return tensor
 

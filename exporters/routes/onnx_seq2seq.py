@@ -1,0 +1,93 @@
+"""Optimum's encoder-decoder graphs, rearranged: cross-attention keys and values move to the encoder's graph."""
+
+from __future__ import annotations
+
+import tempfile
+from collections.abc import Mapping
+from pathlib import Path
+
+import onnx_ir as ir
+from onnx_ir.passes.common import RemoveUnusedNodesPass
+
+from edgeprompt import names
+from edgeprompt.errors import ExportError
+from edgeprompt.manifest import Geometry
+
+_BRANCH = "use_cache_branch"
+
+
+def split_merged(path: Path, folder: Path) -> dict[str, Path]:
+    raise NotImplementedError
+
+
+def make_seq2seq(models: Mapping[str, ir.Model], geometry: Geometry) -> dict[str, ir.Model]:
+    """The contract's two graphs from Optimum's three.
+
+    Args:
+        models: "encoder", "first" (the decoder without a past) and "next" (with one).
+        geometry: For the number of layers.
+
+    Raises:
+        ExportError: a graph lacks an input or output of Optimum's naming.
+    """
+    encoder, first, later = models["encoder"], models["first"], models["next"]
+    states = _output(encoder, names.LAST_HIDDEN_STATE, "encoder_model")
+    states.name = names.ENCODER_HIDDEN_STATES
+    parts = [(layer, part) for layer in range(geometry.num_layers) for part in ("key", "value")]
+    cross = [_output(first, f"present.{layer}.encoder.{part}", "decoder_model") for layer, part in parts]
+    _append(encoder, first, cross, states)
+    for value, (layer, part) in zip(cross, parts, strict=True):
+        value.name = names.cross_present(layer, part)
+    encoder.graph.outputs[:] = [states, *cross]
+    inputs = {value.name: value for value in later.graph.inputs}
+    for layer, part in parts:
+        for old, new in (
+            (f"past_key_values.{layer}.decoder.{part}", names.past(layer, part)),
+            (f"past_key_values.{layer}.encoder.{part}", names.cross_past(layer, part)),
+        ):
+            if old not in inputs:
+                raise ExportError(f"decoder_with_past_model has no input {old}; it has {', '.join(map(str, inputs))}")
+            inputs[old].name = new
+        _output(later, f"present.{layer}.decoder.{part}", "decoder_with_past_model").name = names.present(layer, part)
+    kept = {names.LOGITS, *(names.present(layer, part) for layer, part in parts)}
+    later.graph.outputs[:] = [value for value in later.graph.outputs if value.name in kept]
+    return {"encoder": encoder, "decoder": later}
+
+
+def _output(model: ir.Model, name: str, graph: str) -> ir.Value:
+    for value in model.graph.outputs:
+        if value.name == name:
+            return value
+    there = ", ".join(str(value.name) for value in model.graph.outputs)
+    raise ExportError(f"{graph} has no output {name}; it has {there}")
+
+
+def _append(encoder: ir.Model, first: ir.Model, wanted: list[ir.Value], states: ir.Value) -> None:
+    """Move the part of `first` that computes `wanted` from the encoder's states into the encoder's graph."""
+    first.graph.outputs[:] = wanted
+    RemoveUnusedNodesPass()(first)
+    given = next((value for value in first.graph.inputs if value.name == names.ENCODER_HIDDEN_STATES), None)
+    needed = [value.name for value in first.graph.inputs if value.uses() and value is not given]
+    if given is None or needed:
+        raise ExportError(
+            "cross-attention keys and values of decoder_model need more than the encoder's states: "
+            f"{', '.join(map(str, needed)) or 'no input ' + names.ENCODER_HIDDEN_STATES}"
+        )
+    for user, index in list(given.uses()):
+        user.replace_input_with(index, states)
+    initializers = list(first.graph.initializers.values())
+    nodes = list(first.graph)
+    for value in (*initializers, *(output for node in nodes for output in node.outputs)):
+        if value.name and value not in wanted:
+            value.name = f"cross/{value.name}"
+    first.graph.outputs[:] = []
+    for value in initializers:
+        first.graph.initializers.pop(value.name.removeprefix("cross/") if value.name else "", None)
+        first.graph.initializers.pop(value.name or "", None)
+        encoder.graph.register_initializer(value)
+    first.graph.remove(nodes)
+    for node in nodes:
+        node.name = f"cross/{node.name}"
+    encoder.graph.extend(nodes)
+    for domain, version in first.graph.opset_imports.items():
+        encoder.graph.opset_imports.setdefault(domain, version)
