@@ -1,0 +1,122 @@
+"""The torch route: `torch.onnx.export` of the model's own code, with fused attention standing in."""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+import warnings
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import onnx_ir as ir
+import torch
+
+from edgeprompt import names
+from edgeprompt.errors import ExportError
+from exporters.contract import ExportOptions
+from exporters.fuse import fuse_graph
+from exporters.fused_attention import Step, fused, running
+from exporters.geometry import geometry_of
+from exporters.load import LoadedBase
+
+_OPSET = 21
+_BATCH, _LENGTH, _PAST = 2, 5, 4
+"""Sample sizes: all different, none 0 or 1, so that no dimension is taken for a constant."""
+
+
+class DecoderGraph(torch.nn.Module):
+    """The graph contract as a module: flat KV inputs, logits of the last position, flat KV outputs."""
+
+    def __init__(self, model: Any) -> None:
+        super().__init__()
+        self.model = model
+
+    def forward(
+        self, input_ids: torch.Tensor, attention_mask: torch.Tensor, past: list[tuple[torch.Tensor, torch.Tensor]]
+    ) -> tuple[torch.Tensor, ...]:
+        """Logits [batch, 1, vocab_size] and the grown cache, layer by layer, key before value."""
+        length, total = input_ids.shape[1], attention_mask.shape[1]
+        seqlens = (attention_mask.sum(1, keepdim=True) - 1).to(torch.int32)
+        # A tensor plus a symbolic size keeps the size symbolic in the graph.
+        total_tensor = torch.tensor(0, dtype=torch.int32) + total
+        step = Step(past, seqlens, total_tensor, total, attention_mask)
+        with running(step):
+            positions = (attention_mask.cumsum(1) - 1)[:, -length:].clamp(min=0)
+            hidden = self.model.base_model(
+                inputs_embeds=self.model.get_input_embeddings()(input_ids), use_cache=False, **self._positions(positions)
+            ).last_hidden_state
+        logits = self._head(hidden[:, -1:])
+        return (logits, *(tensor for layer in sorted(step.present) for tensor in step.present[layer]))
+
+    def _positions(self, positions: torch.Tensor) -> dict[str, torch.Tensor]:
+        import inspect
+
+        takes = inspect.signature(self.model.base_model.forward).parameters
+        return {names.POSITION_IDS: positions} if names.POSITION_IDS in takes else {}
+
+    def _head(self, hidden: torch.Tensor) -> torch.Tensor:
+        logits: torch.Tensor = self.model.get_output_embeddings()(hidden)
+        cap = getattr(self.model.config, "final_logit_softcapping", None)
+        return torch.tanh(logits / cap) * cap if cap else logits
+
+
+def build_graph(loaded: LoadedBase, options: ExportOptions, folder: Path, scratch: Path) -> ir.Model:
+    """Trace the model; its weights are shared with PyTorch, nothing is copied or written.
+
+    Raises:
+        ExportError: torch cannot export this model.
+    """
+    geometry = geometry_of(loaded.config)
+    layers = range(geometry.num_layers)
+    kv_shape = (_BATCH, geometry.num_key_value_heads, _PAST, geometry.head_size)
+    sample = (
+        torch.randint(0, min(100, geometry.vocab_size), (_BATCH, _LENGTH)),
+        torch.ones(_BATCH, _PAST + _LENGTH, dtype=torch.int64),
+        [(torch.zeros(kv_shape), torch.zeros(kv_shape)) for _ in layers],
+    )
+    axes = {0: "batch_size", 2: "past_sequence_length"}
+    dynamic = (
+        {0: "batch_size", 1: "sequence_length"},
+        {0: "batch_size", 1: "total_sequence_length"},
+        [(axes, axes) for _ in layers],
+    )
+    flat = [(layer, part) for layer in layers for part in ("key", "value")]
+    try:
+        with (
+            fused(loaded.model, rotary=loaded.family.fused_rotary),
+            loaded.family.patch(loaded.model),
+            torch.no_grad(),
+            _quiet(),
+        ):
+            program = torch.onnx.export(
+                DecoderGraph(loaded.model).eval(),
+                sample,
+                dynamo=True,
+                opset_version=_OPSET,
+                input_names=[names.INPUT_IDS, names.ATTENTION_MASK, *(names.past(*item) for item in flat)],
+                output_names=[names.LOGITS, *(names.present(*item) for item in flat)],
+                dynamic_shapes=dynamic,
+                verbose=False,
+            )
+    except (torch.onnx.OnnxExporterError, RuntimeError, ValueError) as error:
+        reason = " ".join(str(error).split())[:300]
+        raise ExportError(f"torch cannot export {loaded.name!r} ({loaded.config.model_type}): {reason}") from error
+    assert program is not None
+    fuse_graph(program.model)
+    return program.model
+
+
+@contextlib.contextmanager
+def _quiet() -> Iterator[None]:
+    loggers = [logging.getLogger(name) for name in ("torch.onnx", "onnxscript", "torch.export")]
+    levels = [logger.level for logger in loggers]
+    for logger in loggers:
+        logger.setLevel(logging.ERROR)
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            yield
+    finally:
+        for logger, level in zip(loggers, levels, strict=True):
+            logger.setLevel(level)
