@@ -1,0 +1,464 @@
+"""Serves encoder-decoder packages: the encoder once per text, then the decoder step by step for all rows together.
+
+Prompt embeddings stand in the encoder's text, prefixes in the decoder's self-attention. A batch is mixed as it comes:
+prompts, tasks, beams and lengths differ from row to row.
+"""
+
+from __future__ import annotations
+
+import threading
+import time
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from edgeprompt.beam_search import BeamSearch
+from edgeprompt.engines import EngineOptions
+from edgeprompt.engines.seq2seq_graphs import Seq2SeqGraphs, Source, SourceRow
+from edgeprompt.engines.seq2seq_jobs import Beams, Cancellation, Decision, Ending, Job, OneRow, WordScores, run_jobs
+from edgeprompt.errors import (
+    CapacityError,
+    InputError,
+    PackageError,
+    PromptFileError,
+    PromptNotFoundError,
+    RequestCancelledError,
+    UnsupportedError,
+)
+from edgeprompt.kv_cache import KVShape
+from edgeprompt.package import Package
+from edgeprompt.prompt_file import PromptFile
+from edgeprompt.request import Request
+from edgeprompt.sampling import Sampling, resolve
+from edgeprompt.template import Template, as_fields
+from edgeprompt.verbalizer import Verbalizer
+from edgeprompt.work import Clock, GenerateWork, LogitsWork
+
+DEFAULT_KV_BUDGET = 1 << 30
+POOLINGS = ("mean", "cls", "last")
+_PLAIN = Template.parse("{text}")
+_NO_PROMPT: dict[str, Any] = {}
+
+
+@dataclass(frozen=True)
+class _Prompt:
+    """A prompt made ready for this package."""
+
+    file: PromptFile
+    table: npt.NDArray[Any] | None
+    prefix: npt.NDArray[Any] | None
+    encoder_prefix: npt.NDArray[Any] | None
+    verbalizer: Verbalizer | None
+    decoder_prefix: tuple[int, ...]
+
+
+@dataclass
+class _Item:
+    """A request on its way through a batch."""
+
+    prompt: _Prompt | None
+    source: SourceRow
+    job: Job
+    width: int
+    positions: int
+    """Most positions of self-attention and cross-attention that one of its rows takes."""
+
+
+class Seq2SeqEngine:
+    """The engine of encoder-decoder packages (`edgeprompt.engines.Engine`)."""
+
+    def __init__(self, package: Package, options: EngineOptions) -> None:
+        """Open both graphs.
+
+        Raises:
+            PackageError: a graph does not load, or the manifest names no token that the decoder starts with.
+            ProviderError: the provider is not there.
+        """
+        manifest = package.manifest
+        start = manifest.tokens.decoder_start
+        start = manifest.tokens.bos if start is None else start
+        if start is None:
+            raise PackageError("the manifest names no decoder_start token; export the base again")
+        self._start: int = start
+        self._manifest, self._geometry = manifest, manifest.geometry
+        self._tokenizer = package.tokenizer
+        self._graphs = Seq2SeqGraphs(package, options)
+        self.provider = self._graphs.provider
+        # Dynamic quantisation takes one scale per tensor: rows of one batch would change each other's results.
+        self._max_rows = 1 if manifest.precision == "int8" else options.max_batch
+        size = manifest.geometry
+        shape = KVShape(size.num_layers, size.num_key_value_heads, size.head_size, manifest.kv_dtype)
+        self._position_bytes = shape.bytes_per_position
+        self._budget = _Budget(options.kv_budget or DEFAULT_KV_BUDGET)
+        self._prompts: dict[str, _Prompt] = {}
+        self._lock = threading.Lock()
+        self._cancellation = Cancellation()
+
+    def add_prompt(self, name: str, prompt: PromptFile) -> None:
+        """Make a checked prompt ready under `name`, replacing one of that name.
+
+        Raises:
+            BaseMismatchError: its tensors do not fit the package.
+            UnsupportedError: it needs what encoder-decoders do not have.
+            PromptFileError: its decoder prefix is no text and no list of token ids.
+        """
+        ready = self._ready(prompt)
+        with self._lock:
+            self._prompts = {**self._prompts, name: ready}
+
+    def remove_prompt(self, name: str) -> None:
+        """Forget a prompt; requests that already run keep it.
+
+        Raises:
+            PromptNotFoundError: there is none of that name.
+        """
+        with self._lock:
+            self._find(name)
+            self._prompts = {other: prompt for other, prompt in self._prompts.items() if other != name}
+
+    def run(self, requests: Sequence[Request], *, return_errors: bool = False) -> list[Any]:
+        """Answer a batch of mixed tasks, in order; with `return_errors`, a failed row is its exception."""
+        results: list[Any] = [None] * len(requests)
+        items: dict[int, _Item] = {}
+        for place, request in enumerate(requests):
+            try:
+                if self._task(request) == "embed":
+                    results[place] = self.embed([request], None)[0]
+                else:
+                    items[place] = self._item(request)
+            except Exception as error:
+                if not return_errors:
+                    raise
+                results[place] = error
+        for batch in self._batches(items):
+            self._run_batch([items[place] for place in batch])
+            for place in batch:
+                error = items[place].job.error
+                if error is not None and not return_errors:
+                    raise error
+                results[place] = error or items[place].job.decision.result()
+        return results
+
+    def stream(self, request: Request) -> Iterator[str]:
+        """Generate piece by piece; with beams, the whole text comes at the end."""
+        pieces: list[str] = []
+        task = self._task(request)
+        if task != "generate":
+            raise UnsupportedError(f"task {task!r} has no text to stream; use run")
+        item = self._item(request, pieces)
+        for _ in self._steps([item]):
+            if pieces:
+                yield "".join(pieces)
+                pieces.clear()
+        if item.job.error is not None:
+            raise item.job.error
+        if isinstance(item.job.decision, Beams):
+            yield item.job.decision.result().text
+
+    def logits(self, request: Request) -> npt.NDArray[np.float32]:
+        """float32 [vocab_size]: scores of the answer's first token, behind the prompt's decoder prefix."""
+        prompt = self._prompt(request)
+        work = LogitsWork()
+        item = self._assemble(request, prompt, OneRow(work, Ending(1)), rows=1, new_tokens=1)
+        self._run_batch([item])
+        if item.job.error is not None:
+            raise item.job.error
+        return work.result()
+
+    def embed(self, requests: Sequence[Request], pooling: str | None) -> npt.NDArray[np.float32]:
+        """float32 [len(requests), hidden_size]: the encoder's states over the text's tokens, virtual ones left out."""
+        pooling = pooling or self._manifest.pooling
+        if pooling not in POOLINGS:
+            raise InputError(f"pooling is {pooling!r}, allowed: {', '.join(POOLINGS)}")
+        self._check_open()
+        rows = [self._source(request, self._prompt(request)) for request in requests]
+        found = np.zeros((len(rows), self._geometry.hidden_size), np.float32)
+        order = sorted(range(len(rows)), key=lambda place: rows[place].ids.size)
+        for first in range(0, len(order), self._max_rows):
+            batch = order[first : first + self._max_rows]
+            source = self._graphs.encode([rows[place] for place in batch])
+            for row, place in enumerate(batch):
+                found[place] = _pooled(source, row, rows[place].ids < self._geometry.vocab_size, pooling)
+        return found
+
+    def close(self) -> None:
+        """Fail what runs, after its step; later calls fail at once."""
+        self._cancellation.closed = True
+
+    def _ready(self, prompt: PromptFile) -> _Prompt:
+        prompt.check_geometry(self._manifest)
+        if prompt.head_spec is not None or prompt.task in ("tag", "qa"):
+            raise UnsupportedError(
+                f"prompt {prompt.name!r} is for task {prompt.task!r}"
+                f"{' with a head' if prompt.head_spec is not None else ''}; an encoder-decoder answers by text: "
+                "tune it for classify (with a verbalizer) or generate"
+            )
+        if prompt.encoder_past_key_values is not None and not self._graphs.has_encoder_prefix:
+            raise UnsupportedError(
+                f"prompt {prompt.name!r} has encoder deep prompts, which {self._manifest.model_type} has no place for "
+                "(its positions are absolute); T5 has"
+            )
+        verbalizer = None
+        if prompt.verbalizer:
+            verbalizer = Verbalizer.compile(prompt.verbalizer, self._encode, prompt.calibration)
+        return _Prompt(
+            file=prompt,
+            table=None if prompt.prompt_embeddings is None else prompt.prompt_embeddings.astype(np.float32),
+            prefix=prompt.past_key_values,
+            encoder_prefix=prompt.encoder_past_key_values,
+            verbalizer=verbalizer,
+            decoder_prefix=self._decoder_prefix(prompt),
+        )
+
+    def _decoder_prefix(self, prompt: PromptFile) -> tuple[int, ...]:
+        value = prompt.generation.get("decoder_prefix", ())
+        ids = self._encode(value) if isinstance(value, str) else value
+        known = self._geometry.vocab_size
+        if not isinstance(ids, (list, tuple)) or not all(type(one) is int and 0 <= one < known for one in ids):
+            raise PromptFileError(
+                f"prompt {prompt.name!r}: decoder_prefix is {value!r}; it must be text, or token ids below {known}"
+            )
+        return tuple(ids)
+
+    def _encode(self, text: str) -> list[int]:
+        return self._tokenizer.encode(text, add_special_tokens=False)
+
+    def _find(self, name: str) -> _Prompt:
+        found = self._prompts.get(name)
+        if found is None:
+            there = ", ".join(sorted(self._prompts)[:20]) or "none"
+            raise PromptNotFoundError(f"no prompt {name!r} is loaded (loaded: {there}); add it with add_prompt")
+        return found
+
+    def _prompt(self, request: Request) -> _Prompt | None:
+        return None if request.prompt is None else self._find(request.prompt)
+
+    def _task(self, request: Request) -> str:
+        prompt = self._prompt(request)
+        task = request.task or (prompt.file.task if prompt else "generate")
+        if task not in ("classify", "generate", "embed"):
+            raise UnsupportedError(
+                f"task {task!r} is not for encoder-decoders ({self._manifest.model_type}); "
+                "there are classify, generate and embed"
+            )
+        return task
+
+    def _item(self, request: Request, pieces: list[str] | None = None) -> _Item:
+        prompt = self._prompt(request)
+        if self._task(request) == "classify":
+            if prompt is None or prompt.verbalizer is None:
+                name = "no prompt" if prompt is None else f"prompt {prompt.file.name!r}"
+                raise InputError(f"classify needs a prompt with a verbalizer, and {name} has one; use generate")
+            clock = Clock()
+            decision: Decision = WordScores(prompt.verbalizer, clock)
+            longest = max(len(word) for word in prompt.verbalizer.words)
+            item = self._assemble(request, prompt, decision, rows=len(prompt.verbalizer.words), new_tokens=longest)
+            clock.input_tokens = item.source.ids.size
+            return item
+        return self._generating(request, prompt, pieces)
+
+    def _generating(self, request: Request, prompt: _Prompt | None, pieces: list[str] | None) -> _Item:
+        clock = Clock()
+        defaults = prompt.file.generation if prompt else _NO_PROMPT
+        sampling = resolve(request.options, defaults)
+        beams = request.options.num_beams if request.options.num_beams != 1 else defaults.get("num_beams", 1)
+        if type(beams) is not int or not 1 <= beams <= 64:
+            raise InputError(f"num_beams is {beams!r}; it must be an integer between 1 and 64")
+        feed = self._feed(prompt)
+        tokens = self._manifest.tokens
+        length = self._new_tokens(sampling, prompt, len(feed))
+        first = tokens.forced_bos if len(feed) == 1 else None
+        ending = Ending(length, first, tokens.forced_eos)
+        if beams > 1:
+            search = _search(sampling, beams, length, tokens.eos, defaults)
+            decision: Decision = Beams(search, ending, tokens.eos, self._tokenizer, clock)
+        else:
+            work = GenerateWork(
+                _with_length(sampling, length),
+                eos=tokens.eos,
+                decode=self._tokenizer.decode,
+                encode=self._encode,
+                history=feed,
+                clock=clock,
+                on_text=None if pieces is None else pieces.append,
+            )
+            decision = OneRow(work, Ending(length) if sampling.choices else ending)
+        item = self._assemble(request, prompt, decision, rows=beams, new_tokens=length)
+        clock.input_tokens = item.source.ids.size
+        return item
+
+    def _new_tokens(self, sampling: Sampling, prompt: _Prompt | None, fed: int) -> int:
+        """`max_new_tokens`, or what the decoder's positions leave of it where nobody asked for a length."""
+        limit = self._geometry.max_positions
+        room = limit - fed - _prefix_length(prompt) + 1 if limit else sampling.max_new_tokens
+        if sampling.asked_length and sampling.max_new_tokens > room:
+            raise InputError(
+                f"max_new_tokens is {sampling.max_new_tokens}, and the decoder has {limit} positions, of which the "
+                f"prompt leaves {room}; ask for at most that"
+            )
+        if room < 1:
+            raise InputError(f"the prompt takes all of the decoder's {limit} positions; use a shorter one")
+        return min(room, sampling.max_new_tokens)
+
+    def _feed(self, prompt: _Prompt | None) -> list[int]:
+        return [self._start, *(prompt.decoder_prefix if prompt else ())]
+
+    def _assemble(
+        self, request: Request, prompt: _Prompt | None, decision: Decision, *, rows: int, new_tokens: int
+    ) -> _Item:
+        self._check_open()
+        deadline = None if request.timeout is None else time.monotonic() + request.timeout
+        source = self._source(request, prompt)
+        feed = self._feed(prompt)
+        positions = _prefix_length(prompt) + len(feed) + new_tokens + source.ids.size
+        return _Item(prompt, source, Job(feed, decision, deadline), rows, positions)
+
+    def _check_open(self) -> None:
+        if self._cancellation.closed:
+            raise RequestCancelledError("the runtime is closed")
+
+    def _source(self, request: Request, prompt: _Prompt | None) -> SourceRow:
+        size = self._geometry
+        table = prompt.table if prompt else None
+        count = 0 if table is None else table.shape[0]
+        limit = size.max_positions or None
+        if request.chat:
+            raise UnsupportedError("chat templates are for decoder-only packages; leave out chat")
+        if request.input_ids is not None:
+            text = [int(one) for one in request.input_ids]
+            bad = next((one for one in text if not 0 <= one < size.vocab_size), None)
+            if bad is not None or not text:
+                found = "no id" if bad is None else f"id {bad}"
+                raise InputError(f"input_ids has {found}; it takes ids from 0 to {size.vocab_size - 1}")
+            ids = [*range(size.vocab_size, size.vocab_size + count), *text]
+        else:
+            template = prompt.file.template if prompt else _PLAIN
+            ids = (template if count else template.without_prompt()).encode(
+                self._tokenizer,
+                as_fields(request.text),
+                num_virtual_tokens=count,
+                first_virtual_id=size.vocab_size,
+                max_length=limit if request.truncate else None,
+                add_special_tokens=prompt.file.add_special_tokens if prompt else True,
+            )
+        if limit is not None and len(ids) > limit:
+            raise InputError(
+                f"the text and its prompt take {len(ids)} tokens, and {self._manifest.base.name} has {limit} "
+                "positions; shorten it, or ask to truncate"
+            )
+        if not ids:
+            raise InputError("the text has no token, and this tokenizer adds none; give at least one character")
+        return SourceRow(np.asarray(ids, np.int64), table, prompt.encoder_prefix if prompt else None)
+
+    def _batches(self, items: dict[int, _Item]) -> Iterator[list[int]]:
+        """Places of requests that run together: of similar length, within the row limit and the memory budget."""
+        batch: list[int] = []
+        rows, longest = 0, 0
+        for place in sorted(items, key=lambda place: (items[place].positions, place)):
+            item = items[place]
+            wider, further = rows + item.width, max(longest, item.positions)
+            if batch and (wider > self._max_rows or self._bytes(wider, further) > self._budget.total):
+                yield batch
+                batch, rows, longest = [], 0, 0
+            batch.append(place)
+            rows, longest = rows + item.width, max(longest, item.positions)
+        if batch:
+            yield batch
+
+    def _bytes(self, rows: int, positions: int) -> int:
+        # A step holds its input caches and its output caches.
+        return 2 * rows * positions * self._position_bytes
+
+    def _run_batch(self, items: list[_Item]) -> None:
+        """Run to the end; an error that is nobody's own is everybody's."""
+        try:
+            for _ in self._steps(items):
+                pass
+        except Exception as error:
+            for item in items:
+                item.job.error = item.job.error or error
+
+    def _steps(self, items: list[_Item]) -> Iterator[None]:
+        need = self._bytes(sum(item.width for item in items), max(item.positions for item in items))
+        with self._budget.taken(need):
+            source = self._graphs.encode([item.source for item in items])
+            prefixes = [item.prompt.prefix if item.prompt else None for item in items]
+            state = self._graphs.begin(source, prefixes)
+            yield from run_jobs(self._graphs, state, [item.job for item in items], self._cancellation)
+
+
+class _Budget:
+    """Bytes that running batches share; who finds none left waits."""
+
+    def __init__(self, total: int) -> None:
+        self.total = total
+        self._free = total
+        self._changed = threading.Condition()
+
+    def taken(self, size: int) -> _Share:
+        """A context in which `size` bytes are this batch's.
+
+        Raises:
+            CapacityError: more than there is in all.
+        """
+        if size > self.total:
+            raise CapacityError(
+                f"the request needs {size} bytes of keys and values, kv_budget is {self.total}; "
+                "raise it, or lower max_new_tokens, num_beams or the text's length"
+            )
+        return _Share(self, size)
+
+    def move(self, size: int) -> None:
+        """Take `size` bytes (waits), or give them back where it is negative."""
+        with self._changed:
+            self._changed.wait_for(lambda: self._free >= size)
+            self._free -= size
+            self._changed.notify_all()
+
+
+@dataclass(frozen=True)
+class _Share:
+    budget: _Budget
+    size: int
+
+    def __enter__(self) -> None:
+        self.budget.move(self.size)
+
+    def __exit__(self, *_: object) -> None:
+        self.budget.move(-self.size)
+
+
+def _search(sampling: Sampling, beams: int, length: int, eos: Sequence[int], defaults: Any) -> BeamSearch:
+    plain = sampling.temperature == 0 and sampling.repetition_penalty == 1
+    if not plain or sampling.choices or sampling.stop or sampling.logprobs:
+        raise InputError(
+            f"num_beams is {beams}, and beam search goes without temperature, repetition_penalty, choices, stop and "
+            "logprobs; leave them out, or use num_beams=1"
+        )
+    penalty, early = defaults.get("length_penalty", 1.0), defaults.get("early_stopping", False)
+    if isinstance(penalty, bool) or not isinstance(penalty, (int, float)) or early not in (True, False, "never"):
+        raise InputError(
+            f"length_penalty is {penalty!r} and early_stopping {early!r}; allowed: a number, and true, false or 'never'"
+        )
+    return BeamSearch(beams, length, eos, length_penalty=float(penalty), early_stopping=early)
+
+
+def _with_length(sampling: Sampling, length: int) -> Sampling:
+    from dataclasses import replace
+
+    return replace(sampling, max_new_tokens=length)
+
+
+def _prefix_length(prompt: _Prompt | None) -> int:
+    return 0 if prompt is None or prompt.prefix is None else int(prompt.prefix.shape[3])
+
+
+def _pooled(source: Source, row: int, is_text: npt.NDArray[np.bool_], pooling: str) -> npt.NDArray[np.float32]:
+    states: npt.NDArray[np.float32] = source.states[row, : is_text.size][is_text].astype(np.float32)
+    if pooling == "mean":
+        mean: npt.NDArray[np.float32] = states.mean(axis=0)
+        return mean
+    return states[0] if pooling == "cls" else states[-1]
