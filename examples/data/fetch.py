@@ -10,6 +10,11 @@ writes, with the columns `text,label`:
 
     {movie,product,tweets,news}.{train,test}.csv    clear sentiment (|mean rating| > 1): positive or negative
     source.{train,test}.csv                         all sentences: which of the four sets each comes from
+
+and, with the columns `text,target`:
+
+    restore.{train,test}.csv                        movie and news sentences as a speech recogniser would give them
+                                                    (no case, no punctuation), and as they were written
 """
 
 from __future__ import annotations
@@ -18,6 +23,7 @@ import argparse
 import csv
 import hashlib
 import io
+import re
 import subprocess
 import sys
 import tarfile
@@ -36,6 +42,8 @@ SETS = {
 TEST_BUCKET, UNSEEN_BUCKET = 0, 1
 SAMPLE = {"train": 240, "test": 120}
 CLEAR_RATING = 1.0
+RESTORE_SETS, RESTORE_WORDS = ("movie", "news"), range(5, 26)
+HEADERS = {"restore": ("text", "target")}
 
 
 def bucket(text: str) -> int:
@@ -85,13 +93,26 @@ def rows(archive: Path) -> dict[str, list[tuple[str, str]]]:
                 if abs(rating) > CLEAR_RATING:
                     label = "positive" if rating > 0 else "negative"
                     found.setdefault(f"{name}.{part}.csv", []).append((text, label))
+                if name in RESTORE_SETS and len(text.split()) in RESTORE_WORDS and text[-1] in ".!?":
+                    found.setdefault(f"restore.{part}.csv", []).append((spoken(text), " ".join(text.split())))
     return found
+
+
+def spoken(text: str) -> str:
+    """A sentence without case and punctuation (apostrophes inside words stay)."""
+    words = (re.sub(r"[^\w']", " ", text.lower()).replace("''", " ")).split()
+    return " ".join(word.strip("'") for word in words if word.strip("'"))
+
+
+def pick(items: list[tuple[str, str]], count: int) -> list[tuple[str, str]]:
+    """`count` rows, picked by hash."""
+    return sorted(items, key=lambda row: hashlib.sha256(("sample" + row[0]).encode()).digest())[:count]
 
 
 def sample(items: list[tuple[str, str]], count: int) -> list[tuple[str, str]]:
     """`count` rows, equally many of each label, picked by hash."""
     by_label: dict[str, list[tuple[str, str]]] = {}
-    for text, label in sorted(items, key=lambda row: hashlib.sha256(("sample" + row[0]).encode()).digest()):
+    for text, label in pick(items, len(items)):
         by_label.setdefault(label, []).append((text, label))
     return [row for group in zip(*by_label.values(), strict=False) for row in group][:count]
 
@@ -99,7 +120,7 @@ def sample(items: list[tuple[str, str]], count: int) -> list[tuple[str, str]]:
 def write(path: Path, items: list[tuple[str, str]]) -> None:
     with path.open("w", encoding="utf-8", newline="") as file:
         writer = csv.writer(file, lineterminator="\n")
-        writer.writerow(("text", "label"))
+        writer.writerow(HEADERS.get(path.name.partition(".")[0], ("text", "label")))
         writer.writerows(items)
 
 
@@ -117,6 +138,8 @@ def main() -> None:
     for name in ("movie", "source") if options.sample else ():
         for part, count in SAMPLE.items():
             write(options.sample / f"{name}.{part}.csv", sample(files[f"{name}.{part}.csv"], count))
+    if options.sample:
+        write(options.sample / "restore.test.csv", pick(files["restore.test.csv"], SAMPLE["test"]))
 
 
 if __name__ == "__main__":

@@ -1,0 +1,91 @@
+"""Train the prompts in this folder: `make prompts`, or `python examples/prompts/make.py NAME ...` for some.
+
+Every prompt is made by one `edgeprompt tune` command, shown as it runs, against the weights of the package that will
+serve it; its figure on the held-out test set, measured on that package, is stored in the file under `training`.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import sys
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+from smollm2 import ROOT, WORK, edgeprompt, edgeprompt_json, model_file, package
+
+from edgeprompt import load_prompt, save_prompt
+
+DATA = WORK / "data"
+HERE = Path(__file__).resolve().parent
+
+
+@dataclasses.dataclass(frozen=True)
+class Recipe:
+    """How one prompt is made."""
+
+    data: str
+    """Stem of the data: DATA/{data}.train.csv and .test.csv."""
+    tune: tuple[object, ...]
+    """Options of `edgeprompt tune`."""
+    precision: str = "int4"
+    """Of the package that the prompt is for."""
+    metric: str = "accuracy"
+
+
+SENTIMENT = (
+    *("--template", r"{prompt}{text}\nSentiment:"),
+    *("--verbalizer", "negative= negative", "--verbalizer", "positive= positive"),
+    *("--init-text", "Decide whether the sentiment of this text is negative or positive.\n"),
+    *("--virtual-tokens", 16, "--steps", 300),
+)
+SOURCE = (
+    *("--template", r"{prompt}{text}\nSource:"),
+    *("--verbalizer", "movie= movie", "--verbalizer", "product= product"),
+    *("--verbalizer", "tweets= tweet", "--verbalizer", "news= news"),
+    *("--init-text", "Where is this sentence from: a movie review, a product review, a tweet or the news?\n"),
+    *("--virtual-tokens", 16, "--steps", 300),
+)
+RESTORE = (
+    *("--task", "generate", "--template", r"{prompt}{text}\nWritten:"),
+    *("--init-text", "Write this sentence again with its capital letters and punctuation.\n"),
+    *("--virtual-tokens", 16, "--steps", 300),
+)
+RECIPES = {
+    "sentiment": Recipe("movie", SENTIMENT),
+    "sentiment-fp32": Recipe("movie", SENTIMENT, precision="fp32"),
+    "sentiment-product": Recipe("product", SENTIMENT),
+    "sentiment-tweets": Recipe("tweets", SENTIMENT),
+    "sentiment-news": Recipe("news", SENTIMENT),
+    "source": Recipe("source", SOURCE),
+    "restore": Recipe("restore", RESTORE, metric="bleu"),
+}
+
+
+def make(name: str, recipe: Recipe) -> None:
+    """Tune, measure on the test set, store the figure, and only then put the prompt into this folder."""
+    folder = package(recipe.precision)
+    draft = WORK / "prompts" / f"{name}.safetensors"
+    train, test = (DATA / f"{recipe.data}.{part}.csv" for part in ("train", "test"))
+    edgeprompt(
+        *("tune", model_file(), train, "-o", draft, "--for", folder, *recipe.tune),
+        *("--log", WORK / "logs" / name),
+    )
+    (score,) = edgeprompt_json("eval", folder, test, "--prompt", draft, "--metric", recipe.metric)
+    prompt = load_prompt(draft)
+    measured = {key: score[key] for key in ("metric", "value", "standard_error", "n")}
+    held_out = {"data": test.name, "precision": recipe.precision, **measured}
+    save_prompt(dataclasses.replace(prompt, training={**prompt.training, "held_out": held_out}), HERE / draft.name)
+    print(f"{(HERE / draft.name).relative_to(ROOT)}: {held_out}", flush=True)
+
+
+def main() -> None:
+    names = sys.argv[1:] or list(RECIPES)
+    unknown = [name for name in names if name not in RECIPES]
+    if unknown:
+        raise SystemExit(f"no recipe {unknown[0]!r}; known: {', '.join(RECIPES)}")
+    for name in names:
+        make(name, RECIPES[name])
+
+
+if __name__ == "__main__":
+    main()

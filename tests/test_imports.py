@@ -1,0 +1,49 @@
+"""The runtime is light: what a device imports, checked in fresh processes."""
+
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parent.parent
+HEAVY = ("torch", "transformers", "peft", "onnx", "exporters", "optimum", "datasets", "accelerate", "sklearn", "gguf")
+
+
+def modules_after(code, *args):
+    """Top-level modules that a fresh interpreter holds after `code`."""
+    ending = "\nimport sys\nprint('\\nMODULES', *sorted({name.partition('.')[0] for name in sys.modules}))"
+    done = subprocess.run(
+        [sys.executable, "-c", code + ending, *map(str, args)], capture_output=True, text=True, cwd=ROOT, check=False
+    )
+    assert done.returncode == 0, done.stderr
+    return set(done.stdout.rsplit("MODULES", 1)[1].split()), done.stdout
+
+
+def command(*args):
+    return f"from edgeprompt.cli import main\nmain({[str(arg) for arg in args]}, standalone_mode=False)"
+
+
+def test_import():
+    found, _ = modules_after("import edgeprompt")
+    assert not found & set(HEAVY)
+    assert not found & {"rich", "onnxruntime"}
+
+
+@pytest.mark.parametrize("name", ["", "tune", "export", "convert", "run", "eval", "bench", "inspect", "validate"])
+def test_help(name):
+    found, _ = modules_after(command(*filter(None, [name]), "--help"))
+    assert not found & set(HEAVY)
+    assert not found & {"rich", "onnxruntime"}
+
+
+def test_a_real_run(tiny_llama_package):
+    found, out = modules_after(command("run", tiny_llama_package, "Once upon a time", "--max-new-tokens", 4, "--json"))
+    assert '"token_ids"' in out
+    assert "onnxruntime" in found
+    assert not found & set(HEAVY)
+
+
+def test_the_check_sees_what_it_looks_for():
+    found, _ = modules_after("import exporters.export")
+    assert {"exporters", "numpy"} <= found
