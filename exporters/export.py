@@ -53,6 +53,7 @@ def export_model(
     prompts: Sequence[str | os.PathLike[str]] = (),
     force: bool = False,
     door: str = "input",
+    against: str | os.PathLike[str] | LoadedBase | None = None,
     progress: Progress | None = None,
 ) -> ExportReport:
     """Export a base model as a package, prove it against PyTorch, and only then let it appear at `out`.
@@ -67,6 +68,7 @@ def export_model(
         force: Replace an existing `out`, after the new package is whole.
         door: "input": `prompt_embeddings` is required, as ORT GenAI needs it; "adapter": it is optional, as stock
             ORT's adapters need it.
+        against: The base in PyTorch to compare with, for the onnx route, whose `base` is a folder of graphs.
         progress: Called with a stage's name and the fraction done.
 
     Raises:
@@ -83,8 +85,10 @@ def export_model(
         with atomic_folder(out, force=force) as folder, tempfile.TemporaryDirectory(dir=folder.parent) as scratch:
             if route == "onnx" or (route == "auto" and not isinstance(base, LoadedBase) and _is_onnx_folder(base)):
                 onnx_route = import_module("exporters.routes.onnx_route")
-                manifest = cast(Manifest, onnx_route.build_package(base, folder, options, files))
+                manifest = cast(Manifest, onnx_route.build_package(base, folder, options, files, against=against))
             else:
+                if against is not None:
+                    raise InputError("against is for the onnx route; every other route compares with its own base")
                 manifest = _build(base, folder, Path(scratch), options, files, tell)
             manifest = dataclasses.replace(manifest, prompts=write_prompts(files, folder))
             manifest.write(folder)
@@ -179,6 +183,8 @@ def _load_prompts(paths: Sequence[str | os.PathLike[str]]) -> dict[str, PromptFi
 
 def _is_onnx_folder(base: str | os.PathLike[str]) -> bool:
     folder = Path(base).expanduser()
+    if folder.suffix == ".onnx":
+        return True
     if not folder.is_dir():
         return False
     weights = any(folder.glob("*.safetensors")) or any(folder.glob("*.bin"))

@@ -40,7 +40,7 @@ def graft_virtual_tokens(
     ids = lookup.inputs[_IDS]
     assert ids is not None
     if after_scale:
-        rows = _scaled(rows)
+        rows = find_scaled(rows)
     dtype = rows.dtype or ir.DataType.FLOAT
     rows.dtype = dtype
 
@@ -116,7 +116,12 @@ def _lookups(ids: ir.Value) -> list[ir.Node]:
     return found
 
 
-def _scaled(rows: ir.Value) -> ir.Value:
+def find_scaled(rows: ir.Value) -> ir.Value:
+    """The rows behind the embedding's own scale.
+
+    Raises:
+        ExportError: there is no scale.
+    """
     users = [node for node, _ in rows.uses()]
     if len(users) == 1 and users[0].op_type == "Mul":
         return users[0].outputs[0]

@@ -37,6 +37,7 @@ from edgeprompt.cli import console
     show_default=True,
     help="input: prompt_embeddings is a required input (ORT GenAI); adapter: optional, for stock ORT adapters.",
 )
+@click.option("--against", help="The base in PyTorch to compare with, where BASE is a folder of graphs.")
 @click.option("--force", is_flag=True, help="Replace OUTPUT, once the new package is whole.")
 @click.option("--json", "as_json", is_flag=True, help="What was measured, as one JSON object.")
 def command(
@@ -47,6 +48,7 @@ def command(
     provider: str,
     prompts: tuple[Path, ...],
     door: str,
+    against: str | None,
     force: bool,
     as_json: bool,
 ) -> None:
@@ -68,6 +70,7 @@ def command(
             prompts=prompts,
             force=force,
             door=door,
+            against=against,
             progress=tell,
         )
     if as_json:

@@ -88,7 +88,8 @@ class Seq2SeqEngine:
         self._graphs = Seq2SeqGraphs(package, options)
         self.provider = self._graphs.provider
         # Dynamic quantisation takes one scale per tensor: rows of one batch would change each other's results.
-        self._max_rows = 1 if manifest.precision == "int8" else options.max_batch
+        alone = manifest.precision == "int8" or not self._graphs.masks_past
+        self._max_rows = 1 if alone else options.max_batch
         size = manifest.geometry
         shape = KVShape(size.num_layers, size.num_key_value_heads, size.head_size, manifest.kv_dtype)
         self._position_bytes = shape.bytes_per_position

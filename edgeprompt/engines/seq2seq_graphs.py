@@ -86,6 +86,9 @@ class Seq2SeqGraphs:
         self._decoder = open_session(package.graph("decoder"), **settings).ort  # type: ignore[arg-type]
         self.provider = encoder.provider
         inputs = {value.name for value in self._encoder.get_inputs()}
+        self._decoder_inputs = {value.name for value in self._decoder.get_inputs()}
+        self.masks_past = names.ATTENTION_MASK in self._decoder_inputs
+        """Whether rows with prefixes of different length may decode together (Optimum's decoders have no mask)."""
         self.has_encoder_prefix = names.past(0, "key") in inputs
         layers = range(self._geometry.num_layers)
         self._past_names = [names.past(layer, part) for layer in layers for part in PARTS]
@@ -148,7 +151,8 @@ class Seq2SeqGraphs:
             **dict(zip(self._past_names, state.past, strict=True)),
             **dict(zip(self._cross_names, state.cross, strict=True)),
         }
-        logits, *state.past = self._decoder.run(self._decoder_outputs, feeds)
+        known = {name: value for name, value in feeds.items() if name in self._decoder_inputs}
+        logits, *state.past = self._decoder.run(self._decoder_outputs, known)
         found: npt.NDArray[np.float32] = logits[:, -1].astype(np.float32, copy=False)
         return found
 

@@ -24,8 +24,9 @@ from exporters.geometry import geometry_of, text_config, tokens_of
 from exporters.graft import find_embedding, graft_virtual_tokens
 from exporters.load import LoadedBase, load_base
 from exporters.package import hash_graphs, tool_versions, write_tokenizer
-from exporters.routes.onnx_check import check_decoder_encoder, check_encoder_decoder, embedding_rows
-from exporters.routes.onnx_seq2seq import make_seq2seq, split_merged
+from exporters.routes.onnx_against import compare_with_base
+from exporters.routes.onnx_check import check_encoder_decoder, check_single
+from exporters.routes.onnx_seq2seq import MERGE_INPUT, make_seq2seq, split_merged
 from exporters.routes.onnx_source import GENAI_CONFIG, OnnxSource, find_source, graph_precision
 
 _SCALED = ("gemma", "bart", "bigbird_pegasus", "blenderbot", "m2m_100", "mbart", "nllb", "pegasus_x", "plbart", "xglm")
@@ -61,18 +62,15 @@ def build_package(
     config = loaded.config if loaded else text_config(source.config)
     geometry = geometry_of(config)
     with tempfile.TemporaryDirectory(dir=folder.parent) as scratch:
-        built = _build(source, folder, options, config, geometry)
+        built = _build(source, folder, options, config, geometry, Path(scratch))
         manifest = _manifest(source, built, folder, options, loaded, config, geometry, Path(scratch))
         for prompt in prompts.values():
             prompt.check_base(manifest)
         manifest.write(folder)
-        check = check_encoder_decoder if len(built.originals) > 1 else check_decoder_encoder
+        check = check_encoder_decoder if len(built.originals) > 1 else check_single
         measured = check(built.originals, folder, manifest, built.after_scale, Path(scratch))
     if loaded is not None:
-        from exporters.export import find_exporter
-
-        exporter = find_exporter(manifest.architecture)
-        measured = {**measured, **exporter.validate(loaded, folder, manifest, tuple(prompts.values()))}
+        measured["against_base"] = compare_with_base(loaded, folder, manifest, tuple(prompts.values()))
     return dataclasses.replace(manifest, validation=measured)
 
 
@@ -91,15 +89,14 @@ class _Built:
     """Sampled rows of an unquantised embedding."""
 
 
-def _build(source: OnnxSource, folder: Path, options: ExportOptions, config: Any, geometry: Geometry) -> _Built:
-    originals = dict(source.graphs)
-    if "merged" in originals:
-        originals |= split_merged(originals.pop("merged"), folder.parent / f".{folder.name}.split")
+def _build(
+    source: OnnxSource, folder: Path, options: ExportOptions, config: Any, geometry: Geometry, scratch: Path
+) -> _Built:
+    originals = _unmerged(source, scratch)
     models = {key: _load(path) for key, path in originals.items()}
     precision = graph_precision(models.values())
     main = models.get("model") or models["encoder"]
     after_scale = config.model_type.startswith(_SCALED) and _has_scale(main)
-    _, rows = find_embedding(main)
     table = _sample(main, geometry)
     if "model" in models:
         architecture = _architecture(main, source.graphs["model"])
@@ -115,7 +112,9 @@ def _build(source: OnnxSource, folder: Path, options: ExportOptions, config: Any
     for key, model in models.items():
         graphs[key] = f"{key}.onnx"
         save_graph(model, folder / graphs[key])
-    cache = next((v for model in models.values() for v in model.graph.inputs if (v.name or "").startswith("past")), None)
+    cache = next(
+        (v for model in models.values() for v in model.graph.inputs if (v.name or "").startswith("past")), None
+    )
     return _Built(
         architecture,
         graphs,
@@ -126,6 +125,16 @@ def _build(source: OnnxSource, folder: Path, options: ExportOptions, config: Any
         after_scale,
         table,
     )
+
+
+def _unmerged(source: OnnxSource, scratch: Path) -> dict[str, Path]:
+    """The source's graphs, merged decoders taken apart."""
+    graphs = dict(source.graphs)
+    if "merged" in graphs:
+        return {"encoder": graphs["encoder"], **split_merged(graphs["merged"], scratch)}
+    if "model" in graphs and any(value.name == MERGE_INPUT for value in _load(graphs["model"]).graph.inputs):
+        return {"model": split_merged(graphs["model"], scratch)["next"]}
+    return graphs
 
 
 def _load(path: Path) -> ir.Model:
@@ -229,13 +238,12 @@ def _tokenizer(folder: Path) -> Any | None:
     try:
         return AutoTokenizer.from_pretrained(folder)
     except (OSError, ValueError, KeyError, TypeError) as error:
-        raise SourceError(f"cannot read the tokenizer in {str(folder)!r}: {' '.join(str(error).split())[:200]}") from error
+        raise SourceError(
+            f"cannot read the tokenizer in {str(folder)!r}: {' '.join(str(error).split())[:200]}"
+        ) from error
 
 
 def _generation_config(folder: Path) -> Any | None:
     from transformers import GenerationConfig
 
     return GenerationConfig.from_pretrained(folder) if (folder / "generation_config.json").is_file() else None
-
-
-__all__ = ["build_package", "embedding_rows"]

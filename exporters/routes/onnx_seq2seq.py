@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import tempfile
 from collections.abc import Mapping
 from pathlib import Path
 
@@ -13,11 +12,56 @@ from edgeprompt import names
 from edgeprompt.errors import ExportError
 from edgeprompt.manifest import Geometry
 
-_BRANCH = "use_cache_branch"
+MERGE_INPUT = "use_cache_branch"
+"""Input by which a merged decoder chooses its branch."""
 
 
 def split_merged(path: Path, folder: Path) -> dict[str, Path]:
-    raise NotImplementedError
+    """Write the two branches of a merged decoder into `folder` as "first" (no past) and "next" (with one).
+
+    Raises:
+        ExportError: no merged decoder of Optimum's.
+    """
+    written = {}
+    for key, branch in (("first", "else_branch"), ("next", "then_branch")):
+        model = ir.load(path)
+        take_branch(model, branch, path.name)
+        written[key] = folder / f"split_{key}.onnx"
+        ir.save(model, written[key], external_data=f"split_{key}.onnx.data")
+    return written
+
+
+def take_branch(model: ir.Model, branch: str, name: str) -> None:
+    """Make a branch of the graph's only If the whole graph, in place.
+
+    Raises:
+        ExportError: the graph is not one If on `use_cache_branch`.
+    """
+    graph = model.graph
+    chosen = [node for node in graph if node.op_type == "If"]
+    flag = next((value for value in graph.inputs if value.name == MERGE_INPUT), None)
+    if len(chosen) != 1 or flag is None:
+        raise ExportError(f"{name} is no merged decoder: expected one If on {MERGE_INPUT}, found {len(chosen)}")
+    inner = chosen[0].attributes[branch].as_graph()
+    outputs = list(inner.outputs)
+    nodes, initializers = list(inner), list(inner.initializers.values())
+    by_name = {value.name: value for value in graph.outputs}
+    types = {name: (value.shape, value.type) for name, value in by_name.items()}
+    positions = [value.name for value in chosen[0].outputs]
+    graph.outputs[:] = []
+    graph.remove(chosen[0])
+    inner.outputs[:] = []
+    for value in initializers:
+        inner.initializers.pop(value.name or "")
+        graph.register_initializer(value)
+    inner.remove(nodes)
+    graph.extend(nodes)
+    for value, outer in zip(outputs, positions, strict=True):
+        value.name = outer
+        value.shape, value.type = types.get(outer, (value.shape, value.type))
+    graph.outputs[:] = [value for value in outputs if value.name in by_name]
+    graph.inputs[:] = [value for value in graph.inputs if value.uses()]
+    RemoveUnusedNodesPass()(model)
 
 
 def make_seq2seq(models: Mapping[str, ir.Model], geometry: Geometry) -> dict[str, ir.Model]:
@@ -64,15 +108,22 @@ def _output(model: ir.Model, name: str, graph: str) -> ir.Value:
 
 def _append(encoder: ir.Model, first: ir.Model, wanted: list[ir.Value], states: ir.Value) -> None:
     """Move the part of `first` that computes `wanted` from the encoder's states into the encoder's graph."""
+    given = next((value for value in first.graph.inputs if value.name == names.ENCODER_HIDDEN_STATES), None)
+    if given is None:
+        raise ExportError(f"decoder_model has no input {names.ENCODER_HIDDEN_STATES}")
+    # The batch size is read off the decoder's own hidden states; the encoder's have it too. Anything else that their
+    # shape was read for would show in the comparison with `first`.
+    others = {value for value in first.graph.inputs if value is not given}
+    for node in first.graph:
+        if not others.isdisjoint(node.inputs):
+            if node.op_type == "Shape":
+                node.replace_input_with(0, given)
+            else:
+                others.update(node.outputs)
+    if not others.isdisjoint(wanted):
+        raise ExportError("cross-attention keys and values of decoder_model need more than the encoder's states")
     first.graph.outputs[:] = wanted
     RemoveUnusedNodesPass()(first)
-    given = next((value for value in first.graph.inputs if value.name == names.ENCODER_HIDDEN_STATES), None)
-    needed = [value.name for value in first.graph.inputs if value.uses() and value is not given]
-    if given is None or needed:
-        raise ExportError(
-            "cross-attention keys and values of decoder_model need more than the encoder's states: "
-            f"{', '.join(map(str, needed)) or 'no input ' + names.ENCODER_HIDDEN_STATES}"
-        )
     for user, index in list(given.uses()):
         user.replace_input_with(index, states)
     initializers = list(first.graph.initializers.values())
@@ -82,8 +133,7 @@ def _append(encoder: ir.Model, first: ir.Model, wanted: list[ir.Value], states: 
             value.name = f"cross/{value.name}"
     first.graph.outputs[:] = []
     for value in initializers:
-        first.graph.initializers.pop(value.name.removeprefix("cross/") if value.name else "", None)
-        first.graph.initializers.pop(value.name or "", None)
+        first.graph.initializers.pop(value.name or "")
         encoder.graph.register_initializer(value)
     first.graph.remove(nodes)
     for node in nodes:

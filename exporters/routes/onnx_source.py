@@ -79,7 +79,9 @@ def graph_precision(models: Iterable[ir.Model]) -> str:
                 kinds.add("int8")
             elif node.op_type == "MatMulBnb4":
                 kinds.add("int4")
-        weights = [v for v in model.graph.initializers.values() if v.dtype == ir.DataType.FLOAT16 and len(v.shape or ()) == 2]
+        weights = [
+            v for v in model.graph.initializers.values() if v.dtype == ir.DataType.FLOAT16 and len(v.shape or ()) == 2
+        ]
         if weights:
             kinds.add("fp16")
     return next((kind for kind in ("int4", "int8", "fp16") if kind in kinds), "fp32")

@@ -1,0 +1,196 @@
+"""Proves a grafted package against the graphs that it was made from."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import onnx_ir as ir
+import onnxruntime as ort
+from onnx_ir.passes.common import RemoveUnusedNodesPass
+
+from edgeprompt import names
+from edgeprompt.errors import ExportError, ValidationError
+from edgeprompt.manifest import Manifest
+from exporters.graft import find_embedding, find_scaled
+
+Array = npt.NDArray[Any]
+TOLERANCE = 1e-3
+"""Of a first decoder step, which Optimum computes in another graph than ours; as a share of the largest logit."""
+_CASES = ((1, 5, 0), (2, 4, 0), (1, 3, 4))
+"""(batch, sequence, past)."""
+
+
+def check_single(
+    originals: Mapping[str, Path], folder: Path, manifest: Manifest, after_scale: bool, scratch: Path
+) -> dict[str, Any]:
+    """Same outputs, bit for bit, without virtual ids, and with virtual rows that equal token rows.
+
+    Raises:
+        ValidationError: an output differs.
+    """
+    before = open_graph(originals["model"])
+    after = open_graph(folder / manifest.graphs["model"].file)
+    rows = _Rows(originals["model"], after_scale, scratch)
+    random = np.random.default_rng(0)
+    for case in _CASES:
+        feeds = _feeds(before, manifest, case, random)
+        want = dict(zip(_outputs(before), before.run(None, feeds), strict=True))
+        _compare_both(after, feeds, want, rows, manifest, f"batch {case[0]}, length {case[1]}, past {case[2]}")
+    return {"compared_with": "the ungrafted graph", "cases": len(_CASES), "identical": True}
+
+
+def check_encoder_decoder(
+    originals: Mapping[str, Path], folder: Path, manifest: Manifest, after_scale: bool, scratch: Path
+) -> dict[str, Any]:
+    """The encoder bit for bit; decoder steps with the past they need.
+
+    Raises:
+        ValidationError: an output differs.
+    """
+    encoder, first, later = (open_graph(originals[key]) for key in ("encoder", "first", "next"))
+    ours, decoder = (open_graph(folder / manifest.graphs[key].file) for key in ("encoder", "decoder"))
+    rows = _Rows(originals["encoder"], after_scale, scratch)
+    random = np.random.default_rng(0)
+    size, worst = manifest.geometry, 0.0
+    parts = [(layer, part) for layer in range(size.num_layers) for part in ("key", "value")]
+    for case in ((1, 5, 0), (2, 7, 0)):
+        where = f"batch {case[0]}, length {case[1]}"
+        feeds = _feeds(encoder, manifest, case, random)
+        (states,) = encoder.run([names.LAST_HIDDEN_STATE], feeds)
+        tokens = np.full((case[0], 1), manifest.tokens.decoder_start or 0, np.int64)
+        given = {
+            names.INPUT_IDS: tokens,
+            "encoder_hidden_states": states,
+            "encoder_attention_mask": feeds["attention_mask"],
+        }
+        theirs = dict(zip(_outputs(first), first.run(None, _known(first, given)), strict=True))
+        cross = {names.cross_present(layer, part): theirs[f"present.{layer}.encoder.{part}"] for layer, part in parts}
+        _compare_both(ours, feeds, {names.ENCODER_HIDDEN_STATES: states, **cross}, rows, manifest, where)
+        shared = {
+            names.INPUT_IDS: tokens,
+            names.ENCODER_ATTENTION_MASK: feeds["attention_mask"],
+            **{names.cross_past(layer, part): cross[names.cross_present(layer, part)] for layer, part in parts},
+        }
+        empty = np.zeros((case[0], size.num_key_value_heads, 0, size.head_size), states.dtype)
+        step = {**shared, **{names.past(layer, part): empty for layer, part in parts}}
+        step[names.ATTENTION_MASK] = np.ones((case[0], 1), np.int64)
+        got = dict(zip(_outputs(decoder), decoder.run(None, _known(decoder, step)), strict=True))
+        worst = max(worst, _near(got[names.LOGITS], theirs[names.LOGITS], f"{where}, first decoder step"))
+        old = {**given, **{k.replace("present", "past_key_values"): v for k, v in theirs.items() if k != names.LOGITS}}
+        want = dict(zip(_outputs(later), later.run(None, _known(later, old)), strict=True))
+        step |= {names.past(layer, part): theirs[f"present.{layer}.decoder.{part}"] for layer, part in parts}
+        step[names.ATTENTION_MASK] = np.ones((case[0], 2), np.int64)
+        _equal(run_known(decoder, step), {names.LOGITS: want[names.LOGITS]}, f"{where}, second decoder step")
+    return {"compared_with": "the ungrafted graphs", "cases": 2, "identical": True, "max_first_step_difference": worst}
+
+
+class _Rows:
+    """The embedding as the ungrafted graph computes it, alone in a session."""
+
+    def __init__(self, path: Path, after_scale: bool, scratch: Path) -> None:
+        model = ir.load(path)
+        rows = find_embedding(model)[1]
+        if after_scale:
+            rows = find_scaled(rows)
+        ids = next(value for value in model.graph.inputs if value.name == names.INPUT_IDS)
+        rows.shape = None
+        model.graph.outputs[:] = [rows]
+        RemoveUnusedNodesPass()(model)
+        model.graph.inputs[:] = [ids]
+        target = scratch / "embedding.onnx"
+        ir.save(model, target, external_data="embedding.onnx.data", size_threshold_bytes=1024)
+        self._session = open_graph(target)
+
+    def __call__(self, ids: Array) -> npt.NDArray[np.float32]:
+        """float32 [count, width] for ids [count]."""
+        found = self._session.run(None, {names.INPUT_IDS: ids[None]})[0]
+        return np.asarray(found.reshape(len(ids), -1), np.float32)
+
+
+def open_graph(path: Path) -> Any:
+    """A plain session on the CPU.
+
+    Raises:
+        ExportError: ONNX Runtime does not load the graph.
+    """
+    options = ort.SessionOptions()
+    options.log_severity_level = 3
+    try:
+        return ort.InferenceSession(path, options, providers=["CPUExecutionProvider"])
+    except Exception as error:  # onnxruntime's errors have no common base
+        raise ExportError(f"ONNX Runtime cannot load {path.name}: {str(error).splitlines()[0][:300]}") from error
+
+
+def _outputs(session: Any) -> list[str]:
+    return [value.name for value in session.get_outputs()]
+
+
+def _known(session: Any, feeds: Mapping[str, Array]) -> dict[str, Array]:
+    inputs = {value.name for value in session.get_inputs()}
+    return {name: value for name, value in feeds.items() if name in inputs}
+
+
+def run_known(session: Any, feeds: Mapping[str, Array]) -> dict[str, Array]:
+    """All outputs by name; feeds that the graph does not take are left out."""
+    return dict(zip(_outputs(session), session.run(None, _known(session, feeds)), strict=True))
+
+
+def _feeds(
+    session: Any, manifest: Manifest, case: tuple[int, int, int], random: np.random.Generator
+) -> dict[str, Array]:
+    """Random ids and caches for every input that the graph has."""
+    batch, length, past = case
+    inputs = {value.name: value.type for value in session.get_inputs()}
+    size = manifest.geometry
+    if names.past(0, "key") not in inputs:
+        past = 0
+    mask = np.ones((batch, past + length), np.int64)
+    feeds: dict[str, Array] = {
+        names.INPUT_IDS: random.integers(0, size.vocab_size, (batch, length)),
+        names.ATTENTION_MASK: mask,
+        names.POSITION_IDS: np.tile(np.arange(past, past + length), (batch, 1)),
+        names.TOKEN_TYPE_IDS: np.zeros((batch, length), np.int64),
+    }
+    kind = np.float16 if manifest.kv_dtype == "float16" else np.float32
+    for name in inputs:
+        if name.startswith("past_key_values."):
+            shape = (batch, size.num_key_value_heads, past, size.head_size)
+            feeds[name] = random.standard_normal(shape).astype(kind)
+    unknown = sorted(set(inputs) - set(feeds))
+    if unknown:
+        raise ExportError(f"the graph has inputs that edgeprompt does not feed: {', '.join(unknown)}")
+    return {name: value for name, value in feeds.items() if name in inputs}
+
+
+def _compare_both(
+    session: Any, feeds: dict[str, Array], want: Mapping[str, Array], rows: _Rows, manifest: Manifest, where: str
+) -> None:
+    ids, first = feeds[names.INPUT_IDS], manifest.geometry.vocab_size
+    unused = rows(ids[0, :1])
+    _equal(run_known(session, {**feeds, names.PROMPT_EMBEDDINGS: unused}), want, f"{where}, no virtual ids")
+    virtual = ids.copy()
+    virtual[:, : ids.shape[1] // 2] = first + np.arange(ids.shape[0] * (ids.shape[1] // 2)).reshape(ids.shape[0], -1)
+    table = rows(ids[:, : ids.shape[1] // 2].ravel())
+    _equal(
+        run_known(session, {**feeds, names.INPUT_IDS: virtual, names.PROMPT_EMBEDDINGS: table}),
+        want,
+        f"{where}, virtual rows equal to token rows",
+    )
+
+
+def _equal(got: Mapping[str, Array], want: Mapping[str, Array], where: str) -> None:
+    for name, expected in want.items():
+        if not np.array_equal(got[name], expected):
+            worst = float(np.abs(got[name].astype(np.float64) - expected).max())
+            raise ValidationError(f"the grafted graph differs from the ungrafted one: {name}, {where}: by {worst:.3g}")
+
+
+def _near(got: Array, want: Array, where: str) -> float:
+    worst, scale = float(np.abs(got - want).max()), float(np.abs(want).max())
+    if not worst <= TOLERANCE * max(scale, 1.0):
+        raise ValidationError(f"the decoder differs from the ungrafted one: {where}: by {worst:.3g} of {scale:.3g}")
+    return worst
