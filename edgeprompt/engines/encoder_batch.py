@@ -53,33 +53,31 @@ def make_row(
     type_ids: Sequence[int] | None = None,
     embeddings: Array | None = None,
     prefix: Array | None = None,
-    mask_id: int | None = None,
+    mask_position: int = 0,
 ) -> Row:
-    """A row from plain lists; `mask_position` becomes the first place of `mask_id`."""
+    """A row from plain lists."""
     array = np.asarray(ids, np.int64)
     types = np.zeros_like(array) if type_ids is None else np.asarray(type_ids, np.int64)
-    masks = np.flatnonzero(array == mask_id) if mask_id is not None else ()
-    return Row(array, types, embeddings, prefix, int(masks[0]) if len(masks) else 0, np.flatnonzero(array < vocab_size))
+    return Row(array, types, embeddings, prefix, mask_position, np.flatnonzero(array < vocab_size))
 
 
-def split_batches(rows: Sequence[Row], max_tokens: int = MAX_TOKENS) -> list[list[int]]:
-    """Group rows of similar length: indices into `rows`, the longest first (memory peaks at once, then shrinks)."""
-    order = sorted(range(len(rows)), key=lambda index: (-rows[index].length, -rows[index].prefix_length))
+def split_batches(
+    lengths: Sequence[int], prefix_lengths: Sequence[int], max_tokens: int = MAX_TOKENS
+) -> list[list[int]]:
+    """Group rows of similar length: their indices, the longest first (memory peaks at once, then shrinks)."""
+    order = sorted(range(len(lengths)), key=lambda index: (-lengths[index], -prefix_lengths[index]))
     batches: list[list[int]] = []
     used = longest = widest = 0
     for index in order:
-        row = rows[index]
-        if batches:
-            width = longest + max(widest, row.prefix_length)
-            count = len(batches[-1]) + 1
-            waste = 1 - (used + row.length) / (count * longest) if longest else 0
-            if count * width <= max_tokens and waste <= MAX_WASTE:
-                batches[-1].append(index)
-                used += row.length
-                widest = max(widest, row.prefix_length)
-                continue
-        batches.append([index])
-        used, longest, widest = row.length, row.length, row.prefix_length
+        length, prefix = lengths[index], max(widest, prefix_lengths[index])
+        count = len(batches[-1]) + 1 if batches else 0
+        fits = bool(batches) and count * (longest + prefix) <= max_tokens
+        if fits and used + length >= (1 - MAX_WASTE) * count * longest:
+            batches[-1].append(index)
+            used, widest = used + length, prefix
+        else:
+            batches.append([index])
+            used, longest, widest = length, length, prefix_lengths[index]
     return batches
 
 
