@@ -31,7 +31,7 @@ def build(loaded: LoadedBase, options: ExportOptions, folder: Path, scratch: Pat
 
     route = options.route
     if route == "auto":
-        route = "genai" if loaded.family.genai and genai.is_installed() else "torch"
+        route = "genai" if genai.suits(loaded) else "torch"
     builder = genai.build_graph if route == "genai" else torch_route.build_graph
     model = builder(loaded, options, folder, scratch)
     finish_graph(model, loaded, options)

@@ -153,8 +153,9 @@ def fused(model: Any, *, rotary: bool) -> Iterator[None]:
     AttentionMaskInterface.register(NAME, lambda *args, **kwargs: None)
     before = model.config._attn_implementation
     with contextlib.ExitStack() as stack:
-        model.set_attn_implementation(NAME)
-        stack.callback(model.set_attn_implementation, before)
+        if model._can_set_attn_implementation():
+            model.set_attn_implementation(NAME)
+            stack.callback(model.set_attn_implementation, before)
         for module in model.modules():
             if _is_rms_norm(module):
                 stack.enter_context(_replaced(module, "forward", _rms_norm_forward(module)))

@@ -9,8 +9,8 @@ FAMILIES = (
     DecoderFamily("mistral", genai=True, fused_rotary=True),
     DecoderFamily("qwen2", genai=True, fused_rotary=True),
     DecoderFamily("qwen3", genai=True, fused_rotary=True),
-    DecoderFamily("gemma3_text", genai=True, fused_rotary=True),
+    DecoderFamily("gemma3_text", fused_rotary=True),
     DecoderFamily("phi3", genai=True, fused_rotary=True),
-    DecoderFamily("smollm3", genai=True, fused_rotary=True),
+    DecoderFamily("smollm3", fused_rotary=True),
     DecoderFamily("gpt_neox"),
 )

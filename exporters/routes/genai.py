@@ -27,6 +27,11 @@ def build_graph(loaded: LoadedBase, options: ExportOptions, folder: Path, scratc
     Returns:
         An onnx_ir model in float32 with logits of the last position only.
     """
+    if has_window(loaded.config):
+        raise ExportError(
+            f"the genai builder writes full attention, {loaded.name!r} has a sliding window of "
+            f"{loaded.config.sliding_window}; use --route torch"
+        )
     home = scratch / "genai"
     home.mkdir()
     loaded.config.save_pretrained(home)
@@ -51,16 +56,27 @@ def build_graph(loaded: LoadedBase, options: ExportOptions, folder: Path, scratc
                 op_types_to_quantize=("MatMul",),
                 hf_details=details,
             )
-        except NotImplementedError as error:
-            raise ExportError(f"the genai builder refuses {loaded.name!r}: {error}; use --route torch") from error
+        except (NotImplementedError, KeyError, AttributeError, TypeError, ValueError) as error:
+            raise ExportError(
+                f"the genai builder cannot write {loaded.name!r} ({type(error).__name__}: {error}); use --route torch"
+            ) from error
     if (home / GENAI_CONFIG).exists():
         (home / GENAI_CONFIG).replace(folder / GENAI_CONFIG)
     return taken[0]
 
 
-def is_installed() -> bool:
-    """Whether the builder can be imported."""
-    return importlib.util.find_spec("onnxruntime_genai") is not None
+def suits(loaded: LoadedBase) -> bool:
+    """Whether the builder is here and writes this model as it is."""
+    installed = importlib.util.find_spec("onnxruntime_genai") is not None
+    return installed and bool(loaded.family.genai) and not has_window(loaded.config)
+
+
+def has_window(config: Any) -> bool:
+    """Whether attention looks back over fewer positions than the context has."""
+    window = getattr(config, "sliding_window", None)
+    if not window or not getattr(config, "use_sliding_window", True):
+        return False
+    return bool(window < config.max_position_embeddings)
 
 
 def _builder_config(loaded: LoadedBase) -> Any:
