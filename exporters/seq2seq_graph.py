@@ -110,7 +110,8 @@ class _Graph(torch.nn.Module):
             num_buckets=attention.relative_attention_num_buckets,
             max_distance=attention.relative_attention_max_distance,
         )
-        return attention.relative_attention_bias(bucket).permute(2, 0, 1)[None]
+        bias: Tensor = attention.relative_attention_bias(bucket).permute(2, 0, 1)[None]
+        return bias
 
 
 class EncoderGraph(_Graph):
@@ -130,8 +131,7 @@ class EncoderGraph(_Graph):
         crossed = []
         for attention, projections in zip(self.found.cross, self.found.cross_projections, strict=True):
             heads = getattr(attention, "n_heads", None) or attention.num_heads
-            for project in projections:
-                crossed.append(project(states).unflatten(2, (heads, -1)).transpose(1, 2))
+            crossed += [project(states).unflatten(2, (heads, -1)).transpose(1, 2) for project in projections]
         return (states, *crossed)
 
 

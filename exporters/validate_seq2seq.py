@@ -38,7 +38,7 @@ class Row:
     """One request: what the encoder reads, and the decoder's prefix and tokens."""
 
     source: SourceRow
-    prefix: Floats | None
+    prefix: npt.NDArray[Any] | None
     tokens: Sequence[int]
 
 

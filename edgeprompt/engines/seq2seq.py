@@ -6,61 +6,42 @@ prompts, tasks, beams and lengths differ from row to row.
 
 from __future__ import annotations
 
-import threading
 import time
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 
+from edgeprompt import names
 from edgeprompt.beam_search import BeamSearch
 from edgeprompt.engines import EngineOptions
 from edgeprompt.engines.seq2seq_graphs import Seq2SeqGraphs, Source, SourceRow
 from edgeprompt.engines.seq2seq_jobs import Beams, Cancellation, Decision, Ending, Job, OneRow, WordScores, run_jobs
-from edgeprompt.errors import (
-    CapacityError,
-    InputError,
-    PackageError,
-    PromptFileError,
-    PromptNotFoundError,
-    RequestCancelledError,
-    UnsupportedError,
-)
+from edgeprompt.engines.seq2seq_prompts import ENCODER_PAST, Prompt, PromptShelf
+from edgeprompt.errors import InputError, PackageError, RequestCancelledError, UnsupportedError
 from edgeprompt.kv_cache import KVShape
+from edgeprompt.memory_budget import MemoryBudget
 from edgeprompt.package import Package
 from edgeprompt.prompt_file import PromptFile
+from edgeprompt.prompt_source import PromptSource
 from edgeprompt.request import Request
 from edgeprompt.sampling import Sampling, resolve
-from edgeprompt.template import Template, as_fields
-from edgeprompt.verbalizer import Verbalizer
+from edgeprompt.template import as_fields
 from edgeprompt.work import Clock, GenerateWork, LogitsWork
 
-DEFAULT_KV_BUDGET = 1 << 30
+KV_BUDGET = 1 << 30
 POOLINGS = ("mean", "cls", "last")
-_PLAIN = Template.parse("{text}")
-_NO_PROMPT: dict[str, Any] = {}
-
-
-@dataclass(frozen=True)
-class _Prompt:
-    """A prompt made ready for this package."""
-
-    file: PromptFile
-    table: npt.NDArray[Any] | None
-    prefix: npt.NDArray[Any] | None
-    encoder_prefix: npt.NDArray[Any] | None
-    verbalizer: Verbalizer | None
-    decoder_prefix: tuple[int, ...]
 
 
 @dataclass
 class _Item:
     """A request on its way through a batch."""
 
-    prompt: _Prompt | None
     source: SourceRow
+    prefix: npt.NDArray[Any] | None
+    prefix_length: int
     job: Job
     width: int
     positions: int
@@ -69,6 +50,9 @@ class _Item:
 
 class Seq2SeqEngine:
     """The engine of encoder-decoder packages (`edgeprompt.engines.Engine`)."""
+
+    reads_sources = True
+    """Prompts come as `PromptSource`, so that their tensors need not stay in memory."""
 
     def __init__(self, package: Package, options: EngineOptions) -> None:
         """Open both graphs.
@@ -88,27 +72,24 @@ class Seq2SeqEngine:
         self._graphs = Seq2SeqGraphs(package, options)
         self.provider = self._graphs.provider
         # Dynamic quantisation takes one scale per tensor: rows of one batch would change each other's results.
-        alone = manifest.precision == "int8" or not self._graphs.masks_past
-        self._max_rows = 1 if alone else options.max_batch
+        self._max_rows = 1 if manifest.precision == "int8" else options.max_batch
         size = manifest.geometry
         shape = KVShape(size.num_layers, size.num_key_value_heads, size.head_size, manifest.kv_dtype)
         self._position_bytes = shape.bytes_per_position
-        self._budget = _Budget(options.kv_budget or DEFAULT_KV_BUDGET)
-        self._prompts: dict[str, _Prompt] = {}
-        self._lock = threading.Lock()
+        self._budget = MemoryBudget(options.kv_budget or KV_BUDGET)
+        self._prompts = PromptShelf(package, options.prefix_budget, has_encoder_prefix=self._graphs.has_encoder_prefix)
         self._cancellation = Cancellation()
 
-    def add_prompt(self, name: str, prompt: PromptFile) -> None:
+    def add_prompt(self, name: str, prompt: PromptFile | PromptSource) -> None:
         """Make a checked prompt ready under `name`, replacing one of that name.
 
         Raises:
             BaseMismatchError: its tensors do not fit the package.
             UnsupportedError: it needs what encoder-decoders do not have.
             PromptFileError: its decoder prefix is no text and no list of token ids.
+            TemplateError: its template has no place for its virtual tokens.
         """
-        ready = self._ready(prompt)
-        with self._lock:
-            self._prompts = {**self._prompts, name: ready}
+        self._prompts.add(name, prompt if isinstance(prompt, PromptSource) else PromptSource(prompt))
 
     def remove_prompt(self, name: str) -> None:
         """Forget a prompt; requests that already run keep it.
@@ -116,9 +97,7 @@ class Seq2SeqEngine:
         Raises:
             PromptNotFoundError: there is none of that name.
         """
-        with self._lock:
-            self._find(name)
-            self._prompts = {other: prompt for other, prompt in self._prompts.items() if other != name}
+        self._prompts.remove(name)
 
     def run(self, requests: Sequence[Request], *, return_errors: bool = False) -> list[Any]:
         """Answer a batch of mixed tasks, in order; with `return_errors`, a failed row is its exception."""
@@ -137,10 +116,10 @@ class Seq2SeqEngine:
         for batch in self._batches(items):
             self._run_batch([items[place] for place in batch])
             for place in batch:
-                error = items[place].job.error
-                if error is not None and not return_errors:
-                    raise error
-                results[place] = error or items[place].job.decision.result()
+                job = items[place].job
+                if job.error is not None and not return_errors:
+                    raise job.error
+                results[place] = job.error or job.decision.result()
         return results
 
     def stream(self, request: Request) -> Iterator[str]:
@@ -189,53 +168,8 @@ class Seq2SeqEngine:
         """Fail what runs, after its step; later calls fail at once."""
         self._cancellation.closed = True
 
-    def _ready(self, prompt: PromptFile) -> _Prompt:
-        prompt.check_geometry(self._manifest)
-        if prompt.head_spec is not None or prompt.task in ("tag", "qa"):
-            raise UnsupportedError(
-                f"prompt {prompt.name!r} is for task {prompt.task!r}"
-                f"{' with a head' if prompt.head_spec is not None else ''}; an encoder-decoder answers by text: "
-                "tune it for classify (with a verbalizer) or generate"
-            )
-        if prompt.encoder_past_key_values is not None and not self._graphs.has_encoder_prefix:
-            raise UnsupportedError(
-                f"prompt {prompt.name!r} has encoder deep prompts, which {self._manifest.model_type} has no place for "
-                "(its positions are absolute); T5 has"
-            )
-        verbalizer = None
-        if prompt.verbalizer:
-            verbalizer = Verbalizer.compile(prompt.verbalizer, self._encode, prompt.calibration)
-        return _Prompt(
-            file=prompt,
-            table=None if prompt.prompt_embeddings is None else prompt.prompt_embeddings.astype(np.float32),
-            prefix=prompt.past_key_values,
-            encoder_prefix=prompt.encoder_past_key_values,
-            verbalizer=verbalizer,
-            decoder_prefix=self._decoder_prefix(prompt),
-        )
-
-    def _decoder_prefix(self, prompt: PromptFile) -> tuple[int, ...]:
-        value = prompt.generation.get("decoder_prefix", ())
-        ids = self._encode(value) if isinstance(value, str) else value
-        known = self._geometry.vocab_size
-        if not isinstance(ids, (list, tuple)) or not all(type(one) is int and 0 <= one < known for one in ids):
-            raise PromptFileError(
-                f"prompt {prompt.name!r}: decoder_prefix is {value!r}; it must be text, or token ids below {known}"
-            )
-        return tuple(ids)
-
-    def _encode(self, text: str) -> list[int]:
-        return self._tokenizer.encode(text, add_special_tokens=False)
-
-    def _find(self, name: str) -> _Prompt:
-        found = self._prompts.get(name)
-        if found is None:
-            there = ", ".join(sorted(self._prompts)[:20]) or "none"
-            raise PromptNotFoundError(f"no prompt {name!r} is loaded (loaded: {there}); add it with add_prompt")
-        return found
-
-    def _prompt(self, request: Request) -> _Prompt | None:
-        return None if request.prompt is None else self._find(request.prompt)
+    def _prompt(self, request: Request) -> Prompt | None:
+        return None if request.prompt is None else self._prompts.find(request.prompt)
 
     def _task(self, request: Request) -> str:
         prompt = self._prompt(request)
@@ -261,9 +195,9 @@ class Seq2SeqEngine:
             return item
         return self._generating(request, prompt, pieces)
 
-    def _generating(self, request: Request, prompt: _Prompt | None, pieces: list[str] | None) -> _Item:
+    def _generating(self, request: Request, prompt: Prompt | None, pieces: list[str] | None) -> _Item:
         clock = Clock()
-        defaults = prompt.file.generation if prompt else _NO_PROMPT
+        defaults = prompt.file.generation if prompt else {}
         sampling = resolve(request.options, defaults)
         beams = request.options.num_beams if request.options.num_beams != 1 else defaults.get("num_beams", 1)
         if type(beams) is not int or not 1 <= beams <= 64:
@@ -278,10 +212,10 @@ class Seq2SeqEngine:
             decision: Decision = Beams(search, ending, tokens.eos, self._tokenizer, clock)
         else:
             work = GenerateWork(
-                _with_length(sampling, length),
+                replace(sampling, max_new_tokens=length),
                 eos=tokens.eos,
                 decode=self._tokenizer.decode,
-                encode=self._encode,
+                encode=self._prompts.encode,
                 history=feed,
                 clock=clock,
                 on_text=None if pieces is None else pieces.append,
@@ -291,10 +225,11 @@ class Seq2SeqEngine:
         clock.input_tokens = item.source.ids.size
         return item
 
-    def _new_tokens(self, sampling: Sampling, prompt: _Prompt | None, fed: int) -> int:
+    def _new_tokens(self, sampling: Sampling, prompt: Prompt | None, fed: int) -> int:
         """`max_new_tokens`, or what the decoder's positions leave of it where nobody asked for a length."""
         limit = self._geometry.max_positions
-        room = limit - fed - _prefix_length(prompt) + 1 if limit else sampling.max_new_tokens
+        taken = fed - 1 + (prompt.prefix_length if prompt else 0)
+        room = limit - taken if limit else sampling.max_new_tokens
         if sampling.asked_length and sampling.max_new_tokens > room:
             raise InputError(
                 f"max_new_tokens is {sampling.max_new_tokens}, and the decoder has {limit} positions, of which the "
@@ -304,68 +239,72 @@ class Seq2SeqEngine:
             raise InputError(f"the prompt takes all of the decoder's {limit} positions; use a shorter one")
         return min(room, sampling.max_new_tokens)
 
-    def _feed(self, prompt: _Prompt | None) -> list[int]:
+    def _feed(self, prompt: Prompt | None) -> list[int]:
         return [self._start, *(prompt.decoder_prefix if prompt else ())]
 
     def _assemble(
-        self, request: Request, prompt: _Prompt | None, decision: Decision, *, rows: int, new_tokens: int
+        self, request: Request, prompt: Prompt | None, decision: Decision, *, rows: int, new_tokens: int
     ) -> _Item:
         self._check_open()
         deadline = None if request.timeout is None else time.monotonic() + request.timeout
         source = self._source(request, prompt)
         feed = self._feed(prompt)
-        positions = _prefix_length(prompt) + len(feed) + new_tokens + source.ids.size
-        return _Item(prompt, source, Job(feed, decision, deadline), rows, positions)
+        length = prompt.prefix_length if prompt else 0
+        prefix = self._prompts.tensor(prompt, names.PAST_KEY_VALUES) if length else None
+        positions = length + len(feed) + new_tokens + source.ids.size
+        return _Item(source, prefix, length, Job(feed, decision, deadline), rows, positions)
 
     def _check_open(self) -> None:
         if self._cancellation.closed:
             raise RequestCancelledError("the runtime is closed")
 
-    def _source(self, request: Request, prompt: _Prompt | None) -> SourceRow:
+    def _source(self, request: Request, prompt: Prompt | None) -> SourceRow:
         size = self._geometry
-        table = prompt.table if prompt else None
-        count = 0 if table is None else table.shape[0]
+        rows = prompt.rows if prompt else 0
         limit = size.max_positions or None
         if request.chat:
             raise UnsupportedError("chat templates are for decoder-only packages; leave out chat")
         if request.input_ids is not None:
             text = [int(one) for one in request.input_ids]
             bad = next((one for one in text if not 0 <= one < size.vocab_size), None)
-            if bad is not None or not text:
-                found = "no id" if bad is None else f"id {bad}"
-                raise InputError(f"input_ids has {found}; it takes ids from 0 to {size.vocab_size - 1}")
-            ids = [*range(size.vocab_size, size.vocab_size + count), *text]
+            if bad is not None:
+                raise InputError(f"input_ids holds {bad}; ids of this base are 0 to {size.vocab_size - 1}")
+            if prompt is not None and rows and not prompt.file.template.prompt_is_prefix:
+                raise InputError(
+                    f"prompt {request.prompt!r} has virtual tokens inside its template, so it needs text, not ids"
+                )
+            ids = [*range(size.vocab_size, size.vocab_size + rows), *text]
         else:
-            template = prompt.file.template if prompt else _PLAIN
-            ids = (template if count else template.without_prompt()).encode(
-                self._tokenizer,
-                as_fields(request.text),
-                num_virtual_tokens=count,
-                first_virtual_id=size.vocab_size,
-                max_length=limit if request.truncate else None,
-                add_special_tokens=prompt.file.add_special_tokens if prompt else True,
-            )
+            ids = self._prompts.text_ids(prompt, as_fields(request.text), limit if request.truncate else None)
         if limit is not None and len(ids) > limit:
             raise InputError(
-                f"the text and its prompt take {len(ids)} tokens, and {self._manifest.base.name} has {limit} "
-                "positions; shorten it, or ask to truncate"
+                f"the request needs {len(ids)} prompt and text tokens; the base holds {limit}; shorten the text, or "
+                "set truncate"
             )
-        if not ids:
-            raise InputError("the text has no token, and this tokenizer adds none; give at least one character")
-        return SourceRow(np.asarray(ids, np.int64), table, prompt.encoder_prefix if prompt else None)
+        if len(ids) == rows:
+            raise InputError("the text has no token, so there is nothing to run; give at least one character")
+        table = self._prompts.tensor(prompt, names.PROMPT_EMBEDDINGS) if rows else None
+        deep = self._prompts.tensor(prompt, ENCODER_PAST) if prompt and prompt.source.has_encoder_prefix else None
+        return SourceRow(np.asarray(ids, np.int64), table, deep)
 
     def _batches(self, items: dict[int, _Item]) -> Iterator[list[int]]:
         """Places of requests that run together: of similar length, within the row limit and the memory budget."""
         batch: list[int] = []
-        rows, longest = 0, 0
-        for place in sorted(items, key=lambda place: (items[place].positions, place)):
+        rows, longest, alike = 0, 0, 0
+
+        def key(place: int) -> int:
+            # A decoder without a mask cannot tell padding: then only pasts of one length go together.
+            return 0 if self._graphs.masks_past else items[place].prefix_length
+
+        for place in sorted(items, key=lambda place: (key(place), items[place].positions, place)):
             item = items[place]
             wider, further = rows + item.width, max(longest, item.positions)
-            if batch and (wider > self._max_rows or self._bytes(wider, further) > self._budget.total):
+            full = wider > self._max_rows or self._bytes(wider, further) > self._budget.total
+            if batch and (full or key(place) != alike):
                 yield batch
                 batch, rows, longest = [], 0, 0
             batch.append(place)
-            rows, longest = rows + item.width, max(longest, item.positions)
+            rows, longest, alike = rows + item.width, max(longest, item.positions), key(place)
         if batch:
             yield batch
 
@@ -386,50 +325,8 @@ class Seq2SeqEngine:
         need = self._bytes(sum(item.width for item in items), max(item.positions for item in items))
         with self._budget.taken(need):
             source = self._graphs.encode([item.source for item in items])
-            prefixes = [item.prompt.prefix if item.prompt else None for item in items]
-            state = self._graphs.begin(source, prefixes)
+            state = self._graphs.begin(source, [item.prefix for item in items])
             yield from run_jobs(self._graphs, state, [item.job for item in items], self._cancellation)
-
-
-class _Budget:
-    """Bytes that running batches share; who finds none left waits."""
-
-    def __init__(self, total: int) -> None:
-        self.total = total
-        self._free = total
-        self._changed = threading.Condition()
-
-    def taken(self, size: int) -> _Share:
-        """A context in which `size` bytes are this batch's.
-
-        Raises:
-            CapacityError: more than there is in all.
-        """
-        if size > self.total:
-            raise CapacityError(
-                f"the request needs {size} bytes of keys and values, kv_budget is {self.total}; "
-                "raise it, or lower max_new_tokens, num_beams or the text's length"
-            )
-        return _Share(self, size)
-
-    def move(self, size: int) -> None:
-        """Take `size` bytes (waits), or give them back where it is negative."""
-        with self._changed:
-            self._changed.wait_for(lambda: self._free >= size)
-            self._free -= size
-            self._changed.notify_all()
-
-
-@dataclass(frozen=True)
-class _Share:
-    budget: _Budget
-    size: int
-
-    def __enter__(self) -> None:
-        self.budget.move(self.size)
-
-    def __exit__(self, *_: object) -> None:
-        self.budget.move(-self.size)
 
 
 def _search(sampling: Sampling, beams: int, length: int, eos: Sequence[int], defaults: Any) -> BeamSearch:
@@ -447,19 +344,10 @@ def _search(sampling: Sampling, beams: int, length: int, eos: Sequence[int], def
     return BeamSearch(beams, length, eos, length_penalty=float(penalty), early_stopping=early)
 
 
-def _with_length(sampling: Sampling, length: int) -> Sampling:
-    from dataclasses import replace
-
-    return replace(sampling, max_new_tokens=length)
-
-
-def _prefix_length(prompt: _Prompt | None) -> int:
-    return 0 if prompt is None or prompt.prefix is None else int(prompt.prefix.shape[3])
-
-
 def _pooled(source: Source, row: int, is_text: npt.NDArray[np.bool_], pooling: str) -> npt.NDArray[np.float32]:
     states: npt.NDArray[np.float32] = source.states[row, : is_text.size][is_text].astype(np.float32)
     if pooling == "mean":
         mean: npt.NDArray[np.float32] = states.mean(axis=0)
         return mean
-    return states[0] if pooling == "cls" else states[-1]
+    chosen: npt.NDArray[np.float32] = states[0 if pooling == "cls" else -1]
+    return chosen

@@ -80,10 +80,13 @@ class Seq2SeqGraphs:
         self._geometry = package.manifest.geometry
         self._dtype = np.dtype(package.manifest.kv_dtype)
         self._pad = package.manifest.tokens.pad or 0
-        settings = {"provider": options.provider, "threads": options.threads}
-        encoder = open_session(package.graph("encoder"), **settings)  # type: ignore[arg-type]
-        self._encoder = encoder.ort
-        self._decoder = open_session(package.graph("decoder"), **settings).ort  # type: ignore[arg-type]
+        encoder, decoder = (
+            open_session(
+                package.graph(key), provider=options.provider, threads=options.threads, spinning=options.spinning
+            )
+            for key in ("encoder", "decoder")
+        )
+        self._encoder, self._decoder = encoder.ort, decoder.ort
         self.provider = encoder.provider
         inputs = {value.name for value in self._encoder.get_inputs()}
         self._decoder_inputs = {value.name for value in self._decoder.get_inputs()}
