@@ -17,11 +17,12 @@ import numpy as np
 import numpy.typing as npt
 
 from edgeprompt.engines import Engine, EngineOptions, create_engine
-from edgeprompt.errors import InputError, PromptNotFoundError
+from edgeprompt.errors import EdgePromptError, InputError, PromptNotFoundError
 from edgeprompt.manifest import Manifest
 from edgeprompt.package import Package, open_package
 from edgeprompt.prompt_file import PromptFile
 from edgeprompt.prompt_source import PromptSource
+from edgeprompt.prompt_store import PromptStore
 from edgeprompt.request import Classification, Generation, GenerationOptions, Request, Result, Text
 from edgeprompt.verbalizer import CONTENT_FREE, contextual_calibration
 
@@ -49,7 +50,11 @@ class Runtime:
         self._package = package
         self._engine: Engine = create_engine(package, options)
         self._prompts: dict[str, PromptSource] = {}
-        self._inside = {path.stem: path for path in package.prompt_paths}
+        self._stores: list[PromptStore] = []
+        self._stamps: dict[str, tuple[int, int, int]] = {}
+        """Of prompts that came from a store: which state of the file."""
+        for folder in sorted({path.parent for path in package.prompt_paths}):
+            self.add_folder(folder)
         self._lock = threading.Lock()
         self._close = weakref.finalize(self, self._engine.close)  # also at interpreter exit
 
@@ -65,8 +70,8 @@ class Runtime:
 
     @property
     def prompts(self) -> tuple[str, ...]:
-        """Names of the prompts that requests can name: those added, and those that travel in the package."""
-        return tuple(dict.fromkeys((*self._prompts, *self._inside)))
+        """Names of the prompts that requests can name: those added, in the package, and in folders."""
+        return tuple(dict.fromkeys((*self._prompts, *(name for store in self._stores for name in store))))
 
     def prompt(self, name: str) -> PromptFile:
         """A prompt by name, with its tensors.
@@ -107,9 +112,20 @@ class Runtime:
             whole.check_base(self.manifest)
         name = name or whole.name
         with self._lock:
-            self._engine.add_prompt(name, source if getattr(self._engine, "reads_sources", False) else whole)  # type: ignore[arg-type]
+            self._engine.add_prompt(name, source)
             self._prompts[name] = source
+            self._stamps.pop(name, None)
         return name
+
+    def add_folder(self, folder: str | os.PathLike[str]) -> None:
+        """Let requests name every prompt of a folder, by its file's name; each is read when first asked for.
+
+        A file that is replaced or added later is seen by the next request that names it.
+
+        Raises:
+            InputError: there is no such folder.
+        """
+        self._stores.append(PromptStore(folder))
 
     def remove_prompt(self, name: str) -> None:
         """Forget a prompt; requests that run keep it.
@@ -122,6 +138,7 @@ class Runtime:
                 raise PromptNotFoundError(f"no prompt {name!r}; loaded: {', '.join(self._prompts) or 'none'}")
             self._engine.remove_prompt(name)
             del self._prompts[name]
+            self._stamps.pop(name, None)
 
     def run(self, requests: Sequence[Request], *, return_errors: bool = False) -> list[Any]:
         """Answer a batch of mixed tasks, in order.
@@ -129,9 +146,18 @@ class Runtime:
         With `return_errors`, a row that fails is its exception in the list, and the others are answered.
         """
         self._open()
-        for request in requests:
-            self._ensure(request.prompt)
-        return self._engine.run(requests, return_errors=return_errors)
+        missing: dict[str | None, EdgePromptError] = {}
+        for name in {request.prompt for request in requests}:
+            try:
+                self._ensure(name)
+            except EdgePromptError as error:
+                if not return_errors:
+                    raise
+                missing[name] = error
+        if not missing:
+            return self._engine.run(requests, return_errors=return_errors)
+        answers = iter(self._engine.run([r for r in requests if r.prompt not in missing], return_errors=True))
+        return [missing[r.prompt] if r.prompt in missing else next(answers) for r in requests]
 
     def run_tasks(self, text: Text, prompts: Sequence[str], *, truncate: bool = False) -> dict[str, Result]:
         """One text, many tasks, as one batch: prompt name -> result."""
@@ -359,13 +385,19 @@ class Runtime:
             raise InputError("the runtime is closed; load the package again")
 
     def _ensure(self, name: str | None) -> None:
-        """Add a prompt that travels in the package when it is first named."""
-        if name is None or name in self._prompts:
+        """Add a prompt from a folder when it is first named, and again when its file was replaced."""
+        if name is None or (name in self._prompts and name not in self._stamps):
             return
-        if name not in self._inside:
-            there = ", ".join(self.prompts[:20]) or "none"
-            raise PromptNotFoundError(f"no prompt {name!r}; loaded: {there}")
-        self.add_prompt(self._inside[name], name=name)
+        for store in self._stores:
+            found = store.find(name)
+            if found is not None:
+                path, stamp = found
+                if self._stamps.get(name) != stamp:
+                    self.add_prompt(path, name=name)
+                    self._stamps[name] = stamp
+                return
+        if name not in self._prompts:
+            raise PromptNotFoundError(f"no prompt {name!r}; there are: {', '.join(self.prompts[:20]) or 'none'}")
 
     def _each(self, text: Text | Sequence[Text], ask: Callable[[Text], Request]) -> Any:
         if isinstance(text, str | Mapping):

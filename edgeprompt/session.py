@@ -41,6 +41,11 @@ class Session:
     device: str
 
 
+def graph_inputs(session: Any) -> list[Any]:
+    """All that a session can be fed: required inputs, and those with a default (door "adapter")."""
+    return [*session.get_inputs(), *session.get_overridable_initializers()]
+
+
 def import_onnxruntime() -> Any:
     """The onnxruntime module.
 

@@ -14,6 +14,7 @@ import numpy.typing as npt
 from edgeprompt import names
 from edgeprompt.package import Package
 from edgeprompt.prompt_file import PromptFile
+from edgeprompt.prompt_source import PromptSource
 from edgeprompt.request import Request, Result
 
 _ENGINES = {
@@ -48,7 +49,7 @@ class Engine(Protocol):
 
     provider: str
 
-    def add_prompt(self, name: str, prompt: PromptFile) -> None:
+    def add_prompt(self, name: str, prompt: PromptFile | PromptSource) -> None:
         """Make a checked prompt ready under `name`, replacing one of that name."""
 
     def remove_prompt(self, name: str) -> None:

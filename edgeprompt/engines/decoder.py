@@ -16,12 +16,13 @@ from edgeprompt.engines.decoder_graph import DecoderGraph, open_graph
 from edgeprompt.errors import InputError, PromptNotFoundError, TemplateError, UnsupportedError
 from edgeprompt.kv_cache import KV, KVShape, PrefixCache
 from edgeprompt.package import Package
+from edgeprompt.prefix_store import PrefixStore
 from edgeprompt.prompt_file import PromptFile
 from edgeprompt.prompt_source import PromptSource
 from edgeprompt.request import Request
 from edgeprompt.sampling import DEFAULT_NEW_TOKENS, Sampling, resolve
 from edgeprompt.scheduler import Job, Scheduler, Work
-from edgeprompt.session import open_session
+from edgeprompt.session import import_onnxruntime, open_session
 from edgeprompt.template import Literal, Slot, Template, VirtualTokens, as_fields
 from edgeprompt.verbalizer import Verbalizer
 from edgeprompt.work import Clock, GenerateWork, LogitsWork, PrefixWork, ScoreWork
@@ -80,9 +81,6 @@ class PromptStart:
 class DecoderEngine:
     """Serves a decoder-only package."""
 
-    reads_sources = True
-    """Prompts come as `PromptSource`, so that their tensors need not stay in memory."""
-
     def __init__(self, package: Package, options: EngineOptions) -> None:
         self._package, self._manifest = package, package.manifest
         self._tokenizer = package.tokenizer
@@ -103,6 +101,15 @@ class DecoderEngine:
             budget=budget,
         )
         self._prefixes = PrefixCache(PREFIX_BUDGET if options.prefix_budget is None else options.prefix_budget)
+        self._store = None
+        if options.cache_folder is not None:
+            self._store = PrefixStore(
+                options.cache_folder,
+                weights_hash=self._manifest.weights_hash,
+                provider=self.provider,
+                dtype=self._shape.dtype,
+                ort_version=import_onnxruntime().__version__,
+            )
         self._prompts: dict[str, Loaded] = {}
         self._scheduler = Scheduler(graph, max_rows=options.max_batch, max_queue=options.max_queue)
 
@@ -189,18 +196,32 @@ class DecoderEngine:
         """A prompt's keys and values, computed on this graph (scheduler's thread only)."""
         found = self._prefixes.get(loaded)
         if found is None:
-            tensors = loaded.source.tensors()
-            if tensors.past_key_values is not None:
-                found = self._shape.prefix(tensors.past_key_values)
-            else:
-                graph.place(slot, None, max(total, loaded.count), slot)
-                ids = range(self._vocab, self._vocab + loaded.count)
-                rows = np.asarray(tensors.prompt_embeddings, np.float32)
-                for done in range(0, loaded.count, graph.chunk):
-                    graph.prefill(slot, ids[done : done + graph.chunk], done, rows)
-                found = graph.read(slot, loaded.count)
+            found = self._stored(loaded)
+            if found is None:
+                found = self._compute(loaded, graph, slot, total)
+                if self._store is not None:
+                    self._store.write(loaded.source.sha256, found)
             self._prefixes.put(loaded, found)
         return found
+
+    def _stored(self, loaded: Loaded) -> KV | None:
+        if self._store is None:
+            return None
+        size = self._shape
+        return self._store.read(
+            loaded.source.sha256, (2 * size.num_layers, size.num_heads, loaded.count, size.head_size)
+        )
+
+    def _compute(self, loaded: Loaded, graph: DecoderGraph, slot: int, total: int) -> KV:
+        tensors = loaded.source.tensors()
+        if tensors.past_key_values is not None:
+            return self._shape.prefix(tensors.past_key_values)
+        graph.place(slot, None, max(total, loaded.count), slot)
+        ids = range(self._vocab, self._vocab + loaded.count)
+        rows = np.asarray(tensors.prompt_embeddings, np.float32)
+        for done in range(0, loaded.count, graph.chunk):
+            graph.prefill(slot, ids[done : done + graph.chunk], done, rows)
+        return graph.read(slot, loaded.count)
 
     def rows(self, loaded: Loaded) -> Rows:
         """A prompt's rows, float32 [num_virtual_tokens, hidden_size]."""

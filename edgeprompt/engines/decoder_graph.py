@@ -12,7 +12,7 @@ import numpy.typing as npt
 
 from edgeprompt import names
 from edgeprompt.kv_cache import KV, KVShape, SlotCache
-from edgeprompt.session import Session, import_onnxruntime
+from edgeprompt.session import Session, graph_inputs, import_onnxruntime
 
 Ids = npt.NDArray[np.int64]
 Logits = npt.NDArray[np.float32]
@@ -72,7 +72,7 @@ class _Graph:
     def __init__(self, session: Session, shape: KVShape, *, hidden_size: int, max_rows: int, budget: int) -> None:
         self._session, self._ort = session, session.ort
         self._shape, self._max_rows, self._budget = shape, max_rows, budget
-        inputs = {value.name: value for value in self._ort.get_inputs()}
+        inputs = {value.name: value for value in graph_inputs(self._ort)}
         outputs = {value.name: value for value in self._ort.get_outputs()}
         self._inputs, self._outputs = set(inputs), set(outputs)
         logits = outputs[names.LOGITS]

@@ -31,7 +31,7 @@ from edgeprompt.package import Package
 from edgeprompt.prompt_file import Array, PromptFile
 from edgeprompt.prompt_source import PromptSource
 from edgeprompt.request import Classification, Request, Result
-from edgeprompt.session import import_onnxruntime, open_session
+from edgeprompt.session import graph_inputs, import_onnxruntime, open_session
 from edgeprompt.template import Mask, Slot, Template, VirtualTokens, as_fields
 from edgeprompt.verbalizer import Verbalizer
 from edgeprompt.work import Clock
@@ -100,9 +100,6 @@ class Work:
 class EncoderEngine:
     """Serves an encoder-only package."""
 
-    reads_sources = True
-    """Prompts come as `PromptSource`, so that their tensors need not stay in memory."""
-
     def __init__(self, package: Package, options: EngineOptions) -> None:
         self._manifest, self._tokenizer = package.manifest, package.tokenizer
         session = open_session(
@@ -110,7 +107,7 @@ class EncoderEngine:
         )
         self.provider = session.provider
         self._session = session.ort
-        self._inputs = {value.name for value in self._session.get_inputs()}
+        self._inputs = {value.name for value in graph_inputs(self._session)}
         self._outputs = {value.name for value in self._session.get_outputs()}
         self._run_options = import_onnxruntime().RunOptions()
         # Logits over the vocabulary cost as much as a layer; they are computed only where a row asks for them.

@@ -51,9 +51,6 @@ class _Item:
 class Seq2SeqEngine:
     """The engine of encoder-decoder packages (`edgeprompt.engines.Engine`)."""
 
-    reads_sources = True
-    """Prompts come as `PromptSource`, so that their tensors need not stay in memory."""
-
     def __init__(self, package: Package, options: EngineOptions) -> None:
         """Open both graphs.
 

@@ -18,7 +18,7 @@ from edgeprompt.request import GenerationOptions
 from edgeprompt.template import Template
 from tests.prompts import make_prompt
 
-WORDS = ["the", "a", "film", "was", "good", "bad", "very", "story", "plot", "and", "of", "in", "it", "actors", "music", "long", "short", "never", "ever", "made"]
+WORDS = ["the", "a", "film", "was", "good", "bad", "very", "story", "actors", "music", "long", "short", "never", "made"]
 QUIET = EngineOptions(provider="cpu", threads=1, spinning=False)
 
 
@@ -229,7 +229,8 @@ def test_limits_are_checked_before_work(runtime: Runtime, tiny_llama_package: Pa
     for ids in ([512], [-1]):
         with pytest.raises(InputError, match="ids of this base are 0 to 511"):
             runtime.generate(input_ids=ids)
-    with edgeprompt.load(tiny_llama_package, options=replace(QUIET, kv_budget=1000)) as small, pytest.raises(CapacityError, match="kv_budget"):  # fmt: skip
+    small = edgeprompt.load(tiny_llama_package, options=replace(QUIET, kv_budget=1000))
+    with small, pytest.raises(CapacityError, match="kv_budget"):
         small.generate("a", max_new_tokens=4)
 
 
@@ -254,5 +255,5 @@ def test_what_does_not_fit_a_decoder(runtime: Runtime) -> None:
     runtime.add_prompt(make_prompt(runtime.manifest, "bare", "prompt-tuning"))
     with pytest.raises(InputError, match="'bare' has no verbalizer"):
         runtime.classify("a", prompt="bare")
-    with pytest.raises(TemplateError, match="no {prompt}"):
+    with pytest.raises(TemplateError, match=r"no \{prompt\}"):
         runtime.add_prompt(make_prompt(runtime.manifest, "t", "prompt-tuning", template=Template.parse("{text}")))

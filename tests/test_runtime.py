@@ -1,0 +1,261 @@
+from __future__ import annotations
+
+import asyncio
+import dataclasses
+import shutil
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+import edgeprompt
+from edgeprompt import (
+    BaseMismatchError,
+    EngineOptions,
+    InputError,
+    PromptFileError,
+    PromptNotFoundError,
+    Request,
+    Runtime,
+)
+from edgeprompt.manifest import Base
+from edgeprompt.prompt_file import Golden, PromptFile, save_prompt
+from edgeprompt.request import GenerationOptions
+from tests.prompts import make_prompt
+
+QUIET = EngineOptions(provider="cpu", threads=1, spinning=False)
+WORDS = {"x": (" good",), "y": (" bad",)}
+
+
+@pytest.fixture(scope="module")
+def runtime(tiny_llama_package: Path) -> Iterator[Runtime]:
+    with edgeprompt.load(tiny_llama_package, options=QUIET) as loaded:
+        loaded.add_prompt(make_prompt(loaded.manifest, "words", verbalizer=WORDS))
+        loaded.add_prompt(make_prompt(loaded.manifest, "story", seed=1))
+        yield loaded
+
+
+def test_one_text_or_a_list(runtime: Runtime) -> None:
+    one = runtime.classify("the film", prompt="words")
+    assert one.label in WORDS
+    assert sum(one.scores.values()) == pytest.approx(1)
+    assert one.timings.ttft > 0
+    two = runtime.classify(["the film", {"text": "the story"}], prompt="words")
+    assert dict(two[0].logits) == dict(one.logits)
+    assert len(two) == 2
+    assert runtime.classify([], prompt="words") == []
+    assert runtime.provider == "cpu"
+
+
+def test_one_text_many_tasks(runtime: Runtime) -> None:
+    found = runtime.run_tasks("the film", ["words", "story"])
+    assert found["words"].label == runtime.classify("the film", prompt="words").label
+    assert found["story"].token_ids == runtime.generate("the film", prompt="story").token_ids
+
+
+def test_stream_is_generate_in_pieces(runtime: Runtime) -> None:
+    settings = {"max_new_tokens": 30, "temperature": 0.9, "seed": 3}
+    whole = runtime.generate("the film", prompt="story", **settings)
+    pieces = list(runtime.stream("the film", prompt="story", **settings))
+    assert "".join(pieces) == whole.text
+    assert len(pieces) > 1
+
+
+def test_stop_ends_before_the_stop_string(runtime: Runtime) -> None:
+    settings = {"max_new_tokens": 40, "temperature": 0.9, "seed": 3}
+    text = runtime.generate("the film", prompt="story", **settings).text
+    stop = text[len(text) // 2 :][:3]
+    found = runtime.generate("the film", prompt="story", stop=stop, **settings)
+    assert found.text == text[: text.find(stop)]
+    assert found.finish_reason == "stop"
+    assert "".join(runtime.stream("the film", prompt="story", stop=stop, **settings)) == found.text
+
+
+def test_choices_are_the_only_answers(runtime: Runtime) -> None:
+    choices = (" good", " good story", " bad actors")
+    greedy = runtime.generate("the film", prompt="story", choices=choices)
+    assert greedy.text in choices
+    assert greedy.finish_reason == "stop"
+    drawn = runtime.run(
+        [
+            Request("the film", "story", options=GenerationOptions(choices=choices, temperature=5.0, seed=seed))
+            for seed in range(40)
+        ]
+    )
+    assert {result.text for result in drawn} == set(choices)
+
+
+def test_same_seed_same_text_in_any_company(runtime: Runtime) -> None:
+    request = Request("the film", "story", options=GenerationOptions(max_new_tokens=20, temperature=1.0, seed=5))
+    others = [Request("a long story", options=GenerationOptions(max_new_tokens=9, temperature=1.0)) for _ in range(5)]
+    alone = runtime.run([request])[0]
+    assert runtime.run([*others, request, *others])[5].token_ids == alone.token_ids
+    seeds = {runtime.generate("the film", max_new_tokens=20, temperature=1.0).token_ids for _ in range(5)}
+    assert len(seeds) > 1  # without a seed every run differs
+
+
+def test_a_row_in_error_among_good_ones(runtime: Runtime) -> None:
+    requests = [
+        Request("the film", "words"),
+        Request("the film", "words", options=None, input_ids=[9999]),
+        Request("x"),
+    ]
+    found = runtime.run(requests, return_errors=True)
+    assert isinstance(found[1], InputError)
+    assert found[0].label in WORDS
+    with pytest.raises(InputError, match="9999"):
+        runtime.run(requests)
+
+
+def test_an_unknown_prompt_fails_its_row_alone(runtime: Runtime) -> None:
+    found = runtime.run([Request("a", "nobody"), Request("a", "words")], return_errors=True)
+    assert isinstance(found[0], PromptNotFoundError)
+    assert found[1].label in WORDS
+
+
+def test_asyncio(runtime: Runtime) -> None:
+    async def talk() -> tuple[object, ...]:
+        label, text = await asyncio.gather(
+            runtime.aclassify("the film", prompt="words"),
+            runtime.agenerate("the film", prompt="story", max_new_tokens=5),
+        )
+        pieces = [piece async for piece in runtime.astream("the film", prompt="story", max_new_tokens=5)]
+        late = asyncio.create_task(runtime.agenerate("the film", max_new_tokens=200, temperature=5, seed=1))
+        await asyncio.sleep(0.01)
+        late.cancel()
+        with pytest.raises(asyncio.CancelledError):
+            await late
+        return label, text, pieces
+
+    label, text, pieces = asyncio.run(talk())
+    assert label.label == runtime.classify("the film", prompt="words").label
+    assert "".join(pieces) == text.text
+
+
+def test_wrong_options_are_named(runtime: Runtime) -> None:
+    with pytest.raises(InputError, match="unknown option 'max_tokens'; known: max_new_tokens"):
+        runtime.generate("a", max_tokens=3)
+    with pytest.raises(InputError, match="not both"):
+        runtime.generate("a", options=GenerationOptions(), top_k=3)
+    with pytest.raises(InputError, match="needs 'text'"):
+        runtime.classify({"question": "a"}, prompt="words")
+    with pytest.raises(InputError, match="list of texts"):
+        runtime.embed("a")
+
+
+def test_a_prompt_of_another_base_is_refused(runtime: Runtime) -> None:
+    other = dataclasses.replace(make_prompt(runtime.manifest, "other"), base=Base("gpt9", "sha256:9"))
+    with pytest.raises(BaseMismatchError, match="gpt9"):
+        runtime.add_prompt(other)
+    assert "other" not in runtime.prompts
+    runtime.add_prompt(other, allow_base_mismatch=True)
+    runtime.remove_prompt("other")
+
+
+def test_a_prompt_file_that_changes_or_goes(runtime: Runtime, tmp_path: Path) -> None:
+    path = tmp_path / "p.safetensors"
+    save_prompt(make_prompt(runtime.manifest, "file"), path)
+    assert runtime.add_prompt(path) == "file"
+    assert runtime.prompt("file").num_virtual_tokens == 4
+    before = runtime.logits("a", prompt="file")
+    save_prompt(make_prompt(runtime.manifest, "file", seed=5), path)
+    assert (runtime.logits("a", prompt="file") == before).all()  # its prefix is resident
+    runtime._engine._prefixes.remove(runtime._engine._prompts["file"])
+    with pytest.raises(PromptFileError, match="has changed since it was added; add it again"):
+        runtime.logits("a", prompt="file")
+    path.unlink()
+    with pytest.raises(PromptFileError, match="cannot read prompt file"):
+        runtime.logits("a", prompt="file")
+    assert runtime.classify("a", prompt="words").label in WORDS
+    runtime.remove_prompt("file")
+
+
+def test_a_folder_of_prompts_is_read_on_demand(tiny_llama_package: Path, tmp_path: Path) -> None:
+    with edgeprompt.load(tiny_llama_package, options=QUIET) as runtime:
+        for index in range(30):
+            save_prompt(make_prompt(runtime.manifest, "any", seed=index), tmp_path / f"task{index}.safetensors")
+        runtime.add_folder(tmp_path)
+        assert len(runtime.prompts) == 30
+        assert not runtime._prompts
+        first = runtime.logits("a", prompt="task7")
+        assert list(runtime._prompts) == ["task7"]
+        save_prompt(make_prompt(runtime.manifest, "any", seed=99), tmp_path / "task7.safetensors")
+        assert (runtime.logits("a", prompt="task7") != first).any()  # the new file is served
+        for name in ("task30", "../task1", "", ".hidden"):
+            with pytest.raises(PromptNotFoundError):
+                runtime.logits("a", prompt=name)
+        with pytest.raises(InputError, match="no folder"):
+            runtime.add_folder(tmp_path / "nothing")
+
+
+def test_golden_examples(runtime: Runtime) -> None:
+    story = runtime.generate("the film", prompt="story", max_new_tokens=4)
+    golden = Golden({"text": "the film"}, token_ids=story.token_ids)
+    runtime.add_prompt(_with(runtime.prompt("story"), "golden", golden))
+    assert runtime.check("golden").passed
+    runtime.add_prompt(_with(runtime.prompt("story"), "golden", dataclasses.replace(golden, token_ids=(1, 2))))
+    failed = runtime.check("golden")
+    assert not failed.passed
+    assert (failed.expected, failed.found) == ((1, 2), story.token_ids[:2])
+    label = runtime.classify("the film", prompt="words")
+    golden = Golden({"text": "the film"}, label.label, logits={"x": label.logits["x"] + 0.25})
+    runtime.add_prompt(_with(runtime.prompt("words"), "golden", golden))
+    checked = runtime.check("golden")
+    assert checked.passed
+    assert checked.max_logit_difference == pytest.approx(0.25)
+    runtime.remove_prompt("golden")
+    with pytest.raises(InputError, match="no golden example"):
+        runtime.check("words")
+
+
+def _with(prompt: PromptFile, name: str, golden: Golden) -> PromptFile:
+    return dataclasses.replace(prompt, name=name, golden=golden)
+
+
+def test_contextual_calibration_levels_texts_without_content(runtime: Runtime) -> None:
+    prior = runtime.calibration("words", ["", "N/A"])
+    runtime.add_prompt(dataclasses.replace(runtime.prompt("words"), name="level", calibration=prior))
+    plain = runtime.classify("the film", prompt="words")
+    level = runtime.classify("the film", prompt="level")
+    ratio = (level.scores["x"] / level.scores["y"]) / (plain.scores["x"] / plain.scores["y"])
+    assert ratio == pytest.approx(2.718281828 ** (prior[1] - prior[0]), rel=1e-4)
+    runtime.remove_prompt("level")
+
+
+def test_prefixes_on_disk(tiny_llama_package: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    options = dataclasses.replace(QUIET, cache_folder=tmp_path / "prefixes")
+
+    def logits() -> tuple[list[float], int]:
+        with edgeprompt.load(tiny_llama_package, options=options) as runtime:
+            computed = 0
+            real = runtime._engine._compute
+
+            def compute(*arguments: object) -> object:
+                nonlocal computed
+                computed += 1
+                return real(*arguments)
+
+            runtime._engine._compute = compute
+            runtime.add_prompt(make_prompt(runtime.manifest, "p"))
+            return runtime.logits("the film", prompt="p").tolist(), computed
+
+    first, computed = logits()
+    assert computed == 1
+    assert logits() == (first, 0)
+    (file,) = (tmp_path / "prefixes").iterdir()
+    data = bytearray(file.read_bytes())
+    data[-3] ^= 0x40
+    for broken in (bytes(data), data[:100], b""):
+        file.write_bytes(broken)
+        assert logits() == (first, 1)
+        assert "is not used and is computed again" in caplog.text
+        caplog.clear()
+        assert logits() == (first, 0)
+
+
+def test_a_package_that_moves_away_keeps_running(tiny_llama_package: Path, tmp_path: Path) -> None:
+    shutil.copytree(tiny_llama_package, tmp_path / "package")
+    with edgeprompt.load(tmp_path / "package", options=QUIET) as runtime:
+        before = runtime.generate("the film", max_new_tokens=5).token_ids
+        shutil.rmtree(tmp_path / "package")
+        assert runtime.generate("the film", max_new_tokens=5).token_ids == before

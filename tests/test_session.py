@@ -1,0 +1,45 @@
+from __future__ import annotations
+
+from pathlib import Path
+
+import onnxruntime
+import pytest
+
+from edgeprompt.errors import InputError, PackageError, ProviderError
+from edgeprompt.session import choose_provider, open_session
+
+CUDA = "CUDAExecutionProvider" in onnxruntime.get_available_providers()
+
+
+def test_providers_by_short_and_full_name() -> None:
+    assert choose_provider("cpu") == ("cpu", "CPUExecutionProvider")
+    assert choose_provider("CPUExecutionProvider") == ("cpu", "CPUExecutionProvider")
+    assert choose_provider("auto")[0] == ("cuda" if CUDA else "cpu")
+
+
+@pytest.mark.skipif(CUDA, reason="CUDA is here")
+def test_a_missing_provider_names_what_is_there_and_the_install() -> None:
+    with pytest.raises(
+        ProviderError, match=r"'cuda' is not available here \(available: .*cpu.*\); pip install onnxruntime-gpu"
+    ):
+        choose_provider("cuda")
+
+
+def test_an_unknown_provider() -> None:
+    with pytest.raises(ProviderError, match="'quantum' is not available"):
+        choose_provider("quantum")
+
+
+def test_threads_reach_the_session(tiny_llama_package: Path) -> None:
+    session = open_session(tiny_llama_package / "model.onnx", provider="cpu", threads=1, spinning=False)
+    assert session.provider == session.device == "cpu"
+    assert session.ort.get_session_options().intra_op_num_threads == 1
+    with pytest.raises(InputError, match="threads is 0"):
+        open_session(tiny_llama_package / "model.onnx", threads=0)
+
+
+def test_a_graph_that_does_not_load(tmp_path: Path) -> None:
+    path = tmp_path / "model.onnx"
+    path.write_bytes(b"no graph")
+    with pytest.raises(PackageError, match=r"cannot load graph 'model.onnx'"):
+        open_session(path, provider="cpu")
