@@ -182,6 +182,8 @@ class Loop:
                 outcome = self._objective.measure([self._eval_examples[index] for index in batch], shared)
                 sums += torch.tensor([float(outcome.loss), outcome.correct, outcome.count], dtype=torch.float64)
         loss, correct, count = accelerator.reduce(sums.float().to(accelerator.device), "sum").tolist()
+        if not math.isfinite(loss):
+            raise TuningError(f"the eval loss is {loss} after step {self.progress.step}; try a lower --lr")
         return {"loss": loss / count, self._objective.metric: correct / count}
 
     def _set_parameters(self, values: Mapping[str, torch.Tensor]) -> None:

@@ -230,7 +230,6 @@ def test_labels_and_words_come_from_the_data(tiny_llama_base: Path, tmp_path: Pa
         ({"max_length": 8}, InputError, "at most 8 fit"),
         ({"package": Path("nowhere")}, PackageError, "no package folder at 'nowhere'"),
         ({"resume": Path("nowhere.checkpoint")}, TuningError, "cannot go on from 'nowhere.checkpoint'"),
-        ({"learning_rate": 3.4e38}, TuningError, "try a lower --lr"),
     ],
     ids=lambda value: next(iter(value)) if isinstance(value, dict) else None,
 )
@@ -242,6 +241,16 @@ def test_bad_input_is_one_line_and_leaves_nothing(
             tiny_llama_base, toy_rows(), output=tmp_path / "toy.safetensors", options=options(**{"steps": 4, **changes})
         )
     assert "\n" not in str(caught.value)
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_loss_that_is_no_number_ends_the_run(tiny_llama_base: Path, tmp_path: Path) -> None:
+    from exporters.load import load_base
+
+    loaded = load_base(tiny_llama_base)
+    loaded.model.model.norm.weight.data.fill_(float("nan"))
+    with pytest.raises(TuningError, match="the loss is nan at step 1; try a lower --lr"):
+        tune(loaded, toy_rows(), output=tmp_path / "toy.safetensors", options=TOY)
     assert not list(tmp_path.iterdir())
 
 
@@ -271,3 +280,23 @@ def test_other_bad_input(tiny_llama_base: Path, tmp_path: Path) -> None:
 def test_options_out_of_range(changes: dict[str, Any], message: str) -> None:
     with pytest.raises(InputError, match=message):
         TuneOptions(**changes)
+
+
+def test_for_a_package_trains_on_its_weights(tiny_llama_base: Path, tiny_gpt2_base: Path, tmp_path: Path) -> None:
+    from edgeprompt.package import open_package
+    from exporters import export_model
+
+    package = export_model(tiny_llama_base, tmp_path / "package", precision="int4").path
+    manifest = open_package(package).manifest
+    settings = options(steps=4, package=package)
+    result = tune(tiny_llama_base, toy_rows(), output=tmp_path / "int4.safetensors", options=settings)
+    plain = tune(tiny_llama_base, toy_rows(), output=tmp_path / "fp32.safetensors", options=options(steps=4))
+    assert result.prompt.tuned_for is not None
+    assert result.prompt.tuned_for.precision == "int4"
+    assert result.prompt.tuned_for.weights_hash == manifest.weights_hash
+    assert result.prompt.base.fingerprint == plain.prompt.base.fingerprint == manifest.base.fingerprint
+    assert not np.array_equal(result.prompt.prompt_embeddings, plain.prompt.prompt_embeddings)
+    # What is left is the rounding of activations.
+    assert result.checks["graph_max_difference"] < 0.1 * result.checks["logit_scale"]
+    with pytest.raises(BaseMismatchError):
+        tune(tiny_gpt2_base, toy_rows(), output=tmp_path / "other.safetensors", options=settings)
