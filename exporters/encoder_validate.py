@@ -16,7 +16,7 @@ from edgeprompt.engines.encoder_batch import Row, make_feeds, make_row
 from edgeprompt.errors import ValidationError
 from edgeprompt.manifest import Manifest
 from edgeprompt.prompt_file import PromptFile
-from edgeprompt.session import open_session
+from edgeprompt.session import graph_inputs, open_session
 from edgeprompt.tokenizer import Tokenizer
 from exporters.encoder_graph import EncoderGraph, input_names, output_names
 from exporters.load import LoadedBase
@@ -43,7 +43,7 @@ def validate_encoder(
         ValidationError: names or values differ by more than the precision allows.
     """
     session = open_session(folder / manifest.graphs["model"].file, provider="cpu").ort
-    inputs = [value.name for value in session.get_inputs()]
+    inputs = [value.name for value in graph_inputs(session)]
     outputs = [value.name for value in session.get_outputs()]
     expected = {*input_names(loaded), names.PROMPT_EMBEDDINGS}
     lacking = sorted((expected - set(inputs)) | (set(output_names(loaded)) - set(outputs)))

@@ -16,6 +16,7 @@ from edgeprompt import names
 from edgeprompt.errors import ValidationError
 from edgeprompt.manifest import Manifest
 from edgeprompt.prompt_file import PromptFile
+from edgeprompt.session import graph_inputs
 from exporters.load import LoadedBase
 
 Floats = npt.NDArray[np.float32]
@@ -77,7 +78,7 @@ class DecoderGraph:
         providers = [provider, "CPUExecutionProvider"] if provider else ["CPUExecutionProvider"]
         self.session = ort.InferenceSession(folder / manifest.graphs["model"].file, options, providers=providers)
         self.outputs = [output.name for output in self.session.get_outputs()]
-        self.inputs = {value.name: value.shape for value in self.session.get_inputs()}
+        self.inputs = {value.name: value.shape for value in graph_inputs(self.session)}
         self.manifest = manifest
         self.kv_dtype = np.float16 if manifest.kv_dtype == "float16" else np.float32
         self._check_names()

@@ -98,6 +98,8 @@ def _build(
     main = models.get("model") or models["encoder"]
     after_scale = config.model_type.startswith(_SCALED) and _has_scale(main)
     table = _sample(main, geometry)
+    if table is None and (sibling := source.unquantised()) is not None:
+        table = _sample(_load(sibling), geometry)
     if "model" in models:
         architecture = _architecture(main, source.graphs["model"])
     else:
@@ -195,8 +197,8 @@ def _manifest(
         base = Base(source.folder.resolve().name, fingerprint_of(config.model_type, geometry, built.table))
     else:
         raise SourceError(
-            "the graph's embedding is quantised, which does not give the base's fingerprint: give --against BASE, the "
-            "model that was exported"
+            "the graph's embedding is quantised, which does not give the base's fingerprint, and no unquantised graph "
+            "lies beside it: give --against BASE, the model that was exported"
         )
     tokenizer = _tokenizer(source.folder) or (loaded.tokenizer if loaded else None)
     if (source.folder / GENAI_CONFIG).is_file() and built.graphs.get("model") == "model.onnx":

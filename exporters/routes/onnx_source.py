@@ -38,6 +38,13 @@ class OnnxSource:
     config: Any
     """A transformers config, or what genai_config.json says in its names."""
 
+    def unquantised(self) -> Path | None:
+        """The float variant of the graph that embeds the text, where it lies in the same folder."""
+        file = self.graphs.get("model") or self.graphs["encoder"]
+        stem = _stem(file.stem, _ending(file.stem))
+        beside = (file.with_name(f"{stem}{ending}.onnx") for kind in ("fp32", "fp16") for ending in VARIANTS[kind])
+        return next((path for path in beside if path != file and path.is_file()), None)
+
 
 def find_source(base: Path, precision: str) -> OnnxSource:
     """Find the graphs of BASE in the precision asked for.
