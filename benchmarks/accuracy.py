@@ -1,0 +1,85 @@
+"""What quantisation costs a sentiment prompt, and what tuning for the deployed weights gives back.
+
+    python -m benchmarks.accuracy [--seeds 3] [--out benchmarks/results/accuracy.json]
+
+Tunes the shipped sentiment recipe with several seeds, in full precision and for the int4 package; evaluates every
+prompt on the package of every precision and on all four test sets, beside zero-shot. Prompts and scores that exist
+under work/ already are taken from there, so an interrupted run goes on.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import statistics
+import sys
+from pathlib import Path
+from typing import Any
+
+ROOT = Path(__file__).resolve().parent.parent
+sys.path[:0] = [str(ROOT / "examples"), str(ROOT / "examples" / "prompts")]
+from make import RECIPES  # noqa: E402
+from smollm2 import WORK, edgeprompt, edgeprompt_json, package  # noqa: E402
+
+SETS = ("movie", "product", "tweets", "news")
+TUNED = {"fp32": RECIPES["sentiment-fp32"], "int4": RECIPES["sentiment"]}
+SERVED = (("fp32", "fp32"), ("fp32", "int4"), ("int4", "int4"))
+FOLDER = WORK / "accuracy"
+
+
+def prompt(tuned: str, seed: int) -> Path:
+    """The prompt of one seed, tuned if it is not there yet."""
+    path = FOLDER / f"{tuned}-{seed}.safetensors"
+    if not path.exists():
+        edgeprompt(*TUNED[tuned].command(path, seed=seed), "--log", FOLDER / f"{tuned}-{seed}.log")
+    return path
+
+
+def scores(tuned: str, served: str, seed: int) -> dict[str, dict[str, float]]:
+    """Test set -> accuracy with the prompt, and zero-shot."""
+    path = FOLDER / f"{tuned}-on-{served}-{seed}.json"
+    if not path.exists():
+        found = {}
+        for name in SETS:
+            test = WORK / "data" / f"{name}.test.csv"
+            zero = ("--zero-shot",) if seed == 0 else ()
+            rows = edgeprompt_json("eval", package(served), test, "--prompt", prompt(tuned, seed), *zero)
+            found[name] = {row["prompt"]: row["value"] for row in rows} | {"n": rows[0]["n"]}
+        path.write_text(json.dumps(found))
+    loaded: dict[str, dict[str, float]] = json.loads(path.read_text())
+    return loaded
+
+
+def summary(values: list[float]) -> dict[str, Any]:
+    """Mean and spread over seeds, in per cent."""
+    spread = statistics.stdev(values) if len(values) > 1 else 0.0
+    return {"mean": 100 * statistics.mean(values), "stddev": 100 * spread, "samples": values}
+
+
+def main() -> None:
+    """Run what is missing, write the result, print the table."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--seeds", type=int, default=3)
+    parser.add_argument("--out", type=Path, default=ROOT / "benchmarks" / "results" / "accuracy.json")
+    options = parser.parse_args()
+    FOLDER.mkdir(parents=True, exist_ok=True)
+    result = {}
+    for tuned, served in SERVED:
+        rows = [scores(tuned, served, seed) for seed in range(options.seeds)]
+        result[f"{tuned} on {served}"] = {
+            name: summary(
+                [next(value for key, value in row[name].items() if key not in ("n", "zero-shot")) for row in rows]
+            )
+            for name in SETS
+        }
+        result[f"zero-shot on {served}"] = {name: summary([rows[0][name]["zero-shot"]]) for name in SETS}
+    options.out.parent.mkdir(parents=True, exist_ok=True)
+    options.out.write_text(json.dumps(result, indent=1) + "\n")
+    print(f"| prompt | {' | '.join(SETS)} | mean |\n|---|" + "---|" * (len(SETS) + 1))
+    for row, sets in result.items():
+        cells = [f"{sets[name]['mean']:.1f} ± {sets[name]['stddev']:.1f}" for name in SETS]
+        print(f"| {row} | {' | '.join(cells)} | {statistics.mean(sets[name]['mean'] for name in SETS):.1f} |")
+
+
+if __name__ == "__main__":
+    main()

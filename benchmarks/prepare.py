@@ -1,0 +1,149 @@
+"""The work, the same for all: models made from one GGUF file, one prompt, the same texts."""
+
+from __future__ import annotations
+
+import csv
+import dataclasses
+import json
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+ROOT = Path(__file__).resolve().parent.parent
+HARD_PROMPT = "Read this review of a film and say whether it is positive or negative, in one word:\n"
+VIRTUAL_TOKENS = 16
+TEXT_TOKENS = 32
+NEW_TOKENS = 64
+SNIPPETS = 256
+LABELS = {"negative": " negative", "positive": " positive"}
+SUFFIX = "\nSentiment:"
+
+
+def prepare(folder: Path, gguf: Path, *, threads: int, lengths: tuple[int, ...]) -> Path:
+    """Make what is missing under `folder`; the path of `work.json`, which tells every worker what to do."""
+    folder.mkdir(parents=True, exist_ok=True)
+    hf = folder / "hf"
+    if not hf.exists():
+        _save_hf(gguf, hf)
+    for name in ("int4-genai", "int4-torch", "int8-genai"):
+        if not (folder / name).exists():
+            _export(gguf, folder / name, *name.split("-"))
+    if not (folder / "genai").exists():
+        _build_genai(hf, folder)
+    work = _describe(folder, hf, gguf, threads, lengths)
+    path = folder / "work.json"
+    path.write_text(json.dumps(work, indent=1) + "\n", encoding="utf-8")
+    return path
+
+
+def _save_hf(gguf: Path, out: Path) -> None:
+    from exporters.load import load_base
+
+    base = load_base(gguf)
+    scratch = out.with_name("hf.partial")
+    base.model.config.__dict__.pop("quantization_config", None)
+    base.model.save_pretrained(scratch)
+    base.tokenizer.save_pretrained(scratch)
+    config = json.loads((scratch / "config.json").read_text(encoding="utf-8"))
+    # transformers 4 (Optimum's) reads the base of the rotary embedding here, and would take a default without a word.
+    config.setdefault("rope_theta", config.get("rope_parameters", {}).get("rope_theta"))
+    (scratch / "config.json").write_text(json.dumps(config, indent=1), encoding="utf-8")
+    scratch.replace(out)
+
+
+def _export(gguf: Path, out: Path, precision: str, route: str) -> None:
+    from exporters import export_model
+
+    export_model(gguf, out, precision=precision, route=route)
+
+
+def _build_genai(hf: Path, folder: Path) -> None:
+    """onnxruntime-genai's own int4 model, as its users build it, with the faster of its accuracy levels."""
+    scratch = folder / "genai.partial"
+    builder = [sys.executable, "-m", "onnxruntime_genai.models.builder"]
+    options = ["int4_accuracy_level=4", "prune_lm_head=true"]
+    subprocess.run(
+        [
+            *builder,
+            "-i",
+            hf,
+            "-o",
+            scratch,
+            "-p",
+            "int4",
+            "-e",
+            "cpu",
+            "-c",
+            folder / "cache",
+            "--extra_options",
+            *options,
+        ],
+        check=True,
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.DEVNULL,
+    )
+    scratch.replace(folder / "genai")
+
+
+def _describe(folder: Path, hf: Path, gguf: Path, threads: int, lengths: tuple[int, ...]) -> dict[str, Any]:
+    from edgeprompt.bench.workload import text_of
+    from edgeprompt.package import open_package
+    from edgeprompt.prompt_file import PromptFile, save_prompt
+    from edgeprompt.template import Template
+
+    package = open_package(folder / "int4-genai")
+    tokenizer = package.tokenizer
+    prefix = tokenizer.encode(HARD_PROMPT, add_special_tokens=False)[:VIRTUAL_TOKENS]
+    prefix = [*prefix, *[prefix[-1]] * (VIRTUAL_TOKENS - len(prefix))]
+    rows = _embedding_rows(hf, prefix)
+    np.save(folder / "rows.npy", rows)
+    # The soft prompt holds the hard prompt's embeddings: all peers compute the same, so that answers can be compared.
+    plain = PromptFile(
+        name="plain",
+        method="prompt-tuning",
+        task="generate",
+        base=package.manifest.base,
+        template=Template.parse("{prompt}{text}"),
+        prompt_embeddings=rows,
+        add_special_tokens=False,
+    )
+    sentiment = dataclasses.replace(
+        plain,
+        name="sentiment",
+        task="classify",
+        template=Template.parse("{prompt}{text}\nSentiment:"),
+        verbalizer={label: (word,) for label, word in LABELS.items()},
+    )
+    for prompt in (plain, sentiment):
+        save_prompt(prompt, folder / f"{prompt.name}.safetensors")
+    return {
+        "folder": str(folder),
+        "hf": str(hf),
+        "gguf": str(gguf),
+        "threads": threads,
+        "prefix": prefix,
+        "new_tokens": NEW_TOKENS,
+        "texts": {str(count): [text_of(tokenizer, count, shift=7 * i) for i in range(6)] for count in lengths},
+        "snippets": [text + SUFFIX for text in _snippets()],
+        "suffix": SUFFIX,
+        "labels": [tokenizer.encode(word, add_special_tokens=False)[0] for word in LABELS.values()],
+    }
+
+
+def _embedding_rows(hf: Path, ids: list[int]) -> np.ndarray:
+    from safetensors import safe_open
+
+    with safe_open(hf / "model.safetensors", "np") as file:
+        table = file.get_slice("model.embed_tokens.weight")
+        return np.concatenate([table[token : token + 1] for token in ids]).astype(np.float32)
+
+
+def _snippets() -> list[str]:
+    found: list[str] = []
+    for name in ("movie.train.csv", "movie.test.csv"):
+        with (ROOT / "examples/data" / name).open(encoding="utf-8", newline="") as file:
+            found += [row["text"] for row in csv.DictReader(file)]
+    return found[:SNIPPETS]

@@ -1,0 +1,106 @@
+"""From a result file to the README's table: `python -m benchmarks.table`."""
+
+from __future__ import annotations
+
+import json
+import statistics
+import sys
+from pathlib import Path
+from typing import Any
+
+ROOT = Path(__file__).resolve().parent.parent
+RESULTS = Path(__file__).resolve().parent / "results"
+BEGIN, END = "<!-- benchmarks: begin -->", "<!-- benchmarks: end -->"
+
+MEASURES = (
+    ("TTFT, prompt resident (ms)", lambda r: statistics.median(r["ttft_cached"]["32"]) * 1e3, False),
+    ("TTFT, prompt run again (ms)", lambda r: statistics.median(r["ttft_uncached"]["32"]) * 1e3, False),
+    ("decode (tokens/s)", lambda r: statistics.median(r["decode"]), True),
+    ("classification (texts/s)", lambda r: r["classify"], True),
+    ("cold start (s)", lambda r: r["cold_start"], False),
+    ("peak RSS (MB)", lambda r: r["peak_rss"] / 1e6, False),
+)
+"""(title, value of one round, whether more is better)"""
+
+
+def to_markdown(result: dict[str, Any]) -> str:
+    """Medians of rounds, ratios to edgeprompt with their spread over rounds, and where and how it was measured."""
+    peers = result["peers"]
+    lines = [
+        "| | " + " | ".join(title for title, _, _ in MEASURES) + " |",
+        "|" + " --- |" * (len(MEASURES) + 1),
+    ]
+    for peer in peers.values():
+        if peer["rounds"]:
+            cells = [_shown(statistics.median(value(r) for r in peer["rounds"])) for _, value, _ in MEASURES]
+        else:
+            cells = ["absent"] * len(MEASURES)
+        lines.append(f"| {peer['title']} | " + " | ".join(cells) + " |")
+    lines += [
+        "",
+        "How many times better edgeprompt (int4, genai route) is, ratio of medians (lowest to highest round):",
+        "",
+    ]
+    lines += lines[:2]
+    for peer in peers.values():
+        if peer["rounds"] and peer is not peers["edgeprompt"]:
+            cells = [_ratio(peers["edgeprompt"]["rounds"], peer["rounds"], value, more) for _, value, more in MEASURES]
+            lines.append(f"| {peer['title']} | " + " | ".join(cells) + " |")
+    lines += ["", *_notes(result)]
+    return "\n".join(lines) + "\n"
+
+
+def _notes(result: dict[str, Any]) -> list[str]:
+    device, peers = result["device"], result["peers"]
+    rounds = max(len(peer["rounds"]) for peer in peers.values())
+    notes = [
+        f"{result['model']}, {result['threads']} threads, one sequence at a time, 16-token prompt, 32-token text, 64 new "
+        f"tokens, 256 review snippets (each peer at its best batch size); {rounds} rounds in turn, every measurement in a "
+        f"process of its own. {device['cpu']} ({', '.join(device['isa'])}), {result['time'][:10]}.",
+        "",
+    ]
+    speed = statistics.median(result["ceiling_bytes_per_second"])
+    if peers["edgeprompt"]["rounds"]:
+        decode = statistics.median(statistics.median(r["decode"]) for r in peers["edgeprompt"]["rounds"])
+        share = decode * result["weight_bytes"] / speed
+        notes += [
+            f"Memory reads {speed / 1e9:.1f} GB/s in the same run; {result['weight_bytes'] / 1e6:.0f} MB of weights a token "
+            f"bound decoding at {speed / result['weight_bytes']:.0f} tokens/s, of which edgeprompt reaches {share:.0%}.",
+            "",
+        ]
+    notes += [f"{peer['title']}: absent ({peer['absent']})" for peer in peers.values() if peer.get("absent")]
+    notes += [f"{peer['title']}: {peer['note']}" for peer in peers.values() if peer.get("note")]
+    return notes
+
+
+def _ratio(ours: list[Any], theirs: list[Any], value: Any, more: bool) -> str:
+    def better(a: float, b: float) -> float:
+        return a / b if more else b / a
+
+    middle = better(statistics.median(value(r) for r in ours), statistics.median(value(r) for r in theirs))
+    pairs = [better(value(a), value(b)) for a, b in zip(ours, theirs, strict=False)]
+    return f"{middle:.2f} ({min(pairs):.2f} to {max(pairs):.2f})"
+
+
+def _shown(value: float) -> str:
+    return f"{value:.3g}" if value < 1000 else f"{value:.0f}"
+
+
+def newest() -> Path:
+    """The newest committed result."""
+    return max(RESULTS.glob("*.json"), key=lambda path: json.loads(path.read_text(encoding="utf-8"))["time"])
+
+
+def write_readme(readme: Path, result: Path) -> None:
+    """Put the table of a result between the README's markers."""
+    text = readme.read_text(encoding="utf-8")
+    before, _, rest = text.partition(BEGIN)
+    _, found, after = rest.partition(END)
+    if not found:
+        raise SystemExit(f"{readme.name} lacks the markers {BEGIN} and {END}")
+    table = to_markdown(json.loads(result.read_text(encoding="utf-8")))
+    readme.write_text(f"{before}{BEGIN}\n\n{table}\n{END}{after}", encoding="utf-8")
+
+
+if __name__ == "__main__":
+    write_readme(ROOT / "README.md", Path(sys.argv[1]) if len(sys.argv) > 1 else newest())

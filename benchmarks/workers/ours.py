@@ -1,0 +1,59 @@
+"""edgeprompt, through its public runtime."""
+
+from __future__ import annotations
+
+import dataclasses
+import time
+from pathlib import Path
+
+from edgeprompt import GenerationOptions, Request
+from edgeprompt.engines import EngineOptions
+from edgeprompt.package import Package, open_package
+from edgeprompt.runtime import Runtime
+
+
+class Peer:
+    """See `worker.py`."""
+
+    batches = (1, 8, 32, 64)
+
+    def __init__(self, work: dict, variant: str) -> None:
+        folder = Path(work["folder"])
+        package = open_package(folder / variant)
+        tokens = dataclasses.replace(package.manifest.tokens, eos=())  # all generate the same number of tokens
+        self._package = Package(package.path, dataclasses.replace(package.manifest, tokens=tokens))
+        self._folder, self._suffix, self._threads = folder, work["suffix"], work["threads"]
+        self._runtime = self._open(None)
+        self._fresh: Runtime | None = None
+
+    def _open(self, prefix_budget: int | None) -> Runtime:
+        runtime = Runtime(
+            self._package, EngineOptions(provider="cpu", threads=self._threads, prefix_budget=prefix_budget)
+        )
+        for name in ("sentiment", "plain"):
+            runtime.add_prompt(self._folder / f"{name}.safetensors")
+        return runtime
+
+    def first(self, text: str, *, cached: bool) -> int:
+        """Text to first token."""
+        if not cached and self._fresh is None:
+            self._fresh = self._open(0)
+        runtime = self._runtime if cached else self._fresh
+        return runtime.generate(text, prompt="plain", max_new_tokens=1, temperature=0).token_ids[0]
+
+    def generate(self, text: str, count: int) -> tuple[float, float, list[int]]:
+        """Seconds to the first token, to the last, and the tokens."""
+        started = time.perf_counter()
+        found = self._runtime.generate(text, prompt="plain", max_new_tokens=count, temperature=0)
+        total = time.perf_counter() - started
+        return found.timings.ttft, total, list(found.token_ids)
+
+    def classify(self, texts: list[str], batch: int) -> list[int]:
+        """Label index of each text."""
+        options = GenerationOptions()
+        requests = [Request(text.removesuffix(self._suffix), "sentiment", options=options) for text in texts]
+        found: list[int] = []
+        for at in range(0, len(requests), batch):
+            answers = self._runtime.run(requests[at : at + batch])
+            found += [("negative", "positive").index(answer.label) for answer in answers]
+        return found
