@@ -11,6 +11,7 @@ import torch
 
 from edgeprompt import names
 from exporters.blockwise import BlockWeights, quantize_blocks
+from exporters.fuse import drop_unused
 from exporters.linears import Linear, WeightIndex, find_linears, initializer_tensor, is_constant
 
 BLOCK = 32
@@ -79,7 +80,7 @@ class _Quantizer:
                 self._gather(embedding, *blocks)
         if embedding is not None and not (tied and head is not None and head in linears):
             self._quantize_table(embedding)
-        self._drop_unused()
+        drop_unused(self.graph)
         return self.records
 
     def _embedding(self) -> ir.Node | None:
@@ -109,7 +110,7 @@ class _Quantizer:
         node.outputs[0].name = name
         self.graph.insert_before(head.node, node)
         head.node.replace_input_with(1, node.outputs[0])
-        self._drop_unused()
+        drop_unused(self.graph)
 
     def _store_half(self) -> None:
         for value in list(self.graph.initializers.values()):
@@ -126,7 +127,7 @@ class _Quantizer:
             self.graph.insert_before(next(iter(self.graph)), node)
             for user, at in users:
                 user.replace_input_with(at, node.outputs[0])
-        self._drop_unused()
+        drop_unused(self.graph)
 
     def _nbits(self, linear: Linear, bits: int) -> tuple[BlockWeights, ir.Value, ir.Value, ir.Value]:
         weight = linear.weight()
@@ -217,11 +218,3 @@ class _Quantizer:
                 str(codes.name), str(scales.name), zeros.name, layout, bits, weight.shape[1], BLOCK, pieces
             )
             self.records.append(asdict(record))
-
-    def _drop_unused(self) -> None:
-        for node in reversed(list(self.graph)):
-            if not any(output.uses() or output.is_graph_output() for output in node.outputs):
-                self.graph.remove(node, safe=True)
-        for name, value in list(self.graph.initializers.items()):
-            if not value.uses() and value not in self.graph.inputs:
-                del self.graph.initializers[name]
