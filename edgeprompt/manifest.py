@@ -102,10 +102,10 @@ class Manifest:
 
     @property
     def weights_hash(self) -> str:
-        """One hash over all graphs: what a prompt tuned for this package names."""
+        """One hash over all weights: what a prompt tuned for this package names. Graphs count only if they hold them."""
         import hashlib
 
-        text = strict_json.dumps({key: [graph.sha256, dict(graph.data)] for key, graph in self.graphs.items()})
+        text = strict_json.dumps({key: dict(graph.data) or graph.sha256 for key, graph in self.graphs.items()})
         return "sha256:" + hashlib.sha256(text.encode()).hexdigest()
 
     def to_json(self) -> str:

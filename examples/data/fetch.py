@@ -2,18 +2,19 @@
 
 The sentences travel in the source distribution of vaderSentiment on the package index. Every sentence belongs to one
 of ten buckets by its hash; bucket 0 is the test set, bucket 1 is never written (kept unseen for a final
-verification), the others are for training and development.
+verification), bucket 9 is for choosing while one trains (dev), the others are for training.
 
     python examples/data/fetch.py [--out work/data]
 
 writes, with the columns `text,label`:
 
-    {movie,product,tweets,news}.{train,test}.csv    clear sentiment (|mean rating| > 1): positive or negative
-    source.{train,test}.csv                         all sentences: which of the four sets each comes from
+    {movie,product,tweets,news}.{train,dev,test}.csv    clear sentiment (|mean rating| > 1): positive or negative
+    sentiment.{train,dev}.csv                       a mix of those: half of it movie snippets to train on
+    source.{train,dev,test}.csv                     all sentences: which of the four sets each comes from
 
 and, with the columns `text,target`:
 
-    restore.{train,test}.csv                        movie and news sentences as a speech recogniser would give them
+    restore.{train,dev,test}.csv                    movie and news sentences as a speech recogniser would give them
                                                     (no case, no punctuation), and as they were written
 """
 
@@ -39,7 +40,10 @@ SETS = {
     "tweets": "tweets",
     "news": "nytEditorialSnippets",
 }
-TEST_BUCKET, UNSEEN_BUCKET = 0, 1
+TEST_BUCKET, UNSEEN_BUCKET, DEV_BUCKET = 0, 1, 9
+MIX = {"movie": 3000, "product": 1000, "tweets": 1000, "news": 1000}
+DEV = 32
+"""Sentences of each set in a dev file: enough to choose by, cheap enough to look at often."""
 SAMPLE = {"train": 240, "test": 120}
 CLEAR_RATING = 1.0
 RESTORE_SETS, RESTORE_WORDS = ("movie", "news"), range(5, 26)
@@ -52,9 +56,9 @@ def bucket(text: str) -> int:
 
 
 def split(text: str) -> str | None:
-    """ "test", "train", or None for a sentence that nobody may use."""
+    """ "test", "dev", "train", or None for a sentence that nobody may use."""
     found = bucket(text)
-    return None if found == UNSEEN_BUCKET else "test" if found == TEST_BUCKET else "train"
+    return None if found == UNSEEN_BUCKET else {TEST_BUCKET: "test", DEV_BUCKET: "dev"}.get(found, "train")
 
 
 def read_ratings(lines: io.TextIOBase) -> Iterator[tuple[str, float]]:
@@ -104,6 +108,17 @@ def spoken(text: str) -> str:
     return " ".join(word.strip("'") for word in words if word.strip("'"))
 
 
+def mix(files: dict[str, list[tuple[str, str]]]) -> None:
+    """Add the mix of sentiment data, and cut the dev files to `DEV` sentences of each set."""
+    files["sentiment.train.csv"] = [
+        row for name, count in MIX.items() for row in pick(files[f"{name}.train.csv"], count)
+    ]
+    files["sentiment.dev.csv"] = [row for name in MIX for row in pick(files[f"{name}.dev.csv"], DEV)]
+    by_set = [[row for row in files["source.dev.csv"] if row[1] == name] for name in SETS]
+    files["source.dev.csv"] = [row for items in by_set for row in pick(items, DEV)]
+    files["restore.dev.csv"] = pick(files["restore.dev.csv"], 2 * DEV)
+
+
 def pick(items: list[tuple[str, str]], count: int) -> list[tuple[str, str]]:
     """`count` rows, picked by hash."""
     return sorted(items, key=lambda row: hashlib.sha256(("sample" + row[0]).encode()).digest())[:count]
@@ -132,6 +147,7 @@ def main() -> None:
     options.out.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory() as scratch:
         files = rows(download(Path(scratch)))
+    mix(files)
     for name, items in files.items():
         write(options.out / name, items)
         print(f"{options.out / name}: {len(items)} sentences")

@@ -24,38 +24,51 @@ class Recipe:
     """How one prompt is made."""
 
     data: str
-    """Stem of the data: DATA/{data}.train.csv and .test.csv."""
+    """Stem of the data: DATA/{data}.train.csv and .dev.csv."""
     tune: tuple[object, ...]
     """Options of `edgeprompt tune`."""
     precision: str = "int4"
     """Of the package that the prompt is for."""
     metric: str = "accuracy"
+    test: str | None = None
+    """Stem of the test set, where it is another than `data`."""
+
+    def files(self) -> tuple[Path, Path, Path]:
+        """Training, dev and test file."""
+        return (
+            DATA / f"{self.data}.train.csv",
+            DATA / f"{self.data}.dev.csv",
+            DATA / f"{self.test or self.data}.test.csv",
+        )
+
+    def command(self, output: Path, *, seed: int = 0) -> tuple[object, ...]:
+        """The `edgeprompt tune` command that makes the prompt."""
+        train, dev, _ = self.files()
+        target = () if self.precision == "fp32" else ("--for", package(self.precision))
+        return ("tune", model_file(), train, "-o", output, "--eval", dev, *target, *self.tune, "--seed", seed)
 
 
 SENTIMENT = (
     *("--template", r"{prompt}{text}\nSentiment:"),
     *("--verbalizer", "negative= negative", "--verbalizer", "positive= positive"),
     *("--init-text", "Decide whether the sentiment of this text is negative or positive.\n"),
-    *("--virtual-tokens", 16, "--steps", 300),
+    *("--virtual-tokens", 16, "--steps", 72, "--max-length", 96),
 )
 SOURCE = (
     *("--template", r"{prompt}{text}\nSource:"),
     *("--verbalizer", "movie= movie", "--verbalizer", "product= product"),
     *("--verbalizer", "tweets= tweet", "--verbalizer", "news= news"),
     *("--init-text", "Where is this sentence from: a movie review, a product review, a tweet or the news?\n"),
-    *("--virtual-tokens", 16, "--steps", 300),
+    *("--virtual-tokens", 16, "--steps", 72, "--max-length", 96),
 )
 RESTORE = (
     *("--task", "generate", "--template", r"{prompt}{text}\nWritten:"),
     *("--init-text", "Write this sentence again with its capital letters and punctuation.\n"),
-    *("--virtual-tokens", 16, "--steps", 300),
+    *("--virtual-tokens", 16, "--steps", 96, "--max-length", 96),
 )
 RECIPES = {
-    "sentiment": Recipe("movie", SENTIMENT),
-    "sentiment-fp32": Recipe("movie", SENTIMENT, precision="fp32"),
-    "sentiment-product": Recipe("product", SENTIMENT),
-    "sentiment-tweets": Recipe("tweets", SENTIMENT),
-    "sentiment-news": Recipe("news", SENTIMENT),
+    "sentiment": Recipe("sentiment", SENTIMENT, test="movie"),
+    "sentiment-fp32": Recipe("sentiment", SENTIMENT, precision="fp32", test="movie"),
     "source": Recipe("source", SOURCE),
     "restore": Recipe("restore", RESTORE, metric="bleu"),
 }
@@ -63,13 +76,9 @@ RECIPES = {
 
 def make(name: str, recipe: Recipe) -> None:
     """Tune, measure on the test set, store the figure, and only then put the prompt into this folder."""
-    folder = package(recipe.precision)
+    folder, test = package(recipe.precision), recipe.files()[2]
     draft = WORK / "prompts" / f"{name}.safetensors"
-    train, test = (DATA / f"{recipe.data}.{part}.csv" for part in ("train", "test"))
-    edgeprompt(
-        *("tune", model_file(), train, "-o", draft, "--for", folder, *recipe.tune),
-        *("--log", WORK / "logs" / name),
-    )
+    edgeprompt(*recipe.command(draft), "--log", WORK / "logs" / name)
     (score,) = edgeprompt_json("eval", folder, test, "--prompt", draft, "--metric", recipe.metric)
     prompt = load_prompt(draft)
     measured = {key: score[key] for key in ("metric", "value", "standard_error", "n")}
