@@ -17,7 +17,7 @@ import click
 import edgeprompt
 from edgeprompt.errors import EdgePromptError, MissingDependencyError
 
-COMMANDS = ("tune", "export", "convert", "run", "eval", "inspect", "validate")
+COMMANDS = ("tune", "export", "convert", "run", "eval", "bench", "inspect", "validate")
 
 
 class _Failed(click.ClickException):

@@ -67,9 +67,10 @@ def command(
     threads: int | None,
     as_json: bool,
 ) -> None:
-    """Evaluate prompts on DATA as PACKAGE serves them: the metric with its standard error, and a table of labels.
+    """Evaluate prompts on DATA as PACKAGE serves them.
 
-    DATA is streamed; every prompt, and every baseline asked for, answers the same rows in mixed batches.
+    Prints the metric with its standard error, and a table of labels. DATA is streamed; every prompt, and every
+    baseline asked for, answers the same rows in mixed batches. A text that exceeds the context is cut.
     """
     if (shots is None) != (shots_from is None):
         raise click.UsageError("--shots and --shots-from go together")

@@ -52,7 +52,7 @@ def command(
     force: bool,
     as_json: bool,
 ) -> None:
-    """Export BASE to one ONNX graph with the soft prompt as an input, and prove it against PyTorch.
+    """Export BASE to one validated ONNX graph with a prompt input.
 
     BASE is a Hugging Face id, a local folder or a .gguf file. A package that does not compute what its base computes
     is not written.

@@ -79,7 +79,7 @@ def command(
     threads: int | None,
     as_json: bool,
 ) -> None:
-    """Answer each TEXT, each row of --input, or each line of stdin, with PACKAGE.
+    """Answer each TEXT, row of --input, or line of stdin.
 
     With one TEXT the answer is printed as it is, and streamed to a terminal; otherwise one line an answer.
     """

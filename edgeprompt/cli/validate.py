@@ -22,7 +22,7 @@ from edgeprompt.cli import console
 )
 @click.option("--json", "as_json", is_flag=True, help="What was measured, as one JSON object.")
 def command(package: Path, base: str, prompts: tuple[Path, ...], as_json: bool) -> None:
-    """Check PACKAGE's hashes and compare it with its base in PyTorch: names, shapes, values, tokens."""
+    """Check PACKAGE's files and compare it with its base in PyTorch."""
     console.quiet_libraries()
     from exporters import validate_package
 
