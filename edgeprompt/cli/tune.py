@@ -10,7 +10,8 @@ import click
 
 from edgeprompt import names
 from edgeprompt.cli import console
-from edgeprompt.tuning.options import ENCODERS, INITS, PRECISIONS, TuneOptions
+from edgeprompt.prompt_file import PROBLEM_TYPES
+from edgeprompt.tuning.options import ENCODERS, INITS, METHODS, PRECISIONS, TuneOptions
 
 
 def _verbalizer(_context: click.Context, _parameter: click.Parameter, values: tuple[str, ...]) -> dict[str, Any]:
@@ -31,13 +32,18 @@ def _template(_context: click.Context, _parameter: click.Parameter, value: str |
 @click.argument("base")
 @click.argument("data")
 @click.option("-o", "--output", required=True, type=click.Path(path_type=Path), help="Prompt file (.safetensors).")
-@click.option("--method", type=click.Choice(names.METHODS), default="prompt-tuning", show_default=True)
+@click.option("--method", type=click.Choice(METHODS), default="prompt-tuning", show_default=True)
 @click.option("--encoder", type=click.Choice(ENCODERS), default="mlp", show_default=True, help="Network of p-tuning.")
 @click.option("--projection", is_flag=True, help="Train a prefix behind a two-layer network.")
 @click.option(
     "--task",
     type=click.Choice([task for task in names.TASKS if task != "embed"]),
     help="Without it: by the columns of DATA.",
+)
+@click.option(
+    "--problem-type",
+    type=click.Choice(PROBLEM_TYPES),
+    help="Of classification with a head; without it: lists of labels are several, everything else is one.",
 )
 @click.option("--virtual-tokens", "num_virtual_tokens", type=click.IntRange(1), default=16, show_default=True)
 @click.option("--init", type=click.Choice(INITS), default="text", show_default=True, help="What the prompt starts as.")

@@ -18,7 +18,9 @@ def __getattr__(name: str) -> Any:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
     try:
         from edgeprompt.tuning import tuner
-    except ImportError as error:
+    except ModuleNotFoundError as error:
+        if (error.name or "").partition(".")[0] in ("edgeprompt", ""):
+            raise
         from edgeprompt.errors import MissingDependencyError
 
         raise MissingDependencyError(f"tuning needs {error.name}: pip install 'edgeprompt[tune]'") from error

@@ -8,12 +8,12 @@ from typing import Any
 import torch
 
 from edgeprompt.tuning.examples import Examples
-from edgeprompt.tuning.objectives import CausalClassify
+from edgeprompt.tuning.objectives import WordClassify
 from edgeprompt.verbalizer import CONTENT_FREE, contextual_calibration
 
 
 def choose_calibration(
-    objective: CausalClassify, examples: Examples, batches: Sequence[Sequence[int]], shared: Any
+    objective: WordClassify, examples: Examples, batches: Sequence[Sequence[int]], shared: Any
 ) -> tuple[float, ...]:
     """Values to subtract from the labels' scores, or none where they do not make the eval accuracy better.
 
@@ -21,9 +21,9 @@ def choose_calibration(
         objective: the task with the tuned prompt.
         examples: where the eval batches come from.
         batches: indices of the eval examples.
-        shared: `objective.shared()`.
+        shared: `objective.model.shared()`.
     """
-    slots = objective.template.slots
+    slots = objective.encoder.template.slots
     rows = [objective.text_ids(dict.fromkeys(slots, text)) for text in CONTENT_FREE]
     calibration = contextual_calibration(objective.scores(rows, shared).cpu().numpy())
     prior = torch.tensor(calibration)

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import itertools
 import tempfile
 from array import array
 from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import numpy as np
 import numpy.typing as npt
@@ -17,21 +18,22 @@ _POOL = 64
 
 @dataclass(frozen=True)
 class Example:
-    """One example: token ids (virtual ids included), and what the loss compares with (class, target ids, tags)."""
+    """One example: token ids (virtual ids included), what the loss compares with, and segments where not all are 0."""
 
     ids: list[int]
     target: list[int]
+    types: list[int] = field(default_factory=list)
 
 
 class Examples:
-    """Examples on disk, mapped; memory holds two offsets and a class for each."""
+    """Examples on disk, mapped; memory holds three offsets and a class for each."""
 
     def __init__(self, examples: Iterable[Example]) -> None:
         """Spool `examples` to a temporary file, one at a time."""
         pending, bounds, classes = array("i"), array("q", [0]), array("i")
         with tempfile.TemporaryFile() as file:
             for example in examples:
-                for values in (example.ids, example.target):
+                for values in (example.ids, example.target, example.types):
                     pending.extend(values)
                     bounds.append(bounds[-1] + len(values))
                 classes.append(example.target[0] if example.target else -1)
@@ -44,15 +46,16 @@ class Examples:
         self._bounds = np.array(bounds, np.int64)
         self.classes = np.array(classes, np.int32)
         """First target of each example (its class where there is one), int32 [len(self)]."""
-        self.lengths = np.diff(self._bounds[::2])
+        self.lengths = np.diff(self._bounds)[::3] + np.diff(self._bounds)[1::3]
         """Number of ids and targets of each example, int64 [len(self)]."""
 
     def __len__(self) -> int:
         return len(self.classes)
 
     def __getitem__(self, index: int) -> Example:
-        start, middle, end = self._bounds[2 * index : 2 * index + 3]
-        return Example(self._values[start:middle].tolist(), self._values[middle:end].tolist())
+        bounds = self._bounds[3 * index : 3 * index + 4]
+        parts = [self._values[start:end].tolist() for start, end in itertools.pairwise(bounds)]
+        return Example(*parts)
 
 
 def split(count: int, fraction: float, seed: int) -> tuple[npt.NDArray[np.int64], npt.NDArray[np.int64]]:

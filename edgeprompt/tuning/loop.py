@@ -18,7 +18,7 @@ from edgeprompt.errors import TuningError
 from edgeprompt.files import atomic_file
 from edgeprompt.tuning.examples import BatchPlan, Examples
 from edgeprompt.tuning.objectives import Objective
-from edgeprompt.tuning.options import TuneOptions
+from edgeprompt.tuning.options import HEAD_RATE, TuneOptions
 from edgeprompt.tuning.record import Recorder
 
 _WARMUP = 0.05
@@ -86,7 +86,7 @@ class Loop:
             objective.model.base.to({"bf16": torch.bfloat16, "fp16": torch.float16}[options.mixed_precision])
         objective.model.to(self.accelerator.device)
         self.parameters = {name: value for name, value in objective.model.named_parameters() if value.requires_grad}
-        optimizer = torch.optim.AdamW(self.parameters.values(), lr=options.rate, weight_decay=0.0)
+        optimizer = torch.optim.AdamW(_groups(objective.model, options), weight_decay=0.0)
         self._module, self._optimizer = self.accelerator.prepare(_Step(objective), optimizer)
         self.progress = Progress()
         self._updating = False
@@ -128,9 +128,10 @@ class Loop:
     def _train_step(self) -> dict[str, float]:
         started = time.perf_counter()
         step, world = self.progress.step, self.accelerator.num_processes
-        rate = self._options.rate * _schedule(step, self._steps)
+        factor = _schedule(step, self._steps)
+        rate = self._options.rate * factor
         for group in self._optimizer.param_groups:
-            group["lr"] = rate
+            group["lr"] = group["full_rate"] * factor
         self._optimizer.zero_grad()  # an interrupted step may have left some
         self._objective.model.train()
         indices = self._plan.batch(step)
@@ -160,7 +161,7 @@ class Loop:
         progress.evaluated = progress.step
         if not figures:
             return
-        if not progress.best or _rank(figures, metric) > _rank(progress.best, metric):
+        if not progress.best or self._rank(figures) > self._rank(progress.best):
             progress.best, progress.best_step, progress.waited = figures, progress.step, 0
             progress.best_parameters = {name: value.detach().clone() for name, value in self.parameters.items()}
         else:
@@ -177,7 +178,7 @@ class Loop:
         model.eval()
         sums = torch.zeros(3, dtype=torch.float64)
         with accelerator.autocast():
-            shared = self._objective.shared()
+            shared = self._objective.model.shared()
             for batch in self._eval_batches[accelerator.process_index :: accelerator.num_processes]:
                 outcome = self._objective.measure([self._eval_examples[index] for index in batch], shared)
                 sums += torch.tensor([float(outcome.loss), outcome.correct, outcome.count], dtype=torch.float64)
@@ -185,6 +186,11 @@ class Loop:
         if not math.isfinite(loss):
             raise TuningError(f"the eval loss is {loss} after step {self.progress.step}; try a lower --lr")
         return {"loss": loss / count, self._objective.metric: correct / count}
+
+    def _rank(self, figures: Mapping[str, float]) -> tuple[float, float]:
+        """What makes an evaluation better: the metric, then the loss; or the loss alone."""
+        metric = 0.0 if self._objective.by_loss else figures[self._objective.metric]
+        return metric, -figures["loss"]
 
     def _set_parameters(self, values: Mapping[str, torch.Tensor]) -> None:
         with torch.no_grad():
@@ -241,6 +247,10 @@ def _schedule(step: int, steps: int) -> float:
     return min((step + 1) / warmup, 1 - 0.9 * step / steps)
 
 
-def _rank(figures: Mapping[str, float], metric: str) -> tuple[float, float]:
-    """What makes an evaluation better: the metric, then the loss (a generation's loss alone)."""
-    return (figures[metric] if metric == "accuracy" else -figures["loss"], -figures["loss"])
+def _groups(model: nn.Module, options: TuneOptions) -> list[dict[str, Any]]:
+    """The trainable parameters: the prompt's, and a head's, which starts from nothing and has a rate of its own."""
+    named = [(name, value) for name, value in model.named_parameters() if value.requires_grad]
+    prompt = [value for name, value in named if "encoder." in name and "soft." in name]
+    head = [value for _, value in named if not any(value is known for known in prompt)]
+    groups = [(prompt, options.rate), (head, options.rate if options.method == "head" else HEAD_RATE)]
+    return [{"params": values, "lr": rate, "full_rate": rate} for values, rate in groups if values]

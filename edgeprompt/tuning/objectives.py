@@ -1,4 +1,4 @@
-"""What a decoder's prompt is trained to do: pick a label word, or continue with the target."""
+"""What a prompt in front of a language model is trained to do: pick a label word, or continue with the target."""
 
 from __future__ import annotations
 
@@ -11,13 +11,14 @@ from torch import nn
 
 from edgeprompt.data import Row, text_of
 from edgeprompt.errors import DataError
-from edgeprompt.template import Template
-from edgeprompt.tokenizer import Tokenizer
-from edgeprompt.tuning.causal import CausalPrompt
+from edgeprompt.prompt_file import Array, Golden, Head
+from edgeprompt.tuning.encoding import RowEncoder
 from edgeprompt.tuning.examples import Example
-from edgeprompt.tuning.options import TuneOptions
+from edgeprompt.tuning.prompted import Prompted, PromptedLM
 from edgeprompt.tuning.verbalizer import LabelWords
 from edgeprompt.verbalizer import Verbalizer
+
+GOLDEN_TOKENS = 8
 
 
 @dataclass(frozen=True)
@@ -34,96 +35,80 @@ class Objective(Protocol):
 
     metric: str
     """Name of `Outcome.correct / Outcome.count`."""
+    by_loss: bool
+    """Whether the loss, not the metric, says which prompt is the best."""
 
     @property
-    def model(self) -> nn.Module:
+    def model(self) -> Prompted:
         """The frozen base with its soft prompt."""
 
-    def encode(self, row: Row, where: str) -> Example:
-        """Tokenise one row; `where` names it in errors."""
-
-    def shared(self) -> Any:
-        """What many batches can share while the prompt stands still."""
-
-    def measure(self, batch: Sequence[Example], shared: Any = None) -> Outcome:
-        """Loss and right answers of a batch."""
-
-
-class Encoder:
-    """Rows to token ids through the template, exactly as the runtime does it."""
-
-    def __init__(
-        self, template: Template, tokenizer: Tokenizer, options: TuneOptions, *, virtual: int, vocab_size: int
-    ) -> None:
-        """`virtual`: how many virtual ids a row carries (0 for a prefix)."""
-        self.template, self.tokenizer, self.options = template, tokenizer, options
-        self._virtual, self._vocab_size = virtual, vocab_size
+    @property
+    def labels(self) -> tuple[str, ...]:
+        """Label names by class index; empty where there are none."""
 
     def fields(self, row: Row, where: str) -> dict[str, str]:
-        """The template's slots from the columns of the same name; `{text}` is the text column."""
-        columns = {slot: self.options.text_column if slot == "text" else slot for slot in self.template.slots}
-        return {slot: text_of(row, column, where) for slot, column in columns.items()}
+        """The template's slots filled from one row; `where` names it in errors."""
 
-    def ids(self, fields: Mapping[str, str], *, room: int = 0) -> list[int]:
-        """Token ids with `room` left of the longest length."""
-        return self.template.encode(
-            self.tokenizer,
-            fields,
-            num_virtual_tokens=self._virtual,
-            first_virtual_id=self._vocab_size,
-            max_length=self.options.max_length - room,
-        )
+    def encode(self, row: Row, where: str) -> Example:
+        """Tokenise one row."""
+
+    def measure(self, batch: Sequence[Example], shared: Any = None) -> Outcome:
+        """Loss and right answers of a batch; `shared` is `self.model.shared()`, None computes it."""
+
+    def golden(self, fields: Mapping[str, str], shared: Any, calibration: Sequence[float]) -> Golden:
+        """What the tuned prompt answers to one input."""
+
+    def head(self) -> tuple[Head | None, Mapping[str, Array]]:
+        """The task head that was trained along, for the prompt file."""
 
 
-class CausalClassify:
+class WordClassify:
     """Classification through a verbalizer: cross-entropy over the labels' scores."""
 
     metric = "accuracy"
+    by_loss = False
 
-    def __init__(self, model: CausalPrompt, encoder: Encoder, verbalizer: Mapping[str, tuple[str, ...]]) -> None:
-        """`verbalizer`: label -> label words, in label order."""
+    def __init__(self, model: Any, encoder: RowEncoder, verbalizer: Mapping[str, tuple[str, ...]]) -> None:
+        """`model`: gives logits (`PromptedLM`, or an encoder with a mask); `verbalizer`: label -> words, in order."""
         self._model = model
-        self._encoder = encoder
-        self.labels = tuple(verbalizer)
+        self.encoder = encoder
         self.words = LabelWords(
             Verbalizer.compile(verbalizer, lambda word: encoder.tokenizer.encode(word, add_special_tokens=False))
         )
+        self._labels = tuple(verbalizer)
         self._room = max(len(stem) for stem in self.words.stems)
 
     @property
-    def model(self) -> CausalPrompt:
+    def model(self) -> Any:
         """The frozen base with its soft prompt."""
         return self._model
 
+    @property
+    def labels(self) -> tuple[str, ...]:
+        """Label names by class index."""
+        return self._labels
+
+    def fields(self, row: Row, where: str) -> dict[str, str]:
+        """The template's slots filled from one row."""
+        return self.encoder.fields(row, where)
+
     def encode(self, row: Row, where: str) -> Example:
         """One row; its target is the label's index."""
-        label = text_of(row, self._encoder.options.label_column, where)
-        if label not in self.labels:
+        label = text_of(row, self.encoder.options.label_column, where)
+        if label not in self._labels:
             raise DataError(
-                f"{where}: label {label!r} has no verbalizer word; words are given for: {', '.join(self.labels)}"
+                f"{where}: label {label!r} has no verbalizer word; words are given for: {', '.join(self._labels)}"
             )
-        return Example(self.text_ids(self._encoder.fields(row, where)), [self.labels.index(label)])
+        return Example(self.text_ids(self.encoder.fields(row, where)), [self._labels.index(label)])
 
     def text_ids(self, fields: Mapping[str, str]) -> list[int]:
         """Token ids of a text to classify."""
-        return self._encoder.ids(fields, room=self._room)
+        return self.encoder.encode(fields, room=self._room).ids
 
-    @property
-    def template(self) -> Template:
-        """The template that texts are put into."""
-        return self._encoder.template
-
-    def shared(self) -> Any:
-        """The prompt's keys and values."""
-        return self.model.prefix()
-
-    def scores(self, rows: Sequence[Sequence[int]], shared: Any = None) -> torch.Tensor:
-        """Label scores float32 [len(rows), num_labels]."""
-        stems = self.words.stems
-        continued = [[*row, *stem] for row in rows for stem in stems]
-        places = [range(len(row) - 1, len(row) + len(stem)) for row in rows for stem in stems]
-        logits = self.model.logits(continued, places, shared)
-        return self.words.scores(logits.view(len(rows), self.words.num_positions, -1))
+    def scores(self, texts: Sequence[Sequence[int]], shared: Any = None) -> torch.Tensor:
+        """Label scores float32 [len(texts), num_labels]."""
+        logits = self._model.logits(texts, [self.words.stems] * len(texts), shared)
+        return self.words.scores(logits.view(len(texts), self.words.num_positions, -1))
 
     def measure(self, batch: Sequence[Example], shared: Any = None) -> Outcome:
         """Cross-entropy over the labels, and how many of the best-scored labels are right."""
@@ -132,49 +117,85 @@ class CausalClassify:
         loss = nn.functional.cross_entropy(scores, target, reduction="sum")
         return Outcome(loss, float((scores.argmax(-1) == target).sum()), len(batch))
 
+    def golden(self, fields: Mapping[str, str], shared: Any, calibration: Sequence[float]) -> Golden:
+        """The label, and every label's score before calibration."""
+        scores = self.scores([self.text_ids(fields)], shared)[0].double().cpu()
+        adjusted = scores - torch.tensor(calibration, dtype=torch.float64) if calibration else scores
+        return Golden(
+            fields=dict(fields),
+            label=self._labels[int(adjusted.argmax())],
+            logits=dict(zip(self._labels, scores.tolist(), strict=True)),
+        )
 
-class CausalGenerate:
+    def head(self) -> tuple[Head | None, Mapping[str, Array]]:
+        """None: the output layer over the vocabulary is the head."""
+        return None, {}
+
+
+class Generate:
     """Generation: cross-entropy of the target's tokens, the end token included, and of nothing else."""
 
     metric = "token_accuracy"
+    by_loss = True
+    labels: tuple[str, ...] = ()
 
-    def __init__(self, model: CausalPrompt, encoder: Encoder, end: int) -> None:
-        """`end`: id of the token that ends an answer."""
+    def __init__(self, model: PromptedLM, encoder: RowEncoder, *, end: int, whole_text: bool) -> None:
+        """`end`: id of the token that ends an answer; `whole_text`: the target is a text of its own, with the
+        tokenizer's special tokens (encoder-decoders), not what follows in the same text."""
         self._model = model
-        self._encoder = encoder
-        self.end = end
+        self.encoder = encoder
+        self._end, self._whole_text = end, whole_text
 
     @property
-    def model(self) -> CausalPrompt:
+    def model(self) -> Prompted:
         """The frozen base with its soft prompt."""
         return self._model
 
+    def fields(self, row: Row, where: str) -> dict[str, str]:
+        """The template's slots filled from one row."""
+        return self.encoder.fields(row, where)
+
     def encode(self, row: Row, where: str) -> Example:
         """One row; its target is the answer's token ids."""
-        options = self._encoder.options
-        text = text_of(row, options.target_column, where)
-        target = [*self._encoder.tokenizer.encode(self.answer(text), add_special_tokens=False), self.end]
+        options = self.encoder.options
+        target = self._target(text_of(row, options.target_column, where))
         if len(target) > options.max_length // 2:
             raise DataError(
                 f"{where}: the target takes {len(target)} tokens, at most half of max_length {options.max_length} "
                 "fit; raise --max-length or shorten it"
             )
-        return Example(self._encoder.ids(self._encoder.fields(row, where), room=len(target)), target)
+        room = 0 if self._whole_text else len(target)
+        return Example(self.encoder.encode(self.encoder.fields(row, where), room=room).ids, target)
 
-    def answer(self, text: str) -> str:
-        """The target as it follows the template's last literal: set off by a space where neither brings one."""
-        written = str(self._encoder.template)
-        return text if written[-1].isspace() or text[:1].isspace() else f" {text}"
-
-    def shared(self) -> Any:
-        """The prompt's keys and values."""
-        return self.model.prefix()
+    def _target(self, text: str) -> list[int]:
+        if self._whole_text:
+            ids = self.encoder.tokenizer.encode(text)
+            return ids if ids[-1:] == [self._end] else [*ids, self._end]
+        # Set off by a space, unless the template or the target brings one.
+        space = "" if str(self.encoder.template)[-1].isspace() or text[:1].isspace() else " "
+        return [*self.encoder.tokenizer.encode(space + text, add_special_tokens=False), self._end]
 
     def measure(self, batch: Sequence[Example], shared: Any = None) -> Outcome:
         """Loss and right guesses summed over target tokens."""
-        rows = [[*example.ids, *example.target[:-1]] for example in batch]
-        places = [range(len(example.ids) - 1, len(row)) for example, row in zip(batch, rows, strict=True)]
-        logits = self.model.logits(rows, places, shared).float()
+        answers = [[example.target[:-1]] for example in batch]
+        logits = self._model.logits([example.ids for example in batch], answers, shared).float()
         target = torch.tensor([token for example in batch for token in example.target], device=logits.device)
         loss = nn.functional.cross_entropy(logits, target, reduction="sum")
         return Outcome(loss, float((logits.argmax(-1) == target).sum()), len(target))
+
+    def golden(self, fields: Mapping[str, str], shared: Any, calibration: Sequence[float]) -> Golden:
+        """The first tokens of the greedy answer, and the five best logits of the first."""
+        ids = self.encoder.encode(fields).ids
+        made: list[int] = []
+        first: dict[str, float] = {}
+        while len(made) < GOLDEN_TOKENS and self._end not in made:
+            logits = self._model.logits([ids], [[made]], shared)[-1].float()
+            if not first:
+                best = logits.topk(min(5, len(logits)))
+                first = {str(int(token)): float(value) for token, value in zip(best.indices, best.values, strict=True)}
+            made.append(int(logits.argmax()))
+        return Golden(fields=dict(fields), token_ids=tuple(made), logits=first)
+
+    def head(self) -> tuple[Head | None, Mapping[str, Array]]:
+        """None: the output layer over the vocabulary is the head."""
+        return None, {}

@@ -10,11 +10,14 @@ from pathlib import Path
 from edgeprompt import names
 from edgeprompt.data import DataSource
 from edgeprompt.errors import InputError
+from edgeprompt.prompt_file import PROBLEM_TYPES
 from edgeprompt.template import Template
 
 INITS = ("text", "vocab", "labels", "random")
 ENCODERS = ("mlp", "lstm")
 PRECISIONS = ("no", "bf16", "fp16")
+METHODS = (*names.METHODS, "head")
+"""How to tune; "head" trains an encoder's task head alone, with no prompt."""
 
 LEARNING_RATES: Mapping[str, float] = {
     "prompt-tuning": 0.03,
@@ -22,9 +25,12 @@ LEARNING_RATES: Mapping[str, float] = {
     "prefix-tuning": 0.02,
     "p-tuning-v2": 0.02,
     "multitask-prompt-tuning": 0.03,
+    "head": 0.005,
 }
 PROJECTED_RATE = 0.001
 """Learning rate of a prefix behind a projection."""
+HEAD_RATE = 0.005
+"""Learning rate of a task head."""
 DEFAULT_STEPS = 200
 
 
@@ -35,6 +41,9 @@ class TuneOptions:
     method: str = "prompt-tuning"
     task: str | None = None
     """"classify", "generate", "tag" or "qa"; None: by the columns that the data has."""
+    problem_type: str | None = None
+    """Of classification with a head: "single_label", "multi_label" or "regression"; None: lists of labels are several,
+    everything else is one."""
     num_virtual_tokens: int = 16
     encoder: str = "mlp"
     """P-tuning's network: "mlp" or "lstm"."""
@@ -90,8 +99,9 @@ class TuneOptions:
             TemplateError: the template does not parse.
         """
         for name, allowed in (
-            ("method", names.METHODS),
+            ("method", METHODS),
             ("task", (None, *names.TASKS)),
+            ("problem_type", (None, *PROBLEM_TYPES)),
             ("init", INITS),
             ("encoder", ENCODERS),
             ("mixed_precision", PRECISIONS),

@@ -1,61 +1,154 @@
-"""What the data asks for: task, labels, template and verbalizer, found in one pass before anything heavy is loaded."""
+"""What the data asks for, found in one pass before anything heavy is loaded, and what that means for a base."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 
-from edgeprompt.data import DataSource, column_names, read_rows, source_name, text_of
-from edgeprompt.errors import DataError, InputError
-from edgeprompt.template import Template, VirtualTokens
+from edgeprompt import names
+from edgeprompt.data import DataSource, Row, column_names, read_rows, source_name, text_of
+from edgeprompt.errors import DataError, InputError, UnsupportedError
+from edgeprompt.template import Mask, Template, VirtualTokens
+from edgeprompt.tuning.heads import given_answer, labels_of, tagged_words
 from edgeprompt.tuning.options import TuneOptions
 from edgeprompt.tuning.soft_prompt import PREFIX_METHODS
 
 _MAX_LABELS = 1000
 _TASK_COLUMNS = {
     "tag": ("tokens", "tags"),
-    "qa": ("question", "context", "answers"),
+    "qa": ("question", "context"),
 }
 
 
 @dataclass(frozen=True)
+class DataFacts:
+    """What the data says by itself."""
+
+    task: str
+    labels: tuple[str, ...] = ()
+    """All labels or tags, sorted."""
+    problem_type: str = "single_label"
+    has_no_answer: bool = False
+    """Question answering: whether some questions have no answer."""
+
+
+@dataclass(frozen=True)
 class TaskPlan:
-    """A task, ready to be encoded."""
+    """A task on a base, ready to be encoded."""
 
     task: str
     template: Template
     verbalizer: Mapping[str, tuple[str, ...]]
+    labels: tuple[str, ...]
+    problem_type: str
+    has_head: bool
+    """Whether a head is trained along (encoders), else the base's own output layer answers."""
+    generation: Mapping[str, bool]
     purpose: str
     """One sentence that names the task, to start a prompt from."""
 
 
-def make_plan(data: DataSource, options: TuneOptions) -> TaskPlan:
-    """Find the task by the data's columns, check that they are there, and fill in what `options` leaves open.
+def inspect_data(data: DataSource, options: TuneOptions) -> DataFacts:
+    """Find the task by the data's columns, check that they are there, and collect the labels.
 
     Raises:
         DataError: empty data, a missing column, or far too many labels.
         InputError: the options do not go together.
     """
     task = options.task or _task_of(data, options)
-    default = "{text}\nLabel:" if task == "classify" else "{text}\n"
-    template = _place_prompt(Template.parse(options.template or default), options)
     if task == "generate" and options.verbalizer:
         raise InputError("a verbalizer is for --task classify; generation learns the target column")
+    if task == "tag":
+        return DataFacts(task, _collect(data, lambda row, where: tagged_words(row, where)[1], options))
+    if task == "qa":
+        missing = False
+        for number, row in enumerate(read_rows(data, columns=["context"]), 1):
+            where = f"row {number} of {source_name(data)!r}"
+            missing |= not given_answer(row, text_of(row, "context", where), where)[0]
+        return DataFacts(task, has_no_answer=missing)
     if task != "classify":
-        return TaskPlan(task, template, {}, "Answer as the examples do.")
-    verbalizer = options.verbalizer or _own_words(data, options, template)
-    if len(verbalizer) < 2:
-        raise DataError(
-            f"{source_name(data)!r} has one label only, {next(iter(verbalizer))!r}; classification needs two or more"
-        )
-    words = ", ".join(choices[0].strip() for choices in verbalizer.values())
-    return TaskPlan(task, template, dict(verbalizer), f"Classify the text as one of: {words}.")
+        return DataFacts(task)
+    column = options.label_column
+    first = next(read_rows(data, columns=[column]))
+    problem = options.problem_type or ("multi_label" if isinstance(first[column], (list, tuple)) else "single_label")
+    if problem == "regression":
+        return DataFacts(task, (), problem)
+    if options.verbalizer:
+        return DataFacts(task, tuple(options.verbalizer), problem)
+
+    def labels(row: Row, where: str) -> list[str]:
+        return labels_of(row, column, where) if problem == "multi_label" else [text_of(row, column, where)]
+
+    return DataFacts(task, _collect(data, labels, options), problem)
+
+
+def make_plan(
+    facts: DataFacts, options: TuneOptions, *, architecture: str, name: str, predicts_masks: bool
+) -> TaskPlan:
+    """Choose template, verbalizer or head for a base; `name` is what to call it, `predicts_masks` whether it is a
+    masked language model.
+
+    Raises:
+        UnsupportedError: the base cannot do the task.
+        InputError: the options do not go together.
+    """
+    encoder = architecture == names.ENCODER_ONLY
+    if facts.task in ("tag", "qa") and not encoder:
+        raise UnsupportedError(f"task {facts.task!r} needs an encoder-only base; {name} is {architecture}")
+    if facts.task == "generate" and encoder:
+        raise UnsupportedError(f"{name} is an encoder and does not generate; use --task classify, tag or qa")
+    if facts.task == "embed":
+        raise UnsupportedError("embeddings need no tuning; the runtime's embed pools the base's hidden states")
+    template = Template.parse(options.template or _default_template(facts, encoder))
+    has_mask = any(isinstance(part, Mask) for part in template.parts)
+    has_head = encoder and not (facts.task == "classify" and has_mask)
+    if has_head and options.verbalizer:
+        raise InputError('label words on an encoder need a {mask} in the template, as "{prompt}{text} It was {mask}."')
+    if encoder and not has_head and not predicts_masks:
+        raise UnsupportedError(f"{name} is no masked language model, so it cannot fill {{mask}}; leave {{mask}} out")
+    if options.method == "head" and not has_head:
+        raise InputError("--method head trains a task head alone, and this task has none; choose a prompt")
+    if facts.problem_type != "single_label" and not has_head:
+        raise UnsupportedError(f"{facts.problem_type} classification needs a head, which encoder-only bases have")
+    verbalizer: dict[str, tuple[str, ...]] = {}
+    if facts.task == "classify" and not has_head:
+        space = "" if str(template)[-1].isspace() else " "
+        verbalizer = dict(options.verbalizer) or {label: (space + label,) for label in facts.labels}
+    if facts.task == "classify" and facts.problem_type == "single_label" and len(facts.labels) < 2:
+        raise DataError(f"the data has one label only, {facts.labels[0]!r}; classification needs two or more")
+    return TaskPlan(
+        task=facts.task,
+        template=_place_prompt(template, options),
+        verbalizer=verbalizer,
+        labels=facts.labels,
+        problem_type=facts.problem_type,
+        has_head=has_head,
+        generation={"allow_no_answer": True} if facts.has_no_answer else {},
+        purpose=_purpose(facts, verbalizer),
+    )
+
+
+def _purpose(facts: DataFacts, verbalizer: Mapping[str, tuple[str, ...]]) -> str:
+    if facts.task == "classify" and facts.labels:
+        words = [choices[0].strip() for choices in verbalizer.values()] or list(facts.labels)
+        return f"Classify the text as one of: {', '.join(words)}."
+    return {"tag": "Label every word of the text.", "qa": "Find the answer in the context."}.get(
+        facts.task, "Answer as the examples do."
+    )
+
+
+def _default_template(facts: DataFacts, encoder: bool) -> str:
+    if facts.task == "qa":
+        return "{prompt}{question}{context}"
+    if encoder:
+        return "{prompt}{text}"
+    return "{prompt}{text}\nLabel:" if facts.task == "classify" else "{prompt}{text}\n"
 
 
 def _task_of(data: DataSource, options: TuneOptions) -> str:
     columns = column_names(data)
     for task, needed in _TASK_COLUMNS.items():
-        if set(needed) <= set(columns):
+        if set(needed) <= set(columns) and (task != "qa" or {"answer", "answers"} & set(columns)):
             return task
     if options.label_column in columns:
         return "classify"
@@ -69,22 +162,20 @@ def _task_of(data: DataSource, options: TuneOptions) -> str:
 
 
 def _place_prompt(template: Template, options: TuneOptions) -> Template:
-    if options.method in PREFIX_METHODS:
+    if options.method in (*PREFIX_METHODS, "head"):
         return template.without_prompt()
     if any(isinstance(part, VirtualTokens) for part in template.parts):
         return template
     return Template((VirtualTokens(), *template.parts)).checked()
 
 
-def _own_words(data: DataSource, options: TuneOptions, template: Template) -> dict[str, tuple[str, ...]]:
-    """Every label as its own word, set off by a space where the template does not end with one."""
+def _collect(data: DataSource, read: Callable[[Row, str], list[str]], options: TuneOptions) -> tuple[str, ...]:
     labels: set[str] = set()
-    for number, row in enumerate(read_rows(data, columns=[options.label_column]), 1):
-        labels.add(text_of(row, options.label_column, f"row {number} of {source_name(data)!r}"))
+    for number, row in enumerate(read_rows(data), 1):
+        labels.update(read(row, f"row {number} of {source_name(data)!r}"))
         if len(labels) > _MAX_LABELS:
             raise DataError(
                 f"column {options.label_column!r} of {source_name(data)!r} has more than {_MAX_LABELS} labels; "
                 "for free text use --task generate with --target-column"
             )
-    space = "" if str(template)[-1].isspace() else " "
-    return {label: (space + label,) for label in sorted(labels)}
+    return tuple(sorted(labels))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import math
 from collections.abc import Sequence
 from typing import Any
@@ -22,24 +23,40 @@ class SoftPrompt(nn.Module):
     """One task's trainable part: PEFT's prompt encoder, without the base it stands in front of.
 
     Attributes:
-        peft: the PEFT model around the base (not a submodule: its parameters are the base's).
         encoder: PEFT's prompt encoder; its parameters are the trainable ones.
         is_prefix: whether it makes keys and values for every layer (else embeddings).
     """
 
-    def __init__(self, base: Any, geometry: Geometry, options: TuneOptions, *, task_type: str) -> None:
+    def __init__(self, geometry: Geometry, options: TuneOptions, *, task_type: str) -> None:
+        """`task_type`: PEFT's name of the base's kind, as "CAUSAL_LM"."""
         super().__init__()
-        from peft import get_peft_model
-
         self.is_prefix = options.method in PREFIX_METHODS
         self.num_virtual_tokens = options.num_virtual_tokens
         self._geometry = geometry
-        self.__dict__["peft"] = get_peft_model(base, _config(geometry, options, task_type))
-        self.peft: Any
-        self.encoder = self.peft.prompt_encoder["default"].float()
+        self._config, encoder = _encoder(geometry, options, task_type)
+        self.encoder: Any = encoder.float()
+
+    def as_peft(self, base: Any) -> Any:
+        """A PEFT model around `base` with this very prompt, for adapters.
+
+        Raises:
+            UnsupportedError: PEFT does not offer the method for this base.
+        """
+        from peft import get_peft_model
+
+        try:
+            model = get_peft_model(base, copy.deepcopy(self._config))
+        except (ValueError, TypeError, AttributeError) as error:
+            reason = " ".join(str(error).split())
+            raise UnsupportedError(
+                f"PEFT has no {self._config.peft_type.value} adapter for {base.config.model_type!r} ({reason}); "
+                "leave out --adapter"
+            ) from error
+        model.prompt_encoder["default"] = self.encoder
+        return model
 
     def forward(self) -> torch.Tensor:
-        """The prompt: embeddings [num_virtual_tokens, hidden_size], or, for a prefix, keys and values
+        """The prompt: embeddings [num_virtual_tokens, embedding_size], or, for a prefix, keys and values
         [num_layers, 2, num_key_value_heads, num_virtual_tokens, head_size]."""
         tokens = torch.arange(self.num_virtual_tokens, device=self.encoder.embedding.weight.device)
         made: torch.Tensor = self.encoder(tokens[None])[0]
@@ -73,15 +90,23 @@ class SoftPrompt(nn.Module):
             return np.ascontiguousarray(self().float().cpu().numpy())
 
 
-def _config(size: Geometry, options: TuneOptions, task_type: str) -> Any:
-    from peft import PrefixTuningConfig, PromptEncoderConfig, PromptTuningConfig
+def _encoder(size: Geometry, options: TuneOptions, task_type: str) -> tuple[Any, nn.Module]:
+    """PEFT's config and prompt encoder for a method."""
+    from peft import (
+        PrefixEncoder,
+        PrefixTuningConfig,
+        PromptEmbedding,
+        PromptEncoder,
+        PromptEncoderConfig,
+        PromptTuningConfig,
+    )
 
     common: dict[str, Any] = {
         "task_type": task_type,
         "num_virtual_tokens": options.num_virtual_tokens,
         "num_transformer_submodules": 1,
         "num_layers": size.num_layers,
-        "token_dim": size.hidden_size,
+        "token_dim": size.embedding_size or size.hidden_size,
         "num_attention_heads": size.num_attention_heads,
     }
     if options.method in PREFIX_METHODS:
@@ -91,13 +116,16 @@ def _config(size: Geometry, options: TuneOptions, task_type: str) -> Any:
             "num_attention_heads": size.num_key_value_heads,
         }
         hidden = size.hidden_size if options.projection else None
-        return PrefixTuningConfig(**common, prefix_projection=options.projection, encoder_hidden_size=hidden)
+        prefix = PrefixTuningConfig(**common, prefix_projection=options.projection, encoder_hidden_size=hidden)
+        return prefix, PrefixEncoder(prefix)
     if options.method == "p-tuning":
-        return PromptEncoderConfig(
+        network = PromptEncoderConfig(
             **common, encoder_reparameterization_type=options.encoder.upper(), encoder_hidden_size=size.hidden_size
         )
+        return network, PromptEncoder(network)
     if options.method == "prompt-tuning":
-        return PromptTuningConfig(**common, prompt_tuning_init="RANDOM")
+        plain = PromptTuningConfig(**common, prompt_tuning_init="RANDOM")
+        return plain, PromptEmbedding(plain, None)
     raise UnsupportedError(f"method {options.method!r} is not offered for this base; known: {', '.join(names.METHODS)}")
 
 

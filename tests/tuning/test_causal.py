@@ -39,7 +39,7 @@ def loaded(request: pytest.FixtureRequest) -> Any:
 def prompted(loaded: Any, **options: Any) -> CausalPrompt:
     torch.manual_seed(1)
     options.setdefault("num_virtual_tokens", COUNT)
-    soft = SoftPrompt(loaded.model, geometry_of(loaded.config), TuneOptions(**options), task_type="CAUSAL_LM")
+    soft = SoftPrompt(geometry_of(loaded.config), TuneOptions(**options), task_type="CAUSAL_LM")
     return CausalPrompt(loaded.model, soft, vocab_size=VOCABULARY, prompt_leads=True)
 
 
@@ -51,13 +51,13 @@ def with_virtual(model: CausalPrompt, rows: list[list[int]]) -> list[list[int]]:
 def test_logits_and_gradients_equal_peft(loaded: Any, options: dict[str, Any]) -> None:
     model = prompted(loaded, **options)
     rows = with_virtual(model, ROWS)
-    ours = model.logits(rows, [[len(row) - 1] for row in rows])
+    ours = model.logits(rows, [[[]]] * len(rows))
     ours.log_softmax(-1)[:, 7].sum().backward()
     gradients = {name: value.grad.clone() for name, value in model.soft.encoder.named_parameters()}
     model.soft.encoder.zero_grad()
 
     # PEFT row by row, so that none of its padding traps can matter.
-    peft = model.soft.peft.eval()
+    peft = model.soft.as_peft(loaded.model).eval()
     theirs = torch.cat([peft(input_ids=torch.tensor([row])).logits[:, -1] for row in ROWS])
     theirs.log_softmax(-1)[:, 7].sum().backward()
     torch.testing.assert_close(ours, theirs, rtol=0, atol=2e-5 * float(theirs.detach().abs().max()))
@@ -70,17 +70,19 @@ def test_logits_and_gradients_equal_peft(loaded: Any, options: dict[str, Any]) -
 def test_padded_rows_equal_rows_alone(loaded: Any) -> None:
     model = prompted(loaded)
     rows = with_virtual(model, ROWS)
-    together = model.logits(rows, [[len(row) - 1, len(row) - 2] for row in rows])
-    alone = torch.cat([model.logits([row], [[len(row) - 1, len(row) - 2]]) for row in rows])
+    answers = [[[7], [8, 9, 10]], [[]], [[4, 4, 4, 4, 4]]]
+    together = model.logits(rows, answers)
+    alone = torch.cat([model.logits([row], [several]) for row, several in zip(rows, answers, strict=True)])
+    assert len(together) == 2 + 4 + 1 + 6
     torch.testing.assert_close(together, alone, rtol=0, atol=1e-5 * float(alone.detach().abs().max()))
 
 
 def test_prompt_in_front_equals_the_same_prompt_as_ordinary_rows(loaded: Any) -> None:
     model = prompted(loaded)
     rows = with_virtual(model, ROWS)
-    shared = model.logits(rows, [[len(row) - 1] for row in rows])
+    shared = model.logits(rows, [[[]]] * len(rows))
     model._leads = False
-    unshared = model.logits(rows, [[len(row) - 1] for row in rows])
+    unshared = model.logits(rows, [[[]]] * len(rows))
     torch.testing.assert_close(shared, unshared, rtol=0, atol=2e-5 * float(shared.detach().abs().max()))
 
 
@@ -91,7 +93,7 @@ def test_prompt_inside_the_text_sees_its_place(loaded: Any) -> None:
     embedding = loaded.model.get_input_embeddings()
     embedded = torch.cat([embedding(torch.tensor([3, 77])), model.soft(), embedding(torch.tensor([200, 9]))])
     expected = loaded.model(inputs_embeds=embedded[None]).logits[0, -1]
-    found = model.logits([row, [1, 2, 3]], [[len(row) - 1], []])[0]
+    found = model.logits([row, [1, 2, 3]], [[[]], [[9, 9]]])[0]
     torch.testing.assert_close(found, expected, rtol=0, atol=2e-5 * float(expected.detach().abs().max()))
 
 
@@ -106,10 +108,9 @@ def test_every_encoder_can_start_from_given_vectors(loaded: Any, options: dict[s
 def test_a_prefix_from_text_is_the_text(loaded: Any) -> None:
     model = prompted(loaded, method="prefix-tuning")
     text = torch.tensor([21, 22, 23, 24, 25])
-    layers = model.keys_values(loaded.model.get_input_embeddings()(text))
-    model.soft.start_from(torch.stack([torch.stack([key[0], value[0]]) for key, value in layers]))
+    model.soft.start_from(model.start_prefix(text.tolist()))
     expected = loaded.model(input_ids=torch.tensor([[*text.tolist(), *ROWS[0]]])).logits[0, -1]
-    found = model.logits([ROWS[0]], [[len(ROWS[0]) - 1]])[0]
+    found = model.logits([ROWS[0]], [[[]]])[0]
     torch.testing.assert_close(found, expected, rtol=0, atol=2e-5 * float(expected.detach().abs().max()))
 
 
@@ -118,7 +119,7 @@ def test_base_has_no_gradient_and_no_dropout(loaded: Any) -> None:
     model.train()
     assert not any(module.training for module in model.base.modules())
     rows = with_virtual(model, ROWS)
-    model.logits(rows, [[len(row) - 1] for row in rows]).sum().backward()
+    model.logits(rows, [[[]]] * len(rows)).sum().backward()
     assert all(parameter.grad is None for parameter in model.base.parameters())
 
 
@@ -135,16 +136,15 @@ def test_label_scores_equal_the_definition(tiny_llama_base: Path) -> None:
     words = LabelWords(VERBALIZER)
     assert words.stems == [(5,), (6, 8), (10,)]
     rows = with_virtual(model, ROWS)
-    continued = [[*row, *stem] for row in rows for stem in words.stems]
-    places = [range(len(row) - 1, len(row) + len(stem)) for row in rows for stem in words.stems]
-    found = words.scores(model.logits(continued, places).view(len(rows), words.num_positions, -1))
+    found = words.scores(model.logits(rows, [words.stems] * len(rows)).view(len(rows), words.num_positions, -1))
+    peft = model.soft.as_peft(model.base).eval()
     for index, row in enumerate(ROWS):
         for label, choices in enumerate(LABELS):
             total = 0.0
             for word in choices:
                 probability = 1.0
                 for place, token in enumerate(word):
-                    logits = model.soft.peft.eval()(input_ids=torch.tensor([[*row, *word[:place]]])).logits[0, -1]
+                    logits = peft(input_ids=torch.tensor([[*row, *word[:place]]])).logits[0, -1]
                     probability *= float(logits.detach().double().softmax(-1)[token])
                 total += probability
             assert float(found[index, label].detach()) == pytest.approx(np.log(total), rel=1e-4)

@@ -1,0 +1,148 @@
+"""From a base and a plan to a model that trains: base loaded, prompt built and started, objective chosen."""
+
+from __future__ import annotations
+
+import tempfile
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from edgeprompt import names
+from edgeprompt.errors import InputError, SourceError, UnsupportedError
+from edgeprompt.manifest import Geometry, Tokens
+from edgeprompt.package import Package, open_package
+from edgeprompt.tokenizer import Tokenizer
+from edgeprompt.tuning.causal import CausalPrompt
+from edgeprompt.tuning.encoder import EncoderPrompt
+from edgeprompt.tuning.encoding import RowEncoder
+from edgeprompt.tuning.heads import AnswerSpan, HeadClassify, Tag
+from edgeprompt.tuning.objectives import Generate, Objective, WordClassify
+from edgeprompt.tuning.options import TuneOptions
+from edgeprompt.tuning.plan import DataFacts, TaskPlan, make_plan
+from edgeprompt.tuning.prompted import Prompted
+from edgeprompt.tuning.seq2seq import Seq2SeqPrompt
+from edgeprompt.tuning.soft_prompt import SoftPrompt, start_ids
+
+_TASK_TYPES = {
+    names.DECODER_ONLY: "CAUSAL_LM",
+    names.ENCODER_DECODER: "SEQ_2_SEQ_LM",
+    names.ENCODER_ONLY: "FEATURE_EXTRACTION",
+}
+
+
+@dataclass(frozen=True)
+class Run:
+    """Everything a run works on."""
+
+    loaded: Any
+    """The base (`exporters.load.LoadedBase`); with a package, it holds the package's weights."""
+    fingerprint: str
+    tokenizer: Tokenizer
+    plan: TaskPlan
+    encoder: RowEncoder
+    objective: Objective
+    options: TuneOptions
+    package: Package | None
+
+
+def prepare(base: Any, facts: DataFacts, options: TuneOptions) -> Run:
+    """Load the base and build what trains on it.
+
+    Raises:
+        SourceError: the base is missing, unknown or unreadable.
+        UnsupportedError: the base cannot do the task or the method.
+        PackageError: the package to tune for is missing or broken.
+        BaseMismatchError: the package is of another base.
+    """
+    from exporters.geometry import geometry_of, tokens_of
+    from exporters.load import LoadedBase, load_base
+
+    package = open_package(options.package) if options.package is not None else None
+    loaded = base if isinstance(base, LoadedBase) else load_base(base)
+    fingerprint = loaded.fingerprint
+    if package is not None:
+        from exporters.dequantize import load_package_weights
+
+        load_package_weights(loaded.model, package.path)
+    architecture = loaded.family.architecture
+    predicts_masks = architecture == names.ENCODER_ONLY and loaded.model is not loaded.model.base_model
+    plan = make_plan(facts, options, architecture=architecture, name=loaded.name, predicts_masks=predicts_masks)
+    geometry, tokenizer = geometry_of(loaded.config), _tokenizer(loaded)
+    if options.max_length > geometry.max_positions > 0:
+        raise InputError(f"max_length is {options.max_length}, {loaded.name} takes at most {geometry.max_positions}")
+    soft = None
+    if options.method != "head":
+        soft = SoftPrompt(geometry, options, task_type=_TASK_TYPES[architecture])
+    count = soft.num_virtual_tokens if soft is not None else 0
+    deep = soft is not None and soft.is_prefix
+    encoder = RowEncoder(
+        architecture=architecture,
+        template=plan.template,
+        tokenizer=tokenizer,
+        options=options,
+        num_virtual_ids=0 if deep else count,
+        prefix_length=count if deep else 0,
+        vocab_size=geometry.vocab_size,
+    )
+    tokens = tokens_of(loaded.config, getattr(loaded.model, "generation_config", None), loaded.tokenizer)
+    model = _prompted(loaded, plan, geometry, soft, tokens)
+    _start(model, plan, tokenizer, options)
+    objective = _objective(loaded.name, model, encoder, plan, tokens)
+    return Run(loaded, fingerprint, tokenizer, plan, encoder, objective, options, package)
+
+
+def _prompted(loaded: Any, plan: TaskPlan, geometry: Geometry, soft: SoftPrompt | None, tokens: Tokens) -> Any:
+    architecture, vocab = loaded.family.architecture, geometry.vocab_size
+    if architecture == names.ENCODER_ONLY:
+        return EncoderPrompt(loaded, geometry, soft, mask_token=-1 if tokens.mask is None else tokens.mask)
+    assert soft is not None
+    if architecture == names.ENCODER_DECODER:
+        start = tokens.bos if tokens.decoder_start is None else tokens.decoder_start
+        if start is None:
+            raise SourceError(f"{loaded.name} names no token that its decoder starts with")
+        return Seq2SeqPrompt(loaded.model, soft, vocab_size=vocab, start=[start])
+    return CausalPrompt(loaded.model, soft, vocab_size=vocab, prompt_leads=plan.template.prompt_is_prefix)
+
+
+def _objective(name: str, model: Any, encoder: RowEncoder, plan: TaskPlan, tokens: Tokens) -> Objective:
+    if plan.task == "generate":
+        if not tokens.eos:
+            raise UnsupportedError(f"{name} names no end token, so a generation could not learn to stop")
+        whole = encoder.architecture == names.ENCODER_DECODER
+        return Generate(model, encoder, end=tokens.eos[0], whole_text=whole)
+    if plan.task == "tag":
+        return Tag(model, encoder, plan.labels)
+    if plan.task == "qa":
+        return AnswerSpan(model, encoder)
+    if plan.has_head:
+        return HeadClassify(model, encoder, plan.labels, plan.problem_type)
+    return WordClassify(model, encoder, plan.verbalizer)
+
+
+def _tokenizer(loaded: Any) -> Tokenizer:
+    if loaded.tokenizer is None:
+        raise SourceError(f"{loaded.name} has no tokenizer; put its tokenizer files beside the model")
+    with tempfile.TemporaryDirectory() as folder:
+        loaded.tokenizer.save_pretrained(folder)
+        return Tokenizer(folder)
+
+
+@torch.no_grad()
+def _start(model: Prompted, plan: TaskPlan, tokenizer: Tokenizer, options: TuneOptions) -> None:
+    """Set the prompt to what the options say it starts as."""
+    soft = model.soft
+    if soft is None:
+        return
+    words = [word for choices in plan.verbalizer.values() for word in choices] or [f" {label}" for label in plan.labels]
+    ids = start_ids(options, tokenizer, model.vocab_size, words, plan.purpose)
+    table = model.base.get_input_embeddings()
+    target = None
+    if soft.is_prefix:
+        target = None if ids is None else model.start_prefix(ids)
+    elif ids is None:
+        target = torch.randn(soft.num_virtual_tokens, table.weight.shape[1]) * table.weight.std().cpu()
+    else:
+        target = table(torch.tensor(ids, device=table.weight.device))
+    if target is not None:
+        soft.start_from(target.float())
