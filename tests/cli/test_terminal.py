@@ -1,0 +1,81 @@
+"""What only a terminal, a pipe or a signal shows."""
+
+import os
+import pty
+import signal
+import subprocess
+import sys
+import time
+
+import pytest
+
+COMMAND = [sys.executable, "-m", "edgeprompt"]
+
+
+def on_terminal(*args, stdout):
+    """(stdout, stderr) of a command whose stderr, and with stdout=True also stdout, is a terminal."""
+    leader, follower = pty.openpty()
+    out = follower if stdout else subprocess.PIPE
+    with subprocess.Popen(
+        [*COMMAND, *map(str, args)], stdin=subprocess.DEVNULL, stdout=out, stderr=follower
+    ) as process:
+        os.close(follower)
+        shown = b""
+        while chunk := _read(leader):
+            shown += chunk
+        printed = process.stdout.read().decode() if process.stdout else ""
+    os.close(leader)
+    assert process.returncode == 0, shown
+    return printed, shown.decode()
+
+
+def _read(handle):
+    try:
+        return os.read(handle, 4096)
+    except OSError:  # Linux reports the end of a terminal as an error
+        return b""
+
+
+@pytest.fixture
+def texts(tmp_path):
+    file = tmp_path / "texts.txt"
+    file.write_text("Once upon a time\n" * 200)
+    return file
+
+
+def test_progress_is_for_terminals(cli, texts, tiny_llama_package):
+    args = ("run", tiny_llama_package, "--input", texts, "--max-new-tokens", 2)
+    printed, shown = on_terminal(*args, stdout=False)
+    assert "run" in shown
+    assert "\x1b[" in shown
+    plain = cli(*args)
+    assert plain.stdout == printed
+    assert plain.stderr == ""
+
+
+def test_a_single_answer_is_streamed_to_a_terminal(cli, tiny_llama_package):
+    args = ("run", tiny_llama_package, "Once upon a time", "--max-new-tokens", 12)
+    _, shown = on_terminal(*args, stdout=True)
+    assert shown.replace("\r\n", "\n") == cli(*args).stdout
+
+
+def test_a_reader_that_leaves_is_no_error(texts, tiny_llama_package):
+    args = [*COMMAND, "run", tiny_llama_package, "--input", texts, "--max-new-tokens", "40"]
+    with subprocess.Popen(args, stdout=subprocess.PIPE, stderr=subprocess.PIPE) as process:
+        process.stdout.readline()
+        process.stdout.close()
+        assert process.stderr.read() == b""
+
+
+def test_ctrl_c_ends_a_run_and_leaves_no_output(texts, tiny_llama_package, tmp_path):
+    out = tmp_path / "answers.csv"
+    args = [*COMMAND, "run", tiny_llama_package, "--input", texts, "--max-new-tokens", "200", "--output", out]
+    with subprocess.Popen(args, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as process:
+        deadline = time.monotonic() + 60
+        while len(list(tmp_path.iterdir())) < 2 and time.monotonic() < deadline:
+            time.sleep(0.02)
+        process.send_signal(signal.SIGINT)
+        _, error = process.communicate(timeout=60)
+    assert process.returncode == 1
+    assert "Traceback" not in error
+    assert [path.name for path in tmp_path.iterdir()] == [texts.name]
