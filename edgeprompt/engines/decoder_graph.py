@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import mmap
 from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -12,7 +13,7 @@ import numpy.typing as npt
 
 from edgeprompt import names
 from edgeprompt.kv_cache import KV, KVShape, SlotCache
-from edgeprompt.session import Session, graph_inputs, import_onnxruntime
+from edgeprompt.session import Session, graph_inputs
 
 Ids = npt.NDArray[np.int64]
 Logits = npt.NDArray[np.float32]
@@ -20,6 +21,8 @@ Logits = npt.NDArray[np.float32]
 LOGITS_BUDGET = 64 << 20
 """Most bytes of logits per prefill chunk, for graphs that compute them at every position."""
 PREFILL_CHUNK = 512
+MASK_STEP = 64
+"""Masks of decode steps are a multiple of this wide: the shapes stay, so does what ONNX Runtime knows about them."""
 
 
 class DecoderGraph(Protocol):
@@ -90,26 +93,33 @@ class _Graph:
         ]
 
 
+@dataclass
+class _Step:
+    """A decode step that is bound: `mask` [rows, width] int64, the others [rows, 1] int64."""
+
+    binding: Any
+    ids: Ids
+    positions: Ids
+    mask: Ids
+
+
 class SharedGraph(_Graph):
     """GroupQueryAttention: past and present are the same memory, and the operator appends in place.
 
-    A binding holds addresses, so there is one per slot (prefill) and one per number of rows (decode); a step binds
-    ids and mask only.
+    A binding holds addresses. A prefill has one per slot; a decode step has one per number of rows, whose ids, mask
+    and logits are bound once and filled in place.
     """
 
     def __init__(self, session: Session, shape: KVShape, *, hidden_size: int, max_rows: int, budget: int) -> None:
         super().__init__(session, shape, hidden_size=hidden_size, max_rows=max_rows, budget=budget)
         self._cache = SlotCache(shape, max_slots=max_rows, budget=budget)
-        self._bindings: dict[tuple[int, int], Any] = {}
+        self._prefills: dict[int, Any] = {}
+        self._steps: dict[tuple[int, int], _Step] = {}
         self._generation = -1
         self._occupant: dict[int, KV | None] = {}
         """The prefix at the start of each slot: rows write behind it only, so the next row may use it as it is."""
         self._logits = np.empty((max_rows, 1, self._vocab), self._logits_type)
-        self._ids = np.empty((max_rows, 1), np.int64)
-        self._positions = np.empty((max_rows, 1), np.int64)
-        self._mask = np.empty(0, np.int64)
         self._count = np.empty(0, np.int64)
-        self._run_options = import_onnxruntime().RunOptions()
 
     def fits(self, rows: int, length: int) -> bool:
         """Whether that many rows of that many positions are within the budget."""
@@ -120,9 +130,9 @@ class SharedGraph(_Graph):
         self._cache.reserve(row + 1, length, used)
         if self._generation != self._cache.generation:
             self._generation = self._cache.generation
-            self._bindings.clear()
+            self._prefills.clear()
+            self._steps.clear()
             self._occupant.clear()
-            self._mask = np.empty(self._cache.slots * self._cache.length, np.int64)
             self._count = np.arange(self._cache.length)
         if prefix is not None and self._occupant.get(row) is not prefix:
             self._cache.write(row, prefix)
@@ -130,7 +140,9 @@ class SharedGraph(_Graph):
 
     def prefill(self, row: int, ids: Sequence[int], past: int, rows: Logits | None) -> Logits:
         """Run a row's next ids on top of `past` positions of its slot."""
-        binding = self._binding(row, 1)
+        binding = self._prefills.get(row)
+        if binding is None:
+            binding = self._prefills[row] = self._bound(row, 1)
         count = len(ids)
         table = self._no_rows if rows is None else rows
         tensors = [
@@ -159,19 +171,27 @@ class SharedGraph(_Graph):
 
     def _step(self, row: int, ids: Sequence[int], lengths: Sequence[int]) -> Logits:
         count = len(ids)
-        binding = self._binding(row, count)
-        width = min(-(-(max(lengths) + 1) // 64) * 64, self._cache.length)
-        mask = self._mask[: count * width].reshape(count, width)
-        np.less_equal(self._count[:width], np.asarray(lengths)[:, None], out=mask, casting="unsafe")
-        self._ids[:count, 0] = ids
-        self._positions[:count, 0] = lengths
-        self._bind(binding, names.INPUT_IDS, self._ids[:count])
-        self._bind(binding, names.ATTENTION_MASK, mask)
-        self._bind(binding, names.POSITION_IDS, self._positions[:count])
-        self._bind(binding, names.PROMPT_EMBEDDINGS, self._no_rows)
-        self._bind_output(binding, self._logits[:count])
-        self._ort.run_with_iobinding(binding)
+        width = min(-(-(max(lengths) + 1) // MASK_STEP) * MASK_STEP, self._cache.length)
+        step = self._steps.get((row, count))
+        if step is None:
+            step = self._steps[row, count] = self._new_step(row, count)
+        if step.mask.shape[1] != width:
+            step.mask = np.empty((count, width), np.int64)
+            self._bind(step.binding, names.ATTENTION_MASK, step.mask)
+        step.ids[:, 0] = ids
+        step.positions[:, 0] = lengths
+        np.less_equal(self._count[:width], step.positions, out=step.mask, casting="unsafe")
+        self._ort.run_with_iobinding(step.binding)
         return self._logits[:count, 0].astype(np.float32, copy=False)
+
+    def _new_step(self, row: int, count: int) -> _Step:
+        ids, positions = np.empty((count, 1), np.int64), np.empty((count, 1), np.int64)
+        step = _Step(self._bound(row, count), ids, positions, np.empty((count, 0), np.int64))
+        self._bind(step.binding, names.INPUT_IDS, step.ids)
+        self._bind(step.binding, names.POSITION_IDS, step.positions)
+        self._bind(step.binding, names.PROMPT_EMBEDDINGS, self._no_rows)
+        self._bind_output(step.binding, self._logits[:count])
+        return step
 
     def read(self, row: int, length: int) -> KV:
         """Copy of a slot's first keys and values."""
@@ -186,18 +206,15 @@ class SharedGraph(_Graph):
         """Give back what a long request took."""
         self._cache.shrink(1024)
 
-    def _binding(self, row: int, count: int) -> Any:
-        found = self._bindings.get((row, count))
-        if found is None:
-            found = self._ort.io_binding()
-            size = self._shape
-            shape = (count, size.num_heads, self._cache.length, size.head_size)
-            for block, past, present in self._blocks:
-                place = ("cpu", 0, np.dtype(size.dtype).type, shape, self._cache.pointer(block, row))
-                found.bind_input(past, *place)
-                found.bind_output(present, *place)
-            self._bindings[row, count] = found
-        return found
+    def _bound(self, row: int, count: int) -> Any:
+        """A binding whose past and present are `count` slots from `row` on."""
+        binding, size = self._ort.io_binding(), self._shape
+        shape = (count, size.num_heads, self._cache.length, size.head_size)
+        for block, past, present in self._blocks:
+            place = ("cpu", 0, np.dtype(size.dtype).type, shape, self._cache.pointer(block, row))
+            binding.bind_input(past, *place)
+            binding.bind_output(present, *place)
+        return binding
 
     def _bind(self, binding: Any, name: str, array: npt.NDArray[Any]) -> None:
         if name in self._inputs:
