@@ -18,6 +18,7 @@ from exporters.geometry import geometry_of
 from exporters.graft import graft_virtual_tokens
 from exporters.load import LoadedBase
 from exporters.quantize import quantize_graph
+from exporters.row_quantize import quantize_rows
 
 
 def build(loaded: LoadedBase, options: ExportOptions, folder: Path, scratch: Path) -> BuiltGraphs:
@@ -32,6 +33,7 @@ def build(loaded: LoadedBase, options: ExportOptions, folder: Path, scratch: Pat
     geometry = geometry_of(loaded.config)
     model = trace_graph(loaded)
     weights = quantize_graph(model, options.precision, loaded.model)
+    quantize_rows(model)
     width = geometry.embedding_size or geometry.hidden_size
     graft_virtual_tokens(model, vocab_size=geometry.vocab_size, hidden_size=width, door=options.door)
     save_graph(model, folder / GRAPH)
