@@ -40,7 +40,13 @@ METRICS = ("accuracy", "f1", "exact-match", "rouge", "bleu")
 @click.option("--target-column", default="target", show_default=True, help="Column with the right text (generate, qa).")
 @click.option("--limit", type=click.IntRange(min=1), help="Look at the first rows only.")
 @click.option("--zero-shot", is_flag=True, help="Compare with no prompt: the same template and label words.")
-@click.option("--hard-prompt", "hard", metavar="TEXT", help="Compare with TEXT in front instead of the soft prompt.")
+@click.option(
+    "--hard-prompt",
+    "hard",
+    metavar="TEXT",
+    callback=serving.unescape,
+    help="Compare with TEXT in front instead of the soft prompt.",
+)
 @click.option("--shots", type=click.IntRange(min=1), help="Compare with this many solved examples in front.")
 @click.option("--shots-from", metavar="DATA", help="Where --shots draws its examples (not the data evaluated on).")
 @click.option("--seed", type=click.IntRange(min=0), default=0, show_default=True, help="Draws the --shots examples.")

@@ -53,7 +53,9 @@ Row = tuple[str, str | None, Any]
 @click.option("--top-k", type=click.IntRange(min=1))
 @click.option("--top-p", type=click.FloatRange(min=0, max=1, min_open=True))
 @click.option("--seed", type=click.IntRange(min=0))
-@click.option("--stop", multiple=True, help="Text that ends the answer; may be repeated.")
+@click.option(
+    "--stop", multiple=True, callback=serving.unescape, help=r"Text that ends the answer, as \n; may be repeated."
+)
 @click.option("--chat", is_flag=True, help="Put each text into the package's chat template.")
 @click.option("--truncate", is_flag=True, help="Cut a text that exceeds the context, instead of refusing it.")
 @serving.runtime_options

@@ -26,6 +26,13 @@ F = TypeVar("F", bound=Callable[..., Any])
 ROWS_AT_ONCE = 64
 
 
+def unescape(_context: click.Context, _parameter: click.Parameter, value: Any) -> Any:
+    r"""Option callback: `\n` and `\t` as typed in a shell are a line break and a tab."""
+    if isinstance(value, tuple):
+        return tuple(unescape(_context, _parameter, item) for item in value)
+    return value.replace("\\n", "\n").replace("\\t", "\t") if isinstance(value, str) else value
+
+
 def runtime_options(command: F) -> F:
     """The options of every command that serves."""
     for option in (

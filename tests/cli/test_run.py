@@ -203,3 +203,15 @@ def test_other_weights_than_tuned_for_are_noted(cli, make_prompt, tiny_llama_pac
         result = cli("run", tiny_llama_package, "text", "--prompt", file)
         assert result.exit_code == 0
         assert (words in result.stderr) if words else result.stderr == ""
+
+
+def test_stop_text_ends_the_answer(cli, tiny_llama_package):
+
+    def ask(*more):
+        return json.loads(cli("run", tiny_llama_package, "Once upon", "--max-new-tokens", 12, "--json", *more).stdout)
+
+    whole = ask()["text"]
+    stop = whole[len(whole) // 2 :][:2]
+    found = ask("--stop", stop.replace("\n", r"\n").replace("\t", r"\t"))
+    assert found["finish_reason"] == "stop"
+    assert found["text"] == whole[: whole.index(stop)]
