@@ -19,6 +19,8 @@ TEXT_TOKENS = 32
 NEW_TOKENS = 64
 SNIPPETS = 256
 LABELS = {"negative": " negative", "positive": " positive"}
+GENAI = {"genai": (), "genai-pruned": ("prune_lm_head=true",)}
+"""Models of onnxruntime-genai: as its builder makes them by default, and with logits of the last position only."""
 SUFFIX = "\nSentiment:"
 
 
@@ -31,8 +33,9 @@ def prepare(folder: Path, gguf: Path, *, threads: int, lengths: tuple[int, ...])
     for name in ("int4-genai", "int4-torch", "int8-genai"):
         if not (folder / name).exists():
             _export(gguf, folder / name, *name.split("-"))
-    if not (folder / "genai").exists():
-        _build_genai(hf, folder)
+    for name, options in GENAI.items():
+        if not (folder / name).exists():
+            _build_genai(hf, folder / name, options)
     work = _describe(folder, hf, gguf, threads, lengths)
     path = folder / "work.json"
     path.write_text(json.dumps(work, indent=1) + "\n", encoding="utf-8")
@@ -60,32 +63,18 @@ def _export(gguf: Path, out: Path, precision: str, route: str) -> None:
     export_model(gguf, out, precision=precision, route=route)
 
 
-def _build_genai(hf: Path, folder: Path) -> None:
-    """onnxruntime-genai's own int4 model, as its users build it, with the faster of its accuracy levels."""
-    scratch = folder / "genai.partial"
+def _build_genai(hf: Path, out: Path, more: tuple[str, ...]) -> None:
+    """onnxruntime-genai's own int4 model, with the accuracy level that is fastest on processors."""
+    scratch = out.with_name(f"{out.name}.partial")
     builder = [sys.executable, "-m", "onnxruntime_genai.models.builder"]
-    options = ["int4_accuracy_level=4", "prune_lm_head=true"]
+    source = ["-i", hf, "-o", scratch, "-p", "int4", "-e", "cpu", "-c", out.with_name("cache")]
     subprocess.run(
-        [
-            *builder,
-            "-i",
-            hf,
-            "-o",
-            scratch,
-            "-p",
-            "int4",
-            "-e",
-            "cpu",
-            "-c",
-            folder / "cache",
-            "--extra_options",
-            *options,
-        ],
+        [*builder, *source, "--extra_options", "int4_accuracy_level=4", *more],
         check=True,
         stdout=subprocess.DEVNULL,
         stderr=subprocess.DEVNULL,
     )
-    scratch.replace(folder / "genai")
+    scratch.replace(out)
 
 
 def _describe(folder: Path, hf: Path, gguf: Path, threads: int, lengths: tuple[int, ...]) -> dict[str, Any]:

@@ -54,18 +54,19 @@ def _notes(result: dict[str, Any]) -> list[str]:
     device, peers = result["device"], result["peers"]
     rounds = max(len(peer["rounds"]) for peer in peers.values())
     notes = [
-        f"{result['model']}, {result['threads']} threads, one sequence at a time, 16-token prompt, 32-token text, 64 new "
-        f"tokens, 256 review snippets (each peer at its best batch size); {rounds} rounds in turn, every measurement in a "
-        f"process of its own. {device['cpu']} ({', '.join(device['isa'])}), {result['time'][:10]}.",
+        f"{result['model']}, {result['threads']} threads, one sequence at a time, 16-token prompt, 32-token text, 64 "
+        "new tokens, 256 review snippets (each peer at its best batch size); "
+        f"{rounds} rounds in turn, every measurement in a process of its own. "
+        f"{device['cpu']} ({', '.join(device['isa'])}), {result['time'][:10]}.",
         "",
     ]
     speed = statistics.median(result["ceiling_bytes_per_second"])
     if peers["edgeprompt"]["rounds"]:
         decode = statistics.median(statistics.median(r["decode"]) for r in peers["edgeprompt"]["rounds"])
-        share = decode * result["weight_bytes"] / speed
+        bound = speed / result["weight_bytes"]
         notes += [
-            f"Memory reads {speed / 1e9:.1f} GB/s in the same run; {result['weight_bytes'] / 1e6:.0f} MB of weights a token "
-            f"bound decoding at {speed / result['weight_bytes']:.0f} tokens/s, of which edgeprompt reaches {share:.0%}.",
+            f"Memory reads {speed / 1e9:.1f} GB/s in the same run; {result['weight_bytes'] / 1e6:.0f} MB of weights a "
+            f"token bound decoding at {bound:.0f} tokens/s, of which edgeprompt reaches {decode / bound:.0%}.",
             "",
         ]
     notes += [f"{peer['title']}: absent ({peer['absent']})" for peer in peers.values() if peer.get("absent")]

@@ -19,7 +19,7 @@ class Peer:
     batches = (1,)
 
     def __init__(self, work: dict, variant: str) -> None:
-        config = og.Config(str(Path(work["folder"]) / "genai"))
+        config = og.Config(str(Path(work["folder"]) / variant))
         sessions = {"intra_op_num_threads": work["threads"]}
         config.overlay(json.dumps({"model": {"decoder": {"session_options": sessions}}}))
         self._model = og.Model(config)

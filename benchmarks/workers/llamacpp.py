@@ -114,8 +114,7 @@ class Peer:
                 (row + 1 if batch > 1 else 0, past, self._tokens(text))
                 for row, text in enumerate(texts[at : at + batch])
             ]
-            for place in self._run(rows):
-                found.append(int(self._logits(place)[labels].argmax()))
+            found += [int(self._logits(place)[labels].argmax()) for place in self._run(rows)]
             for sequence, _, _ in rows:
                 lib.llama_memory_seq_rm(self._memory, sequence, past, -1)
         return found

@@ -47,7 +47,7 @@ def compare(new: Report, old: Report) -> str:
         cells = [
             now.test, now.prompt or "", now.provider, now.n_threads or "all", now.batch_size, now.n_prompt, now.n_gen,
             now.n_tasks, readable(theirs.p50, then.unit), readable(ours.p50, now.unit),
-            f"{ours.p50 / theirs.p50:.3f}" if theirs.p50 else "", f"{chance:.3f}",
+            f"{ours.p50 / theirs.p50:.3f}" if theirs.p50 > 0 < ours.p50 else "", f"{chance:.3f}",
             _verdict(ours.p50, theirs.p50, now.unit, chance, min(ours.n, theirs.n)),
         ]  # fmt: skip
         lines.append("| " + " | ".join(str(cell) for cell in cells) + " |")

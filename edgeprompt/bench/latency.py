@@ -27,6 +27,23 @@ from edgeprompt.runtime import Runtime
 _OTHER, _NONE, _HARD = "bench other", "bench none", "bench hard"
 
 
+def check_lengths(package: Package, prompt: PromptFile, options: BenchOptions) -> None:
+    """Refuse what the base does not hold, before minutes of work.
+
+    Raises:
+        InputError: names the lengths and the limit.
+    """
+    manifest = package.manifest
+    limit, longest = manifest.geometry.max_positions, max(options.input_tokens)
+    new = 0 if manifest.architecture == names.ENCODER_ONLY else options.new_tokens
+    around = prompt.num_virtual_tokens + len(package.tokenizer.encode(instruction_of(prompt)))
+    if limit and around + longest + new > limit:
+        raise InputError(
+            f"{longest} input and {new} new tokens with prompt {prompt.name!r} exceed the {limit} positions of the "
+            "base; lower --input-tokens or --new-tokens"
+        )
+
+
 class Latency:
     """Measures one package with one provider and number of threads."""
 
@@ -34,7 +51,6 @@ class Latency:
         self._options, self._threads = options, threads
         self._encoder = package.manifest.architecture == names.ENCODER_ONLY
         self._cached = package.manifest.architecture == names.DECODER_ONLY
-        self._limit = package.manifest.geometry.max_positions
         self._tokenizer = package.tokenizer
         # Ending early would measure fewer tokens than asked: no token ends a text here.
         tokens = dataclasses.replace(package.manifest.tokens, eos=())
@@ -50,7 +66,6 @@ class Latency:
         self.provider = runtime.provider
         with runtime:
             for file, prompt in prompts.items():
-                self._check_lengths(prompt)
                 tell("add prompt")
                 yield self._add_prompt(runtime, file, prompt)
                 tell("time to first token")
@@ -67,16 +82,6 @@ class Latency:
         if self._cached:
             tell("prompt run again")
             yield from self._run_again(prompts)
-
-    def _check_lengths(self, prompt: PromptFile) -> None:
-        longest = max(self._options.input_tokens)
-        new = 0 if self._encoder else self._options.new_tokens
-        around = prompt.num_virtual_tokens + 64  # template, instruction and special tokens
-        if self._limit and around + longest + new > self._limit:
-            raise InputError(
-                f"{longest} input and {new} new tokens with prompt {prompt.name!r} exceed the {self._limit} positions "
-                "of the base; lower --input-tokens or --new-tokens"
-            )
 
     def _warm_load(self) -> Result:
         def load() -> None:

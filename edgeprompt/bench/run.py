@@ -11,7 +11,7 @@ from pathlib import Path
 
 from edgeprompt.bench import processes
 from edgeprompt.bench.device import clock, describe_device, throttling
-from edgeprompt.bench.latency import Latency
+from edgeprompt.bench.latency import Latency, check_lengths
 from edgeprompt.bench.options import BenchOptions
 from edgeprompt.bench.report import Report, Result
 from edgeprompt.bench.workload import prompt_files
@@ -46,9 +46,10 @@ def run_bench(
     settings = list(product(options.providers, options.threads))
     results: list[Result] = []
     device = describe_device()
-    before = clock()
     with prompt_files(package, options.prompts) as prompts:
-        total, done = 2 + len(settings) * (2 + 4 * len(prompts)), 0
+        for prompt in prompts.values():
+            check_lengths(package, prompt, options)
+        total, done = 2 + len(settings) * (3 + 4 * len(prompts)), 0
 
         def tell(stage: str) -> None:
             nonlocal done
@@ -56,6 +57,7 @@ def run_bench(
                 progress(stage, min(1.0, done / total))
             done += 1
 
+        before = clock()
         file, prompt = next(iter(prompts.items()))
         tell("cold start")
         results += processes.cold_start(package, prompt, file, options)

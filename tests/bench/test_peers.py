@@ -1,0 +1,67 @@
+"""The comparison's table, from a result of known numbers."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from benchmarks.table import BEGIN, END, to_markdown, write_readme
+
+
+def _round(speed: float, **changes: Any) -> dict[str, Any]:
+    return {
+        "ttft_cached": {"32": [0.1 / speed] * 3},
+        "ttft_uncached": {"32": [0.2 / speed] * 3},
+        "decode": [50 * speed] * 3,
+        "classify": 10 * speed,
+        "cold_start": 1 / speed,
+        "peak_rss": 2e8,
+        **changes,
+    }
+
+
+@pytest.fixture
+def result() -> dict[str, Any]:
+    return {
+        "model": "tiny",
+        "threads": 2,
+        "device": {"cpu": "a processor", "isa": ["AVX2"]},
+        "time": "2026-01-02T03:04:05+00:00",
+        "weight_bytes": 1e8,
+        "ceiling_bytes_per_second": [2e10],
+        "peers": {
+            "edgeprompt": {"title": "ours", "rounds": [_round(2), _round(2)]},
+            "other": {"title": "other", "rounds": [_round(1), _round(0.5)]},
+            "gone": {"title": "gone", "rounds": [], "absent": "no wheel"},
+        },
+    }
+
+
+def test_ratios_of_medians_with_their_spread(result: dict[str, Any]):
+    lines = to_markdown(result).splitlines()
+    ratio = lines[-1 - next(n for n, line in enumerate(reversed(lines)) if line.startswith("| other"))]
+    cells = [cell.strip() for cell in ratio.split("|")[2:-1]]
+    assert cells[2] == "2.67 (2.00 to 4.00)"  # 100 tokens/s beside a median of 37.5
+    assert cells[0] == "3.00 (2.00 to 4.00)"
+    assert cells[5] == "1.00 (1.00 to 1.00)"
+
+
+def test_absent_peers_and_the_ceiling_are_said(result: dict[str, Any]):
+    text = to_markdown(result)
+    assert "gone: absent (no wheel)" in text
+    assert "| gone | absent |" in text
+    assert "bound decoding at 200 tokens/s, of which edgeprompt reaches 50%" in text
+
+
+def test_readme_is_replaced_between_its_markers(result: dict[str, Any], tmp_path: Path):
+    readme, file = tmp_path / "README.md", tmp_path / "result.json"
+    file.write_text(json.dumps(result), encoding="utf-8")
+    readme.write_text(f"before\n{BEGIN}\nlast year\n{END}\nafter\n", encoding="utf-8")
+    write_readme(readme, file)
+    write_readme(readme, file)
+    text = readme.read_text(encoding="utf-8")
+    assert text.startswith("before\n")
+    assert text.endswith("\nafter\n")
+    assert "last year" not in text
+    assert text.count("| other |") == 2
