@@ -22,7 +22,7 @@ def text() -> str:
 
 
 def _help(command: click.Command, name: str) -> str:
-    parent = click.Context(main, info_name="edgeprompt", terminal_width=WIDTH, max_content_width=WIDTH)
+    parent = click.Context(main, info_name="edgeprompt", terminal_width=WIDTH, **main.context_settings)
     if not name:
         return command.get_help(parent)
     return command.get_help(click.Context(command, info_name=name, parent=parent))
