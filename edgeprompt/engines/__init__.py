@@ -40,6 +40,8 @@ class EngineOptions:
     """Most rows of one decode step."""
     max_queue: int = 1024
     """Most requests waiting."""
+    batch_invariant: bool = False
+    """Give a quantised decoder's generations the same tokens whatever else runs, at a slower lone generation."""
     cache_folder: Path | None = None
     """Folder of the optional on-disk prefix-KV cache."""
 

@@ -99,6 +99,7 @@ class DecoderEngine:
             hidden_size=size.hidden_size,
             max_rows=options.max_batch,
             budget=budget,
+            batch_invariant=options.batch_invariant,
         )
         self._prefixes = PrefixCache(PREFIX_BUDGET if options.prefix_budget is None else options.prefix_budget)
         self._store = None

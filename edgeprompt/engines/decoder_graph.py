@@ -56,11 +56,32 @@ class DecoderGraph(Protocol):
 
 
 def open_graph(
-    session: Session, path: Path, shape: KVShape, *, hidden_size: int, max_rows: int, budget: int
+    session: Session,
+    path: Path,
+    shape: KVShape,
+    *,
+    hidden_size: int,
+    max_rows: int,
+    budget: int,
+    batch_invariant: bool = False,
 ) -> DecoderGraph:
-    """The way to run a graph: caches shared in place where its attention appends in place, else grown by the graph."""
-    kind = SharedGraph if _appends_in_place(path) else GrowingGraph
-    return kind(session, shape, hidden_size=hidden_size, max_rows=max_rows, budget=budget)
+    """The way to run a graph: caches shared in place where its attention appends in place, else grown by the graph.
+
+    Args:
+        session: the open graph.
+        path: its file.
+        shape: of its cache.
+        hidden_size: of its prompt rows.
+        max_rows: most rows of a decode step.
+        budget: most bytes of cache.
+        batch_invariant: run a lone row as two. Kernels for one row add up in another order than those for several,
+            and int8 activations make that visible; rows of a growing graph always run alone.
+    """
+    if not _appends_in_place(path):
+        return GrowingGraph(session, shape, hidden_size=hidden_size, max_rows=max_rows, budget=budget)
+    graph = SharedGraph(session, shape, hidden_size=hidden_size, max_rows=max_rows, budget=budget)
+    graph.least_rows = 2 if batch_invariant else 1
+    return graph
 
 
 def _appends_in_place(path: Path) -> bool:
@@ -112,22 +133,26 @@ class SharedGraph(_Graph):
 
     def __init__(self, session: Session, shape: KVShape, *, hidden_size: int, max_rows: int, budget: int) -> None:
         super().__init__(session, shape, hidden_size=hidden_size, max_rows=max_rows, budget=budget)
-        self._cache = SlotCache(shape, max_slots=max_rows, budget=budget)
+        self.least_rows = 1
+        """Decode steps of fewer rows are filled up with rows whose answers are dropped."""
+        self._cache = SlotCache(shape, max_slots=max_rows + 1, budget=budget)
+        self._filled: dict[int, int] = {}
+        """How far each slot is written: a row that fills up a step writes behind that, so a prefill is safe from it."""
         self._prefills: dict[int, Any] = {}
         self._steps: dict[tuple[int, int], _Step] = {}
         self._generation = -1
         self._occupant: dict[int, KV | None] = {}
         """The prefix at the start of each slot: rows write behind it only, so the next row may use it as it is."""
-        self._logits = np.empty((max_rows, 1, self._vocab), self._logits_type)
+        self._logits = np.empty((max_rows + 1, 1, self._vocab), self._logits_type)
         self._count = np.empty(0, np.int64)
 
     def fits(self, rows: int, length: int) -> bool:
         """Whether that many rows of that many positions are within the budget."""
-        return self._cache.fits(rows, length)
+        return rows <= self._max_rows and self._cache.fits(max(rows, self.least_rows), length)
 
     def place(self, row: int, prefix: KV | None, length: int, used: int) -> None:
         """Start a row on a prefix; a slot that still holds the same prefix from its last row is used as it is."""
-        self._cache.reserve(row + 1, length, used)
+        self._cache.reserve(row + self.least_rows, length, used)
         if self._generation != self._cache.generation:
             self._generation = self._cache.generation
             self._prefills.clear()
@@ -137,6 +162,7 @@ class SharedGraph(_Graph):
         if prefix is not None and self._occupant.get(row) is not prefix:
             self._cache.write(row, prefix)
         self._occupant[row] = prefix
+        self._filled[row] = 0 if prefix is None else prefix.shape[2]
 
     def prefill(self, row: int, ids: Sequence[int], past: int, rows: Logits | None) -> Logits:
         """Run a row's next ids on top of `past` positions of its slot."""
@@ -157,12 +183,17 @@ class SharedGraph(_Graph):
         logits = self._logits[:1] if self._last_only else np.empty((1, count, self._vocab), self._logits_type)
         self._bind_output(binding, logits)
         self._ort.run_with_iobinding(binding)
+        self._filled[row] = past + count
         last: Logits = logits[0, -1].astype(np.float32, copy=False)
         return last
 
     def decode(self, ids: Sequence[int], lengths: Sequence[int]) -> Logits:
         """One token for each of the first rows."""
-        return self._step(0, ids, lengths)
+        count, fill = len(ids), range(len(ids), self.least_rows)
+        if fill:
+            ids = [*ids, *(0 for _ in fill)]
+            lengths = [*lengths, *(self._filled.get(slot, 0) for slot in fill)]
+        return self._step(0, ids, lengths)[:count]
 
     def decode_one(self, row: int, token: int, length: int) -> Logits:
         """One token for one row."""
