@@ -96,7 +96,7 @@ def accuracy_table(package: Path, mine: Path, shipped: dict[str, Path]) -> Table
 def mixed_table(runtime: ep.Runtime, tasks: list[str]) -> Table:
     """Rows of several tasks, answered in one call."""
     texts = (
-        "A thoughtful film that earns every one of its tears.",
+        "a thoughtful film that earns every one of its tears",
         "the battery died after two days and nobody answers the phone",
     )
     requests = [ep.Request(text, task) for text in texts for task in tasks]
@@ -126,7 +126,7 @@ def cost_table(runtime: ep.Runtime, mine: Path, tasks: list[str]) -> Table:
     for _ in range(REPEATS):
         runtime.add_prompt(mine, name="new")
         first.append(seconds(classify("new")))
-    generations = [runtime.generate(text, max_new_tokens=32) for _ in range(5)]
+    generations = [runtime.generate("Once upon a time", max_new_tokens=32) for _ in range(5)]
 
     table = Table(
         "measured", "median", caption=f"{runtime.provider}, {len(tasks)} tasks loaded, one text of this length"
