@@ -33,6 +33,7 @@ def build(loaded: LoadedBase, options: ExportOptions, folder: Path, scratch: Pat
             f"route {options.route!r} does not build encoder-decoders ({loaded.config.model_type}); "
             "use --route torch, or leave it out"
         )
+    loaded.family.prepare(loaded.model)
     geometry = geometry_of(loaded.config)
     encoder = seq2seq_graph.export_encoder(loaded.model, loaded.family)
     weights = {"encoder": quantize_graph(encoder, options.precision, loaded.model)}
@@ -66,6 +67,7 @@ def validate(
     """
     from exporters.validate_seq2seq import validate_seq2seq
 
+    loaded.family.prepare(loaded.model)
     return validate_seq2seq(loaded, folder, manifest, prompts)
 
 

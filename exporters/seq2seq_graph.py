@@ -18,8 +18,10 @@ from transformers import AttentionInterface
 from transformers.masking_utils import AttentionMaskInterface
 
 from edgeprompt import names
+from edgeprompt.errors import ExportError
 from exporters.families.seq2seq import Seq2SeqFamily
 from exporters.geometry import geometry_of
+from exporters.quiet import quiet_export
 
 ATTENTION = "edgeprompt_seq2seq"
 OPSET = 21
@@ -227,17 +229,21 @@ def export_decoder(model: Any, family: Seq2SeqFamily) -> ir.Model:
 def _export(
     graph: _Graph, sample: tuple[Any, ...], dynamic: tuple[Any, ...], inputs: list[str], outputs: list[str]
 ) -> ir.Model:
-    with _standing_in(graph), torch.no_grad():
-        program = torch.onnx.export(
-            graph,
-            sample,
-            dynamo=True,
-            opset_version=OPSET,
-            input_names=inputs,
-            output_names=outputs,
-            dynamic_shapes=dynamic,
-            verbose=False,
-        )
+    try:
+        with _standing_in(graph.eval()), torch.no_grad(), quiet_export():
+            program = torch.onnx.export(
+                graph,
+                sample,
+                dynamo=True,
+                opset_version=OPSET,
+                input_names=inputs,
+                output_names=outputs,
+                dynamic_shapes=dynamic,
+                verbose=False,
+            )
+    except (torch.onnx.OnnxExporterError, RuntimeError, ValueError) as error:
+        reason = " ".join(str(error).split())[:300]
+        raise ExportError(f"torch cannot export {graph.model.config.model_type}: {reason}") from error
     assert program is not None
     return program.model
 

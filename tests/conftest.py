@@ -195,3 +195,61 @@ def tiny_llama_package(tiny_llama_base: Path, tmp_path_factory: pytest.TempPathF
     from exporters import export_model
 
     return export_model(tiny_llama_base, tmp_path_factory.mktemp("packages") / "tiny-llama", precision="fp32").path
+
+
+@pytest.fixture(scope="session")
+def seq2seq_base(save_tiny: Callable[..., Path]) -> Callable[[str], Path]:
+    """`seq2seq_base(family)`: a random encoder-decoder of a family in tests/seq2seq_models.py."""
+    from functools import cache
+
+    from tests.seq2seq_models import save_base
+
+    return cache(lambda family: save_base(family, save_tiny))
+
+
+@pytest.fixture(scope="session")
+def seq2seq_package(seq2seq_base: Callable[[str], Path], cached_package: Callable[..., Path]) -> Callable[..., Path]:
+    """`seq2seq_package(family, precision="fp32")`: its package."""
+    from functools import cache
+
+    from tests.seq2seq_models import cache_name
+
+    def make(family: str, precision: str = "fp32") -> Path:
+        return cached_package(f"{cache_name(family)}-{precision}", seq2seq_base(family), precision=precision)
+
+    return cache(make)
+
+
+@pytest.fixture(scope="session")
+def encoder_base(save_tiny: Callable[..., Path]) -> Callable[[str], Path]:
+    """`encoder_base(family)`: a random encoder of a family in tests/encoder_models.py."""
+    from functools import cache
+
+    from tests.encoder_models import save_base
+
+    return cache(lambda family: save_base(family, save_tiny))
+
+
+@pytest.fixture(scope="session")
+def encoder_package(encoder_base: Callable[[str], Path], cached_package: Callable[..., Path]) -> Callable[..., Path]:
+    """`encoder_package(family, precision="fp32")`: its package."""
+    from functools import cache
+
+    from tests.encoder_models import cache_name
+
+    def make(family: str, precision: str = "fp32") -> Path:
+        return cached_package(f"{cache_name(family)}-{precision}", encoder_base(family), precision=precision)
+
+    return cache(make)
+
+
+@pytest.fixture(scope="session")
+def minilm_package(minilm_folder: Path, cached_package: Callable[..., Path]) -> Path:
+    """all-MiniLM-L6-v2 at fp32."""
+    return cached_package("minilm-fp32", minilm_folder, precision="fp32")
+
+
+@pytest.fixture(scope="session")
+def minilm_int8_package(minilm_folder: Path, cached_package: Callable[..., Path]) -> Path:
+    """all-MiniLM-L6-v2 at int8."""
+    return cached_package("minilm-int8", minilm_folder, precision="int8")

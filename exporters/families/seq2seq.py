@@ -20,6 +20,10 @@ class Attentions:
     cross_projections: Sequence[tuple[Any, Any]]
 
 
+def _nothing(model: Any) -> None:
+    """Most models are what their config says."""
+
+
 @dataclass(frozen=True)
 class Seq2SeqFamily(Family):
     """An encoder-decoder family, for models whose attention goes through transformers' AttentionInterface."""
@@ -28,3 +32,5 @@ class Seq2SeqFamily(Family):
     attentions: Callable[[Any], Attentions] = lambda model: Attentions((), (), (), ())
     relative_positions: bool = False
     """Whether self-attention adds a bias by distance, held by the first layer (T5), instead of absolute positions."""
+    prepare: Callable[[Any], None] = _nothing
+    """Puts a loaded model's config right where it contradicts the weights."""

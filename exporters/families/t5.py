@@ -17,6 +17,14 @@ def _attentions(model: Any) -> Attentions:
     )
 
 
+def _prepare(model: Any) -> None:
+    # transformers 5 writes tie_word_embeddings true for every T5 it saves, and reads it back as "scale the output".
+    # Only tied weights are scaled (T5 v1.0); v1.1, FLAN and mT5 have an lm_head of their own.
+    tied = bool((model.lm_head.weight == model.shared.weight).all())
+    model.config.scale_decoder_outputs = tied
+
+
 FAMILIES = tuple(
-    Seq2SeqFamily(model_type, attentions=_attentions, relative_positions=True) for model_type in ("t5", "mt5")
+    Seq2SeqFamily(model_type, attentions=_attentions, relative_positions=True, prepare=_prepare)
+    for model_type in ("t5", "mt5")
 )

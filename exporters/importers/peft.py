@@ -47,6 +47,7 @@ _TASKS = {
 _HEAD_TASKS = ("SEQ_CLS", "TOKEN_CLS", "QUESTION_ANS")
 _ROWS, _COLUMNS, _FACTORS = names.PROMPT_EMBEDDINGS, "prefix_task_cols", "prefix_task_rows"
 _DELTA = "trainable_tokens_delta"
+_SCALES_IDS_ONLY = ("pegasus", "marian")
 _SCALED_EMBEDDINGS = ("gemma", "bart", "mbart", "pegasus")
 
 
@@ -114,6 +115,11 @@ def _weights(folder: Path) -> Path:
 def _with_rows(prompt: ForeignPrompt, rows: Array, config: Mapping[str, Any], base: BaseFacts | None) -> ForeignPrompt:
     """Keep the rows that PEFT puts in front of the (encoder's) text."""
     as_rows(rows, _ROWS, base)
+    if base and base.model_type in _SCALES_IDS_ONLY:
+        raise UnsupportedError(
+            f"PEFT hands {base.model_type} embeddings without the scale that it gives to ids, so a prompt trained "
+            "with it fits no base that reads ids; use prefix tuning there"
+        )
     count, submodules = _count(config, "num_virtual_tokens"), config.get("num_transformer_submodules") or 1
     if len(rows) == count:
         return replace(prompt, prompt_embeddings=rows)

@@ -2,10 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
-import logging
-import warnings
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +15,7 @@ from exporters.fuse import fuse_graph
 from exporters.fused_attention import Step, fused, running
 from exporters.geometry import geometry_of
 from exporters.load import LoadedBase
+from exporters.quiet import quiet_export
 
 _OPSET = 21
 _BATCH, _LENGTH, _PAST = 2, 5, 4
@@ -87,7 +84,7 @@ def build_graph(loaded: LoadedBase, options: ExportOptions, folder: Path, scratc
             fused(loaded.model, rotary=loaded.family.fused_rotary),
             loaded.family.patch(loaded.model),
             torch.no_grad(),
-            _quiet(),
+            quiet_export(),
         ):
             program = torch.onnx.export(
                 DecoderGraph(loaded.model).eval(),
@@ -105,18 +102,3 @@ def build_graph(loaded: LoadedBase, options: ExportOptions, folder: Path, scratc
     assert program is not None
     fuse_graph(program.model)
     return program.model
-
-
-@contextlib.contextmanager
-def _quiet() -> Iterator[None]:
-    loggers = [logging.getLogger(name) for name in ("torch.onnx", "onnxscript", "torch.export")]
-    levels = [logger.level for logger in loggers]
-    for logger in loggers:
-        logger.setLevel(logging.ERROR)
-    try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")
-            yield
-    finally:
-        for logger, level in zip(loggers, levels, strict=True):
-            logger.setLevel(level)
