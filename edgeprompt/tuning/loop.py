@@ -97,7 +97,7 @@ class Loop:
         Raises:
             TuningError: the loss is not finite, or the run was interrupted (a checkpoint is written first).
         """
-        every = self._options.eval_steps or max(1, math.ceil(self._steps / 8))
+        every = self._options.eval_steps or max(1, math.ceil(self._steps / 5))
         progress = self.progress
         log = self._options.log if self.accelerator.is_main_process else None
         with Recorder(log, total=self._steps, start=progress.step, progress=show) as recorder:

@@ -65,7 +65,7 @@ class TuneOptions:
     eval_limit: int = 256
     """Most examples that one evaluation during training looks at."""
     eval_steps: int | None = None
-    """Steps between two evaluations; None: an eighth of the run."""
+    """Steps between two evaluations; None: a fifth of the run."""
     patience: int | None = 4
     """Evaluations without a better result after which tuning stops; None: never."""
     shots: int | None = None

@@ -52,14 +52,14 @@ SENTIMENT = (
     *("--template", r"{prompt}{text}\nSentiment:"),
     *("--verbalizer", "negative= negative", "--verbalizer", "positive= positive"),
     *("--init-text", "Decide whether the sentiment of this text is negative or positive.\n"),
-    *("--virtual-tokens", 16, "--steps", 72, "--max-length", 96),
+    *("--virtual-tokens", 16, "--steps", 60, "--max-length", 96),
 )
 SOURCE = (
     *("--template", r"{prompt}{text}\nSource:"),
     *("--verbalizer", "movie= movie", "--verbalizer", "product= product"),
     *("--verbalizer", "tweets= tweet", "--verbalizer", "news= news"),
     *("--init-text", "Where is this sentence from: a movie review, a product review, a tweet or the news?\n"),
-    *("--virtual-tokens", 16, "--steps", 72, "--max-length", 96),
+    *("--virtual-tokens", 16, "--steps", 60, "--max-length", 96),
 )
 RESTORE = (
     *("--task", "generate", "--template", r"{prompt}{text}\nWritten:"),
