@@ -52,7 +52,7 @@ def quantize_blocks(weight: torch.Tensor, *, bits: int = 4, block: int = 32) -> 
     blocks = -(-columns // block)
     weight = torch.nn.functional.pad(weight.detach().float(), (0, blocks * block - columns))
     values = weight.reshape(-1, block)
-    parts = [_quantize(part, bits) for part in values.split(max(1, _CHUNK_VALUES // block))]
+    parts = [_quantize(part, bits) for part in torch.split(values, max(1, _CHUNK_VALUES // block))]
     codes, scales, zeros = (torch.cat(pieces) for pieces in zip(*parts, strict=True))
     return BlockWeights(
         codes.reshape(rows, blocks, block), scales.reshape(rows, blocks), zeros.reshape(rows, blocks), columns, bits

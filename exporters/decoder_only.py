@@ -9,6 +9,7 @@ from typing import Any
 import onnx_ir as ir
 
 from edgeprompt import names
+from edgeprompt.errors import UnsupportedError
 from edgeprompt.manifest import Manifest
 from edgeprompt.prompt_file import PromptFile
 from exporters.contract import BuiltGraphs, ExportOptions
@@ -26,6 +27,7 @@ def build(loaded: LoadedBase, options: ExportOptions, folder: Path, scratch: Pat
 
     Raises:
         ExportError: the route cannot build this model.
+        UnsupportedError: the model's embeddings or positions do not fit the graph contract.
     """
     from exporters.routes import genai, torch_route
 
@@ -42,6 +44,12 @@ def build(loaded: LoadedBase, options: ExportOptions, folder: Path, scratch: Pat
 def finish_graph(model: ir.Model, loaded: LoadedBase, options: ExportOptions) -> None:
     """What every route's graph goes through, in place: contract shapes, quantisation, virtual tokens."""
     geometry = geometry_of(loaded.config)
+    width = loaded.model.get_input_embeddings().weight.shape[1]
+    if width != geometry.hidden_size:
+        raise UnsupportedError(
+            f"{loaded.name!r} projects embeddings of {width} to its hidden size {geometry.hidden_size}: soft prompts "
+            "need both to be one size, so choose a base where they are"
+        )
     _name_shapes(model, geometry.num_key_value_heads, geometry.head_size)
     model.meta["weights"] = quantize_graph(model, options.precision, loaded.model)
     graft_virtual_tokens(

@@ -142,16 +142,14 @@ def _dequantize(record: Mapping[str, Any], initializers: Mapping[str, ir.Value])
         return torch.from_numpy(((codes.astype(np.float32) - middle) * scales).T)
     if record["layout"] != "blocks":
         raise PackageError(f"unknown weight layout {record['layout']!r}; known: blocks, columns")
-    blocks = unpack_blocks(
-        codes, scales, zeros, columns=record["columns"], bits=record["bits"], block=record["block"]
-    )
+    blocks = unpack_blocks(codes, scales, zeros, columns=record["columns"], bits=record["bits"], block=record["block"])
     return blocks.dequantize()
 
 
 def _array(initializers: Mapping[str, ir.Value], name: str) -> npt.NDArray[Any]:
     if name not in initializers or initializers[name].const_value is None:
         raise PackageError(f"the graph lacks the initialiser {name!r} that the manifest names; export the base again")
-    array: npt.NDArray[Any] = np.array(initializers[name].const_value.numpy())  # type: ignore[union-attr]
+    array: npt.NDArray[Any] = np.array(initializers[name].const_value.numpy())
     return array
 
 

@@ -18,6 +18,8 @@ import torch
 from transformers import AttentionInterface
 from transformers.masking_utils import AttentionMaskInterface
 
+from edgeprompt.errors import UnsupportedError
+
 NAME = "edgeprompt_fused"
 _MS_DOMAIN_VERSION = 1
 
@@ -194,6 +196,12 @@ def _rotary_tables(module: Any, length: int) -> Iterator[None]:
 
     The module itself computes them, so every scaling scheme that does not depend on the sequence's length is right.
     """
+    scheme = _scaling_by_length(module.config)
+    if scheme is not None:
+        raise UnsupportedError(
+            f"rotary scaling {scheme!r} changes all positions with the text's length, so cached keys would be wrong; "
+            "choose a base with default, linear, yarn or llama3 scaling"
+        )
     original = module.forward
     tables: dict[tuple[Any, ...], tuple[torch.Tensor, torch.Tensor]] = {}
 
@@ -224,6 +232,14 @@ def _rotary_tables(module: Any, length: int) -> Iterator[None]:
             label = str(extra[0] if extra else "all")
             delattr(module, f"edgeprompt_cos_{label}")
             delattr(module, f"edgeprompt_sin_{label}")
+
+
+def _scaling_by_length(config: Any) -> str | None:
+    rope = getattr(config, "rope_parameters", None) or {}
+    for parameters in (rope, *(value for value in rope.values() if isinstance(value, dict))):
+        if parameters.get("rope_type") in ("dynamic", "longrope"):
+            return str(parameters["rope_type"])
+    return None
 
 
 def _is_rms_norm(module: Any) -> bool:

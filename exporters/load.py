@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
+import functools
 import os
 import re
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -47,12 +50,17 @@ def load_base(base: str | os.PathLike[str]) -> LoadedBase:
         SourceError: nothing is there, it cannot be read, or its architecture is not known.
     """
     source, options = _locate(str(base))
-    family = find_family(_read_config(str(base), source, options).model_type)
-    model = _read_model(str(base), source, options, family)
+    with _gguf_read_once() if options else contextlib.nullcontext():
+        return _load(str(base), source, options)
+
+
+def _load(base: str, source: str, options: dict[str, str]) -> LoadedBase:
+    family = find_family(_read_config(base, source, options).model_type)
+    model = _read_model(base, source, options, family)
     if options:
         model = _without_gguf(model)
     model.requires_grad_(False)
-    return LoadedBase(_base_name(str(base)), model.eval(), _read_tokenizer(source, options), family)
+    return LoadedBase(_base_name(base), model.eval(), _read_tokenizer(source, options), family)
 
 
 def _locate(base: str) -> tuple[str, dict[str, str]]:
@@ -124,6 +132,19 @@ def _has_tokenizer(folder: Path) -> bool:
     # Without any of these, transformers would make up an empty tokenizer for some model types.
     known = ("tokenizer.json", "tokenizer.model", "vocab.json", "vocab.txt", "spiece.model", "sentencepiece.bpe.model")
     return any((folder / name).exists() for name in known)
+
+
+@contextlib.contextmanager
+def _gguf_read_once() -> Iterator[None]:
+    """Parse a GGUF file once: transformers does it for the config, the tokenizer and the weights, seconds each time."""
+    import gguf
+
+    before = gguf.GGUFReader, gguf.get_tensor_name_map
+    gguf.GGUFReader, gguf.get_tensor_name_map = (functools.cache(function) for function in before)
+    try:
+        yield
+    finally:
+        gguf.GGUFReader, gguf.get_tensor_name_map = before
 
 
 def _without_gguf(model: Any) -> Any:

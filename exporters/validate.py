@@ -23,8 +23,8 @@ Floats = npt.NDArray[np.float32]
 
 TOLERANCE = {"fp32": 1e-3, "fp16": 3e-2}
 """Largest difference allowed, as a share of the logits' largest magnitude. Quantised graphs are reported."""
-LEAST_CORRELATION = 0.5
-"""A quantised graph's logits must still be the base's: a wrong graph lands near zero, int4 above 0.99."""
+LEAST_CORRELATION = 0.7
+"""What a quantised graph's logits must keep with the base's, on average: a wrong graph lands near zero."""
 GREEDY_STEPS = 12
 
 _TEXTS = (
@@ -64,7 +64,7 @@ class _Tally:
             "mean_difference": round(float(np.mean([d.mean() for d in self.differences])), 6),
             "logit_scale": round(self.scale, 4),
             "top1_agreement": round(float(np.mean(self.agree)), 4),
-            "least_correlation": round(min(self.correlations), 5),
+            "mean_correlation": round(float(np.mean(self.correlations)), 5),
         }
 
 
@@ -278,9 +278,9 @@ def _judge(measured: Mapping[str, Any], precision: str) -> None:
                     f"{precision} logits of {what} differ from PyTorch's by {found['max_difference']:.3g}, allowed "
                     f"{allowed:.3g} ({tolerance:g} of their scale {found['logit_scale']:.3g}); no package was written"
                 )
-        elif not found["least_correlation"] >= LEAST_CORRELATION:
+        elif not found["mean_correlation"] >= LEAST_CORRELATION:
             raise ValidationError(
-                f"{precision} logits of {what} correlate with PyTorch's by {found['least_correlation']:.3f}, at least "
+                f"{precision} logits of {what} correlate with PyTorch's by {found['mean_correlation']:.3f}, at least "
                 f"{LEAST_CORRELATION} is needed; no package was written: try another precision or --route"
             )
     if precision == "fp32" and measured["greedy_agreement"] < 1:

@@ -11,7 +11,9 @@ import torch
 from exporters.families.decoder import DecoderFamily
 
 
-def _forward(self: Any, hidden_states: torch.Tensor, residual: torch.Tensor, **kwargs: Any) -> tuple[torch.Tensor, None]:
+def _forward(
+    self: Any, hidden_states: torch.Tensor, residual: torch.Tensor, **kwargs: Any
+) -> tuple[torch.Tensor, None]:
     from transformers.models.bloom.modeling_bloom import _get_alibi_slopes
 
     from exporters.fused_attention import current_step, group_query_attention

@@ -14,7 +14,7 @@ from exporters.families.decoder import DecoderFamily
 def attention_on_heads(
     self: Any, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, attention_mask: Any = None
 ) -> tuple[torch.Tensor, None]:
-    """Takes the place of `_attn` of GPT-J and of what descends from it: [batch, heads, length, head_size] in and out."""
+    """Takes the place of `_attn` in GPT-J and its descendants: [batch, heads, length, head_size] in and out."""
     from exporters.fused_attention import fused_attention
 
     out, _ = fused_attention(self, query.float(), key.float(), value, None, scaling=float(1 / self.scale_attn))

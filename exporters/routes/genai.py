@@ -101,7 +101,7 @@ def _import_builder() -> Any:
 def _handed_over(model: Any, *, keep_tokenizer: bool) -> Iterator[list[Any]]:
     """Make the builder use the model in memory, and hand its graph over instead of writing it."""
     # The builder's own modules are top-level names: its package puts its folder on sys.path.
-    base = sys.modules["builders.base"].Model  # type: ignore[attr-defined]
+    base = sys.modules["builders.base"].Model
     taken: list[Any] = []
     before = base.load_weights, base.save_model, base.save_processing
 

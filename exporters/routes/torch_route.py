@@ -41,7 +41,9 @@ class DecoderGraph(torch.nn.Module):
         with running(step):
             positions = (attention_mask.cumsum(1) - 1)[:, -length:].clamp(min=0)
             hidden = self.model.base_model(
-                inputs_embeds=self.model.get_input_embeddings()(input_ids), use_cache=False, **self._positions(positions)
+                inputs_embeds=self.model.get_input_embeddings()(input_ids),
+                use_cache=False,
+                **self._positions(positions),
             ).last_hidden_state
         logits = self._head(hidden[:, -1:])
         return (logits, *(tensor for layer in sorted(step.present) for tensor in step.present[layer]))
