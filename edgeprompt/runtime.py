@@ -338,8 +338,18 @@ class Runtime:
         return future
 
     async def arun(self, requests: Sequence[Request]) -> list[Any]:
-        """`run` for asyncio; cancelling the task cancels the requests."""
-        return list(await asyncio.gather(*(asyncio.wrap_future(self.submit(request)) for request in requests)))
+        """`run` for asyncio; cancelling the task, or the failure of a request, cancels the others.
+
+        Raises:
+            CapacityError: more requests at once than the queue takes; ask in smaller batches.
+        """
+        futures: list[asyncio.Future[Any]] = []
+        try:
+            futures += (asyncio.wrap_future(self.submit(request)) for request in requests)
+            return [await future for future in futures]
+        finally:
+            for future in futures:
+                future.cancel()
 
     async def aclassify(self, text: Text, *, prompt: str | None = None, truncate: bool = False) -> Classification:
         """`classify` of one text for asyncio."""

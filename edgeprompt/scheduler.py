@@ -133,8 +133,10 @@ class Scheduler:
                 self._reap()
                 self._prefill()
                 self._decode()
-        finally:
-            self._fail_all()
+        except BaseException as error:  # of the scheduler itself: nobody may wait for ever
+            self._fail_all(f"the scheduler stopped on {error!r}")
+            raise
+        self._fail_all("the runtime was closed before the request finished")
 
     def _await_work(self) -> bool:
         with self._changed:
@@ -144,7 +146,7 @@ class Scheduler:
                 self._changed.wait()
             return not self._closed
 
-    def _fail_all(self) -> None:
+    def _fail_all(self, reason: str) -> None:
         with self._changed:
             self._closed = True
             left = [*self._waiting, *self._rows, *([self._filling] if self._filling else [])]
@@ -153,7 +155,7 @@ class Scheduler:
             self._filling = None
             self._changed.notify_all()
         for job in left:
-            job.finish(RequestCancelledError("the runtime was closed before the request finished"))
+            job.finish(RequestCancelledError(reason))
 
     def _reap(self) -> None:
         """Drop jobs that were cancelled or are late."""

@@ -13,7 +13,7 @@ import numpy.typing as npt
 
 from edgeprompt import names
 from edgeprompt.kv_cache import KV, KVShape, SlotCache
-from edgeprompt.session import Session, graph_inputs
+from edgeprompt.session import Session, graph_inputs, import_onnxruntime
 
 Ids = npt.NDArray[np.int64]
 Logits = npt.NDArray[np.float32]
@@ -77,7 +77,7 @@ def open_graph(
         batch_invariant: run a lone row as two. Kernels for one row add up in another order than those for several,
             and int8 activations make that visible; rows of a growing graph always run alone.
     """
-    if not _appends_in_place(path):
+    if session.device != "cpu" or not _appends_in_place(path):
         return GrowingGraph(session, shape, hidden_size=hidden_size, max_rows=max_rows, budget=budget)
     graph = SharedGraph(session, shape, hidden_size=hidden_size, max_rows=max_rows, budget=budget)
     graph.least_rows = 2 if batch_invariant else 1
@@ -256,12 +256,17 @@ class SharedGraph(_Graph):
 
 
 class GrowingGraph(_Graph):
-    """Attention that returns past and new keys joined (others' graphs): each row keeps its own and runs alone."""
+    """Attention that returns past and new keys joined (others' graphs): each row keeps its own and runs alone.
+
+    Keys and values stay on the session's device between steps. This is also how every graph runs on other devices than
+    the CPU, whose memory cannot be filled from here in parts.
+    """
 
     def __init__(self, session: Session, shape: KVShape, *, hidden_size: int, max_rows: int, budget: int) -> None:
         super().__init__(session, shape, hidden_size=hidden_size, max_rows=max_rows, budget=budget)
-        self._rows: dict[int, list[npt.NDArray[Any]]] = {}
-        self._names = [names.LOGITS, *(present for _, _, present in self._blocks)]
+        self._value = import_onnxruntime().OrtValue
+        self._device = session.device
+        self._rows: dict[int, list[Any]] = {}
 
     def fits(self, rows: int, length: int) -> bool:
         """Whether that many rows of that many positions are within the budget."""
@@ -271,26 +276,31 @@ class GrowingGraph(_Graph):
         """Start a row on a prefix."""
         size = self._shape
         empty = np.empty((2 * size.num_layers, size.num_heads, 0, size.head_size), size.dtype)
-        self._rows[row] = [block[None] for block in (empty if prefix is None else prefix)]
+        self._rows[row] = [self._send(block[None]) for block in (empty if prefix is None else prefix)]
 
     def prefill(self, row: int, ids: Sequence[int], past: int, rows: Logits | None) -> Logits:
         """Run a row's next ids."""
         kept = self._rows[row]
-        if kept[0].shape[2] > past:
-            kept = [block[:, :, :past] for block in kept]
+        if kept[0].shape()[2] > past:
+            kept = [self._send(value.numpy()[:, :, :past]) for value in kept]
         total = past + len(ids)
-        feed = {
+        small = {
             names.INPUT_IDS: np.asarray([ids], np.int64),
             names.ATTENTION_MASK: np.ones((1, total), np.int64),
             names.POSITION_IDS: np.arange(past, total)[None],
             names.PROMPT_EMBEDDINGS: self._no_rows if rows is None else rows,
-            **{name: kept[block] for block, name, _ in self._blocks},
         }
-        logits, *present = self._ort.run(
-            self._names, {key: value for key, value in feed.items() if key in self._inputs}
-        )
-        self._rows[row] = present
-        last: Logits = logits[0, -1].astype(np.float32, copy=False)
+        binding = self._ort.io_binding()
+        for name, array in small.items():
+            if name in self._inputs:
+                binding.bind_cpu_input(name, array)
+        binding.bind_output(names.LOGITS, "cpu")
+        for block, name, present in self._blocks:
+            binding.bind_ortvalue_input(name, kept[block])
+            binding.bind_output(present, self._device)
+        self._ort.run_with_iobinding(binding)
+        logits, *self._rows[row] = binding.get_outputs()
+        last: Logits = logits.numpy()[0, -1].astype(np.float32, copy=False)
         return last
 
     def decode(self, ids: Sequence[int], lengths: Sequence[int]) -> Logits:
@@ -303,7 +313,7 @@ class GrowingGraph(_Graph):
 
     def read(self, row: int, length: int) -> KV:
         """A row's first keys and values."""
-        found: KV = np.concatenate([block[:, :, :length] for block in self._rows[row]])
+        found: KV = np.concatenate([value.numpy()[:, :, :length] for value in self._rows[row]])
         return found
 
     def move(self, source: int, target: int, length: int) -> None:
@@ -313,3 +323,6 @@ class GrowingGraph(_Graph):
     def idle(self) -> None:
         """Free all rows."""
         self._rows.clear()
+
+    def _send(self, array: npt.NDArray[Any]) -> Any:
+        return self._value.ortvalue_from_numpy(np.ascontiguousarray(array), self._device, 0)
