@@ -81,7 +81,10 @@ def _bar(*, counts: bool) -> Progress:
     )
 
 
-def print_measured(measured: Mapping[str, Any]) -> None:
-    """Measured values on stdout, one a line."""
+def print_measured(measured: Mapping[str, Any], prefix: str = "") -> None:
+    """Measured values on stdout, one a line; inner ones as `outer.inner`."""
     for key, value in measured.items():
-        click.echo(f"  {key}: {f'{value:.6g}' if isinstance(value, float) else value}")
+        if isinstance(value, Mapping):
+            print_measured(value, f"{prefix}{key}.")
+        else:
+            click.echo(f"  {prefix}{key}: {f'{value:.6g}' if isinstance(value, float) else value}")

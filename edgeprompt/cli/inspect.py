@@ -136,4 +136,6 @@ def _text(value: Any) -> str:
         return ", ".join(map(_text, value))
     if isinstance(value, float):
         return f"{value:.6g}"
-    return json.dumps(value, ensure_ascii=False) if isinstance(value, str) and value != value.strip() else str(value)
+    if isinstance(value, str) and ("\n" in value or value != value.strip()):
+        return json.dumps(value, ensure_ascii=False)  # one line a fact, and spaces at the ends show
+    return str(value)

@@ -27,8 +27,7 @@ def test_export_writes_a_package_and_says_what_it_measured(exported):
     manifest = open_package(out).manifest
     assert manifest.precision == "int4"
     assert text.startswith(f"{out}: ")
-    assert all(key in text for key in manifest.validation)
-    assert manifest.validation
+    assert f"top1_agreement: {manifest.validation['top1_agreement']:.6g}\n" in text
 
 
 def test_validate_agrees(cli, exported, tiny_llama_base):
