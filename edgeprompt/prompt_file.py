@@ -123,7 +123,8 @@ class PromptFile:
     tokenizer_fingerprint: str | None = None
     add_special_tokens: bool = True
     generation: Mapping[str, Any] = field(default_factory=dict)
-    """Defaults for generation: max_new_tokens, stop, temperature, top_k, top_p, chat."""
+    """Defaults for generation: max_new_tokens, stop, temperature, top_k, top_p, chat; encoder-decoders also num_beams,
+    length_penalty, early_stopping, and decoder_prefix (text or ids that the decoder has said already)."""
     tuned_for: TunedFor | None = None
     training: Mapping[str, Any] = field(default_factory=dict)
     golden: Golden | None = None
