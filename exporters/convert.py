@@ -187,6 +187,7 @@ def _assemble(
         labels=_labels(item, words, labels),
         tokenizer_fingerprint=facts.tokenizer_fingerprint if facts else None,
         add_special_tokens=item.add_special_tokens,
+        generation=dict(item.generation),
         training={"source": dict(item.source)},
     )
     if facts:

@@ -50,6 +50,7 @@ class ForeignPrompt:
     template: Template | None = None
     add_special_tokens: bool = True
     verbalizer: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
+    generation: Mapping[str, Any] = field(default_factory=dict)
     base_name: str | None = None
     """The base as the foreign file names it."""
     source: Mapping[str, Any] = field(default_factory=dict)

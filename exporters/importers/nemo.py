@@ -17,7 +17,7 @@ WEIGHTS = "model_weights.ckpt"
 MAX_ARCHIVE_MEMBER = 4 << 30
 MAX_MEMBERS = 10_000
 
-_TASK = re.compile(r"(?:^|\.)prompt_table\.(?!prompt_table\.)([^/]+?)\.prompt_embeddings\.weight$")
+_TASK = re.compile(r"(?:^|\.)prompt_table\.(?!prompt_table\.)(.+?)\.prompt_embeddings\.weight$")
 _TABLE = re.compile(r"(?:^|\.)inference_table(?:\.inference_table)?$")
 _ENCODER = re.compile(r"(?:^|\.)prompt_encoder\.")
 
@@ -83,7 +83,9 @@ def _weights(source: Path) -> Iterator[Path]:
         except (tarfile.TarError, OSError, EOFError, ValueError) as error:
             if isinstance(error, SourceError):
                 raise
-            raise SourceError(f"{str(source)!r} is no readable .nemo archive: {error}") from error
+            raise SourceError(
+                f"{str(source)!r} is no readable .nemo archive: {' '.join(str(error).split())}"
+            ) from error
         if not target.exists():
             raise SourceError(f"{source.name} has no {WEIGHTS}; it is no NeMo prompt archive")
         yield target

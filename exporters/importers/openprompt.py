@@ -124,8 +124,11 @@ def _mixed(prompt: ForeignPrompt, table: Array, template: ReadTemplate | None, b
     if template is None:
         return _unplaced(prompt)
     ids = list(template.soft_ids) or list(range(1, len(table)))
-    if len(set(ids)) != len(table) - 1:
+    if len(set(ids)) + template.skipped != len(table) - 1:
         raise SourceError(f"the template has {len(set(ids))} soft tokens, the checkpoint {len(table) - 1}")
+    if template.skipped:
+        lost = f"{template.skipped} soft tokens without text: OpenPrompt never feeds them to a causal model"
+        prompt = replace(prompt, dropped=(*prompt.dropped, lost))
     return replace(
         prompt,
         prompt_embeddings=table[ids],
@@ -192,17 +195,18 @@ def _with_verbalizer(
     used = words.get("words_ids_mask", np.ones(ids.shape)).astype(bool)
     if used.shape != ids.shape:
         raise SourceError(f"words_ids_mask is {list(used.shape)}, label_words_ids {list(ids.shape)}")
-    lead = "<extra_id_0>" if base.architecture == names.ENCODER_DECODER else ""
+    # T5 answers behind its first sentinel: <pad> <extra_id_0> word.
+    lead = {"decoder_prefix": "<extra_id_0>"} if base.architecture == names.ENCODER_DECODER else {}
     found: dict[str, tuple[str, ...]] = {}
     for label, rows, masks in zip(labels, ids, used, strict=True):
         first = [int(row[0]) for row, mask in zip(rows, masks, strict=True) if mask[0]]
-        found[label] = tuple(lead + _word(number, base) for number in first)
+        found[label] = tuple(_word(number, base) for number in first)
     notes = []
     if used[..., 1:].any():
         notes.append("label words behind their first token: OpenPrompt's default (first) reads that alone")
     if ids.shape[1] > 1:
         notes.append("OpenPrompt's mean over a label's words: edgeprompt adds their probabilities")
-    return replace(prompt, verbalizer=found, task="classify", dropped=(*prompt.dropped, *notes))
+    return replace(prompt, verbalizer=found, task="classify", generation=lead, dropped=(*prompt.dropped, *notes))
 
 
 def _word(number: int, base: BaseFacts) -> str:

@@ -21,6 +21,8 @@ class ReadTemplate:
     """For every place of a soft token its id; a reused soft_id occurs twice. Empty: `{prompt}` takes them all."""
     specials: tuple[str, str] = ("", "")
     """Texts of the special tokens around everything; OpenPrompt puts them around soft tokens too."""
+    skipped: int = 0
+    """Soft tokens that OpenPrompt has parameters for and never feeds to a causal model."""
 
     @property
     def places(self) -> int:
@@ -65,10 +67,13 @@ def read_template(text: str | None, base: BaseFacts | None) -> ReadTemplate | No
     parts_found: list[Part] = []
     soft_ids: list[int] = []
     named: dict[int, list[int]] = {}
-    fresh = 0
+    fresh = skipped = 0
     for piece in pieces:
         if "soft" in piece or "soft_id" in piece:
             mine, fresh = _soft(piece, named, fresh, base)
+            if piece.get("soft") is None and base and base.architecture == names.DECODER_ONLY:
+                skipped += len(mine)  # OpenPrompt's wrapper for causal models drops parts without text, these too
+                continue
             soft_ids += mine
             parts_found.append(VirtualTokens(len(mine)))
         elif "mask" in piece:
@@ -81,7 +86,7 @@ def read_template(text: str | None, base: BaseFacts | None) -> ReadTemplate | No
             break  # OpenPrompt's wrapper for causal models ends the input at the mask
         else:
             parts_found += _plain(piece, slots)
-    return ReadTemplate(tuple(parts_found), tuple(soft_ids), _specials(base))
+    return ReadTemplate(tuple(parts_found), tuple(soft_ids), _specials(base), skipped)
 
 
 def _plain(piece: dict[str, Any], slots: set[str]) -> list[Part]:
