@@ -52,8 +52,8 @@ EXCLUDED = (
     "process start, imports and load. Excluded everywhere: reading files that are not in the page cache."
 )
 
-COLUMNS = "test, prompt, provider, threads, batch, text, new, cached, tasks, n, p50, mean ± stddev, p95, p99".split(
-    ", "
+HEAD = (
+    "| test | prompt | provider | threads | batch | text | new | cached | tasks | n | p50 | mean ± stddev | p95 | p99 |"
 )
 
 
@@ -249,8 +249,8 @@ def to_md(report: Report) -> str:
         + (" (throttled: do not trust these figures)" if report.throttling["seen"] else ""),
         f"- {EXCLUDED}",
         "",
-        "| " + " | ".join(COLUMNS) + " |",
-        "|" + " --- |" * len(COLUMNS),
+        HEAD,
+        "|" + " --- |" * (HEAD.count("|") - 1),
     ]
     for result in report.results:
         cells = [
