@@ -48,9 +48,7 @@ class BeamSearch:
         """Its length-penalised log-probability."""
         return self._finished[0][0] if self._finished else float(self._scores[0])
 
-    def advance(
-        self, logits: npt.NDArray[np.float32]
-    ) -> tuple[npt.NDArray[np.int64], npt.NDArray[np.int64]] | None:
+    def advance(self, logits: npt.NDArray[np.float32]) -> tuple[npt.NDArray[np.int64], npt.NDArray[np.int64]] | None:
         """Take one step.
 
         Args:
@@ -95,7 +93,7 @@ class BeamSearch:
         if len(self._finished) < self._num_beams:
             return True
         reachable = self._max if self._early == "never" and self._penalty > 0 else length
-        return float(self._scores[0]) / reachable**self._penalty > self._finished[-1][0]
+        return bool(float(self._scores[0]) / reachable**self._penalty > self._finished[-1][0])
 
 
 def _log_softmax(logits: npt.NDArray[np.float32]) -> npt.NDArray[np.float32]:
