@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import click
 
@@ -12,6 +12,9 @@ from edgeprompt import names
 from edgeprompt.cli import console
 from edgeprompt.prompt_file import PROBLEM_TYPES
 from edgeprompt.tuning.options import ENCODERS, INITS, METHODS, PRECISIONS, TuneOptions
+
+if TYPE_CHECKING:
+    from edgeprompt.tuning import TuneResult
 
 
 def _verbalizer(_context: click.Context, _parameter: click.Parameter, values: tuple[str, ...]) -> dict[str, Any]:
@@ -59,6 +62,7 @@ def _template(_context: click.Context, _parameter: click.Parameter, value: str |
 @click.option("--text-column", default="text", show_default=True)
 @click.option("--label-column", default="label", show_default=True)
 @click.option("--target-column", default="target", show_default=True)
+@click.option("--task-column", help="Column that tells tasks apart: trains them together, a prompt file for each.")
 @click.option("--eval", "eval_data", metavar="DATA", help="Data to choose the best prompt by.")
 @click.option("--eval-split", type=float, default=0.1, show_default=True, help="Fraction of DATA, without --eval.")
 @click.option("--shots", type=click.IntRange(1), help="Training examples per class.")
@@ -79,7 +83,7 @@ def _template(_context: click.Context, _parameter: click.Parameter, value: str |
 @click.option("--adapter", type=click.Path(path_type=Path), help="Folder: also save the PEFT adapter.")
 @click.option("--log", type=click.Path(path_type=Path), help="Folder: metrics.jsonl and TensorBoard events.")
 @click.option("--json", "as_json", is_flag=True, help="The result as one JSON object.")
-def command(base: str, data: str, output: Path, as_json: bool, **values: Any) -> None:
+def command(base: str, data: str, output: Path, task_column: str | None, as_json: bool, **values: Any) -> None:
     """Train a soft prompt for BASE on DATA.
 
     BASE is a Hugging Face id, a local folder or a .gguf file; DATA is a .csv, .tsv, .jsonl or .parquet file or a
@@ -87,9 +91,18 @@ def command(base: str, data: str, output: Path, as_json: bool, **values: Any) ->
     """
     options = TuneOptions(**values)
     console.quiet_libraries()
-    from edgeprompt.tuning import tune
+    from edgeprompt.tuning import tune, tune_tasks
 
-    result = tune(base, data, output=output, options=options)
+    if task_column is None:
+        _tell(tune(base, data, output=output, options=options), as_json)
+        return
+    if options.method != "multitask-prompt-tuning":
+        raise click.UsageError("--task-column is for --method multitask-prompt-tuning")
+    for result in tune_tasks(base, data, output=output, task_column=task_column, options=options).values():
+        _tell(result, as_json)
+
+
+def _tell(result: TuneResult, as_json: bool) -> None:
     facts = {
         "path": str(result.path),
         "steps": result.steps,

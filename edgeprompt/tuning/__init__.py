@@ -7,21 +7,22 @@ from typing import TYPE_CHECKING, Any
 from edgeprompt.tuning.options import TuneOptions
 
 if TYPE_CHECKING:
+    from edgeprompt.tuning.multitask import tune_tasks
     from edgeprompt.tuning.tuner import TuneResult, tune
 
-__all__ = ["TuneOptions", "TuneResult", "tune"]
+__all__ = ["TuneOptions", "TuneResult", "tune", "tune_tasks"]
 
 
 def __getattr__(name: str) -> Any:
-    """Import `tune` on first use: it needs torch, transformers and peft."""
-    if name not in ("tune", "TuneResult"):
+    """Import the functions on first use: they need torch, transformers and peft."""
+    if name not in ("tune", "tune_tasks", "TuneResult"):
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
     try:
-        from edgeprompt.tuning import tuner
+        from edgeprompt.tuning import multitask, tuner
     except ModuleNotFoundError as error:
         if (error.name or "").partition(".")[0] in ("edgeprompt", ""):
             raise
         from edgeprompt.errors import MissingDependencyError
 
         raise MissingDependencyError(f"tuning needs {error.name}: pip install 'edgeprompt[tune]'") from error
-    return getattr(tuner, name)
+    return getattr(multitask if name == "tune_tasks" else tuner, name)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import tempfile
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -44,10 +44,13 @@ class Run:
     objective: Objective
     options: TuneOptions
     package: Package | None
+    model: Any
+    """The base with its soft prompt; several tasks may share it."""
+    tokens: Tokens
 
 
-def prepare(base: Any, facts: DataFacts, options: TuneOptions) -> Run:
-    """Load the base and build what trains on it.
+def prepare(base: Any, facts: DataFacts, options: TuneOptions, *, num_tasks: int = 1) -> Run:
+    """Load the base and build what trains on it; `num_tasks` is for multitask prompt tuning.
 
     Raises:
         SourceError: the base is missing, unknown or unreadable.
@@ -66,14 +69,13 @@ def prepare(base: Any, facts: DataFacts, options: TuneOptions) -> Run:
 
         load_package_weights(loaded.model, package.path)
     architecture = loaded.family.architecture
-    predicts_masks = architecture == names.ENCODER_ONLY and loaded.model is not loaded.model.base_model
-    plan = make_plan(facts, options, architecture=architecture, name=loaded.name, predicts_masks=predicts_masks)
+    plan = _plan(loaded, facts, options)
     geometry, tokenizer = geometry_of(loaded.config), _tokenizer(loaded)
     if options.max_length > geometry.max_positions > 0:
         raise InputError(f"max_length is {options.max_length}, {loaded.name} takes at most {geometry.max_positions}")
     soft = None
     if options.method != "head":
-        soft = SoftPrompt(geometry, options, task_type=_TASK_TYPES[architecture])
+        soft = SoftPrompt(geometry, options, task_type=_TASK_TYPES[architecture], num_tasks=num_tasks)
     count = soft.num_virtual_tokens if soft is not None else 0
     deep = soft is not None and soft.is_prefix
     encoder = RowEncoder(
@@ -89,7 +91,21 @@ def prepare(base: Any, facts: DataFacts, options: TuneOptions) -> Run:
     model = _prompted(loaded, plan, geometry, soft, tokens)
     _start(model, plan, tokenizer, options)
     objective = _objective(loaded.name, model, encoder, plan, tokens)
-    return Run(loaded, fingerprint, tokenizer, plan, encoder, objective, options, package)
+    return Run(loaded, fingerprint, tokenizer, plan, encoder, objective, options, package, model, tokens)
+
+
+def another_task(run: Run, facts: DataFacts) -> Run:
+    """A run on the same base and prompt encoder for another task's data."""
+    plan = _plan(run.loaded, facts, run.options)
+    encoder = replace(run.encoder, template=plan.template)
+    objective = _objective(run.loaded.name, run.model, encoder, plan, run.tokens)
+    return replace(run, plan=plan, encoder=encoder, objective=objective)
+
+
+def _plan(loaded: Any, facts: DataFacts, options: TuneOptions) -> TaskPlan:
+    architecture = loaded.family.architecture
+    predicts_masks = architecture == names.ENCODER_ONLY and loaded.model is not loaded.model.base_model
+    return make_plan(facts, options, architecture=architecture, name=loaded.name, predicts_masks=predicts_masks)
 
 
 def _prompted(loaded: Any, plan: TaskPlan, geometry: Geometry, soft: SoftPrompt | None, tokens: Tokens) -> Any:

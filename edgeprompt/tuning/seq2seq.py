@@ -80,5 +80,5 @@ class Seq2SeqPrompt(PromptedLM):
     def _cache(self) -> Any:
         from transformers import DynamicCache, EncoderDecoderCache
 
-        config = self.base.config
-        return EncoderDecoderCache(DynamicCache(config=config), DynamicCache(config=config))
+        # Without the config: it may count the encoder's layers.
+        return EncoderDecoderCache(DynamicCache(), DynamicCache())

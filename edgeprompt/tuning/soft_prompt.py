@@ -17,24 +17,29 @@ from edgeprompt.manifest import Geometry
 from edgeprompt.tuning.options import TuneOptions
 
 PREFIX_METHODS = ("prefix-tuning", "p-tuning-v2")
+_RANKS = 4
+"""Rank of a task's factor in multitask prompt tuning."""
 
 
 class SoftPrompt(nn.Module):
     """One task's trainable part: PEFT's prompt encoder, without the base it stands in front of.
 
     Attributes:
+        task: index of the task that `forward` composes the prompt of (multitask prompt tuning).
         encoder: PEFT's prompt encoder; its parameters are the trainable ones.
         is_prefix: whether it makes keys and values for every layer (else embeddings).
     """
 
-    def __init__(self, geometry: Geometry, options: TuneOptions, *, task_type: str) -> None:
-        """`task_type`: PEFT's name of the base's kind, as "CAUSAL_LM"."""
+    def __init__(self, geometry: Geometry, options: TuneOptions, *, task_type: str, num_tasks: int = 1) -> None:
+        """`task_type`: PEFT's name of the base's kind, as "CAUSAL_LM"; `num_tasks`: of multitask prompt tuning."""
         super().__init__()
+        self.task = 0
         self.is_prefix = options.method in PREFIX_METHODS
         self.num_virtual_tokens = options.num_virtual_tokens
         self._geometry = geometry
-        self._config, encoder = _encoder(geometry, options, task_type)
+        self._config, encoder = _encoder(geometry, options, task_type, num_tasks)
         self.encoder: Any = encoder.float()
+        self._is_multitask = hasattr(encoder, "prefix_task_cols")
 
     def as_peft(self, base: Any) -> Any:
         """A PEFT model around `base` with this very prompt, for adapters.
@@ -59,7 +64,8 @@ class SoftPrompt(nn.Module):
         """The prompt: embeddings [num_virtual_tokens, embedding_size], or, for a prefix, keys and values
         [num_layers, 2, num_key_value_heads, num_virtual_tokens, head_size]."""
         tokens = torch.arange(self.num_virtual_tokens, device=self.encoder.embedding.weight.device)
-        made: torch.Tensor = self.encoder(tokens[None])[0]
+        task = {"task_ids": torch.tensor([self.task], device=tokens.device)} if self._is_multitask else {}
+        made: torch.Tensor = self.encoder(tokens[None], **task)[0]
         if not self.is_prefix:
             return made
         size = self._geometry
@@ -71,6 +77,11 @@ class SoftPrompt(nn.Module):
         """Set the parameters so that `forward` gives `target`; behind a network, its last layer is solved for."""
         if self.is_prefix:
             target = target.permute(3, 0, 1, 2, 4).reshape(self.num_virtual_tokens, -1)
+        if self._is_multitask:
+            # Every task's factor starts as 1; the factors behind the first rank start from noise times zero.
+            columns, rows = self.encoder.prefix_task_cols, self.encoder.prefix_task_rows
+            columns[..., 0] = 1
+            rows.zero_()[:, 0] = 1
         network = getattr(self.encoder, "mlp_head", None) or getattr(self.encoder, "transform", None)
         if network is None:
             self.encoder.embedding.weight.copy_(target)
@@ -90,9 +101,11 @@ class SoftPrompt(nn.Module):
             return np.ascontiguousarray(self().float().cpu().numpy())
 
 
-def _encoder(size: Geometry, options: TuneOptions, task_type: str) -> tuple[Any, nn.Module]:
+def _encoder(size: Geometry, options: TuneOptions, task_type: str, num_tasks: int) -> tuple[Any, nn.Module]:
     """PEFT's config and prompt encoder for a method."""
     from peft import (
+        MultitaskPromptTuningConfig,
+        MultitaskPromptTuningInit,
         PrefixEncoder,
         PrefixTuningConfig,
         PromptEmbedding,
@@ -100,6 +113,7 @@ def _encoder(size: Geometry, options: TuneOptions, task_type: str) -> tuple[Any,
         PromptEncoderConfig,
         PromptTuningConfig,
     )
+    from peft.tuners import MultitaskPromptEmbedding
 
     common: dict[str, Any] = {
         "task_type": task_type,
@@ -126,6 +140,14 @@ def _encoder(size: Geometry, options: TuneOptions, task_type: str) -> tuple[Any,
     if options.method == "prompt-tuning":
         plain = PromptTuningConfig(**common, prompt_tuning_init="RANDOM")
         return plain, PromptEmbedding(plain, None)
+    if options.method == "multitask-prompt-tuning":
+        several = MultitaskPromptTuningConfig(
+            **common,
+            prompt_tuning_init=MultitaskPromptTuningInit.RANDOM,
+            num_tasks=num_tasks,
+            num_ranks=_RANKS,
+        )
+        return several, MultitaskPromptEmbedding(several, None)
     raise UnsupportedError(f"method {options.method!r} is not offered for this base; known: {', '.join(names.METHODS)}")
 
 

@@ -47,7 +47,7 @@ class TuneResult:
 
 
 @dataclass(frozen=True)
-class _Data:
+class RunData:
     """What a run trains and evaluates on."""
 
     source: DataSource
@@ -92,18 +92,20 @@ def tune(
     path = Path(output)
     if path.suffix != ".safetensors":
         raise InputError(f"output {str(path)!r} must end in .safetensors")
+    if options.method == "multitask-prompt-tuning":
+        raise InputError("multitask prompt tuning needs tasks: name the column that tells them with --task-column")
     facts = inspect_data(data, options)
     with torch.random.fork_rng():
         torch.manual_seed(options.seed)
         run = prepare(base, facts, options)
         if options.adapter is not None and run.plan.has_head:
             raise UnsupportedError("a prompt with a head of its own is no PEFT adapter; leave out --adapter")
-        found = _read(run, data)
-        loop, batches = _loop(run, found, path)
+        found = read_data(run, data)
+        loop, batches = make_loop(run, found, path)
         if options.resume is not None:
             _resume(run, loop, options.resume)
         done = loop.run(show=progress)
-        prompt = _prompt_file(run, loop, done, path, found)
+        prompt = prompt_file(run, loop, done, path, found)
     checks = _closeness(run, found) if run.package is not None else {}
     if loop.accelerator.is_main_process:
         save_prompt(prompt, path)
@@ -122,7 +124,8 @@ def tune(
     )
 
 
-def _read(run: Run, data: DataSource) -> _Data:
+def read_data(run: Run, data: DataSource) -> RunData:
+    """Tokenise the data, and divide it into training and evaluation."""
     options = run.options
     examples, fields = _encode(run, data)
     if options.eval_data is not None:
@@ -137,7 +140,7 @@ def _read(run: Run, data: DataSource) -> _Data:
         indices = few_shot(indices, examples.classes, options.shots, options.seed)
     held = sample(held, options.eval_limit, options.seed)
     batches = list(sorted_batches(held, eval_examples.lengths, options.batch_size * _EVAL_BATCHES))
-    return _Data(data, examples, indices, eval_examples, batches, fields)
+    return RunData(data, examples, indices, eval_examples, batches, fields)
 
 
 def _encode(run: Run, data: DataSource) -> tuple[Examples, dict[str, str]]:
@@ -154,7 +157,8 @@ def _encode(run: Run, data: DataSource) -> tuple[Examples, dict[str, str]]:
     return Examples(encoded()), first
 
 
-def _loop(run: Run, data: _Data, path: Path) -> tuple[Loop, BatchPlan]:
+def make_loop(run: Run, data: RunData, path: Path) -> tuple[Loop, BatchPlan]:
+    """The loop that trains `run` on `data`, and the batches that it will see."""
     options = run.options
     batches = BatchPlan(data.indices, data.examples.lengths, options.batch_size, options.seed)
     steps = options.steps or math.ceil((options.epochs or 0) * batches.batches_per_epoch) or DEFAULT_STEPS
@@ -214,7 +218,7 @@ def _resume(run: Run, loop: Loop, path: Path) -> None:
     soft.start_from(torch.from_numpy(tensor.copy()).float().to(loop.accelerator.device))
 
 
-def _prompt_file(run: Run, loop: Loop, progress: Progress, path: Path, data: _Data) -> PromptFile:
+def prompt_file(run: Run, loop: Loop, progress: Progress, path: Path, data: RunData) -> PromptFile:
     """The best prompt as a prompt file."""
     options, objective, plan, package = run.options, run.objective, run.plan, run.package
     objective.model.eval()
@@ -261,7 +265,7 @@ def _prompt_file(run: Run, loop: Loop, progress: Progress, path: Path, data: _Da
     )
 
 
-def _closeness(run: Run, data: _Data) -> dict[str, float]:
+def _closeness(run: Run, data: RunData) -> dict[str, float]:
     """How closely a decoder in training followed the package's graph, on a few texts with the tuned prompt."""
     if run.encoder.architecture != names.DECODER_ONLY:
         return {}
