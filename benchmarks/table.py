@@ -69,9 +69,24 @@ def _notes(result: dict[str, Any]) -> list[str]:
             f"token bound decoding at {bound:.0f} tokens/s, of which edgeprompt reaches {decode / bound:.0%}.",
             "",
         ]
+    notes += _agreement(peers)
     notes += [f"{peer['title']}: absent ({peer['absent']})" for peer in peers.values() if peer.get("absent")]
     notes += [f"{peer['title']}: {peer['note']}" for peer in peers.values() if peer.get("note")]
     return notes
+
+
+def _agreement(peers: dict[str, Any]) -> list[str]:
+    """How often each peer's label is that of PyTorch in fp32 (a fast wrong answer shows)."""
+    reference = peers.get("pytorch", {}).get("rounds")
+    if not reference:
+        return []
+    truth = reference[0]["labels"]
+    shares = []
+    for peer in peers.values():
+        if peer["rounds"] and peer is not peers["pytorch"]:
+            pairs = zip(peer["rounds"][0]["labels"], truth, strict=True)
+            shares.append(f"{peer['title']} {statistics.fmean(ours == theirs for ours, theirs in pairs):.0%}")
+    return [f"Labels equal to those of PyTorch in fp32: {', '.join(shares)}.", ""]
 
 
 def _ratio(ours: list[Any], theirs: list[Any], value: Any, more: bool) -> str:

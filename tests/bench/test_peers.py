@@ -17,6 +17,7 @@ def _round(speed: float, **changes: Any) -> dict[str, Any]:
         "classify": 10 * speed,
         "cold_start": 1 / speed,
         "peak_rss": 2e8,
+        "labels": [1, 0, 1, 0],
         **changes,
     }
 
@@ -52,6 +53,11 @@ def test_absent_peers_and_the_ceiling_are_said(result: dict[str, Any]):
     assert "gone: absent (no wheel)" in text
     assert "| gone | absent |" in text
     assert "bound decoding at 200 tokens/s, of which edgeprompt reaches 50%" in text
+
+
+def test_labels_are_compared_with_full_precision(result: dict[str, Any]):
+    result["peers"]["pytorch"] = {"title": "fp32", "rounds": [_round(1, labels=[1, 1, 1, 0])]}
+    assert "Labels equal to those of PyTorch in fp32: ours 75%, other 75%." in to_markdown(result)
 
 
 def test_readme_is_replaced_between_its_markers(result: dict[str, Any], tmp_path: Path):
