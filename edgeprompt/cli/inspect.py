@@ -106,10 +106,10 @@ def _prompt(path: Path) -> dict[str, Any]:
 
 
 def _adapter(path: Path) -> dict[str, Any]:
-    import onnxruntime
-
     from edgeprompt.errors import InputError
+    from edgeprompt.session import import_onnxruntime
 
+    onnxruntime = import_onnxruntime()
     try:
         adapter = onnxruntime.AdapterFormat.read_adapter(str(path))
         tensors = {name: value.numpy() for name, value in adapter.get_parameters().items()}
