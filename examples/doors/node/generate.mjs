@@ -15,8 +15,9 @@ export function readPrompt(path) {
   const length = Number(file.readBigUInt64LE(0));
   const header = JSON.parse(file.toString("utf8", 8, 8 + length));
   const tensors = {};
-  for (const [name, { dtype, shape, data_offsets: [begin, end] }] of Object.entries(header)) {
+  for (const [name, { dtype, shape, data_offsets }] of Object.entries(header)) {
     if (name === "__metadata__") continue;
+    const [begin, end] = data_offsets;
     if (dtype !== "F32") throw new Error(`${name} is ${dtype}; this example reads F32`);
     const bytes = file.subarray(8 + length + begin, 8 + length + end);
     tensors[name] = { shape, data: new Float32Array(bytes.buffer.slice(bytes.byteOffset, bytes.byteOffset + bytes.length)) };
