@@ -23,7 +23,7 @@ def make_prompt(
 ) -> PromptFile:
     """A random prompt of `count` virtual tokens for a package."""
     rng, size = np.random.default_rng(seed), manifest.geometry
-    rows = rng.normal(0, 0.3, (count, size.hidden_size)).astype(np.float32)
+    rows = rng.normal(0, 0.3, (count, size.embedding_size or size.hidden_size)).astype(np.float32)
     shape = (size.num_layers, 2, size.num_key_value_heads, count, size.head_size)
     deep = method in ("prefix-tuning", "p-tuning-v2")
     return PromptFile(

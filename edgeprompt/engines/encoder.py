@@ -15,24 +15,29 @@ from edgeprompt import names
 from edgeprompt.encoder_text import EncodedText, encode_text, pair_slots
 from edgeprompt.engines import EngineOptions
 from edgeprompt.engines.encoder_batch import Row, make_feeds, make_row, split_batches
+from edgeprompt.engines.encoder_checks import (
+    NO_GENERATION,
+    GraphFacts,
+    check_head,
+    check_placement,
+    compile_cloze,
+)
 from edgeprompt.engines.encoder_tasks import answer, classify_head, pool, tag, token_logits
 from edgeprompt.errors import (
-    BaseMismatchError,
     InputError,
     PromptNotFoundError,
     RequestCancelledError,
     RequestTimeoutError,
-    TemplateError,
     UnsupportedError,
 )
-from edgeprompt.heads import Floats, apply_head
+from edgeprompt.heads import Floats
 from edgeprompt.kv_cache import PrefixCache
 from edgeprompt.package import Package
 from edgeprompt.prompt_file import Array, PromptFile
 from edgeprompt.prompt_source import PromptSource
 from edgeprompt.request import Classification, Request, Result
 from edgeprompt.session import graph_inputs, import_onnxruntime, open_session
-from edgeprompt.template import Mask, Slot, Template, VirtualTokens, as_fields
+from edgeprompt.template import Slot, Template, as_fields
 from edgeprompt.verbalizer import Verbalizer
 from edgeprompt.work import Clock
 
@@ -151,7 +156,7 @@ class EncoderEngine:
 
     def stream(self, request: Request) -> Iterator[str]:
         """Encoders do not generate."""
-        raise UnsupportedError(_NO_GENERATION)
+        raise UnsupportedError(NO_GENERATION)
 
     def logits(self, request: Request) -> Floats:
         """float32 [vocab_size]: scores of the token at the template's `{mask}` (masked language models)."""
@@ -177,73 +182,15 @@ class EncoderEngine:
         self._closed = True
 
     def _check(self, name: str, loaded: Loaded) -> None:
-        source, prompt = loaded.source, loaded.prompt
-        if source.has_encoder_prefix:
-            raise UnsupportedError(
-                f"prompt {name!r} has encoder_past_key_values, which belong to encoder-decoders; "
-                "an encoder-only base takes past_key_values"
-            )
-        if source.has_past and names.past(0, "key") not in self._inputs:
-            raise UnsupportedError(
-                f"prompt {name!r} has past_key_values, and this graph, which another tool exported, has no such input; "
-                "export the base with --route torch"
-            )
-        if prompt.task == "generate":
-            raise UnsupportedError(f"prompt {name!r} is for generation. {_NO_GENERATION}")
-        inside = source.num_virtual_tokens if not source.has_past else 0
-        if inside and not any(isinstance(part, VirtualTokens) for part in prompt.template.parts):
-            raise TemplateError(
-                f"prompt {name!r} has {inside} virtual tokens, and its template {str(prompt.template)!r} no {{prompt}}"
-            )
+        prompt, graph = loaded.prompt, GraphFacts(self._manifest, self._inputs, self._outputs)
+        check_placement(name, loaded.source, graph)
         self._encode_fields(loaded, dict.fromkeys(prompt.template.slots, "a"), False, prompt.task)
         if prompt.head_spec is not None:
-            self._check_head(name, prompt)
+            check_head(name, prompt, graph)
         elif prompt.task == "classify":
-            loaded.verbalizer = self._compile(name, prompt)
+            loaded.verbalizer = compile_cloze(name, prompt, graph, self._tokenizer)
         elif prompt.task in ("tag", "qa"):
             raise InputError(f"prompt {name!r} is for {prompt.task!r} and has no head; tune it with one")
-
-    def _check_head(self, name: str, prompt: PromptFile) -> None:
-        head = prompt.head_spec
-        assert head is not None
-        if head.input == "pooler" and names.POOLER_OUTPUT not in self._outputs:
-            raise BaseMismatchError(
-                f"prompt {name!r} reads the pooled vector, and {self._manifest.base.name} has no trained pooler"
-            )
-        by_token = head.input.startswith("tokens")
-        if by_token != (prompt.task in ("tag", "qa")):
-            raise InputError(f"prompt {name!r} is for {prompt.task!r}, and its head reads {head.input!r}")
-        try:
-            shape = apply_head(head, prompt.head, np.zeros((1, self._manifest.geometry.hidden_size), np.float32)).shape
-        except ValueError as error:
-            raise BaseMismatchError(
-                f"the head of prompt {name!r} does not fit hidden size {self._manifest.geometry.hidden_size}: {error}"
-            ) from error
-        wanted = 2 if prompt.task == "qa" else len(prompt.labels)
-        if wanted and shape[1] != wanted:
-            raise InputError(f"the head of prompt {name!r} gives {shape[1]} scores for {wanted} labels")
-
-    def _compile(self, name: str, prompt: PromptFile) -> Verbalizer:
-        if not prompt.verbalizer:
-            raise InputError(f"prompt {name!r} has neither a head nor a verbalizer, so it cannot classify")
-        if names.LOGITS not in self._outputs:
-            raise UnsupportedError(
-                f"prompt {name!r} classifies by label words, and {self._manifest.base.name} is no masked language "
-                "model; tune it with a head, or export the ...ForMaskedLM checkpoint"
-            )
-        masks = sum(isinstance(part, Mask) for part in prompt.template.parts)
-        if masks != 1:
-            raise TemplateError(f"prompt {name!r}: label words need one {{mask}} in the template, found {masks}")
-        found = Verbalizer.compile(
-            prompt.verbalizer, lambda text: self._tokenizer.encode(text, add_special_tokens=False), prompt.calibration
-        )
-        long = next((word for word in found.words if len(word) > 1), None)
-        if long is not None:
-            raise TemplateError(
-                f"prompt {name!r}: label word {self._tokenizer.decode(long)!r} is {len(long)} tokens; a mask stands "
-                "for one, so choose words of one token (a leading space may matter)"
-            )
-        return found
 
     def _encode(self, request: Request) -> Work:
         if self._closed:
@@ -256,7 +203,7 @@ class EncoderEngine:
                 raise PromptNotFoundError(f"no prompt {request.prompt!r}; loaded: {there}")
         task = request.task or (loaded.prompt.task if loaded else "embed")
         if task == "generate":
-            raise UnsupportedError(_NO_GENERATION)
+            raise UnsupportedError(NO_GENERATION)
         if task not in ("embed", "logits") and (loaded is None or loaded.prompt.task != task):
             raise InputError(
                 f"prompt {request.prompt!r} is for {loaded.prompt.task!r}, not for {task!r}"
@@ -413,9 +360,6 @@ class EncoderEngine:
             return classify_head(loaded.prompt, outputs[names.POOLER_OUTPUT].astype(np.float32, copy=False))
         states = outputs[names.LAST_HIDDEN_STATE][: row.length].astype(np.float32, copy=False)
         return classify_head(loaded.prompt, pool(states, row, head.input))
-
-
-_NO_GENERATION = "encoder-only bases do not generate; they classify, tag, answer questions and embed"
 
 
 def _located_slot(template: Template) -> str:
