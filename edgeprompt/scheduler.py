@@ -23,6 +23,10 @@ from edgeprompt.kv_cache import KV
 Logits = npt.NDArray[np.float32]
 
 
+LOOK_EVERY = 0.02
+"""Seconds; a long queue is not searched at every step."""
+
+
 class Work(Protocol):
     """What one request does with its logits. Called by the scheduler's thread only."""
 
@@ -89,6 +93,8 @@ class Scheduler:
         """Rows of the decode step, by slot."""
         self._filling: Job | None = None
         """The job that is being prefilled, in the slot behind the rows."""
+        self._next_look = 0.0
+        """When to look through the waiting jobs again for those that were cancelled or are late."""
         self._changed = threading.Condition()
         self._closed = False
         self._thread = threading.Thread(target=self._loop, name="edgeprompt-scheduler", daemon=True)
@@ -169,6 +175,9 @@ class Scheduler:
             if error is not None:
                 self._filling.finish(error)
                 self._filling = None
+        if now < self._next_look:
+            return
+        self._next_look = now + LOOK_EVERY
         with self._changed:
             dropped = [(job, error) for job in self._waiting if (error := _why_stop(job, now)) is not None]
             if dropped:
@@ -201,6 +210,10 @@ class Scheduler:
                 job = self._admit()
                 if job is None:
                     return
+                error = _why_stop(job, time.monotonic())
+                if error is not None:
+                    job.finish(error)
+                    return
                 total = self._longest(job)
                 prefix = job.start.prefix(self._graph, slot, total)
                 job.work.length = 0 if prefix is None else prefix.shape[2]
@@ -217,10 +230,10 @@ class Scheduler:
                 return
             self._filling = None
             token = job.work.advance(logits)
-        except Exception as error:
+        except Exception as failure:
             self._filling = None
             if job is not None:
-                job.finish(error)
+                job.finish(failure)
             return
         if token is None:
             job.finish()

@@ -2,7 +2,9 @@ from __future__ import annotations
 
 import asyncio
 import dataclasses
+import gc
 import shutil
+import tracemalloc
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -186,6 +188,25 @@ def test_a_folder_of_prompts_is_read_on_demand(tiny_llama_package: Path, tmp_pat
                 runtime.logits("a", prompt=name)
         with pytest.raises(InputError, match="no folder"):
             runtime.add_folder(tmp_path / "nothing")
+
+
+def test_prompts_of_files_take_little_memory(tiny_llama_package: Path, tmp_path: Path) -> None:
+    options = dataclasses.replace(QUIET, prefix_budget=0)
+    with edgeprompt.load(tiny_llama_package, options=options) as runtime:
+        for index in range(100):
+            prompt = make_prompt(runtime.manifest, f"p{index}", count=200, seed=index, verbalizer=WORDS)
+            save_prompt(prompt, tmp_path / f"p{index}.safetensors")
+        runtime.add_prompt(tmp_path / "p0.safetensors")
+        tracemalloc.start()
+        try:
+            for index in range(1, 100):
+                runtime.add_prompt(tmp_path / f"p{index}.safetensors")
+            gc.collect()
+            kept, _ = tracemalloc.get_traced_memory()
+        finally:
+            tracemalloc.stop()
+        assert kept / 99 < 10_000  # the file has 51,200 bytes of rows
+        assert runtime.classify("the film", prompt="p50").label in WORDS
 
 
 def test_golden_examples(runtime: Runtime) -> None:

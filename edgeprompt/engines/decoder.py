@@ -123,6 +123,11 @@ class DecoderEngine:
         prompt = source.prompt
         if source.has_encoder_prefix:
             raise UnsupportedError(f"prompt {name!r} has encoder_past_key_values, and this base has no encoder")
+        if prompt.head_spec is not None:
+            raise UnsupportedError(
+                f"prompt {name!r} answers through a trained head, which encoder packages have; "
+                "decoder-only ones classify by label words"
+            )
         self._try_template(name, source)
         verbalizer = None
         if prompt.verbalizer:

@@ -14,6 +14,7 @@ import pytest
 import edgeprompt
 from edgeprompt import EngineOptions, Generation, PromptFile, Request, Runtime
 from edgeprompt.errors import CapacityError, InputError, PromptNotFoundError, TemplateError, UnsupportedError
+from edgeprompt.prompt_file import Head, HeadStep
 from edgeprompt.request import GenerationOptions
 from edgeprompt.template import Template
 from tests.prompts import make_prompt
@@ -257,3 +258,8 @@ def test_what_does_not_fit_a_decoder(runtime: Runtime) -> None:
         runtime.classify("a", prompt="bare")
     with pytest.raises(TemplateError, match=r"no \{prompt\}"):
         runtime.add_prompt(make_prompt(runtime.manifest, "t", "prompt-tuning", template=Template.parse("{text}")))
+    head = Head("last", (HeadStep("linear", "score"),))
+    with pytest.raises(UnsupportedError, match="trained head"):
+        runtime.add_prompt(
+            make_prompt(runtime.manifest, "h", head={"score.weight": np.ones((2, 64), np.float32)}, head_spec=head)
+        )
