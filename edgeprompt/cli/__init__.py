@@ -75,6 +75,7 @@ def _terminable() -> Iterator[None]:
         return
 
     def leave(number: int, frame: Any) -> None:
+        click.echo(f"error: stopped by {signal.Signals(number).name}", err=True)
         raise SystemExit(128 + number)
 
     before = signal.signal(signal.SIGTERM, leave)
