@@ -47,7 +47,6 @@ def _save_hf(gguf: Path, out: Path) -> None:
 
     base = load_base(gguf)
     scratch = out.with_name("hf.partial")
-    base.model.config.__dict__.pop("quantization_config", None)
     base.model.save_pretrained(scratch)
     base.tokenizer.save_pretrained(scratch)
     config = json.loads((scratch / "config.json").read_text(encoding="utf-8"))
