@@ -29,7 +29,7 @@ def generate(model, vocab_size, requests, tables, max_new_tokens=16, pad=0):
     and packages of `--route genai` have not (they compute the last position alone, for speed): graft the builder's
     folder with `--route onnx` to serve batches.
     """
-    starts = np.cumsum([vocab_size, *(len(table) for table in tables)])
+    starts = np.cumsum([vocab_size, *map(len, tables)])
     rows = [
         [*(() if task is None else range(starts[task], starts[task] + len(tables[task]))), *ids]
         for task, ids in requests
@@ -38,7 +38,8 @@ def generate(model, vocab_size, requests, tables, max_new_tokens=16, pad=0):
     params = og.GeneratorParams(model)
     params.set_search_options(do_sample=False, batch_size=len(rows), max_length=width + max_new_tokens)
     generator = og.Generator(model, params)
-    generator.set_model_input("prompt_embeddings", np.concatenate(tables).astype(np.float32))
+    table = np.concatenate(tables).astype(np.float32)  # GenAI does not copy it: it must live as long as the generator
+    generator.set_model_input("prompt_embeddings", table)
     padded = [row + [pad] * (width - len(row)) for row in rows]
     generator.append_tokens(np.array(padded if len(rows) > 1 else padded[0], np.int32))
     while not generator.is_done():
