@@ -18,7 +18,7 @@ _CHUNK_VALUES = 1 << 20
 
 @dataclass(frozen=True)
 class BlockWeights:
-    """A quantised matrix. `codes [rows, blocks, block]` and `zero_points [rows, blocks]` are uint8, `scales` float32."""
+    """A quantised matrix: `codes [rows, blocks, block]` and `zero_points [rows, blocks]` uint8, `scales` float32."""
 
     codes: torch.Tensor
     scales: torch.Tensor
