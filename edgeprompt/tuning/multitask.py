@@ -61,7 +61,8 @@ class _Models(nn.Module):
     def shared(self) -> list[Any]:
         """`shared` of every task."""
         found = []
-        for index, model in enumerate(self.tasks):
+        for index in range(len(self.tasks)):
+            model: Any = self.tasks[index]
             self.soft.task = index
             found.append(model.shared())
         return found

@@ -255,7 +255,8 @@ def test_answers_are_found_in_the_context(tiny_bert: Path, tmp_path: Path, packa
     result = tune(tiny_bert, rows, output=tmp_path / "qa.safetensors", options=options)
     assert result.prompt.task == "qa"
     answers = serve(packages(tiny_bert), result, rows)
-    right = [answer.text == row["answers"]["text"][0] for answer, row in zip(answers, rows, strict=True)]
+    # This tokenizer's tokens cover the space in front of a word.
+    right = [answer.text.strip() == row["answers"]["text"][0] for answer, row in zip(answers, rows, strict=True)]
     assert np.mean(right) >= 0.7  # one of four words by chance
 
 
