@@ -60,8 +60,12 @@ def take_branch(model: ir.Model, branch: str, name: str) -> None:
         value.name = outer
         value.shape, value.type = types.get(outer, (value.shape, value.type))
     graph.outputs[:] = [value for value in outputs if value.name in by_name]
-    graph.inputs[:] = [value for value in graph.inputs if value.uses()]
     RemoveUnusedNodesPass()(model)
+    # The other branch still counts as a user of what both share, so ask this graph's own nodes.
+    used = {value for node in graph.all_nodes() for value in node.inputs}
+    graph.inputs[:] = [value for value in graph.inputs if value in used]
+    for name in [name for name, value in graph.initializers.items() if value not in used]:
+        graph.initializers.pop(name)
 
 
 def make_seq2seq(models: Mapping[str, ir.Model], geometry: Geometry) -> dict[str, ir.Model]:
