@@ -1,8 +1,8 @@
 """Quantises activations row by row, where ONNX Runtime's dynamic operator takes one scale for the whole tensor.
 
 With one scale, a row of a batch loses precision to whatever outlier its neighbours hold, and its result depends on
-them. With a scale per row (per token) neither happens, and integer products are exact, so that a row's result is the
-same in every batch. It costs about a tenth of the product's time, less where several products read one input.
+them. With a scale per row (per token) neither happens: what other rows hold changes no bit. It costs about a tenth of
+the product's time, less where several products read one input.
 """
 
 from __future__ import annotations
