@@ -14,6 +14,7 @@ import torch
 
 _SHRINK = (1.0, 0.96, 0.92, 0.88, 0.84)
 _CHUNK_VALUES = 1 << 20
+_TINIEST_HALF = 2.0**-24
 
 
 @dataclass(frozen=True)
@@ -32,6 +33,12 @@ class BlockWeights:
             ..., None
         ]
         return values.flatten(1)[:, : self.columns].contiguous()
+
+    def joined(self, other: BlockWeights) -> BlockWeights:
+        """The matrix with the columns of another of as many rows behind its own."""
+        pairs = ((self.codes, other.codes), (self.scales, other.scales), (self.zero_points, other.zero_points))
+        codes, scales, zeros = (torch.cat(pair, dim=1) for pair in pairs)
+        return BlockWeights(codes, scales, zeros, self.columns + other.columns, self.bits)
 
     def packed_codes(self) -> npt.NDArray[np.uint8]:
         """Codes as MatMulNBits stores them, [rows, blocks, block * bits / 8], low nibble first."""
@@ -54,9 +61,64 @@ def quantize_blocks(weight: torch.Tensor, *, bits: int = 4, block: int = 32) -> 
     values = weight.reshape(-1, block)
     parts = [_quantize(part, bits) for part in torch.split(values, max(1, _CHUNK_VALUES // block))]
     codes, scales, zeros = (torch.cat(pieces) for pieces in zip(*parts, strict=True))
-    return BlockWeights(
-        codes.reshape(rows, blocks, block), scales.reshape(rows, blocks), zeros.reshape(rows, blocks), columns, bits
+    scales = half_where_exact(scales).reshape(rows, blocks)
+    return BlockWeights(codes.reshape(rows, blocks, block), scales, zeros.reshape(rows, blocks), columns, bits)
+
+
+def quantize_symmetric(weight: torch.Tensor, *, block: int = 64) -> BlockWeights:
+    """Quantise [rows, columns] to 8 bits with the zero point in the middle, which is then not stored."""
+    rows, columns = weight.shape
+    blocks = -(-columns // block)
+    values = torch.nn.functional.pad(weight.detach().float(), (0, blocks * block - columns)).reshape(
+        rows, blocks, block
     )
+    scales = half_where_exact(values.abs().amax(2).clamp(min=1e-12) / 127)
+    codes = (torch.round(values / scales.unsqueeze(-1)).clamp_(-127, 127) + 128).to(torch.uint8)
+    return BlockWeights(codes, scales, torch.full((rows, blocks), 128, dtype=torch.uint8), columns, 8)
+
+
+def quantize_affine(weight: torch.Tensor, *, block: int = 32) -> tuple[BlockWeights, torch.Tensor]:
+    """Quantise [rows, columns] to 4 bits with a float offset for every block: `code * scale + minimum`.
+
+    MatMulNBits knows integer zero points only, and what rounding them to integers costs is most of what quantisation
+    to 4 bits costs. The offset that is left over is returned, to be added by other means. Weights that lie on such a
+    grid already, as those of a Q4_1 GGUF file do, come back as they were.
+
+    Returns:
+        The blocks with the nearest integer zero points, and the offsets [rows, blocks]: a weight is its dequantised
+        value plus its block's offset.
+    """
+    rows, columns = weight.shape
+    if columns % block:
+        raise ValueError(f"{columns} columns are not whole blocks of {block}")
+    values = weight.detach().float().reshape(-1, block)
+    parts = [_quantize_affine(part) for part in torch.split(values, max(1, _CHUNK_VALUES // block))]
+    codes, scales, zeros, offsets = (torch.cat(pieces) for pieces in zip(*parts, strict=True))
+    blocks = columns // block
+    weights = BlockWeights(
+        codes.reshape(rows, blocks, block), scales.reshape(rows, blocks), zeros.reshape(rows, blocks), columns, 4
+    )
+    return weights, offsets.reshape(rows, blocks)
+
+
+def _quantize_affine(values: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
+    low = values.amin(1, keepdim=True)
+    scale = half_where_exact((values.amax(1, keepdim=True) - low).clamp(min=1e-12) / 15)
+    codes = torch.round((values - low) / scale).clamp_(0, 15)
+    minimum = (values - codes * scale).mean(1, keepdim=True)
+    zero = torch.round(-minimum / scale).clamp(0, 15)
+    offset = minimum + zero * scale
+    return codes.to(torch.uint8), scale.squeeze(1), zero.squeeze(1).to(torch.uint8), offset.squeeze(1)
+
+
+def half_where_exact(scales: torch.Tensor) -> torch.Tensor:
+    """`scales` rounded to float16 where that costs nothing that matters, so that they can be stored as float16.
+
+    A scale far below the others (float16 holds fewer digits of it) belongs to a block that hardly counts.
+    """
+    half = scales.half().float().clamp(min=_TINIEST_HALF)
+    close = (half - scales).abs() <= torch.maximum(scales * 2**-10, scales.mean() * 2**-12)
+    return half if bool(close.all()) else scales
 
 
 def unpack_blocks(

@@ -143,14 +143,19 @@ def _dequantize(record: Mapping[str, Any], initializers: Mapping[str, ir.Value])
     if record["layout"] != "blocks":
         raise PackageError(f"unknown weight layout {record['layout']!r}; known: blocks, columns")
     blocks = unpack_blocks(codes, scales, zeros, columns=record["columns"], bits=record["bits"], block=record["block"])
-    return blocks.dequantize()
+    weight = blocks.dequantize()
+    if not record["offsets"]:
+        return weight
+    columns = record["columns"] - record["offsets"]
+    offsets = weight[:, columns : columns + columns // record["block"]]
+    return weight[:, :columns] + offsets.repeat_interleave(record["block"], dim=1)
 
 
 def _array(initializers: Mapping[str, ir.Value], name: str) -> npt.NDArray[Any]:
     if name not in initializers or initializers[name].const_value is None:
         raise PackageError(f"the graph lacks the initialiser {name!r} that the manifest names; export the base again")
     array: npt.NDArray[Any] = np.array(initializers[name].const_value.numpy())
-    return array
+    return array.astype(np.float32) if array.dtype == np.float16 else array
 
 
 def _round_to_half(parameters: Mapping[str, torch.nn.Parameter]) -> tuple[float, list[str]]:

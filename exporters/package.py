@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Mapping
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
@@ -38,6 +39,9 @@ def write_tokenizer(tokenizer: Any | None, folder: Path, scratch: Path) -> str |
     for name in _TOKENIZER_FILES:
         if (home / name).exists():
             (home / name).replace(folder / name)
+    data = json.loads((folder / names.TOKENIZER).read_bytes())
+    # Written without its indentation a tokenizer takes half the bytes and loads faster.
+    (folder / names.TOKENIZER).write_text(json.dumps(data, ensure_ascii=False, separators=(",", ":")), "utf-8")
     return fingerprint_tokenizer((folder / names.TOKENIZER).read_bytes())
 
 

@@ -10,11 +10,13 @@ import onnx_ir as ir
 import torch
 
 from edgeprompt import names
-from exporters.blockwise import BlockWeights, quantize_blocks
+from exporters.blockwise import BlockWeights, quantize_affine, quantize_blocks, quantize_symmetric
 from exporters.fuse import drop_unused
 from exporters.linears import Linear, WeightIndex, find_linears, initializer_tensor, is_constant
 
 BLOCK = 32
+TABLE_BLOCK = 64
+"""Blocks of embedding tables and lm_heads, which have 8 bits; larger ones take fewer bytes for scales."""
 MIN_WEIGHTS = 4096
 """Smaller matrices stay in float: their bytes do not matter, their precision may."""
 
@@ -32,6 +34,8 @@ class WeightRecord:
     bits: int
     columns: int
     block: int
+    offsets: int
+    """How many of the last columns hold the blocks' offsets (see `_Quantizer._affine`); 0: none."""
     pieces: list[tuple[str, int, bool]]
     """(parameter, rows, stored transposed) from top to bottom, see `exporters.linears.WeightIndex`."""
 
@@ -39,7 +43,8 @@ class WeightRecord:
 def quantize_graph(model: ir.Model, precision: str, torch_model: Any) -> list[dict[str, Any]]:
     """Quantise in place: "int4", "int8", or "fp16" (weights stored as float16); "fp32" only shares tied weights.
 
-    int4 is MatMulNBits, blocks of 32, accuracy_level 4 (activations to int8 inside the kernel). int8 is dynamic with
+    int4 is MatMulNBits, blocks of 32 with float offsets, accuracy_level 4 (activations to int8 inside the kernel);
+    the embedding and lm_head have 8 bits, since 4 cost more accuracy there than in all layers. int8 is dynamic with
     unsigned weights and activations (U8U8: U8S8 saturates on x86 without VNNI); its lm_head stays blockwise. An
     embedding table goes through GatherBlockQuantized and shares the lm_head's weights where they are tied.
 
@@ -55,6 +60,9 @@ class _Quantizer:
         self.precision = precision
         self.index = WeightIndex(torch_model)
         self.records: list[dict[str, Any]] = []
+        self._sums: dict[ir.Value, ir.Value] = {}
+        self._ones: dict[int, ir.Value] = {}
+        self._positions = {node: at for at, node in enumerate(model.graph)}
         model.opset_imports.setdefault("com.microsoft", 1)
 
     def run(self) -> list[dict[str, Any]]:
@@ -74,8 +82,10 @@ class _Quantizer:
             if self.precision == "int8" and not is_head:
                 self._dynamic(linear)
                 continue
-            bits = 4 if self.precision == "int4" else 8
-            blocks = self._nbits(linear, bits)
+            if self.precision == "int4" and not is_head and linear.weight().shape[1] % BLOCK == 0:
+                self._affine(linear)
+                continue
+            blocks = self._nbits(linear)
             if is_head and tied and embedding is not None:
                 self._gather(embedding, *blocks)
         if embedding is not None and not (tied and head is not None and head in linears):
@@ -119,35 +129,87 @@ class _Quantizer:
             if int(np.prod(value.shape.numpy())) < MIN_WEIGHTS or value in self.graph.inputs:
                 continue
             half = self._initializer(f"{value.name}_fp16", initializer_tensor(value).half().numpy())
-            node = ir.node("Cast", [half], {"to": int(ir.DataType.FLOAT)}, name=f"{value.name}_cast")
-            node.outputs[0].name = f"{value.name}_cast"
-            node.outputs[0].dtype = ir.DataType.FLOAT
-            node.outputs[0].shape = value.shape
             users = list(value.uses())
-            self.graph.insert_before(next(iter(self.graph)), node)
+            wide = self._cast(half)
             for user, at in users:
-                user.replace_input_with(at, node.outputs[0])
+                user.replace_input_with(at, wide)
         drop_unused(self.graph)
 
-    def _nbits(self, linear: Linear, bits: int) -> tuple[BlockWeights, ir.Value, ir.Value, ir.Value]:
+    def _affine(self, linear: Linear) -> None:
+        """4 bits with a float offset for every block, in one MatMulNBits.
+
+        `sum_k x[k] * (code * scale + offset[block of k])` needs the sum of x over each block beside x itself. Those
+        sums are appended to x (one small product with a constant matrix of ones, shared by all readers of x), and
+        the offsets, quantised like weights, to the weight's columns.
+        """
         weight = linear.weight()
-        blocks = quantize_blocks(weight, bits=bits, block=BLOCK)
-        stem = linear.value.name
-        codes = self._initializer(f"{stem}_q{bits}", blocks.packed_codes())
-        scales = self._initializer(f"{stem}_scales", blocks.scales.numpy())
-        zeros = self._initializer(f"{stem}_zero_points", blocks.packed_zero_points())
-        inputs = [linear.node.inputs[0], codes, scales, zeros]
+        columns = weight.shape[1]
+        blocks, offsets = quantize_affine(weight, block=BLOCK)
+        padded = torch.nn.functional.pad(offsets, (0, -offsets.shape[1] % BLOCK))
+        blocks = blocks.joined(quantize_blocks(padded, bits=4, block=BLOCK))
+        value = linear.node.inputs[0]
+        assert value is not None
+        self._matmul(linear, weight, blocks, self._with_block_sums(value, columns), BLOCK, offsets=padded.shape[1])
+
+    def _with_block_sums(self, value: ir.Value, columns: int) -> ir.Value:
+        """`value [..., columns]` with the sums over its blocks behind it, padded to whole blocks."""
+        if value in self._sums:
+            return self._sums[value]
+        blocks = columns // BLOCK
+        ones = self._ones.get(columns)
+        if ones is None:
+            matrix = np.zeros((columns, blocks - blocks % -BLOCK), np.uint8)
+            matrix[np.arange(columns), np.arange(columns) // BLOCK] = 1
+            ones = self._ones[columns] = self._cast(self._initializer(f"block_ones_{columns}", matrix))
+        sums = ir.node("MatMul", [value, ones], name=f"{value.name}_block_sums")
+        both = ir.node("Concat", [value, sums.outputs[0]], {"axis": -1}, name=f"{value.name}_with_block_sums")
+        for node in (sums, both):
+            node.outputs[0].name, node.outputs[0].dtype = node.name, value.dtype
+        reader = min(
+            (user for user, _ in value.uses() if user is not sums and user is not both),
+            key=lambda node: self._positions.get(node, 0),
+        )
+        self.graph.insert_before(reader, [sums, both])
+        self._sums[value] = both.outputs[0]
+        return both.outputs[0]
+
+    def _nbits(self, linear: Linear) -> tuple[BlockWeights, ir.Value, ir.Value, ir.Value | None]:
+        value = linear.node.inputs[0]
+        assert value is not None
+        blocks = quantize_symmetric(linear.weight(), block=TABLE_BLOCK)
+        return blocks, *self._matmul(linear, linear.weight(), blocks, value, TABLE_BLOCK)
+
+    def _matmul(
+        self, linear: Linear, weight: torch.Tensor, blocks: BlockWeights, value: ir.Value, block: int, offsets: int = 0
+    ) -> tuple[ir.Value, ir.Value, ir.Value | None]:
+        bits, stem = blocks.bits, linear.value.name
+        codes, scales, zeros = self._stored(str(stem), blocks)
+        inputs = [value, codes, scales, zeros]
         if linear.bias is not None:
             inputs += [None, linear.bias]
-        rows, columns = weight.shape
-        self._replace(
-            linear.node,
-            "MatMulNBits",
-            inputs,
-            {"K": columns, "N": rows, "bits": bits, "block_size": BLOCK, "accuracy_level": 4},
-        )
-        self._record(weight, codes, scales, zeros, "blocks", bits)
-        return blocks, codes, scales, zeros
+        self._record(weight, codes, scales, zeros, "blocks", bits, columns=blocks.columns, block=block, offsets=offsets)
+        attributes = {"K": blocks.columns, "N": weight.shape[0], "bits": bits, "block_size": block}
+        self._replace(linear.node, "MatMulNBits", inputs, {**attributes, "accuracy_level": 4})
+        return codes, scales, zeros
+
+    def _stored(self, stem: str, blocks: BlockWeights) -> tuple[ir.Value, ir.Value, ir.Value | None]:
+        """Initialisers of codes, scales and zero points; scales that float16 can hold are stored so."""
+        codes = self._initializer(f"{stem}_q{blocks.bits}", blocks.packed_codes())
+        zeros = None
+        if blocks.bits < 8:
+            zeros = self._initializer(f"{stem}_zero_points", blocks.packed_zero_points())
+        if torch.equal(blocks.scales.half().float(), blocks.scales):
+            half = self._initializer(f"{stem}_scales", blocks.scales.half().numpy())
+            return codes, self._cast(half), zeros
+        return codes, self._initializer(f"{stem}_scales", blocks.scales.numpy()), zeros
+
+    def _cast(self, stored: ir.Value) -> ir.Value:
+        """The float32 of an initialiser; ONNX Runtime computes it once, when it loads the graph."""
+        node = ir.node("Cast", [stored], {"to": int(ir.DataType.FLOAT)}, name=f"{stored.name}_cast")
+        out = node.outputs[0]
+        out.name, out.dtype, out.shape = node.name, ir.DataType.FLOAT, stored.shape
+        self.graph.insert_before(next(iter(self.graph)), node)
+        return out
 
     def _dynamic(self, linear: Linear) -> None:
         weight = linear.weight().float()
@@ -164,7 +226,7 @@ class _Quantizer:
         if linear.bias is not None:
             inputs.append(linear.bias)
         self._replace(linear.node, "DynamicQuantizeMatMul", inputs, {})
-        self._record(weight, codes, scales, zeros, "columns", 8)
+        self._record(weight, codes, scales, zeros, "columns", 8, columns=weight.shape[1])
 
     def _quantize_table(self, embedding: ir.Node) -> None:
         table = embedding.inputs[0]
@@ -172,16 +234,13 @@ class _Quantizer:
         weight = initializer_tensor(table)
         if weight.shape[1] % BLOCK or weight.numel() < MIN_WEIGHTS:
             return
-        bits = 4 if self.precision == "int4" else 8
-        blocks = quantize_blocks(weight, bits=bits, block=BLOCK)
-        codes = self._initializer(f"{table.name}_q{bits}", blocks.packed_codes())
-        scales = self._initializer(f"{table.name}_scales", blocks.scales.numpy())
-        zeros = self._initializer(f"{table.name}_zero_points", blocks.packed_zero_points())
+        blocks = quantize_symmetric(weight, block=TABLE_BLOCK)
+        codes, scales, zeros = self._stored(str(table.name), blocks)
         self._gather(embedding, blocks, codes, scales, zeros)
-        self._record(weight, codes, scales, zeros, "blocks", bits)
+        self._record(weight, codes, scales, zeros, "blocks", 8, columns=blocks.columns, block=TABLE_BLOCK)
 
     def _gather(
-        self, embedding: ir.Node, blocks: BlockWeights, codes: ir.Value, scales: ir.Value, zeros: ir.Value
+        self, embedding: ir.Node, blocks: BlockWeights, codes: ir.Value, scales: ir.Value, zeros: ir.Value | None
     ) -> None:
         """Look rows up in blockwise weights (the same initialisers that MatMulNBits reads)."""
         rows = blocks.codes.shape[0]
@@ -193,7 +252,7 @@ class _Quantizer:
             embedding,
             "GatherBlockQuantized",
             [flat.outputs[0], embedding.inputs[1], scales, zeros],
-            {"bits": blocks.bits, "block_size": BLOCK, "gather_axis": 0, "quantize_axis": 1},
+            {"bits": blocks.bits, "block_size": TABLE_BLOCK, "gather_axis": 0, "quantize_axis": 1},
         )
 
     def _replace(self, node: ir.Node, op_type: str, inputs: list[ir.Value | None], attributes: dict[str, int]) -> None:
@@ -210,11 +269,35 @@ class _Quantizer:
         return value
 
     def _record(
-        self, weight: torch.Tensor, codes: ir.Value, scales: ir.Value, zeros: ir.Value, layout: str, bits: int
+        self,
+        weight: torch.Tensor,
+        codes: ir.Value,
+        scales: ir.Value,
+        zeros: ir.Value | None,
+        layout: str,
+        bits: int,
+        *,
+        columns: int,
+        block: int = BLOCK,
+        offsets: int = 0,
     ) -> None:
         pieces = self.index.pieces(weight)
         if pieces:
-            record = WeightRecord(
-                str(codes.name), str(scales.name), zeros.name, layout, bits, weight.shape[1], BLOCK, pieces
+            cast = scales.producer()
+            stored = cast.inputs[0] if cast is not None else scales
+            assert stored is not None
+            self.records.append(
+                asdict(
+                    WeightRecord(
+                        str(codes.name),
+                        str(stored.name),
+                        zeros.name if zeros else None,
+                        layout,
+                        bits,
+                        columns,
+                        block,
+                        offsets,
+                        pieces,
+                    )
+                )
             )
-            self.records.append(asdict(record))
