@@ -1,7 +1,7 @@
 """Checkpoints of OpenPrompt 1.0.1, and what its own forward computes, on tiny random models.
 
-    python3.11 -m venv old && old/bin/pip install torch==2.13.0 transformers==4.30.2 "numpy<2" "pyarrow<15" "datasets<3" \
-        yacs dill tqdm tensorboardX nltk scikit-learn sentencepiece rouge scipy protobuf==3.20.3
+    python3.11 -m venv old && old/bin/pip install torch==2.13.0 transformers==4.30.2 "numpy<2" "pyarrow<15" \
+        "datasets<3" yacs dill tqdm tensorboardX nltk scikit-learn sentencepiece rouge scipy protobuf==3.20.3
     old/bin/pip install --no-deps openprompt==1.0.1
     old/bin/python make_openprompt.py tests/golden/foreign
 

@@ -1,6 +1,7 @@
 """Graphs as Optimum exports them, of tiny random models.
 
-    python3.11 -m venv other && other/bin/pip install torch==2.13.0 "optimum-onnx[onnxruntime]==0.1.0" "transformers<4.58"
+    python3.11 -m venv other
+    other/bin/pip install torch==2.13.0 "optimum-onnx[onnxruntime]==0.1.0" "transformers<4.58"
     other/bin/python make_optimum.py tests/golden/onnx
 
 optimum-onnx cannot be installed beside transformers 5, hence an environment of its own. The tests quantise these
