@@ -142,7 +142,7 @@ def _pair(
     found = [
         span if part is not None and part == wanted else None for span, part in zip(offsets, sequence, strict=True)
     ]
-    return EncodedText([*virtual, *ids], [0] * len(virtual) + type_ids, [None] * len(virtual) + found)
+    return EncodedText([*virtual, *ids], [0] * len(virtual) + type_ids, [*[None] * len(virtual), *found])
 
 
 def _located(

@@ -67,4 +67,5 @@ def _erf(x: Floats) -> npt.NDArray[np.float64]:
     size = np.abs(x.astype(np.float64))
     t = 1 / (1 + 0.3275911 * size)
     series = t * (0.254829592 + t * (-0.284496736 + t * (1.421413741 + t * (-1.453152027 + t * 1.061405429))))
-    return np.sign(x) * (1 - series * np.exp(-(size**2)))
+    found: npt.NDArray[np.float64] = np.sign(x) * (1 - series * np.exp(-(size**2)))
+    return found

@@ -102,7 +102,7 @@ class Manifest:
 
     @property
     def weights_hash(self) -> str:
-        """One hash over all weights: what a prompt tuned for this package names. Graphs count only if they hold them."""
+        """One hash over all weights (graphs count only if they hold them): what a prompt tuned for a package names."""
         import hashlib
 
         text = strict_json.dumps({key: dict(graph.data) or graph.sha256 for key, graph in self.graphs.items()})

@@ -123,7 +123,7 @@ def make_feeds(rows: Sequence[Row], manifest: Manifest, inputs: Collection[str])
     if size.max_positions:
         positions = np.minimum(positions, size.max_positions - 1)  # padding alone can reach beyond
     width = size.embedding_size or size.hidden_size
-    feeds = {
+    feeds: dict[str, npt.NDArray[Any]] = {
         names.INPUT_IDS: ids,
         names.ATTENTION_MASK: mask,
         names.POSITION_IDS: positions + size.position_offset,

@@ -33,15 +33,17 @@ def pool(states: Floats, row: Row, how: str) -> Floats:
     text = row.text
     if how not in ("first", "mean_all") and not len(text):
         raise InputError("the text has no token, so there is nothing to pool; give at least one character")
+    found: Floats
     match how:
         case "first":
-            return states[0]
+            found = states[0]
         case "first_text" | "cls":
-            return states[text[0]]
+            found = states[text[0]]
         case "last":
-            return states[text[-1]]
-    mean: Floats = (states if how == "mean_all" else states[text]).mean(0, dtype=np.float32)
-    return mean
+            found = states[text[-1]]
+        case _:
+            found = (states if how == "mean_all" else states[text]).mean(0, dtype=np.float32)
+    return found
 
 
 def classify_head(prompt: PromptFile, vector: Floats) -> Classification:

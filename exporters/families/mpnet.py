@@ -16,7 +16,7 @@ def _forward(
 
     shape = (*hidden_states.shape[:-1], -1, self.attention_head_size)
     query, key, value = (part(hidden_states).view(shape).transpose(1, 2) for part in (self.q, self.k, self.v))
-    out, _ = attend(self, query, key, value, None, bias=position_bias)
+    out = attend(self, query, key, value, None, bias=position_bias)[0]
     return (self.o(out.reshape(hidden_states.shape)),)
 
 
