@@ -68,7 +68,6 @@ RESTORE = (
 )
 RECIPES = {
     "sentiment": Recipe("sentiment", SENTIMENT, test="movie"),
-    "sentiment-fp32": Recipe("sentiment", SENTIMENT, precision="fp32", test="movie"),
     "source": Recipe("source", SOURCE),
     "restore": Recipe("restore", RESTORE, metric="bleu"),
 }
