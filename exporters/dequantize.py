@@ -80,7 +80,7 @@ def load_package_weights(model: Any, package: str | os.PathLike[str]) -> LoadedW
         for record in records:
             if record["codes"] not in initializers:
                 continue
-            weight, row = _dequantize(record, initializers), 0
+            weight, row = dequantize_record(record, initializers), 0
             for name, rows, transposed in record["pieces"]:
                 if name not in parameters:
                     raise PackageError(f"the package's weight {record['codes']!r} is the model's {name!r}: no such")
@@ -134,7 +134,8 @@ def check_closeness(
     )
 
 
-def _dequantize(record: Mapping[str, Any], initializers: Mapping[str, ir.Value]) -> torch.Tensor:
+def dequantize_record(record: Mapping[str, Any], initializers: Mapping[str, ir.Value]) -> torch.Tensor:
+    """The float32 weight [out_features, in_features] that a `exporters.quantize.WeightRecord` describes."""
     codes, scales = _array(initializers, record["codes"]), _array(initializers, record["scales"])
     zeros = _array(initializers, record["zero_points"]) if record["zero_points"] else None
     if record["layout"] == "columns":
