@@ -74,6 +74,8 @@ class DecoderGraph:
     def __init__(self, folder: Path, manifest: Manifest) -> None:
         options = ort.SessionOptions()
         options.log_severity_level = 3
+        # Between PyTorch's turns the graph's threads would spin for nothing.
+        options.add_session_config_entry("session.intra_op.allow_spinning", "0")
         provider = "CUDAExecutionProvider" if "CUDAExecutionProvider" in ort.get_available_providers() else None
         providers = [provider, "CPUExecutionProvider"] if provider else ["CPUExecutionProvider"]
         self.session = ort.InferenceSession(folder / manifest.graphs["model"].file, options, providers=providers)

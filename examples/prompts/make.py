@@ -59,12 +59,12 @@ SOURCE = (
     *("--verbalizer", "movie= movie", "--verbalizer", "product= product"),
     *("--verbalizer", "tweets= tweet", "--verbalizer", "news= news"),
     *("--init-text", "Where is this sentence from: a movie review, a product review, a tweet or the news?\n"),
-    *("--virtual-tokens", 16, "--steps", 100, "--lr", 0.01, "--max-length", 96),
+    *("--virtual-tokens", 16, "--steps", 80, "--lr", 0.01, "--max-length", 96),
 )
 RESTORE = (
     *("--task", "generate", "--template", r"{prompt}{text}\nWritten:"),
     *("--init-text", "Write this sentence again with its capital letters and punctuation.\n"),
-    *("--virtual-tokens", 16, "--steps", 100, "--lr", 0.01, "--max-length", 96),
+    *("--virtual-tokens", 16, "--steps", 60, "--lr", 0.01, "--max-length", 96),
 )
 RECIPES = {
     "sentiment": Recipe("sentiment", SENTIMENT, test="movie"),
