@@ -17,6 +17,8 @@ from edgeprompt import load_prompt, save_prompt
 
 DATA = WORK / "data"
 HERE = Path(__file__).resolve().parent
+TEST_ROWS = 400
+"""Most held-out rows that a prompt is measured on."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -64,7 +66,7 @@ SOURCE = (
 RESTORE = (
     *("--task", "generate", "--template", r"{prompt}{text}\nWritten:"),
     *("--init-text", "Write this sentence again with its capital letters and punctuation.\n"),
-    *("--virtual-tokens", 16, "--steps", 60, "--lr", 0.01, "--max-length", 96),
+    *("--virtual-tokens", 16, "--steps", 60, "--lr", 0.01, "--max-length", 160),
 )
 RECIPES = {
     "sentiment": Recipe("sentiment", SENTIMENT, test="movie"),
@@ -78,7 +80,9 @@ def make(name: str, recipe: Recipe) -> None:
     folder, test = package(recipe.precision), recipe.files()[2]
     draft = WORK / "prompts" / f"{name}.safetensors"
     edgeprompt(*recipe.command(draft), "--log", WORK / "logs" / name)
-    (score,) = edgeprompt_json("eval", folder, test, "--prompt", draft, "--metric", recipe.metric)
+    (score,) = edgeprompt_json(
+        *("eval", folder, test, "--prompt", draft, "--metric", recipe.metric, "--limit", TEST_ROWS)
+    )
     prompt = load_prompt(draft)
     measured = {key: score[key] for key in ("metric", "value", "standard_error", "n")}
     held_out = {"data": test.name, "precision": recipe.precision, **measured}
