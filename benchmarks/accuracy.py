@@ -24,8 +24,8 @@ from smollm2 import WORK, edgeprompt, edgeprompt_json, package  # noqa: E402
 SETS = ("movie", "product", "tweets", "news")
 RECIPE = RECIPES["sentiment"]
 SERVED = ("fp32", "int4")
-LIMIT = 400
-"""Sentences of each test set; the standard error of one accuracy is about 1.6 points then."""
+LIMIT = 200
+"""Sentences of each test set; the standard error of one accuracy is about 2 points then."""
 FOLDER = WORK / "accuracy"
 
 

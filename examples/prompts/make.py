@@ -1,7 +1,7 @@
 """Train the prompts in this folder: `make prompts`, or `python examples/prompts/make.py NAME ...` for some.
 
 Every prompt is made by one `edgeprompt tune` command, shown as it runs, against the weights of the package that will
-serve it; its figure on the held-out test set, measured on that package, is stored in the file under `training`.
+serve it; its figure on the held-out test set, measured on that package, is stored in the file under `training`. A prompt under work/prompts/ is not tuned again.
 """
 
 from __future__ import annotations
@@ -79,14 +79,16 @@ def make(name: str, recipe: Recipe) -> None:
     """Tune, measure on the test set, store the figure, and only then put the prompt into this folder."""
     folder, test = package(recipe.precision), recipe.files()[2]
     draft = WORK / "prompts" / f"{name}.safetensors"
-    edgeprompt(*recipe.command(draft), "--log", WORK / "logs" / name)
+    if not draft.exists():
+        edgeprompt(*recipe.command(draft), "--log", WORK / "logs" / name)
     (score,) = edgeprompt_json(
         *("eval", folder, test, "--prompt", draft, "--metric", recipe.metric, "--limit", TEST_ROWS)
     )
     prompt = load_prompt(draft)
     measured = {key: score[key] for key in ("metric", "value", "standard_error", "n")}
     held_out = {"data": test.name, "precision": recipe.precision, **measured}
-    save_prompt(dataclasses.replace(prompt, training={**prompt.training, "held_out": held_out}), HERE / draft.name)
+    training = {**prompt.training, "held_out": held_out}
+    save_prompt(dataclasses.replace(prompt, name=name, training=training), HERE / draft.name)
     print(f"{(HERE / draft.name).relative_to(ROOT)}: {held_out}", flush=True)
 
 
