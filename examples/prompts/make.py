@@ -1,7 +1,8 @@
 """Train the prompts in this folder: `make prompts`, or `python examples/prompts/make.py NAME ...` for some.
 
 Every prompt is made by one `edgeprompt tune` command, shown as it runs, against the weights of the package that will
-serve it; its figure on the held-out test set, measured on that package, is stored in the file under `training`. A prompt under work/prompts/ is not tuned again.
+serve it; its figure on held-out sentences, measured on that package, is stored in the file under `training`. A prompt
+that lies under work/prompts/ already is not tuned again.
 """
 
 from __future__ import annotations
