@@ -23,7 +23,7 @@ from smollm2 import WORK, edgeprompt, edgeprompt_json, package  # noqa: E402
 
 SETS = ("movie", "product", "tweets", "news")
 RECIPE = RECIPES["sentiment"]
-SERVED = ("fp32", "int4")
+SERVED = ("int4", "fp32")
 LIMIT = 200
 """Sentences of each test set; the standard error of one accuracy is about 2 points then."""
 FOLDER = WORK / "accuracy"

@@ -21,6 +21,11 @@ MIN_WEIGHTS = 4096
 """Smaller matrices stay in float: their bytes do not matter, their precision may."""
 
 
+def table_block(columns: int) -> int:
+    """Block size of a table: rows are looked up whole, so they must be whole blocks."""
+    return TABLE_BLOCK if columns % TABLE_BLOCK == 0 else BLOCK
+
+
 @dataclass(frozen=True)
 class WeightRecord:
     """Where quantised parameters lie in a graph (stored in the manifest, read by `exporters.dequantize`)."""
@@ -86,7 +91,7 @@ class _Quantizer:
                 self._affine(linear)
                 continue
             blocks = self._nbits(linear)
-            if is_head and tied and embedding is not None:
+            if is_head and tied and embedding is not None and linear.weight().shape[1] % BLOCK == 0:
                 self._gather(embedding, *blocks)
         if embedding is not None and not (tied and head is not None and head in linears):
             self._quantize_table(embedding)
@@ -176,8 +181,8 @@ class _Quantizer:
     def _nbits(self, linear: Linear) -> tuple[BlockWeights, ir.Value, ir.Value, ir.Value | None]:
         value = linear.node.inputs[0]
         assert value is not None
-        blocks = quantize_symmetric(linear.weight(), block=TABLE_BLOCK)
-        return blocks, *self._matmul(linear, linear.weight(), blocks, value, TABLE_BLOCK)
+        blocks = quantize_symmetric(linear.weight(), block=table_block(linear.weight().shape[1]))
+        return blocks, *self._matmul(linear, linear.weight(), blocks, value, blocks.codes.shape[2])
 
     def _matmul(
         self, linear: Linear, weight: torch.Tensor, blocks: BlockWeights, value: ir.Value, block: int, offsets: int = 0
@@ -234,10 +239,10 @@ class _Quantizer:
         weight = initializer_tensor(table)
         if weight.shape[1] % BLOCK or weight.numel() < MIN_WEIGHTS:
             return
-        blocks = quantize_symmetric(weight, block=TABLE_BLOCK)
+        blocks = quantize_symmetric(weight, block=table_block(weight.shape[1]))
         codes, scales, zeros = self._stored(str(table.name), blocks)
         self._gather(embedding, blocks, codes, scales, zeros)
-        self._record(weight, codes, scales, zeros, "blocks", 8, columns=blocks.columns, block=TABLE_BLOCK)
+        self._record(weight, codes, scales, zeros, "blocks", 8, columns=blocks.columns, block=blocks.codes.shape[2])
 
     def _gather(
         self, embedding: ir.Node, blocks: BlockWeights, codes: ir.Value, scales: ir.Value, zeros: ir.Value | None
@@ -252,7 +257,7 @@ class _Quantizer:
             embedding,
             "GatherBlockQuantized",
             [flat.outputs[0], embedding.inputs[1], scales, zeros],
-            {"bits": blocks.bits, "block_size": TABLE_BLOCK, "gather_axis": 0, "quantize_axis": 1},
+            {"bits": blocks.bits, "block_size": blocks.codes.shape[2], "gather_axis": 0, "quantize_axis": 1},
         )
 
     def _replace(self, node: ir.Node, op_type: str, inputs: list[ir.Value | None], attributes: dict[str, int]) -> None:

@@ -52,7 +52,9 @@ def spawn() -> Callable[..., subprocess.Popen[str]]:
     """`spawn("export", ...)`: the command as a process of its own; `before` is Python to run first."""
 
     def start(*args: Any, before: str = "pass", **options: Any) -> subprocess.Popen[str]:
-        code = f"{before}\nfrom edgeprompt.cli import main; main()"
+        # A process that a script started in the background ignores Ctrl-C, and so do its children: not these.
+        interrupt = "import signal; signal.signal(signal.SIGINT, signal.default_int_handler)"
+        code = f"{interrupt}\n{before}\nfrom edgeprompt.cli import main; main()"
         command = [sys.executable, "-c", code, *map(str, args)]
         return subprocess.Popen(
             command,

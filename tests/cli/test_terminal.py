@@ -70,7 +70,8 @@ def test_a_reader_that_leaves_is_no_error(texts, tiny_llama_package):
 def test_ctrl_c_ends_a_run_and_leaves_no_output(texts, tiny_llama_package, tmp_path):
     out = tmp_path / "answers.csv"
     args = [*COMMAND, "run", tiny_llama_package, "--input", texts, "--max-new-tokens", "200", "--output", out]
-    with subprocess.Popen(args, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as process:
+    heard = {"preexec_fn": lambda: signal.signal(signal.SIGINT, signal.SIG_DFL)}  # also where a script runs the tests
+    with subprocess.Popen(args, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, **heard) as process:
         deadline = time.monotonic() + 60
         while len(list(tmp_path.iterdir())) < 2 and time.monotonic() < deadline:
             time.sleep(0.02)
