@@ -55,7 +55,7 @@ SENTIMENT = (
     *("--template", r"{prompt}{text}\nSentiment:"),
     *("--verbalizer", "negative= negative", "--verbalizer", "positive= positive"),
     *("--init-text", "Decide whether the sentiment of this text is negative or positive.\n"),
-    *("--virtual-tokens", 16, "--steps", 120, "--max-length", 96),
+    *("--virtual-tokens", 16, "--steps", 60, "--max-length", 96),
 )
 SOURCE = (
     *("--template", r"{prompt}{text}\nSource:"),
