@@ -49,7 +49,7 @@ def quantize_graph(model: ir.Model, precision: str, torch_model: Any) -> list[di
     """Quantise in place: "int4", "int8", or "fp16" (weights stored as float16); "fp32" only shares tied weights.
 
     int4 is MatMulNBits, blocks of 32 with float offsets, accuracy_level 4 (activations to int8 inside the kernel);
-    the embedding and lm_head have 8 bits, since 4 cost more accuracy there than in all layers. int8 is dynamic with
+    the embedding and lm_head have 8 bits: 4 there cost half as much as in all layers together. int8 is dynamic with
     unsigned weights and activations (U8U8: U8S8 saturates on x86 without VNNI); its lm_head stays blockwise. An
     embedding table goes through GatherBlockQuantized and shares the lm_head's weights where they are tied.
 
