@@ -21,7 +21,7 @@ from edgeprompt import load_prompt
 ROOT = Path(__file__).resolve().parent.parent
 sys.path[:0] = [str(ROOT / "examples"), str(ROOT / "examples" / "prompts")]
 from make import RECIPES  # noqa: E402
-from smollm2 import WORK, edgeprompt, edgeprompt_json, package  # noqa: E402
+from models import WORK, edgeprompt, edgeprompt_json, package  # noqa: E402
 
 SETS = ("movie", "product", "tweets", "news")
 RECIPE = RECIPES["sentiment"]

@@ -26,7 +26,7 @@ from exporters.load import load_base
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT / "examples"))
-from smollm2 import model_file, package  # noqa: E402
+from models import model_file, package  # noqa: E402
 
 TEMPLATE = "{}\nSentiment:"
 Quantise = Callable[[torch.Tensor], torch.Tensor]

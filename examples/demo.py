@@ -13,11 +13,12 @@ import time
 from collections.abc import Callable
 from pathlib import Path
 
+from models import ROOT, WORK, edgeprompt, edgeprompt_json, model_file
 from rich.console import Console
 from rich.table import Table
-from smollm2 import ROOT, WORK, edgeprompt, edgeprompt_json, model_file
 
 import edgeprompt as ep
+from edgeprompt.package import open_package
 
 DATA = ROOT / "examples" / "data"
 PROMPTS = ROOT / "examples" / "prompts"
@@ -47,7 +48,7 @@ def main() -> None:
     )
 
     shipped = {path.stem: path for path in sorted(PROMPTS.glob("*.safetensors"))}
-    shipped = {name: path for name, path in shipped.items() if is_for(path, "int4")}
+    shipped = {name: path for name, path in shipped.items() if is_for(path, package)}
     console.rule("3. Evaluate on held-out sentences")
     console.print(accuracy_table(package, mine, shipped))
 
@@ -61,9 +62,11 @@ def main() -> None:
     console.print(f"The whole demo took {time.perf_counter() - started:.0f} s.")
 
 
-def is_for(path: Path, precision: str) -> bool:
-    tuned = ep.load_prompt(path).tuned_for
-    return tuned is None or tuned.precision == precision
+def is_for(path: Path, package: Path) -> bool:
+    """Whether a prompt is of a package's base, and was tuned for its precision."""
+    prompt, manifest = ep.load_prompt(path), open_package(package).manifest
+    same_precision = prompt.tuned_for is None or prompt.tuned_for.precision == manifest.precision
+    return same_precision and prompt.base.fingerprint == manifest.base.fingerprint
 
 
 def accuracy_table(package: Path, mine: Path, shipped: dict[str, Path]) -> Table:

@@ -12,7 +12,7 @@ import sys
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
-from smollm2 import ROOT, WORK, edgeprompt, edgeprompt_json, model_file, package
+from models import ROOT, SMOLLM2, WORK, Model, edgeprompt, edgeprompt_json, model_file, package
 
 from edgeprompt import load_prompt, save_prompt
 
@@ -30,6 +30,7 @@ class Recipe:
     """Stem of the data: DATA/{data}.train.csv and .dev.csv."""
     tune: tuple[object, ...]
     """Options of `edgeprompt tune`."""
+    model: Model = SMOLLM2
     precision: str = "int4"
     """Of the package that the prompt is for."""
     metric: str = "accuracy"
@@ -47,8 +48,8 @@ class Recipe:
     def command(self, output: Path, *, seed: int = 0) -> tuple[object, ...]:
         """The `edgeprompt tune` command that makes the prompt."""
         train, dev, _ = self.files()
-        target = () if self.precision == "fp32" else ("--for", package(self.precision))
-        return ("tune", model_file(), train, "-o", output, "--eval", dev, *target, *self.tune, "--seed", seed)
+        target = () if self.precision == "fp32" else ("--for", package(self.precision, self.model))
+        return ("tune", model_file(self.model), train, "-o", output, "--eval", dev, *target, *self.tune, "--seed", seed)
 
 
 SENTIMENT = (
@@ -78,7 +79,7 @@ RECIPES = {
 
 def make(name: str, recipe: Recipe) -> None:
     """Tune, measure on the test set, store the figure, and only then put the prompt into this folder."""
-    folder, test = package(recipe.precision), recipe.files()[2]
+    folder, test = package(recipe.precision, recipe.model), recipe.files()[2]
     draft = WORK / "prompts" / f"{name}.safetensors"
     if not draft.exists():
         edgeprompt(*recipe.command(draft), "--log", WORK / "logs" / name)

