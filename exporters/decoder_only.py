@@ -14,7 +14,7 @@ from edgeprompt.manifest import Manifest
 from edgeprompt.prompt_file import PromptFile
 from exporters.contract import BuiltGraphs, ExportOptions
 from exporters.geometry import geometry_of
-from exporters.graft import graft_virtual_tokens
+from exporters.graft import expose_hidden_states, graft_virtual_tokens
 from exporters.load import LoadedBase
 from exporters.quantize import quantize_graph
 from exporters.validate import validate_decoder
@@ -51,6 +51,7 @@ def finish_graph(model: ir.Model, loaded: LoadedBase, options: ExportOptions) ->
             "need both to be one size, so choose a base where they are"
         )
     _name_shapes(model, geometry.num_key_value_heads, geometry.head_size)
+    expose_hidden_states(model, geometry.hidden_size)
     model.meta["weights"] = quantize_graph(model, options.precision, loaded.model)
     graft_virtual_tokens(
         model,

@@ -16,6 +16,8 @@ _IDS = 1
 _WAY = ("Reshape", "Cast", "Identity", "Unsqueeze", "Squeeze")
 """What other exporters put between `input_ids` and the look-up."""
 _PREFIX = "virtual"
+_PRODUCTS = ("MatMul", "Gemm", "FusedMatMul", "MatMulNBits", "MatMulBnb4", "DynamicQuantizeMatMul")
+"""What an output layer is; its first input is the state that the logits are computed from."""
 
 
 def graft_virtual_tokens(
@@ -104,6 +106,35 @@ def find_embedding(model: ir.Model) -> tuple[ir.Node, ir.Value]:
     if rows.dtype is None and source is not None:
         rows.dtype = source.dtype  # the table's, or its scales': exporters need not state inner types
     return lookup, rows
+
+
+def expose_hidden_states(model: ir.Model, hidden_size: int) -> None:
+    """Make the output layer's input a graph output, `hidden_states`, for heads that stand in the output layer's place.
+
+    It is there at the positions at which the logits are, and costs nothing to those who do not ask for it. A graph
+    whose output layer is not found keeps its outputs as they are.
+    """
+    outputs = {value.name: value for value in model.graph.outputs}
+    logits = value = outputs.get(names.LOGITS)
+    if logits is None or names.HIDDEN_STATES in outputs:
+        return
+    while value is not None:
+        node = value.producer()
+        if node is None or not node.inputs:
+            return
+        value = node.inputs[0]
+        if node.op_type in _PRODUCTS:
+            break
+        if node.op_type == "MatMulInteger":
+            quantised = value.producer() if value is not None else None
+            value = quantised.inputs[0] if quantised is not None else None
+            break
+    if value is None or value.producer() is None or value.is_graph_output():
+        return
+    value.name = names.HIDDEN_STATES
+    value.dtype = value.dtype or logits.dtype
+    value.shape = ir.Shape([*logits.shape[:2], hidden_size] if logits.shape is not None else [None, None, hidden_size])
+    model.graph.outputs.append(value)
 
 
 def _lookups(ids: ir.Value) -> list[ir.Node]:

@@ -7,6 +7,7 @@ import json
 import shutil
 import subprocess
 import sys
+import tarfile
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -176,3 +177,82 @@ def test_node(node_example: Callable[..., str], tiny_llama_package: Path, tasks:
     for file, told in tasks.values():
         ids = ",".join(map(str, TEXTS[1]))
         assert json.loads(node_example(str(tiny_llama_package), str(file), ids))[:NEW] == told[1]
+
+
+HEADERS_PACKAGE = "com.github.asus4.onnxruntime@0.4.9"
+"""npm's package of ONNX Runtime for Unity: of the package indices, the one that carries the C and C++ headers."""
+
+
+@pytest.fixture(scope="session")
+def cpp_example(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The C++ example, built against onnxruntime's own library; skips where a tool or the headers are not there."""
+    import onnxruntime
+
+    for tool in ("g++", "npm"):
+        if shutil.which(tool) is None:
+            pytest.skip(f"{tool} is not installed")
+    (library,) = (Path(onnxruntime.__file__).parent / "capi").glob("libonnxruntime.so.*")
+    home = tmp_path_factory.getbasetemp().parent / "cpp-door"
+    if not (headers := _headers(home)):
+        home.mkdir(exist_ok=True)
+        packed = subprocess.run(["npm", "pack", HEADERS_PACKAGE], cwd=home, capture_output=True, text=True)
+        if packed.returncode:
+            pytest.skip(f"npm cannot fetch {HEADERS_PACKAGE} here: {packed.stderr.strip()[-200:]}")
+        (archive,) = home.glob("*.tgz")
+        with tarfile.open(archive) as tar:
+            tar.extractall(home, [m for m in tar.getmembers() if "/ios-arm64/" in m.name], filter="data")
+        archive.unlink()
+        headers = _headers(home)
+    soname = home / "libonnxruntime.so.1"
+    soname.unlink(missing_ok=True)
+    soname.symlink_to(library)
+    command = ["g++", "-std=c++17", "-Wall", "-Wextra", "-Werror", "-O1", "-isystem", str(headers[0].parent)]
+    command += [str(DOORS / "cpp/generate.cpp"), str(soname), f"-Wl,-rpath,{home}", "-o", str(home / "generate")]
+    built = subprocess.run(command, capture_output=True, text=True)
+    assert built.returncode == 0, built.stderr
+    return home / "generate"
+
+
+def _headers(home: Path) -> list[Path]:
+    return list(home.glob("package/**/onnxruntime_cxx_api.h"))
+
+
+def test_cpp_swaps_tasks_by_adapter(cpp_example: Path, adapter_package: Path, tasks: Any, tmp_path: Path) -> None:
+    adapters = []
+    for name, (file, _) in tasks.items():
+        convert_prompt(file, tmp_path / f"{name}.onnx_adapter")
+        adapters.append(f"{tmp_path / name}.onnx_adapter:{len(table(file))}")
+    for index, ids in enumerate(TEXTS):
+        command = [str(cpp_example), str(adapter_package), str(NEW), ",".join(map(str, ids))]
+        done = subprocess.run([*command, *adapters, adapters[0]], capture_output=True, text=True)
+        assert done.returncode == 0, done.stderr
+        found = [[int(token) for token in line.split(",") if token] for line in done.stdout.splitlines()]
+        told = [told[index] for _, told in tasks.values()]
+        assert found == [*told, told[0]]
+
+
+def test_stock_python_starts_on_a_prefix(tiny_llama_package: Path, tiny_llama_base: Path, tmp_path: Path) -> None:
+    """Prefix tuning through plain past_key_values."""
+    import peft
+    from transformers import AutoModelForCausalLM
+
+    torch.manual_seed(3)
+    config = peft.PrefixTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=6)
+    model = peft.get_peft_model(AutoModelForCausalLM.from_pretrained(tiny_llama_base), config).eval()
+    with torch.no_grad():
+        for parameter in model.prompt_encoder.parameters():
+            parameter.copy_(torch.randn_like(parameter))
+    model.save_pretrained(tmp_path / "prefix")
+    convert_prompt(tmp_path / "prefix", tmp_path / "prefix.npy", base=tiny_llama_package)
+    door = example("prefix_python")
+    base = door.Base(tiny_llama_package)
+    for ids in TEXTS:
+        given = torch.tensor([ids])
+        made = model.generate(
+            input_ids=given, attention_mask=torch.ones_like(given), max_new_tokens=NEW, do_sample=False
+        )[0].tolist()
+        assert door.generate(base, np.load(tmp_path / "prefix.npy"), ids, NEW) == until_end(made[len(ids) :])
+    command = [sys.executable, str(DOORS / "prefix_python.py"), str(tiny_llama_package), str(tmp_path / "prefix.npy")]
+    done = subprocess.run([*command, "the film"], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.strip()

@@ -13,6 +13,7 @@ import numpy.typing as npt
 from edgeprompt import names
 from edgeprompt.engines import EngineOptions
 from edgeprompt.engines.decoder_graph import DecoderGraph, open_graph
+from edgeprompt.engines.decoder_head import HeadWork, StateWork, check_last_head, check_states
 from edgeprompt.errors import InputError, PromptNotFoundError, TemplateError, UnsupportedError
 from edgeprompt.kv_cache import KV, KVShape, PrefixCache
 from edgeprompt.package import Package
@@ -92,7 +93,7 @@ class DecoderEngine:
         self.provider = session.provider
         self._shape = KVShape(size.num_layers, size.num_key_value_heads, size.head_size, self._manifest.kv_dtype)
         budget = options.kv_budget or max(KV_BUDGET, min(self._limit, 4096) * self._shape.bytes_per_position)
-        graph = open_graph(
+        graph = self._graph = open_graph(
             session,
             package.graph("model"),
             self._shape,
@@ -124,10 +125,7 @@ class DecoderEngine:
         if source.has_encoder_prefix:
             raise UnsupportedError(f"prompt {name!r} has encoder_past_key_values, and this base has no encoder")
         if prompt.head_spec is not None:
-            raise UnsupportedError(
-                f"prompt {name!r} answers through a trained head, which encoder packages have; "
-                "decoder-only ones classify by label words"
-            )
+            check_last_head(name, prompt, self._manifest, self._graph)
         self._try_template(name, source)
         verbalizer = None
         if prompt.verbalizer:
@@ -191,8 +189,17 @@ class DecoderEngine:
         return found
 
     def embed(self, requests: Sequence[Request], pooling: str | None) -> Rows:
-        """Decoder packages have no sentence embeddings."""
-        raise UnsupportedError("embed needs an encoder package; this one is decoder-only")
+        """float32 [len(requests), hidden_size]: the last token's final hidden state."""
+        if pooling not in (None, "last"):
+            raise InputError(f"pooling {pooling!r} needs an encoder package; a decoder-only one gives 'last'")
+        check_states(self._graph)
+        made = []
+        for request in requests:
+            loaded, template = self._find(request)
+            ids = self._encode(request, loaded, template, Sampling(max_new_tokens=0))
+            made.append(Job(self._start(loaded, ids, 0), StateWork(self._graph), request.timeout))
+        jobs = [self._scheduler.submit(job, wait=True) for job in made]
+        return np.stack([job.result() for job in jobs])
 
     def close(self) -> None:
         """Fail what is waiting and stop the scheduler."""
@@ -257,12 +264,16 @@ class DecoderEngine:
         clock = Clock()
         loaded, template = self._find(request)
         task = request.task or (loaded.prompt.task if loaded else "generate")
-        if task == "classify":
+        if task == "classify" and loaded is not None and loaded.prompt.head_spec is not None:
+            sampling = Sampling(max_new_tokens=0)
+            ids = self._encode(request, loaded, template, sampling)
+            work: Work = HeadWork(self._graph, loaded.prompt, clock)
+        elif task == "classify":
             sampling = Sampling(max_new_tokens=self._deepest(request, loaded))
             ids = self._encode(request, loaded, template, sampling)
             assert loaded is not None
             assert loaded.verbalizer is not None
-            work: Work = ScoreWork(loaded.verbalizer, clock)
+            work = ScoreWork(loaded.verbalizer, clock)
         elif task == "generate":
             sampling = resolve(request.options, loaded.prompt.generation if loaded else {})
             ids = self._encode(request, loaded, template, sampling)
@@ -278,7 +289,7 @@ class DecoderEngine:
             )
         else:
             raise UnsupportedError(
-                f"task {task!r} needs an encoder package; a decoder-only one can classify and generate"
+                f"run cannot do task {task!r} here; a decoder-only package classifies and generates, and has embed"
             )
         clock.input_tokens = len(ids)
         job = Job(self._start(loaded, ids, sampling.max_new_tokens), work, request.timeout)

@@ -29,6 +29,10 @@ class DecoderGraph(Protocol):
     """What the scheduler needs of a graph. Rows are numbered; the first `n` take part in a decode step."""
 
     chunk: int
+    gives_states: bool
+    """Whether the graph has `hidden_states`, what its logits are computed from."""
+    states: Logits | None
+    """float32 [hidden_size] of the last position of the last prefill, where the graph gives them."""
 
     def fits(self, rows: int, length: int) -> bool:
         """Whether that many rows of that many positions are within the budget."""
@@ -103,6 +107,11 @@ class _Graph:
         self._vocab = int(logits.shape[2])
         self._logits_type = np.float16 if "float16" in logits.type else np.float32
         self._last_only = logits.shape[1] == 1
+        states = outputs.get(names.HIDDEN_STATES)
+        self.gives_states = states is not None
+        self.states: Logits | None = None
+        self._states_type = np.float16 if states is not None and "float16" in states.type else np.float32
+        self._states_last_only = states is not None and states.shape[1] == 1
         self.chunk = PREFILL_CHUNK
         if not self._last_only:
             self.chunk = min(PREFILL_CHUNK, max(16, LOGITS_BUDGET // (4 * self._vocab)))
@@ -181,8 +190,14 @@ class SharedGraph(_Graph):
         self._bind(binding, names.POSITION_IDS, tensors[2])
         self._bind(binding, names.PROMPT_EMBEDDINGS, table)
         logits = self._logits[:1] if self._last_only else np.empty((1, count, self._vocab), self._logits_type)
-        self._bind_output(binding, logits)
+        self._bind_output(binding, names.LOGITS, logits)
+        if self.gives_states:
+            positions = 1 if self._states_last_only else count
+            states = np.empty((1, positions, self._no_rows.shape[1]), self._states_type)
+            self._bind_output(binding, names.HIDDEN_STATES, states)
         self._ort.run_with_iobinding(binding)
+        if self.gives_states:
+            self.states = states[0, -1].astype(np.float32, copy=False)
         self._filled[row] = past + count
         last: Logits = logits[0, -1].astype(np.float32, copy=False)
         return last
@@ -221,7 +236,7 @@ class SharedGraph(_Graph):
         self._bind(step.binding, names.INPUT_IDS, step.ids)
         self._bind(step.binding, names.POSITION_IDS, step.positions)
         self._bind(step.binding, names.PROMPT_EMBEDDINGS, self._no_rows)
-        self._bind_output(step.binding, self._logits[:count])
+        self._bind_output(step.binding, names.LOGITS, self._logits[:count])
         return step
 
     def read(self, row: int, length: int) -> KV:
@@ -251,8 +266,8 @@ class SharedGraph(_Graph):
         if name in self._inputs:
             binding.bind_input(name, "cpu", 0, array.dtype.type, array.shape, array.ctypes.data)
 
-    def _bind_output(self, binding: Any, logits: npt.NDArray[Any]) -> None:
-        binding.bind_output(names.LOGITS, "cpu", 0, logits.dtype.type, logits.shape, logits.ctypes.data)
+    def _bind_output(self, binding: Any, name: str, array: npt.NDArray[Any]) -> None:
+        binding.bind_output(name, "cpu", 0, array.dtype.type, array.shape, array.ctypes.data)
 
 
 class GrowingGraph(_Graph):
@@ -266,6 +281,7 @@ class GrowingGraph(_Graph):
         super().__init__(session, shape, hidden_size=hidden_size, max_rows=max_rows, budget=budget)
         self._value = import_onnxruntime().OrtValue
         self._device = session.device
+        self._heads = [names.LOGITS, *([names.HIDDEN_STATES] if self.gives_states else [])]
         self._rows: dict[int, list[Any]] = {}
 
     def fits(self, rows: int, length: int) -> bool:
@@ -294,14 +310,18 @@ class GrowingGraph(_Graph):
         for name, array in small.items():
             if name in self._inputs:
                 binding.bind_cpu_input(name, array)
-        binding.bind_output(names.LOGITS, "cpu")
+        for name in self._heads:
+            binding.bind_output(name, "cpu")
         for block, name, present in self._blocks:
             binding.bind_ortvalue_input(name, kept[block])
             binding.bind_output(present, self._device)
         self._ort.run_with_iobinding(binding)
-        logits, *self._rows[row] = binding.get_outputs()
-        last: Logits = logits.numpy()[0, -1].astype(np.float32, copy=False)
-        return last
+        found = binding.get_outputs()
+        self._rows[row] = found[len(self._heads) :]
+        last, *states = (value.numpy()[0, -1].astype(np.float32, copy=False) for value in found[: len(self._heads)])
+        self.states = states[0] if states else None
+        logits: Logits = last
+        return logits
 
     def decode(self, ids: Sequence[int], lengths: Sequence[int]) -> Logits:
         """One token for each of the first rows, one after another."""

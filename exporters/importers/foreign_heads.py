@@ -8,7 +8,7 @@ from typing import Any
 import numpy.typing as npt
 
 from edgeprompt import names
-from edgeprompt.errors import SourceError
+from edgeprompt.errors import SourceError, UnsupportedError
 from edgeprompt.prompt_file import Head, HeadStep
 from exporters.heads import sequence_head
 from exporters.importers.foreign import BaseFacts
@@ -29,8 +29,15 @@ def describe_head(tensors: Mapping[str, Array], task_type: str, base: BaseFacts)
 
     Raises:
         SourceError: a tensor that the head needs is not there.
-        UnsupportedError: a model type whose head is not known, or goes by a config that is not at hand.
+        UnsupportedError: an architecture that has no such head, a model type whose head is not known, or one whose
+            head goes by a config that is not at hand.
     """
+    served = {names.ENCODER_ONLY: ("SEQ_CLS", "TOKEN_CLS", "QUESTION_ANS"), names.DECODER_ONLY: ("SEQ_CLS",)}
+    if task_type not in served.get(base.architecture, ()):
+        raise UnsupportedError(
+            f"a {task_type} head on a {base.architecture} base is not served: encoder-only bases have heads for "
+            "SEQ_CLS, TOKEN_CLS and QUESTION_ANS, decoder-only ones for SEQ_CLS; answer with label words instead"
+        )
     source, steps = "tokens", [HeadStep("linear", "qa_outputs")]
     if task_type == "TOKEN_CLS":
         steps = [HeadStep("linear", "score" if "score.weight" in tensors else "classifier")]

@@ -33,6 +33,7 @@ _TEMPLATE = re.compile(
     r"|new_(?:lstm|mlp)_head\..+|(?:decoder_)?wte\.weight|(?:decoder_)?control_trans\.[02]\.(?:weight|bias))$"
 )
 _VERBALIZER = re.compile(r"^(?:prompt_model\.)?verbalizer\.(label_words_ids|words_ids_mask|label_words_mask|head\..+)$")
+_SOFT = "SoftTemplate"
 _KINDS = ("soft_embeds", "soft_embedding.weight", "decoder_wte.weight", "wte.weight")
 
 
@@ -63,7 +64,7 @@ def read(source: Path, base: BaseFacts | None, options: ReadOptions) -> list[For
             prompt,
             prompt_embeddings=as_rows(parts["soft_embeds"], "soft_embeds", base),
             template=template.in_front() if template else None,
-            found=("SoftTemplate",),
+            found=(_SOFT,),
         )
     elif "soft_embedding.weight" in parts:
         prompt = _mixed(prompt, parts["soft_embedding.weight"], template, base)
@@ -173,6 +174,12 @@ def _with_verbalizer(
     prompt: ForeignPrompt, words: Mapping[str, Array], base: BaseFacts | None, options: ReadOptions
 ) -> ForeignPrompt:
     if "head.weight" in words:
+        if prompt.found == (_SOFT,):
+            raise UnsupportedError(
+                "OpenPrompt's SoftVerbalizer behind a SoftTemplate reads the hidden state as many positions before the "
+                "mask as there are soft tokens (the template shifts the logits alone), so its head never learnt from "
+                "the mask; train with a ManualVerbalizer or a MixedTemplate, or a classifier in PEFT"
+            )
         return _soft_verbalizer(prompt, words["head.weight"], base)
     if any(name.startswith("head.") for name in words):
         raise UnsupportedError(

@@ -21,7 +21,7 @@ from exporters.contract import ExportOptions
 from exporters.decoder_only import save_graph
 from exporters.fingerprint import fingerprint_of, sampled_rows
 from exporters.geometry import geometry_of, text_config, tokens_of
-from exporters.graft import find_embedding, graft_virtual_tokens
+from exporters.graft import expose_hidden_states, find_embedding, graft_virtual_tokens
 from exporters.load import LoadedBase, load_base
 from exporters.package import hash_graphs, tool_versions, write_tokenizer
 from exporters.routes.onnx_against import compare_with_base
@@ -102,6 +102,8 @@ def _build(
         table = _sample(_load(sibling), geometry)
     if "model" in models:
         architecture = _architecture(main, source.graphs["model"])
+        if architecture == names.DECODER_ONLY:
+            expose_hidden_states(main, geometry.hidden_size)
     else:
         architecture = names.ENCODER_DECODER
         models = make_seq2seq(models, geometry)

@@ -247,8 +247,6 @@ def test_a_hundred_thousand_characters(runtime: Runtime) -> None:
 
 
 def test_what_does_not_fit_a_decoder(runtime: Runtime) -> None:
-    with pytest.raises(UnsupportedError, match="needs an encoder package"):
-        runtime.embed(["a"])
     with pytest.raises(UnsupportedError, match="task 'tag'"):
         runtime.run([Request("a", task="tag")])
     with pytest.raises(InputError, match="needs a prompt with a verbalizer"):
@@ -258,8 +256,40 @@ def test_what_does_not_fit_a_decoder(runtime: Runtime) -> None:
         runtime.classify("a", prompt="bare")
     with pytest.raises(TemplateError, match=r"no \{prompt\}"):
         runtime.add_prompt(make_prompt(runtime.manifest, "t", "prompt-tuning", template=Template.parse("{text}")))
-    head = Head("last", (HeadStep("linear", "score"),))
-    with pytest.raises(UnsupportedError, match="trained head"):
-        runtime.add_prompt(
-            make_prompt(runtime.manifest, "h", head={"score.weight": np.ones((2, 64), np.float32)}, head_spec=head)
-        )
+
+
+def head_prompt(manifest: Any, name: str, source: str = "last", **fields: Any) -> PromptFile:
+    weight = np.random.default_rng(5).normal(0, 0.3, (3, 64)).astype(np.float32)
+    spec = Head(source, (HeadStep("linear", "score"),))
+    made = make_prompt(manifest, name, task="classify", head={"score.weight": weight}, head_spec=spec, **fields)
+    return replace(made, labels=("x", "y", "z"))
+
+
+@pytest.mark.parametrize("method", ["prompt-tuning", "prefix-tuning"])
+def test_a_head_reads_the_last_token(method: str, runtime: Runtime, model: Any) -> None:
+    import torch
+
+    prompt = head_prompt(runtime.manifest, f"head of {method}", method=method)
+    name = runtime.add_prompt(prompt)
+    ids = [11, 40, 7]
+    states = []
+    keep = model.lm_head.register_forward_pre_hook(lambda _, inputs: states.append(inputs[0][0, -1]))
+    reference_logits(model, prompt, ids)
+    keep.remove()
+    want = (torch.tensor(prompt.head["score.weight"]) @ states[0]).detach().numpy()
+    requests = [Request(input_ids=ids, prompt=name), Request("a film"), Request(input_ids=ids, prompt=name)]
+    first, text, second = runtime.run(requests)
+    assert_close(np.array(list(first.logits.values())), want)
+    assert (first.label, first.logits) == (second.label, second.logits)
+    assert first.label == "xyz"[int(want.argmax())]
+    assert isinstance(text, Generation)
+    assert_close(runtime.embed([""], input_ids=[ids], prompt=name)[0], states[0].detach().numpy())
+
+
+def test_heads_that_do_not_fit_a_decoder(runtime: Runtime) -> None:
+    with pytest.raises(UnsupportedError, match="reads 'mean'"):
+        runtime.add_prompt(head_prompt(runtime.manifest, "h", "mean"))
+    with pytest.raises(InputError, match="3 scores for 2 labels"):
+        runtime.add_prompt(replace(head_prompt(runtime.manifest, "h"), labels=("x", "y")))
+    with pytest.raises(InputError, match="pooling 'mean' needs an encoder"):
+        runtime.embed(["a"], pooling="mean")
