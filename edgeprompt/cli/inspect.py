@@ -114,7 +114,7 @@ def _adapter(path: Path) -> dict[str, Any]:
         adapter = onnxruntime.AdapterFormat.read_adapter(str(path))
         tensors = {name: value.numpy() for name, value in adapter.get_parameters().items()}
     except Exception as error:  # onnxruntime raises its own kinds, which share no public parent
-        raise InputError(f"cannot read adapter {str(path)!r}: {error}") from error
+        raise InputError(f"cannot read adapter {str(path)!r}: {' '.join(str(error).split())}") from error
     rows = tensors.get(names.PROMPT_EMBEDDINGS)
     return {
         "kind": "ONNX Runtime adapter",
