@@ -104,7 +104,7 @@ def convert_prompt(
         kind,
         tuple(prompt.name for prompt in prompts),
         outputs,
-        tuple(found),
+        tuple(dict.fromkeys(found)),
         tuple(dict.fromkeys(dropped)),
         tuple(dict.fromkeys(notes)),
     )

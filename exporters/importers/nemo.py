@@ -45,6 +45,7 @@ def read(source: Path, base: BaseFacts | None, options: ReadOptions) -> list[For
     if not tasks:
         raise SourceError(f"{source.name} has no prompt_table.<task>.prompt_embeddings.weight and no inference_table")
     where = "NeMo's task template, which says where virtual tokens stand: give --template (default: all in front)"
+    dropped = () if options.template else (where,)
     return [
         ForeignPrompt(
             task,
@@ -52,7 +53,7 @@ def read(source: Path, base: BaseFacts | None, options: ReadOptions) -> list[For
             prompt_embeddings=as_rows(tables[name], name, base),
             source={"format": "nemo", "task": task},
             found=(f"task {task!r}: {list(tables[name].shape)}",),
-            dropped=(where,),
+            dropped=dropped,
         )
         for task, name in tasks.items()
     ]

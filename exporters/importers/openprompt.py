@@ -64,7 +64,7 @@ def read(source: Path, base: BaseFacts | None, options: ReadOptions) -> list[For
             prompt,
             prompt_embeddings=as_rows(parts["soft_embeds"], "soft_embeds", base),
             template=template.in_front() if template else None,
-            found=(_SOFT,),
+            found=(f"{_SOFT} with {len(parts['soft_embeds'])} soft tokens",),
         )
     elif "soft_embedding.weight" in parts:
         prompt = _mixed(prompt, parts["soft_embedding.weight"], template, base)
@@ -79,7 +79,12 @@ def _ptuning(
     prompt: ForeignPrompt, parts: Mapping[str, Array], template: ReadTemplate | None, base: BaseFacts | None
 ) -> ForeignPrompt:
     rows = as_rows(_encode(parts), "the projected new_embedding", base)
-    prompt = replace(prompt, method="p-tuning", prompt_embeddings=rows, found=("PtuningTemplate, its encoder run",))
+    prompt = replace(
+        prompt,
+        method="p-tuning",
+        prompt_embeddings=rows,
+        found=(f"PtuningTemplate with {len(rows)} soft tokens, its encoder run",),
+    )
     if template is None:
         return _unplaced(prompt)
     if template.soft_ids and template.places != len(rows):
@@ -161,7 +166,10 @@ def _prefix(
         past_key_values=found.get("past_key_values"),
         encoder_past_key_values=found.get("encoder_past_key_values"),
         template=template.in_front() if template else None,
-        found=(f"PrefixTuningTemplate: {', '.join(found)}, projected by its MLP",),
+        found=tuple(
+            f"PrefixTuningTemplate with {prefix.shape[3]} tokens, projected by its MLP: {key}"
+            for key, prefix in found.items()
+        ),
     )
 
 
@@ -174,12 +182,6 @@ def _with_verbalizer(
     prompt: ForeignPrompt, words: Mapping[str, Array], base: BaseFacts | None, options: ReadOptions
 ) -> ForeignPrompt:
     if "head.weight" in words:
-        if prompt.found == (_SOFT,):
-            raise UnsupportedError(
-                "OpenPrompt's SoftVerbalizer behind a SoftTemplate reads the hidden state as many positions before the "
-                "mask as there are soft tokens (the template shifts the logits alone), so its head never learnt from "
-                "the mask; train with a ManualVerbalizer or a MixedTemplate, or a classifier in PEFT"
-            )
         return _soft_verbalizer(prompt, words["head.weight"], base)
     if any(name.startswith("head.") for name in words):
         raise UnsupportedError(
@@ -213,7 +215,15 @@ def _with_verbalizer(
         notes.append("label words behind their first token: OpenPrompt's default (first) reads that alone")
     if ids.shape[1] > 1:
         notes.append("OpenPrompt's mean over a label's words: edgeprompt adds their probabilities")
-    return replace(prompt, verbalizer=found, task="classify", generation=lead, dropped=(*prompt.dropped, *notes))
+    said = "; ".join(f"{label}: {', '.join(map(repr, texts))}" for label, texts in found.items())
+    return replace(
+        prompt,
+        verbalizer=found,
+        task="classify",
+        generation=lead,
+        found=(*prompt.found, f"ManualVerbalizer, {said}"),
+        dropped=(*prompt.dropped, *notes),
+    )
 
 
 def _word(number: int, base: BaseFacts) -> str:
@@ -239,5 +249,12 @@ def _soft_verbalizer(prompt: ForeignPrompt, weight: Array, base: BaseFacts | Non
         raise SourceError(
             f"head.weight is {list(weight.shape)}, the base's hidden size is {facts.geometry.hidden_size}"
         )
+    if prompt.found[0].startswith(_SOFT):
+        raise UnsupportedError(
+            "OpenPrompt's SoftVerbalizer behind a SoftTemplate reads the hidden state as many positions before the "
+            "mask as there are soft tokens (the template shifts the logits alone), so its head never learnt from the "
+            "mask; train with a ManualVerbalizer or a MixedTemplate, or a classifier in PEFT"
+        )
     spec = Head("last", (HeadStep("linear", "score"),))
-    return replace(prompt, task="classify", head={"score.weight": weight}, head_spec=spec)
+    found = (*prompt.found, f"SoftVerbalizer with {len(weight)} classes")
+    return replace(prompt, task="classify", head={"score.weight": weight}, head_spec=spec, found=found)

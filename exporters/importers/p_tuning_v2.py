@@ -113,6 +113,8 @@ def _with_head(prompt: ForeignPrompt, tensors: Mapping[str, Array], facts: BaseF
     pooler = {match[1]: tensor for name, tensor in tensors.items() if (match := _POOLER.search(name))}
     if not head:
         return prompt
+    shapes = (f"{name} {list(tensor.shape)}" for name, tensor in {**pooler, **head}.items())
+    prompt = dataclasses.replace(prompt, found=(*prompt.found, *shapes))
     if "qa_outputs.weight" in head:
         return dataclasses.replace(
             prompt, task="qa", head=head, head_spec=Head("tokens", (HeadStep("linear", "qa_outputs"),))

@@ -71,7 +71,7 @@ def read(source: Path, base: BaseFacts | None, options: ReadOptions) -> list[For
             f"PeftModel.merge_and_unload(), export the merged model, or train a prompt (known: {', '.join(_METHODS)})"
         )
     if kind == "TRAINABLE_TOKENS":
-        return [_trainable_tokens(folder, config, base)]
+        return [_trainable_tokens(folder, config, base, options)]
     task_type = config.get("task_type") or "CAUSAL_LM"
     if task_type not in _TASKS:
         raise SourceError(f"task_type is {task_type!r}, known: {', '.join(_TASKS)}")
@@ -183,7 +183,9 @@ def _with_head(
     return replace(prompt, head=kept, head_spec=spec, dropped=(*prompt.dropped, *dropped))
 
 
-def _trainable_tokens(folder: Path, config: Mapping[str, Any], base: BaseFacts | None) -> ForeignPrompt:
+def _trainable_tokens(
+    folder: Path, config: Mapping[str, Any], base: BaseFacts | None, options: ReadOptions
+) -> ForeignPrompt:
     """Replaced rows of the input embedding become virtual tokens (the "delta" holds whole rows, not differences)."""
     tensors = read_tensors(_weights(folder))
     ids = config.get("token_indices")
@@ -204,6 +206,7 @@ def _trainable_tokens(folder: Path, config: Mapping[str, Any], base: BaseFacts |
             "there; use prompt tuning"
         )
     others = set(tensors) - {inputs[0]}
+    unplaced = "the places of these tokens: give --template with {prompt:1} where each stands (default: all in front)"
     return ForeignPrompt(
         prompt_name(folder),
         "prompt-tuning",
@@ -216,7 +219,7 @@ def _trainable_tokens(folder: Path, config: Mapping[str, Any], base: BaseFacts |
                 f"{name}: a prompt changes no output layer, so these tokens cannot be generated"
                 for name in sorted(others)
             ),
-            "the places of these tokens: give --template with {prompt:1} where each stands (default: all in front)",
+            *([] if options.template else [unplaced]),
         ),
     )
 

@@ -109,14 +109,15 @@ def load_pickle(file: Path) -> Any:
         raise SourceError(f"cannot read {str(file)!r}: {error.strerror or error}") from error
     except Exception as error:  # unpickling a broken file can raise anything
         text = " ".join(str(error).split())
-        needs = re.search(r"GLOBAL ([\w.]+)|[Uu]nsupported (?:class|operand|global):? ?([\w.]+)?", text)
+        needs = re.search(r"(?:GLOBAL |[Uu]nsupported (?:class|operand|global):? ?(?:GLOBAL )?)([\w.]+)?", text)
         if needs:
-            what = next((name for name in needs.groups() if name), "code")
+            what = needs[1] or "code"
             raise UnsupportedError(
                 f"{str(file)!r} is a pickle that holds more than tensors ({what}), and loading it would run its code; "
                 "load it where you trust it and save its state_dict() with safetensors, then convert that"
             ) from error
-        raise SourceError(f"{str(file)!r} is no readable PyTorch file: {text[:200] or type(error).__name__}") from error
+        reason = text.partition(". ")[0][:200] or type(error).__name__
+        raise SourceError(f"{str(file)!r} is no readable PyTorch file: {reason}") from error
 
 
 def load_npy(file: Path) -> Array:

@@ -18,6 +18,7 @@ import pytest
 
 from edgeprompt import Request, load_prompt
 from edgeprompt.engines.encoder_batch import make_feeds, make_row
+from edgeprompt.errors import UnsupportedError
 from edgeprompt.heads import apply_head
 from edgeprompt.package import open_package
 from edgeprompt.session import graph_inputs, open_session
@@ -48,6 +49,8 @@ HEAD_CASES = [
         ("pooled-bert", "QUESTION_ANS"),
         ("roberta", "SEQ_CLS"),
         ("roberta", "TOKEN_CLS"),
+        ("llama", "SEQ_CLS"),
+        ("gpt2", "SEQ_CLS"),
     )
     for method in ("prompt tuning", "prefix tuning")
 ]
@@ -61,6 +64,8 @@ OPENPROMPT = [
     "openprompt-ptuning-mlp-t5",
     "openprompt-prefix-gpt2",
     "openprompt-prefix-t5",
+    "openprompt-softverbalizer-mixed-gpt2",
+    "openprompt-softverbalizer-prefix-gpt2",
 ]
 P_TUNING_V2 = [
     "p-tuning-v2-bert",
@@ -227,6 +232,29 @@ def test_peft_heads(
     record("PEFT", base, f"{method}, {kind}", differences)
 
 
+@pytest.mark.parametrize("method", ["prompt tuning", "prefix tuning"])
+@pytest.mark.parametrize("base", ["llama", "pooled-bert"])
+def test_peft_embeddings(
+    base: str, method: str, bases: dict[str, Path], package: Any, runtime: Any, tmp_path: Path
+) -> None:
+    """FEATURE_EXTRACTION: the last token's state of a decoder, the first text token's of an encoder."""
+    import torch
+
+    model = tuned(tmp_path / "adapter", bases[base], "AutoModel", method, "FEATURE_EXTRACTION")
+    file = tmp_path / "prompt.safetensors"
+    convert_prompt(tmp_path / "adapter", file, base=package(base), name=f"embed {method}")
+    served, differences = runtime(base), []
+    name = served.add_prompt(file)
+    for ids in IDS:
+        text = torch.tensor([ids])
+        with torch.no_grad():
+            states = model(input_ids=text, attention_mask=torch.ones_like(text)).last_hidden_state[0]
+        want = states[-1] if base == "llama" else states[-len(ids)]
+        pooling = "last" if base == "llama" else "cls"
+        differences.append(difference(served.embed([""], input_ids=[ids], prompt=name, pooling=pooling)[0], want))
+    record("PEFT", base, f"{method}, FEATURE_EXTRACTION", differences)
+
+
 def open_base(folder: Path) -> Any:
     from transformers import AutoModel
 
@@ -266,9 +294,18 @@ def test_openprompt(case: str, golden: Path, package: Any, runtime: Any, tmp_pat
     for text, labels in zip(expected["texts"], expected["label_logits"], strict=True):
         answer = served.classify(text, prompt=name)
         assert list(answer.logits) == ["positive", "negative"]
+        if load_prompt(file).head_spec is not None:
+            differences.append(difference(list(answer.logits.values()), labels))
+            continue
         # OpenPrompt normalises over the label words, the runtime over the vocabulary: probabilities are the same.
         differences.append(difference(list(answer.scores.values()), np.exp(labels)))
     record("OpenPrompt 1.0.1", expected["base"], case.removeprefix("openprompt-").rpartition("-")[0], differences)
+
+
+def test_a_soft_verbalizer_that_never_saw_the_mask(golden: Path, package: Any, tmp_path: Path) -> None:
+    source = golden / "openprompt-softverbalizer-gpt2/checkpoint.ckpt"
+    with pytest.raises(UnsupportedError, match="shifts the logits alone"):
+        convert_prompt(source, tmp_path / "no.safetensors", base=package("gpt2"))
 
 
 def test_openprompt_vocabulary_logits(golden: Path, package: Any, runtime: Any, tmp_path: Path) -> None:
@@ -306,7 +343,7 @@ def test_p_tuning_v2(case: str, golden: Path, package: Any, runtime: Any, tmp_pa
 
 
 def test_the_table_in_the_docs(request: pytest.FixtureRequest) -> None:
-    expected = 2 * len(DECODER_METHODS) + 4 + len(HEAD_CASES) + len(OPENPROMPT) + len(P_TUNING_V2)
+    expected = 2 * len(DECODER_METHODS) + 4 + 4 + len(HEAD_CASES) + len(OPENPROMPT) + len(P_TUNING_V2)
     if len(MEASURED) != expected:
         pytest.fail(f"{len(MEASURED)} of {expected} comparisons ran; run this file whole", pytrace=False)
     lines = [

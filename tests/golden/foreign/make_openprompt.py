@@ -190,8 +190,15 @@ def main() -> None:
     case(out, "openprompt-ptuning-mlp-t5", "t5", made, mlp, mixed, manual)
     case(out, "openprompt-prefix-gpt2", "gpt2", made, prefix, plain, manual)
     case(out, "openprompt-prefix-t5", "t5", made, prefix, plain, manual)
-    case(out, "openprompt-softverbalizer-gpt2", "gpt2", made, lambda m, t: SoftTemplate(m, t, num_tokens=4), plain,
-         lambda m, t: SoftVerbalizer(t, m, num_classes=2))  # fmt: skip
+
+    def soft(m, t):
+        return SoftVerbalizer(t, m, num_classes=2)
+
+    case(
+        out, "openprompt-softverbalizer-gpt2", "gpt2", made, lambda m, t: SoftTemplate(m, t, num_tokens=4), plain, soft
+    )
+    case(out, "openprompt-softverbalizer-mixed-gpt2", "gpt2", made, lambda m, t: MixedTemplate(m, t), mixed, soft)
+    case(out, "openprompt-softverbalizer-prefix-gpt2", "gpt2", made, prefix, plain, soft)
 
 
 main()
