@@ -21,6 +21,7 @@ from edgeprompt.errors import (
     UnsupportedError,
     ValidationError,
 )
+from edgeprompt.golden import GoldenCheck
 from edgeprompt.prompt_file import PromptFile, load_prompt, save_prompt
 from edgeprompt.request import (
     Answer,
@@ -32,7 +33,7 @@ from edgeprompt.request import (
     Tagging,
     Timings,
 )
-from edgeprompt.runtime import GoldenCheck, Runtime, load
+from edgeprompt.runtime import Runtime, load
 
 __version__ = "0.1.0"
 

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+import queue
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import Future
+from typing import Any
 
 REPLACEMENT = "�"
 
@@ -64,3 +67,32 @@ class Detokenizer:
 def _overlap(text: str, stop: str) -> int:
     """Length of the longest end of `text` that begins `stop`."""
     return next((n for n in range(min(len(text), len(stop) - 1), 0, -1) if text.endswith(stop[:n])), 0)
+
+
+class TextStream(Iterator[str]):
+    """Pieces of text as a running request hands them out; closing or dropping it cancels the request.
+
+    `close` may be called from any thread, also while another one waits for the next piece.
+    """
+
+    def __init__(self, pieces: queue.SimpleQueue[str | None], job: Future[Any]) -> None:
+        """`pieces` gets the text; None, which ends the stream, is put into it when `job` is done."""
+        self._pieces, self._job, self._closed = pieces, job, False
+        job.add_done_callback(lambda _: pieces.put(None))
+
+    def __next__(self) -> str:
+        piece = None if self._closed else self._pieces.get()
+        if piece is not None:
+            return piece
+        if not self._closed:
+            self._closed = True
+            self._job.result()
+        raise StopIteration
+
+    def close(self) -> None:
+        """Cancel the request, if it still runs; no piece follows."""
+        self._closed = True
+        self._job.cancel()
+
+    def __del__(self) -> None:
+        self.close()

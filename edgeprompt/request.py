@@ -9,6 +9,8 @@ from typing import Any, TypeAlias
 import numpy as np
 import numpy.typing as npt
 
+from edgeprompt.errors import InputError
+
 Text: TypeAlias = str | Mapping[str, str]
 """A string fills the template's `{text}`; a mapping fills slots by name."""
 
@@ -49,6 +51,18 @@ class Request:
     """Seconds after which the request fails with RequestTimeoutError."""
     truncate: bool = False
     """Cut the text slot where the request exceeds the context; False refuses it."""
+
+    def __post_init__(self) -> None:
+        """Check what every engine relies on.
+
+        Raises:
+            InputError: `options` is no GenerationOptions, or `timeout` no number of seconds from 0 on.
+        """
+        if not isinstance(self.options, GenerationOptions):
+            raise InputError(f"options is {type(self.options).__name__}; give GenerationOptions(...)")
+        timeout = self.timeout
+        if timeout is not None and (not isinstance(timeout, int | float) or not timeout >= 0):
+            raise InputError(f"timeout is {timeout!r}; it must be a number of seconds, or None")
 
 
 @dataclass(frozen=True)

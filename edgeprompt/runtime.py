@@ -8,7 +8,7 @@ import threading
 import weakref
 from collections.abc import AsyncIterator, Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import Future
-from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from types import TracebackType
 from typing import Any, TypeVar, overload
@@ -16,8 +16,10 @@ from typing import Any, TypeVar, overload
 import numpy as np
 import numpy.typing as npt
 
+from edgeprompt.batcher import Batcher
 from edgeprompt.engines import Engine, EngineOptions, create_engine
 from edgeprompt.errors import EdgePromptError, InputError, PromptNotFoundError
+from edgeprompt.golden import GoldenCheck, check_golden
 from edgeprompt.manifest import Manifest
 from edgeprompt.package import Package, open_package
 from edgeprompt.prompt_file import PromptFile
@@ -33,16 +35,6 @@ Array = npt.NDArray[np.float32]
 _OPTIONS = tuple(GenerationOptions.__dataclass_fields__)
 
 
-@dataclass(frozen=True)
-class GoldenCheck:
-    """What a prompt answered to its golden example, beside what it answered where it was made."""
-
-    passed: bool
-    expected: str | tuple[int, ...]
-    found: str | tuple[int, ...]
-    max_logit_difference: float | None = None
-
-
 class Runtime:
     """Serves one package. Every method may be called from any thread; make one with `load`."""
 
@@ -55,8 +47,10 @@ class Runtime:
         """Of prompts that came from a store: which state of the file."""
         for folder in sorted({path.parent for path in package.prompt_paths}):
             self.add_folder(folder)
-        self._lock = threading.Lock()
-        self._close = weakref.finalize(self, self._engine.close)  # also at interpreter exit
+        self._lock = threading.RLock()
+        run = partial(self._engine.run, return_errors=True)
+        self._batcher = Batcher(run, max_batch=options.max_batch, max_queue=options.max_queue)
+        self._close = weakref.finalize(self, _close, self._batcher, self._engine)  # also at interpreter exit
 
     @property
     def manifest(self) -> Manifest:
@@ -291,24 +285,7 @@ class Runtime:
         Raises:
             InputError: the prompt file holds no golden example.
         """
-        self._ensure(prompt)
-        golden = self._prompts[prompt].prompt.golden
-        if golden is None:
-            raise InputError(f"prompt {prompt!r} holds no golden example; tune stores one")
-        if golden.label is not None:
-            result = self.classify(golden.fields, prompt=prompt)
-            differences = [
-                abs(value - result.logits[key]) for key, value in golden.logits.items() if key in result.logits
-            ]
-            return GoldenCheck(
-                result.label == golden.label, golden.label, result.label, max(differences) if differences else None
-            )
-        found = self.generate(golden.fields, prompt=prompt, max_new_tokens=len(golden.token_ids), temperature=0)
-        ids = found.token_ids[: len(golden.token_ids)]
-        logits = self.logits(golden.fields, prompt=prompt) if golden.logits else np.empty(0)
-        differences = [abs(value - float(logits[int(key)])) for key, value in golden.logits.items()]
-        expected = tuple(golden.token_ids)
-        return GoldenCheck(ids == expected, expected, ids, max(differences) if differences else None)
+        return check_golden(self, prompt)
 
     def calibration(self, prompt: str, texts: Sequence[Text] = CONTENT_FREE) -> tuple[float, ...]:
         """Values for `PromptFile.calibration`: what the verbalizer says about texts without content."""
@@ -323,19 +300,8 @@ class Runtime:
         """
         self._open()
         self._ensure(request.prompt)
-        submit: Callable[[Request], Future[Any]] | None = getattr(self._engine, "submit", None)
-        if submit is not None:
-            return submit(request)
-        future: Future[Any] = Future()
-
-        def answer() -> None:
-            try:
-                future.set_result(self._engine.run([request])[0])
-            except BaseException as error:
-                future.set_exception(error)
-
-        threading.Thread(target=answer, name="edgeprompt-request", daemon=True).start()
-        return future
+        submit: Callable[[Request], Future[Any]] = getattr(self._engine, "submit", self._batcher.submit)
+        return submit(request)
 
     async def arun(self, requests: Sequence[Request]) -> list[Any]:
         """`run` for asyncio; cancelling the task, or the failure of a request, cancels the others.
@@ -343,40 +309,73 @@ class Runtime:
         Raises:
             CapacityError: more requests at once than the queue takes; ask in smaller batches.
         """
-        futures: list[asyncio.Future[Any]] = []
-        try:
-            futures += (asyncio.wrap_future(self.submit(request)) for request in requests)
-            return [await future for future in futures]
-        finally:
-            for future in futures:
-                future.cancel()
+        jobs: list[Future[Any]] = []
+        stopped = threading.Event()
 
-    async def aclassify(self, text: Text, *, prompt: str | None = None, truncate: bool = False) -> Classification:
+        def submit() -> None:  # in a thread: prompts may have to be read, and texts are tokenised
+            for request in requests:
+                jobs.append(self.submit(request))
+                if stopped.is_set():
+                    break
+            if stopped.is_set():
+                _cancel(jobs)
+
+        try:
+            await asyncio.to_thread(submit)
+            return list(await asyncio.gather(*(asyncio.wrap_future(job) for job in jobs)))
+        finally:
+            stopped.set()
+            _cancel(jobs)
+
+    async def aclassify(
+        self,
+        text: Text = "",
+        *,
+        prompt: str | None = None,
+        input_ids: Ids | None = None,
+        truncate: bool = False,
+        timeout: float | None = None,
+    ) -> Classification:
         """`classify` of one text for asyncio."""
-        (result,) = await self.arun([Request(text, prompt, None, "classify", truncate=truncate)])
-        found: Classification = result
+        request = Request(text, prompt, input_ids, "classify", timeout=timeout, truncate=truncate)
+        found: Classification = (await self.arun([request]))[0]
         return found
 
     async def agenerate(
-        self, text: Text, *, prompt: str | None = None, options: GenerationOptions | None = None, **settings: Any
+        self,
+        text: Text = "",
+        *,
+        prompt: str | None = None,
+        input_ids: Ids | None = None,
+        options: GenerationOptions | None = None,
+        chat: bool = False,
+        truncate: bool = False,
+        timeout: float | None = None,
+        **settings: Any,
     ) -> Generation:
         """`generate` of one text for asyncio."""
-        (result,) = await self.arun([Request(text, prompt, None, "generate", _options(options, settings))])
-        found: Generation = result
+        chosen = _options(options, settings)
+        request = Request(text, prompt, input_ids, "generate", chosen, chat, timeout, truncate)
+        found: Generation = (await self.arun([request]))[0]
         return found
 
-    async def astream(
-        self, text: Text, *, prompt: str | None = None, options: GenerationOptions | None = None, **settings: Any
-    ) -> AsyncIterator[str]:
-        """`stream` for asyncio."""
-        pieces = self.stream(text, prompt=prompt, options=options, **settings)
+    async def astream(self, text: Text = "", **keywords: Any) -> AsyncIterator[str]:
+        """`stream` for asyncio, with its arguments; leaving the loop, or cancelling the task, cancels the request."""
+        pieces = await asyncio.to_thread(self.stream, text, **keywords)
+        step: asyncio.Future[str | None] | None = None
         try:
-            while (piece := await asyncio.to_thread(next, pieces, None)) is not None:
+            while True:
+                step = asyncio.ensure_future(asyncio.to_thread(next, pieces, None))
+                piece = await asyncio.shield(step)
+                if piece is None:
+                    return
                 yield piece
         finally:
-            close = getattr(pieces, "close", None)
-            if close is not None:
-                close()
+            try:
+                pieces.close()  # type: ignore[attr-defined]
+            except ValueError:  # a generator that runs in the thread ends behind its next piece
+                assert step is not None
+                step.add_done_callback(lambda _: pieces.close())  # type: ignore[attr-defined]
 
     def close(self) -> None:
         """Fail requests in flight with RequestCancelledError and free the model. Closing twice is fine."""
@@ -403,16 +402,21 @@ class Runtime:
             if found is not None:
                 path, stamp = found
                 if self._stamps.get(name) != stamp:
-                    self.add_prompt(path, name=name)
-                    self._stamps[name] = stamp
+                    with self._lock:
+                        if self._stamps.get(name) != stamp:  # else another thread was faster
+                            self.add_prompt(path, name=name)
+                            self._stamps[name] = stamp
                 return
+        with self._lock:
+            if name in self._stamps:  # its file is gone
+                self.remove_prompt(name)
         if name not in self._prompts:
             raise PromptNotFoundError(f"no prompt {name!r}; there are: {', '.join(self.prompts[:20]) or 'none'}")
 
     def _each(self, text: Text | Sequence[Text], ask: Callable[[Text], Request]) -> Any:
-        if isinstance(text, str | Mapping):
-            return self.run([ask(text)])[0]
-        return self.run([ask(one) for one in text])
+        if isinstance(text, list | tuple):
+            return self.run([ask(one) for one in text])
+        return self.run([ask(text)])[0]  # type: ignore[arg-type]
 
 
 def load(
@@ -460,9 +464,14 @@ def _options(options: GenerationOptions | None, settings: Mapping[str, Any]) -> 
         raise InputError(f"unknown option {unknown[0]!r}; known: {', '.join(_OPTIONS)}")
     if settings and options is not None:
         raise InputError(f"give options= or {next(iter(settings))}=, not both")
-    if "stop" in settings and isinstance(settings["stop"], str):
-        settings = {**settings, "stop": (settings["stop"],)}
-    for name in ("stop", "choices"):
-        if name in settings:
-            settings = {**settings, name: tuple(settings[name])}
     return options or GenerationOptions(**settings)
+
+
+def _cancel(jobs: Iterable[Future[Any]]) -> None:
+    for job in jobs:
+        job.cancel()
+
+
+def _close(batcher: Batcher, engine: Engine) -> None:
+    batcher.close()
+    engine.close()

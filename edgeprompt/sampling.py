@@ -13,10 +13,12 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from edgeprompt.errors import InputError
+from edgeprompt.errors import EdgePromptError, InputError
 from edgeprompt.request import GenerationOptions
 
 DEFAULT_NEW_TOKENS = 64
+LEAST_TEMPERATURE = 1e-30
+"""Lower ones would divide beyond float32; here the largest logit has taken all of the probability long ago."""
 
 Logits = npt.NDArray[np.float32]
 
@@ -69,22 +71,47 @@ def resolve(options: GenerationOptions, defaults: Mapping[str, Any]) -> Sampling
         values[name] = kind(value)
     if values.get("top_p") == 0:
         raise InputError("top_p is 0; it must be above 0 (1 keeps every token)")
-    stop = options.stop or tuple(defaults.get("stop", ()))
-    for text in (*stop, *options.choices):
-        if not isinstance(text, str) or not text:
-            raise InputError(f"stop and choices take texts of at least one character, found {text!r}")
+    stop = options.stop or defaults.get("stop", ())
     return Sampling(
         **values,
         asked_length="max_new_tokens" in values,
-        stop=tuple(stop),
+        stop=_texts("stop", (stop,) if isinstance(stop, str) else stop),
         logprobs=options.logprobs,
-        choices=options.choices,
+        choices=_texts("choices", options.choices),
     )
 
 
+def _texts(name: str, value: object) -> tuple[str, ...]:
+    if not isinstance(value, list | tuple):
+        raise InputError(f"{name} is {value!r}; it must be a list of texts")
+    for text in value:
+        if not isinstance(text, str) or not text:
+            raise InputError(f"{name} takes texts of at least one character, found {text!r}")
+    return tuple(value)
+
+
+def _top(logits: Logits) -> Logits:
+    """The largest over the last axis, which stays.
+
+    Raises:
+        EdgePromptError: NaN among them; an answer that rests on it would look like one.
+    """
+    top: Logits = logits.max(axis=-1, keepdims=True)
+    if np.isnan(top).any():
+        raise EdgePromptError(
+            "the model's logits are NaN, so there is no answer: the prompt's values are too large for this graph, or "
+            "the graph is broken (edgeprompt validate tells)"
+        )
+    return top
+
+
 def log_softmax(logits: Logits) -> Logits:
-    """Log-probabilities over the last axis, in float32."""
-    shifted: Logits = logits - logits.max(axis=-1, keepdims=True)
+    """Log-probabilities over the last axis, in float32.
+
+    Raises:
+        EdgePromptError: NaN among the logits.
+    """
+    shifted: Logits = logits - _top(logits)
     shifted -= np.log(np.exp(shifted).sum(axis=-1, keepdims=True, dtype=np.float64)).astype(np.float32)
     return shifted
 
@@ -100,9 +127,13 @@ class Sampler:
         self._plain = sampling.temperature == 0 and self._seen is None
 
     def __call__(self, logits: Logits, allowed: Sequence[int] | None = None) -> int:
-        """Id of the next token; with `allowed`, one of those ids. `logits` [vocab_size] is not changed."""
+        """Id of the next token; with `allowed`, one of those ids. `logits` [vocab_size] is not changed.
+
+        Raises:
+            EdgePromptError: NaN among the logits.
+        """
         if self._plain and allowed is None:
-            return int(logits.argmax())
+            return _argmax(logits)
         if self._seen is not None:
             logits = self._penalised(logits)
         if allowed is not None:
@@ -125,10 +156,10 @@ class Sampler:
 
     def _choose(self, logits: Logits) -> int:
         if self._random is None:
-            return int(logits.argmax())
+            return _argmax(logits)
         options = self._options
-        scaled = logits.astype(np.float32) / np.float32(options.temperature)
-        weights = np.exp(scaled - scaled.max())
+        falls = logits.astype(np.float32, copy=False) - _top(logits)
+        weights = np.exp(falls / np.float32(max(options.temperature, LEAST_TEMPERATURE)))
         count = min(options.top_k, weights.size) if options.top_k else weights.size
         order = _largest(weights, count, options)
         cumulative = np.cumsum(weights[order], dtype=np.float64)
@@ -138,8 +169,16 @@ class Sampler:
             keep = int(np.searchsorted(cumulative, options.top_p * total)) + 1
         if options.min_p > 0:
             keep = min(keep, int((weights[order] >= options.min_p).sum()))
-        cumulative = cumulative[: max(1, keep)]
-        return int(order[min(np.searchsorted(cumulative, self._random.random() * cumulative[-1], "right"), keep - 1)])
+        cumulative = cumulative[: max(1, keep)]  # `keep` may be one too many, where sums round differently
+        place = np.searchsorted(cumulative, self._random.random() * cumulative[-1], "right")
+        return int(order[min(place, len(cumulative) - 1)])
+
+
+def _argmax(logits: Logits) -> int:
+    found = int(logits.argmax())  # the first NaN, where there is one
+    if np.isnan(logits[found]):
+        _top(logits)
+    return found
 
 
 def _largest(weights: Logits, count: int, options: Sampling) -> npt.NDArray[np.intp]:

@@ -296,8 +296,19 @@ def _specials(tokenizer: Tokenizer) -> tuple[list[int], list[int]]:
 
 
 def as_fields(text: str | Mapping[str, str]) -> Mapping[str, str]:
-    """A request's text as slot fields: a plain string fills `{text}`."""
-    return {"text": text} if isinstance(text, str) else text
+    """A request's text as slot fields: a plain string fills `{text}`.
+
+    Raises:
+        InputError: neither a string nor a mapping of strings.
+    """
+    if isinstance(text, str):
+        return {"text": text}
+    if not isinstance(text, Mapping):
+        raise InputError(f"the text is {type(text).__name__}; give a string, or a mapping of slot names to strings")
+    for name, value in text.items():
+        if not isinstance(value, str):
+            raise InputError(f"the text of {name!r} is {type(value).__name__}; it must be a string")
+    return text
 
 
 def label_words(verbalizer: Mapping[str, Sequence[str]]) -> list[tuple[str, str]]:

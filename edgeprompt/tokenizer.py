@@ -2,16 +2,18 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import os
 from collections.abc import Sequence
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
 import tokenizers
 
 from edgeprompt import names
-from edgeprompt.errors import MissingDependencyError, PackageError, UnsupportedError
+from edgeprompt.errors import InputError, MissingDependencyError, PackageError, UnsupportedError
 from edgeprompt.prompt_file import fingerprint_tokenizer
 
 
@@ -27,7 +29,8 @@ class Tokenizer:
         self._folder = Path(folder)
         try:
             data = (self._folder / names.TOKENIZER).read_bytes()
-            self.fingerprint = fingerprint_tokenizer(data)
+            self.sha256 = hashlib.sha256(data).hexdigest()
+            """Of `tokenizer.json`, as it lies there."""
             self._tokenizer = tokenizers.Tokenizer.from_buffer(data)
             config = self._folder / names.TOKENIZER_CONFIG
             self._config: dict[str, Any] = json.loads(config.read_text("utf-8")) if config.exists() else {}
@@ -35,6 +38,11 @@ class Tokenizer:
             raise PackageError(f"cannot read the tokenizer in {str(folder)!r}: {error}") from error
         self._tokenizer.no_padding()
         self._tokenizer.no_truncation()
+
+    @cached_property
+    def fingerprint(self) -> str:
+        """What prompts name: of vocabulary and rules, however they are written down (slow: it parses them)."""
+        return fingerprint_tokenizer((self._folder / names.TOKENIZER).read_bytes())
 
     @property
     def mask_token(self) -> str | None:
@@ -48,26 +56,34 @@ class Tokenizer:
 
     def encode(self, text: str, *, add_special_tokens: bool = True) -> list[int]:
         """Token ids of `text`."""
-        return list(self._tokenizer.encode(text, add_special_tokens=add_special_tokens).ids)
+        return list(self._encoding(text, add_special_tokens=add_special_tokens).ids)
+
+    def _encoding(self, text: str, pair: str | None = None, *, add_special_tokens: bool) -> tokenizers.Encoding:
+        try:
+            return self._tokenizer.encode(text, pair, add_special_tokens=add_special_tokens)
+        except TypeError as error:  # what tokenizers says of a string that UTF-8 cannot hold
+            raise InputError(
+                "the text is no Unicode text: it holds half of a surrogate pair (U+D800 to U+DFFF); read it as UTF-8"
+            ) from error
 
     def encode_with_offsets(
         self, text: str, *, add_special_tokens: bool = True
     ) -> tuple[list[int], list[tuple[int, int]]]:
         """Token ids of `text`, and for each the characters it covers ((0, 0) for special tokens)."""
-        encoding = self._tokenizer.encode(text, add_special_tokens=add_special_tokens)
+        encoding = self._encoding(text, add_special_tokens=add_special_tokens)
         return list(encoding.ids), [(int(start), int(end)) for start, end in encoding.offsets]
 
     def encode_pair(
         self, first: str, second: str, *, add_special_tokens: bool = True
     ) -> tuple[list[int], list[tuple[int, int]], list[int], list[int | None]]:
         """Two texts joined the tokenizer's way: ids, characters covered, segments, and which text (None: special)."""
-        found = self._tokenizer.encode(first, second, add_special_tokens=add_special_tokens)
+        found = self._encoding(first, second, add_special_tokens=add_special_tokens)
         offsets = [(int(start), int(end)) for start, end in found.offsets]
         return list(found.ids), offsets, list(found.type_ids), list(found.sequence_ids)
 
     def truncate(self, text: str, count: int) -> str:
         """The longest prefix of `text` whose tokens number at most `count`, cut at a token's border."""
-        offsets = self._tokenizer.encode(text, add_special_tokens=False).offsets
+        offsets = self._encoding(text, add_special_tokens=False).offsets
         return text if len(offsets) <= count else text[: offsets[count - 1][1]] if count else ""
 
     def decode(self, ids: Sequence[int], *, skip_special_tokens: bool = True) -> str:

@@ -9,6 +9,7 @@ from dataclasses import replace
 import numpy as np
 import numpy.typing as npt
 
+from edgeprompt.errors import InputError
 from edgeprompt.generation import Detokenizer
 from edgeprompt.request import Classification, Generation, Timings
 from edgeprompt.sampling import Sampler, Sampling, log_softmax
@@ -120,7 +121,7 @@ class GenerateWork:
         self._sampler = Sampler(sampling, history)
         self._on_text = on_text
         self._text = Detokenizer(decode, sampling.stop) if on_text or sampling.stop else None
-        self._choice = word_tree([encode(text) for text in sampling.choices]) if sampling.choices else None
+        self._choice = _choice_tree(sampling, encode) if sampling.choices else None
         self._limit = sampling.max_new_tokens
         self._ids: list[int] = []
         self._logprobs: list[float] = []
@@ -169,3 +170,19 @@ class GenerateWork:
             timings=self._clock.timings(len(self._ids)),
             logprobs=tuple(self._logprobs),
         )
+
+
+def _choice_tree(sampling: Sampling, encode: Callable[[str], Sequence[int]]) -> Node:
+    """The tree of the choices' tokens.
+
+    Raises:
+        InputError: a choice is longer than `max_new_tokens`, for which room in the cache was reserved.
+    """
+    choices = [encode(text) for text in sampling.choices]
+    longest = max(len(ids) for ids in choices)
+    if longest > sampling.max_new_tokens:
+        raise InputError(
+            f"the longest of the choices has {longest} tokens, and max_new_tokens is {sampling.max_new_tokens}; "
+            "raise it, or shorten the choice"
+        )
+    return word_tree(choices)

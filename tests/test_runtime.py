@@ -4,20 +4,25 @@ import asyncio
 import dataclasses
 import gc
 import shutil
+import threading
+import time
 import tracemalloc
 from collections.abc import Iterator
 from pathlib import Path
 
+import numpy as np
 import pytest
 
 import edgeprompt
 from edgeprompt import (
     BaseMismatchError,
+    EdgePromptError,
     EngineOptions,
     InputError,
     PromptFileError,
     PromptNotFoundError,
     Request,
+    RequestTimeoutError,
     Runtime,
 )
 from edgeprompt.manifest import Base
@@ -87,6 +92,13 @@ def test_choices_are_the_only_answers(runtime: Runtime) -> None:
     assert {result.text for result in drawn} == set(choices)
 
 
+def test_a_choice_longer_than_the_reserved_room_is_refused(runtime: Runtime) -> None:
+    with pytest.raises(InputError, match=r"longest of the choices has \d+ tokens, and max_new_tokens is 64"):
+        runtime.generate("the film", prompt="story", choices=(" good" * 200, " bad"))
+    choices = (" good" * 100, " good" * 99)
+    assert runtime.generate("the film", prompt="story", choices=choices, max_new_tokens=200).text in choices
+
+
 def test_same_seed_same_text_in_any_company(runtime: Runtime) -> None:
     request = Request("the film", "story", options=GenerationOptions(max_new_tokens=20, temperature=1.0, seed=5))
     others = [Request("a long story", options=GenerationOptions(max_new_tokens=9, temperature=1.0)) for _ in range(5)]
@@ -99,7 +111,7 @@ def test_same_seed_same_text_in_any_company(runtime: Runtime) -> None:
 def test_a_row_in_error_among_good_ones(runtime: Runtime) -> None:
     requests = [
         Request("the film", "words"),
-        Request("the film", "words", options=None, input_ids=[9999]),
+        Request("the film", "words", input_ids=[9999]),
         Request("x"),
     ]
     found = runtime.run(requests, return_errors=True)
@@ -113,6 +125,88 @@ def test_an_unknown_prompt_fails_its_row_alone(runtime: Runtime) -> None:
     found = runtime.run([Request("a", "nobody"), Request("a", "words")], return_errors=True)
     assert isinstance(found[0], PromptNotFoundError)
     assert found[1].label in WORDS
+
+
+def test_what_is_no_text_is_named(runtime: Runtime) -> None:
+    for text, match in ((5, "the text is int"), ({"text": 5}, "text of 'text' is int"), ("a\ud800b", "surrogate")):
+        with pytest.raises(InputError, match=match):
+            runtime.generate(text, max_new_tokens=1)
+    for timeout in ("soon", -1, float("nan")):
+        with pytest.raises(InputError, match="timeout is"):
+            runtime.generate("a", timeout=timeout)
+    with pytest.raises(InputError, match="options is NoneType"):
+        Request("a", options=None)
+
+
+@pytest.mark.filterwarnings("ignore:overflow:RuntimeWarning", "ignore:invalid value:RuntimeWarning")
+def test_a_prompt_that_makes_the_logits_nan_has_no_answer(runtime: Runtime, monkeypatch: pytest.MonkeyPatch) -> None:
+    graph = runtime._engine._scheduler._graph
+    real = graph.prefill
+    monkeypatch.setattr(graph, "prefill", lambda *arguments: real(*arguments) * np.float32("nan"))
+    for ask in (lambda: runtime.classify("a", prompt="words"), lambda: runtime.generate("a", prompt="story")):
+        with pytest.raises(EdgePromptError, match="logits are NaN"):
+            ask()
+
+
+def test_a_stream_that_nobody_reads_is_cancelled(runtime: Runtime) -> None:
+    rows = runtime._engine._scheduler._rows
+    settings = {"max_new_tokens": 250, "temperature": 5.0, "seed": 1}
+    runtime.stream("the film", **settings)
+    closed = runtime.stream("the film", **settings)
+    closed.close()
+    assert list(closed) == []
+    runtime.generate("the film", max_new_tokens=1)  # behind both
+    deadline = time.monotonic() + 20
+    while rows:
+        assert time.monotonic() < deadline
+
+
+def test_a_stream_is_closed_while_another_thread_waits_for_it(
+    runtime: Runtime, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    graph, go = runtime._engine._scheduler._graph, threading.Event()
+    real = graph.decode
+    monkeypatch.setattr(graph, "decode", lambda *arguments: (go.wait(20), real(*arguments))[1])
+    pieces = runtime.stream("the film", max_new_tokens=250, temperature=5.0, seed=1)
+    found: list[str] = []
+    reader = threading.Thread(target=lambda: found.extend(pieces))
+    reader.start()
+    pieces.close()
+    go.set()
+    reader.join(20)
+    assert not reader.is_alive()
+    assert len(found) < 20
+
+
+@pytest.mark.parametrize("delay", [0.0, 0.002, 0.01, 0.03])
+def test_an_async_stream_can_be_cancelled_at_any_time(runtime: Runtime, delay: float) -> None:
+    async def read() -> None:
+        async for _ in runtime.astream("the film", max_new_tokens=250, temperature=5.0, seed=1):
+            pass
+
+    async def talk() -> None:
+        task = asyncio.create_task(read())
+        await asyncio.sleep(delay)
+        task.cancel()
+        with pytest.raises(asyncio.CancelledError):
+            await task
+
+    asyncio.run(talk())
+
+
+def test_async_calls_take_what_the_others_take(runtime: Runtime) -> None:
+    ids = runtime._package.tokenizer.encode("the film")
+
+    async def talk() -> None:
+        found = await runtime.agenerate(input_ids=ids, prompt="story", max_new_tokens=3, timeout=20)
+        assert found.token_ids == runtime.generate("the film", prompt="story", max_new_tokens=3).token_ids
+        assert (await runtime.aclassify("a" * 9999, prompt="words", truncate=True, timeout=20)).label in WORDS
+        with pytest.raises(RequestTimeoutError):
+            await runtime.agenerate("the film", max_new_tokens=200, timeout=0)
+        with pytest.raises(InputError, match="9999"):
+            await runtime.arun([Request(input_ids=[9999]), Request("a"), Request(input_ids=[9999])])
+
+    asyncio.run(talk())
 
 
 def test_asyncio(runtime: Runtime) -> None:
@@ -186,8 +280,33 @@ def test_a_folder_of_prompts_is_read_on_demand(tiny_llama_package: Path, tmp_pat
         for name in ("task30", "../task1", "", ".hidden"):
             with pytest.raises(PromptNotFoundError):
                 runtime.logits("a", prompt=name)
+        (tmp_path / "task7.safetensors").write_bytes(b"broken")
+        with pytest.raises(PromptFileError, match="task7"):
+            runtime.logits("a", prompt="task7")
+        (tmp_path / "task7.safetensors").unlink()
+        with pytest.raises(PromptNotFoundError):
+            runtime.logits("a", prompt="task7")
         with pytest.raises(InputError, match="no folder"):
             runtime.add_folder(tmp_path / "nothing")
+
+
+def test_a_prompt_that_many_ask_for_first_is_read_once(
+    tiny_llama_package: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with edgeprompt.load(tiny_llama_package, options=QUIET) as runtime:
+        save_prompt(make_prompt(runtime.manifest, "any"), tmp_path / "task.safetensors")
+        runtime.add_folder(tmp_path)
+        added: list[str] = []
+        real = runtime.add_prompt
+        monkeypatch.setattr(
+            runtime, "add_prompt", lambda path, **keywords: (added.append(str(path)), real(path, **keywords))[1]
+        )
+        threads = [threading.Thread(target=runtime.logits, args=("a",), kwargs={"prompt": "task"}) for _ in range(16)]
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join()
+        assert len(added) == 1
 
 
 def test_prompts_of_files_take_little_memory(tiny_llama_package: Path, tmp_path: Path) -> None:

@@ -5,7 +5,7 @@ from collections import Counter
 import numpy as np
 import pytest
 
-from edgeprompt.errors import InputError
+from edgeprompt.errors import EdgePromptError, InputError
 from edgeprompt.request import GenerationOptions
 from edgeprompt.sampling import DEFAULT_NEW_TOKENS, Sampler, Sampling, log_softmax, resolve
 
@@ -90,6 +90,22 @@ def test_allowed_ids_are_drawn_by_their_share() -> None:
     assert set(counts) == {3, 4}
 
 
+@pytest.mark.parametrize("temperature", [1e-3, 1e-20, 1e-45])
+def test_a_temperature_near_zero_is_greedy(temperature: float) -> None:
+    sampler = Sampler(Sampling(temperature=temperature, seed=0))
+    assert {sampler(LOGITS) for _ in range(20)} == {0}
+
+
+@pytest.mark.parametrize("options", [{}, {"temperature": 1.0}, {"temperature": 0.5, "top_p": 0.5}])
+def test_nan_is_no_answer(options: dict[str, float]) -> None:
+    logits = LOGITS.copy()
+    logits[3] = np.nan
+    with pytest.raises(EdgePromptError, match="logits are NaN"):
+        Sampler(Sampling(**options))(logits)
+    with pytest.raises(EdgePromptError, match="logits are NaN"):
+        log_softmax(logits)
+
+
 def test_log_softmax() -> None:
     assert log_softmax(LOGITS + 100) == pytest.approx(LOGITS, abs=1e-5)
 
@@ -98,6 +114,8 @@ def test_resolve_takes_the_request_then_the_prompt_then_the_library() -> None:
     found = resolve(GenerationOptions(top_k=5), {"top_k": 9, "temperature": 0.5, "stop": ["\n"]})
     assert (found.top_k, found.temperature, found.stop, found.max_new_tokens) == (5, 0.5, ("\n",), DEFAULT_NEW_TOKENS)
     assert not found.asked_length
+    assert resolve(GenerationOptions(stop="END"), {}).stop == ("END",)  # type: ignore[arg-type]
+    assert resolve(GenerationOptions(), {"stop": "END"}).stop == ("END",)
     assert resolve(GenerationOptions(), {"max_new_tokens": 3}).asked_length
 
 
@@ -112,7 +130,10 @@ def test_resolve_takes_the_request_then_the_prompt_then_the_library() -> None:
         ({"max_new_tokens": 2.5}, "it must be an integer"),
         ({"top_k": True}, "top_k is True"),
         ({"seed": -1}, "seed is -1"),
-        ({"stop": ("",)}, "stop and choices"),
+        ({"stop": ("",)}, "stop takes texts of at least one character"),
+        ({"stop": 5}, "stop is 5; it must be a list of texts"),
+        ({"choices": (3,)}, "choices takes texts"),
+        ({"choices": "yes"}, "choices is 'yes'; it must be a list of texts"),
     ],
 )
 def test_bad_options_are_named(options: dict[str, object], match: str) -> None:

@@ -15,6 +15,7 @@ from edgeprompt.engines import EngineOptions
 from edgeprompt.engines.decoder_graph import DecoderGraph, open_graph
 from edgeprompt.engines.decoder_head import HeadWork, StateWork, check_last_head, check_states
 from edgeprompt.errors import InputError, PromptNotFoundError, TemplateError, UnsupportedError
+from edgeprompt.generation import TextStream
 from edgeprompt.kv_cache import KV, KVShape, PrefixCache
 from edgeprompt.package import Package
 from edgeprompt.prefix_store import PrefixStore
@@ -177,8 +178,7 @@ class DecoderEngine:
         """Generate piece by piece; closing the iterator cancels the request."""
         pieces: queue.SimpleQueue[str | None] = queue.SimpleQueue()
         job = self._submit(replace(request, task="generate"), pieces, wait=True)
-        job.add_done_callback(lambda _: pieces.put(None))
-        return _pieces(job, pieces)
+        return TextStream(pieces, job)
 
     def logits(self, request: Request) -> Rows:
         """float32 [vocab_size]: scores of the next token."""
@@ -269,7 +269,7 @@ class DecoderEngine:
             ids = self._encode(request, loaded, template, sampling)
             work: Work = HeadWork(self._graph, loaded.prompt, clock)
         elif task == "classify":
-            sampling = Sampling(max_new_tokens=self._deepest(request, loaded))
+            sampling = Sampling(max_new_tokens=self._deepest(request, loaded), asked_length=True)
             ids = self._encode(request, loaded, template, sampling)
             assert loaded is not None
             assert loaded.verbalizer is not None
@@ -399,12 +399,3 @@ def _outcome(job: Job | Exception, return_errors: bool) -> Any:
         return job.result()
     error = job.exception()
     return job.result() if error is None else error
-
-
-def _pieces(job: Job, pieces: queue.SimpleQueue[str | None]) -> Iterator[str]:
-    try:
-        while (piece := pieces.get()) is not None:
-            yield piece
-        job.result()
-    finally:
-        job.cancel()
