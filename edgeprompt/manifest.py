@@ -82,6 +82,8 @@ class Manifest:
     route: str
     graphs: Mapping[str, GraphFile]
     tokenizer_fingerprint: str | None = None
+    tokenizer_sha256: str | None = None
+    """Of `tokenizer.json` as the export wrote it: one that is unchanged needs no fingerprint, which is slow."""
     door: str = "input"
     """"input": `prompt_embeddings` is required; "adapter": optional, so that stock ORT adapters can fill it."""
     kv_dtype: str = "float32"

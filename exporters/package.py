@@ -45,6 +45,12 @@ def write_tokenizer(tokenizer: Any | None, folder: Path, scratch: Path) -> str |
     return fingerprint_tokenizer((folder / names.TOKENIZER).read_bytes())
 
 
+def hash_tokenizer(folder: Path) -> str | None:
+    """SHA-256 of a package's `tokenizer.json`, None where it has none."""
+    file = folder / names.TOKENIZER
+    return sha256_file(file) if file.exists() else None
+
+
 def make_manifest(
     loaded: LoadedBase, built: BuiltGraphs, options: ExportOptions, folder: Path, tokenizer_fingerprint: str | None
 ) -> Manifest:
@@ -59,6 +65,7 @@ def make_manifest(
         route=built.route,
         graphs=hash_graphs(built.graphs, folder),
         tokenizer_fingerprint=tokenizer_fingerprint,
+        tokenizer_sha256=hash_tokenizer(folder),
         door=options.door,
         kv_dtype=built.kv_dtype,
         pooling=built.pooling,

@@ -23,7 +23,7 @@ from exporters.fingerprint import fingerprint_of, sampled_rows
 from exporters.geometry import geometry_of, text_config, tokens_of
 from exporters.graft import expose_hidden_states, find_embedding, graft_virtual_tokens
 from exporters.load import LoadedBase, load_base
-from exporters.package import hash_graphs, tool_versions, write_tokenizer
+from exporters.package import hash_graphs, hash_tokenizer, tool_versions, write_tokenizer
 from exporters.routes.onnx_against import compare_with_base
 from exporters.routes.onnx_check import check_encoder_decoder, check_single
 from exporters.routes.onnx_seq2seq import MERGE_INPUT, make_seq2seq, split_merged
@@ -215,6 +215,7 @@ def _manifest(
         route="onnx",
         graphs=hash_graphs(built.graphs, folder),
         tokenizer_fingerprint=write_tokenizer(tokenizer, folder, scratch),
+        tokenizer_sha256=hash_tokenizer(folder),
         door=options.door,
         kv_dtype=built.kv_dtype,
         pads_right=built.fused or built.architecture != names.DECODER_ONLY,
