@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import asyncio
 import os
 import threading
 import weakref
@@ -309,6 +308,8 @@ class Runtime:
         Raises:
             CapacityError: more requests at once than the queue takes; ask in smaller batches.
         """
+        import asyncio  # here: a quarter of the package's import time, which most programs need not spend
+
         jobs: list[Future[Any]] = []
         stopped = threading.Event()
 
@@ -361,6 +362,8 @@ class Runtime:
 
     async def astream(self, text: Text = "", **keywords: Any) -> AsyncIterator[str]:
         """`stream` for asyncio, with its arguments; leaving the loop, or cancelling the task, cancels the request."""
+        import asyncio
+
         pieces = await asyncio.to_thread(self.stream, text, **keywords)
         step: asyncio.Future[str | None] | None = None
         try:
