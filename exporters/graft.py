@@ -109,7 +109,7 @@ def find_embedding(model: ir.Model) -> tuple[ir.Node, ir.Value]:
 
 
 def expose_hidden_states(model: ir.Model, hidden_size: int) -> None:
-    """Make the output layer's input a graph output, `hidden_states`, for heads that stand in the output layer's place.
+    """Make the output layer's input a graph output, `hidden_states` float32, for heads in the output layer's place.
 
     It is there at the positions at which the logits are, and costs nothing to those who do not ask for it. A graph
     whose output layer is not found keeps its outputs as they are.
@@ -129,10 +129,15 @@ def expose_hidden_states(model: ir.Model, hidden_size: int) -> None:
             quantised = value.producer() if value is not None else None
             value = quantised.inputs[0] if quantised is not None else None
             break
-    if value is None or value.producer() is None or value.is_graph_output():
+    producer = value.producer() if value is not None else None
+    if value is None or producer is None or value.is_graph_output():
         return
+    if value.dtype != ir.DataType.FLOAT:  # half, or not stated by the exporter
+        cast = ir.node("Cast", [value], {"to": int(ir.DataType.FLOAT)}, name=f"{_PREFIX}/{names.HIDDEN_STATES}")
+        model.graph.insert_after(producer, cast)
+        value = cast.outputs[0]
+        value.dtype = ir.DataType.FLOAT
     value.name = names.HIDDEN_STATES
-    value.dtype = value.dtype or logits.dtype
     value.shape = ir.Shape([*logits.shape[:2], hidden_size] if logits.shape is not None else [None, None, hidden_size])
     model.graph.outputs.append(value)
 
@@ -155,7 +160,9 @@ def find_scaled(rows: ir.Value) -> ir.Value:
     """
     users = [node for node, _ in rows.uses()]
     if len(users) == 1 and users[0].op_type == "Mul":
-        return users[0].outputs[0]
+        scaled = users[0].outputs[0]
+        scaled.dtype = rows.dtype
+        return scaled
     raise ExportError(f"expected the embedding's scale (Mul) behind the lookup, found {[n.op_type for n in users]}")
 
 

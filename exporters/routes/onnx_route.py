@@ -27,7 +27,7 @@ from exporters.package import hash_graphs, hash_tokenizer, tool_versions, write_
 from exporters.routes.onnx_against import compare_with_base
 from exporters.routes.onnx_check import check_encoder_decoder, check_single
 from exporters.routes.onnx_seq2seq import MERGE_INPUT, make_seq2seq, split_merged
-from exporters.routes.onnx_source import GENAI_CONFIG, OnnxSource, find_source, graph_precision
+from exporters.routes.onnx_source import GENAI_CONFIG, OnnxSource, find_source, graph_precision, has_half
 
 _SCALED = ("gemma", "bart", "bigbird_pegasus", "blenderbot", "m2m_100", "mbart", "nllb", "pegasus_x", "plbart", "xglm")
 """Families whose embedding module scales what it looks up; prompt rows join behind that."""
@@ -68,7 +68,7 @@ def build_package(
             prompt.check_base(manifest)
         manifest.write(folder)
         check = check_encoder_decoder if len(built.originals) > 1 else check_single
-        measured = check(built.originals, folder, manifest, built.after_scale, Path(scratch))
+        measured = check(built.originals, folder, manifest, built.after_scale, built.half, Path(scratch))
     if loaded is not None:
         measured["against_base"] = compare_with_base(loaded, folder, manifest, tuple(prompts.values()))
     return dataclasses.replace(manifest, validation=measured)
@@ -83,6 +83,8 @@ class _Built:
     """The graphs that the package must agree with: "model", or "encoder", "first" and "next"."""
     precision: str
     kv_dtype: str
+    half: bool
+    """Whether weights are in half precision, quantised or not."""
     fused: bool
     after_scale: bool
     table: npt.NDArray[Any] | None
@@ -125,6 +127,7 @@ def _build(
         originals,
         precision,
         "float16" if cache is not None and cache.dtype == ir.DataType.FLOAT16 else "float32",
+        any(has_half(model) for model in models.values()),
         any(node.op_type == "GroupQueryAttention" for node in main.graph.all_nodes()),
         after_scale,
         table,

@@ -48,8 +48,14 @@ def take_branch(model: ir.Model, branch: str, name: str) -> None:
     by_name = {value.name: value for value in graph.outputs}
     types = {name: (value.shape, value.type) for name, value in by_name.items()}
     positions = [value.name for value in chosen[0].outputs]
+    for key, attribute in chosen[0].attributes.items():
+        if key != branch:  # the other branch must not keep alive what only it uses
+            for node in attribute.as_graph().all_nodes():
+                for index in range(len(node.inputs)):
+                    node.replace_input_with(index, None)
     graph.outputs[:] = []
     graph.remove(chosen[0])
+    chosen[0].replace_input_with(0, None)
     inner.outputs[:] = []
     for value in initializers:
         inner.initializers.pop(value.name or "")
@@ -60,12 +66,9 @@ def take_branch(model: ir.Model, branch: str, name: str) -> None:
         value.name = outer
         value.shape, value.type = types.get(outer, (value.shape, value.type))
     graph.outputs[:] = [value for value in outputs if value.name in by_name]
+    graph.sort()  # the pass goes backwards
     RemoveUnusedNodesPass()(model)
-    # The other branch still counts as a user of what both share, so ask this graph's own nodes.
-    used = {value for node in graph.all_nodes() for value in node.inputs}
-    graph.inputs[:] = [value for value in graph.inputs if value in used]
-    for name in [name for name, value in graph.initializers.items() if value not in used]:
-        graph.initializers.pop(name)
+    graph.inputs[:] = [value for value in graph.inputs if value.uses()]
 
 
 def make_seq2seq(models: Mapping[str, ir.Model], geometry: Geometry) -> dict[str, ir.Model]:

@@ -86,12 +86,15 @@ def graph_precision(models: Iterable[ir.Model]) -> str:
                 kinds.add("int8")
             elif node.op_type == "MatMulBnb4":
                 kinds.add("int4")
-        weights = [
-            v for v in model.graph.initializers.values() if v.dtype == ir.DataType.FLOAT16 and len(v.shape or ()) == 2
-        ]
-        if weights:
+        if has_half(model):
             kinds.add("fp16")
     return next((kind for kind in ("int4", "int8", "fp16") if kind in kinds), "fp32")
+
+
+def has_half(model: ir.Model) -> bool:
+    """Whether matrices are stored in half precision."""
+    values = model.graph.initializers.values()
+    return any(value.dtype == ir.DataType.FLOAT16 and len(value.shape or ()) == 2 for value in values)
 
 
 def _has_config(place: Path) -> bool:

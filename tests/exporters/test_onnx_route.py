@@ -48,26 +48,61 @@ def folders(tiny_tokenizer: Any, tmp_path_factory: pytest.TempPathFactory) -> di
     return {name: home / name for name in ARCHITECTURES}
 
 
-def add_variants(graph: Path) -> None:
-    """What onnx-community publishes beside a graph, by the tools that it uses."""
+VARIANTS = {
+    "_quantized": "int8",
+    "_int8": "int8",
+    "_uint8": "int8",
+    "_q4": "int4",
+    "_bnb4": "int4",
+    "_fp16": "fp16",
+    "_q4f16": "int4",
+}
+
+
+def add_variants(graph: Path, *endings: str) -> None:
+    """What onnx-community publishes beside a graph, by the tools that it uses; `endings` of file names, or all."""
     from onnxruntime.quantization import QuantType, quantize_dynamic
+    from onnxruntime.quantization.matmul_bnb4_quantizer import MatMulBnb4Quantizer
     from onnxruntime.quantization.matmul_nbits_quantizer import MatMulNBitsQuantizer
     from onnxruntime.transformers.float16 import convert_float_to_float16
 
-    quantize_dynamic(graph, graph.with_name("model_quantized.onnx"), weight_type=QuantType.QUInt8)
-    quantizer = MatMulNBitsQuantizer(
-        onnx.load(graph),
-        bits=4,
-        block_size=16,
-        is_symmetric=True,
-        op_types_to_quantize=("MatMul", "Gather"),
-        quant_axes=(("MatMul", 0), ("Gather", 1)),
-    )
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # it divides by the scale of blocks that are all zero
-        quantizer.process()
-    quantizer.model.save_model_to_file(str(graph.with_name("model_q4.onnx")))
-    onnx.save(convert_float_to_float16(onnx.load(graph)), graph.with_name("model_fp16.onnx"))
+    def four_bits() -> Any:
+        quantizer = MatMulNBitsQuantizer(
+            onnx.load(graph),
+            bits=4,
+            block_size=16,
+            is_symmetric=True,
+            op_types_to_quantize=("MatMul", "Gather"),
+            quant_axes=(("MatMul", 0), ("Gather", 1)),
+        )
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # it divides by the scale of blocks that are all zero
+            quantizer.process()
+        return quantizer.model.model
+
+    for ending in endings or VARIANTS:
+        target = graph.with_name(f"{graph.stem}{ending}.onnx")
+        match ending:
+            case "_int8":
+                quantize_dynamic(
+                    graph,
+                    target,
+                    weight_type=QuantType.QInt8,
+                    per_channel=True,
+                    extra_options={"EnableSubgraph": True},
+                )
+            case "_quantized" | "_uint8":
+                quantize_dynamic(graph, target, weight_type=QuantType.QUInt8, extra_options={"EnableSubgraph": True})
+            case "_q4":
+                onnx.save(four_bits(), target)
+            case "_bnb4":
+                quantizer = MatMulBnb4Quantizer(onnx.load(graph), MatMulBnb4Quantizer.NF4, 64)
+                quantizer.process()
+                quantizer.model.save_model_to_file(str(target))
+            case "_fp16":
+                onnx.save(convert_float_to_float16(onnx.load(graph), disable_shape_infer=True), target)
+            case "_q4f16":
+                onnx.save(convert_float_to_float16(four_bits(), keep_io_types=True, disable_shape_infer=True), target)
 
 
 def some_prompt(manifest: Any, path: Path, **tensors: Any) -> Path:
@@ -135,20 +170,45 @@ def test_an_encoder_without_deep_inputs_refuses_a_prefix(folders: dict[str, Path
 
 
 @pytest.mark.parametrize("name", ["llama", "bert"])
-@pytest.mark.parametrize(
-    ("precision", "file"), [("int8", "model_quantized.onnx"), ("int4", "model_q4.onnx"), ("fp16", "model_fp16.onnx")]
-)
-def test_variants_keep_their_weights(
-    name: str, precision: str, file: str, folders: dict[str, Path], tmp_path: Path
-) -> None:
-    source = folders[name] / "onnx" / file
-    report = export_model(folders[name], tmp_path / "out", precision=precision, route="onnx", against=GOLDEN / name)
+@pytest.mark.parametrize("ending", VARIANTS)
+def test_variants_keep_their_weights(name: str, ending: str, folders: dict[str, Path], tmp_path: Path) -> None:
+    source, precision = folders[name] / f"onnx/model{ending}.onnx", VARIANTS[ending]
+    report = export_model(source, tmp_path / "out", precision=precision, route="onnx", against=GOLDEN / name)
     assert report.manifest.precision == precision
-    assert report.manifest.extra["source_graphs"] == {"model": file}
-    assert report.validation["identical"]
+    assert report.manifest.extra["source_graphs"] == {"model": source.name}
+    # Where half precision is widened for an operator, ONNX Runtime rounds elsewhere behind new nodes.
+    assert report.validation["identical"] or (ending == "_q4f16" and report.validation["max_half_difference"] < 1e-2)
     before, after = (weights(path) for path in (source, tmp_path / "out/model.onnx"))
     assert before.items() <= after.items()
     assert all(key.startswith("virtual/") for key in after.keys() - before.keys())
+
+
+@pytest.mark.parametrize(("precision", "file"), [("int8", "quantized"), ("int4", "q4"), ("fp16", "fp16")])
+def test_a_folder_gives_the_variant_of_the_precision(
+    precision: str, file: str, folders: dict[str, Path], tmp_path: Path
+) -> None:
+    found = find_source(folders["llama"], precision)
+    assert {key: path.name for key, path in found.graphs.items()} == {"model": f"model_{file}.onnx"}
+
+
+@pytest.mark.parametrize("ending", VARIANTS)
+@pytest.mark.parametrize("name", ["t5", "bart"])
+def test_variants_of_encoder_decoders(name: str, ending: str, folders: dict[str, Path], tmp_path: Path) -> None:
+    """T5's three files and BART's merged decoder, whose branches share what one of them quantises."""
+    if (name, ending) == ("bart", "_q4f16"):
+        pytest.skip("ONNX Runtime's float16 tool breaks a merged decoder that keeps its inputs' types")
+    shutil.copytree(folders[name], tmp_path / "source")
+    for graph in list((tmp_path / "source").glob("*.onnx")):
+        add_variants(graph, ending)
+        graph.unlink()
+    # Rows of 16 weights are few for 4 bits: this T5 is then no longer near its base.
+    against = None if (name, VARIANTS[ending]) == ("t5", "int4") else GOLDEN / name
+    shutil.copy(GOLDEN / name / "encoder_model.onnx", tmp_path / "source/encoder_model.onnx")
+    source = tmp_path / f"source/encoder_model{ending}.onnx"
+    report = export_model(source, tmp_path / "out", route="onnx", against=against)
+    assert report.manifest.precision == VARIANTS[ending]
+    assert all(ending in file for file in report.manifest.extra["source_graphs"].values())
+    assert report.validation["identical"] or (ending == "_q4f16" and report.validation["max_half_difference"] < 1e-2)
 
 
 def weights(path: Path) -> dict[str, bytes]:
@@ -163,7 +223,7 @@ def test_fingerprint_of_a_quantised_graph(folders: dict[str, Path], tmp_path: Pa
         == export_model(folders["bert"], tmp_path / "fp32", route="onnx").manifest.base.fingerprint
     )
     shutil.copytree(folders["bert"], tmp_path / "alone")
-    for file in ("model.onnx", "model_fp16.onnx"):
+    for file in ("model.onnx", "model_fp16.onnx", "model_q4f16.onnx"):
         (tmp_path / "alone/onnx" / file).unlink()
     with pytest.raises(SourceError, match="give --against BASE"):
         export_model(tmp_path / "alone", tmp_path / "no", precision="int8", route="onnx")
@@ -239,7 +299,7 @@ def test_missing_graphs_and_configs(folders: dict[str, Path], tmp_path: Path) ->
     with pytest.raises(SourceError, match=r"looked for model, .* found no \.onnx file"):
         export_model(tmp_path / "empty", tmp_path / "no", route="onnx")
     (folders["llama"] / "onnx/model_fp16.onnx").rename(tmp_path / "model_fp16.onnx")
-    with pytest.raises(SourceError, match=r"precision fp16.* found model\.onnx, model_q4\.onnx, model_quantized"):
+    with pytest.raises(SourceError, match=r"precision fp16.* found model\.onnx, model_bnb4\.onnx"):
         export_model(folders["llama"], tmp_path / "no", route="onnx", precision="fp16")
     (tmp_path / "model_fp16.onnx").rename(folders["llama"] / "onnx/model_fp16.onnx")
     (tmp_path / "bare").mkdir()
