@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import warnings
 from typing import Any
 
 import onnx_ir as ir
@@ -14,6 +13,7 @@ from edgeprompt.errors import ExportError
 from exporters.encoder_attention import Call, deep_prompts
 from exporters.geometry import geometry_of
 from exporters.load import LoadedBase
+from exporters.quiet import quiet_export
 
 OPSET = 20
 Prefixes = list[tuple[Tensor, Tensor]]
@@ -125,8 +125,7 @@ def trace_graph(loaded: LoadedBase) -> ir.Model:
     prefixes = [(torch.randn(shape), torch.randn(shape)) for _ in range(layers)]
     past = [names.past(layer, part) for layer in range(layers) for part in ("key", "value")]
     try:
-        with torch.no_grad(), warnings.catch_warnings():
-            warnings.simplefilter("ignore")
+        with torch.no_grad(), quiet_export():
             program = torch.onnx.export(
                 EncoderGraph(loaded, fused=True),
                 (sample, prefixes),
