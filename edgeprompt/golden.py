@@ -42,5 +42,8 @@ def check_golden(runtime: Runtime, name: str) -> GoldenCheck:
     answer = runtime.generate(golden.fields, prompt=name, max_new_tokens=len(golden.token_ids), temperature=0)
     found, expected = answer.token_ids[: len(golden.token_ids)], tuple(golden.token_ids)
     logits = runtime.logits(golden.fields, prompt=name) if golden.logits else np.empty(0)
+    beyond = next((key for key in golden.logits if int(key) >= logits.size), None)
+    if beyond is not None:
+        raise InputError(f"the golden example of prompt {name!r} names token {beyond}; the base has {logits.size}")
     differences = [abs(value - float(logits[int(key)])) for key, value in golden.logits.items()]
     return GoldenCheck(found == expected, expected, found, max(differences) if differences else None)

@@ -175,6 +175,17 @@ def _checked(manifest: Manifest) -> Manifest:
     needed = {"encoder", "decoder"} if manifest.architecture == names.ENCODER_DECODER else {"model"}
     if set(manifest.graphs) != needed:
         raise ValueError(f"graphs are {sorted(manifest.graphs)}, needed: {sorted(needed)}")
+    for spec in dataclasses.fields(Tokens):
+        value = getattr(manifest.tokens, spec.name)
+        for token in value if spec.name == "eos" else (value,) if value is not None else ():
+            if check_type(token, int, f"tokens.{spec.name}") < 0:
+                raise ValueError(f"tokens.{spec.name} is {token}")
+    for name in ("pads_right", "batched_prefill"):
+        check_type(getattr(manifest, name), bool, name)
+    check_type(manifest.tokenizer_fingerprint, (str, type(None)), "tokenizer_fingerprint")
+    for graph in manifest.graphs.values():
+        for text in (graph.sha256, *check_type(graph.data, dict, "a graph's data").values()):
+            check_type(text, str, "a graph's hash")
     files = [file for graph in manifest.graphs.values() for file in (graph.file, *graph.data)]
     for file in (*files, *manifest.prompts):
         check_type(file, str, "a file name")

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 import json
+import math
 import os
 import struct
 from collections.abc import Mapping
@@ -277,7 +278,7 @@ def from_bytes(data: bytes) -> PromptFile:
             raise ValueError(
                 f"num_virtual_tokens is {written['num_virtual_tokens']}, the tensors have {prompt.num_virtual_tokens}"
             )
-    except (ValueError, TypeError, KeyError, SafetensorError, TemplateError) as error:
+    except (ValueError, TypeError, KeyError, OverflowError, SafetensorError, TemplateError) as error:
         if isinstance(error, PromptFileError):
             raise
         raise PromptFileError(str(error) or type(error).__name__) from error
@@ -342,9 +343,6 @@ def _from_parts(data: dict[str, Any], tensors: dict[str, Array]) -> PromptFile:
     if head is not None:
         steps = check_type(check_keys(Head, head, "head")["steps"], list, "head.steps")
         head = Head(**{**head, "steps": tuple(HeadStep(**check_keys(HeadStep, step, "head step")) for step in steps)})
-    if golden is not None:
-        golden = dict(check_keys(Golden, golden, "golden"))
-        golden = Golden(**{**golden, "token_ids": tuple(check_type(golden.get("token_ids", []), list, "token_ids"))})
     base = Base(**check_keys(Base, data["base"], "base"))
     check_type(base.name, str, "base.name")
     check_type(base.fingerprint, str, "base.fingerprint")
@@ -361,14 +359,39 @@ def _from_parts(data: dict[str, Any], tensors: dict[str, Array]) -> PromptFile:
         head_spec=head,
         verbalizer=_verbalizer(data["verbalizer"]),
         labels=tuple(check_type(label, str, "a label") for label in check_type(data["labels"], list, "labels")),
-        calibration=tuple(float(x) for x in check_type(data["calibration"], list, "calibration")),
+        calibration=tuple(_finite(x, "calibration") for x in check_type(data["calibration"], list, "calibration")),
         tokenizer_fingerprint=check_type(data["tokenizer_fingerprint"], (str, type(None)), "tokenizer_fingerprint"),
         add_special_tokens=check_type(data["add_special_tokens"], bool, "add_special_tokens"),
         generation=check_type(data["generation"], dict, "generation"),
         tuned_for=TunedFor(**check_keys(TunedFor, tuned, "tuned_for")) if tuned is not None else None,
         training=check_type(data["training"], dict, "training"),
-        golden=golden,
+        golden=_golden(golden) if golden is not None else None,
     )
+
+
+def _finite(value: object, where: str) -> float:
+    number = float(check_type(value, (int, float), where))
+    if not math.isfinite(number):  # JSON has no infinity, but 1e999 reads as one
+        raise ValueError(f"{where} is {number}")
+    return number
+
+
+def _golden(data: object) -> Golden:
+    found = check_keys(Golden, data, "golden")
+    label = check_type(found.get("label"), (str, type(None)), "golden.label")
+    token_ids = check_type(found.get("token_ids", []), list, "golden.token_ids")
+    for token in token_ids:
+        if check_type(token, int, "a golden token id") < 0:
+            raise ValueError(f"a golden token id is {token}")
+    fields = check_type(found["fields"], dict, "golden.fields")
+    for text in fields.values():
+        check_type(text, str, "a golden field")
+    logits = check_type(found.get("logits", {}), dict, "golden.logits")
+    for key, value in logits.items():
+        _finite(value, "a golden logit")
+        if label is None and not (key.isascii() and key.isdecimal()):
+            raise ValueError(f"golden.logits has key {key!r}, where a token id is needed")
+    return Golden(fields, label, tuple(token_ids), logits)
 
 
 def _verbalizer(data: object) -> dict[str, tuple[str, ...]]:

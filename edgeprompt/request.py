@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import operator
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, TypeAlias
@@ -56,8 +57,17 @@ class Request:
         """Check what every engine relies on.
 
         Raises:
-            InputError: `options` is no GenerationOptions, or `timeout` no number of seconds from 0 on.
+            InputError: `prompt` is no name, `input_ids` no integers, `options` no GenerationOptions, or `timeout` no
+                number of seconds from 0 on.
         """
+        if not isinstance(self.prompt, str | None):
+            raise InputError(f"prompt is {self.prompt!r}; give the name of a prompt, or None")
+        if self.input_ids is not None:
+            try:
+                ids = tuple(operator.index(token) for token in self.input_ids)
+            except TypeError as error:
+                raise InputError(f"input_ids must be integers ({error})") from error
+            object.__setattr__(self, "input_ids", ids)
         if not isinstance(self.options, GenerationOptions):
             raise InputError(f"options is {type(self.options).__name__}; give GenerationOptions(...)")
         timeout = self.timeout

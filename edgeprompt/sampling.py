@@ -94,13 +94,13 @@ def _top(logits: Logits) -> Logits:
     """The largest over the last axis, which stays.
 
     Raises:
-        EdgePromptError: NaN among them; an answer that rests on it would look like one.
+        EdgePromptError: it is NaN or infinite; an answer that rests on it would look like one.
     """
     top: Logits = logits.max(axis=-1, keepdims=True)
-    if np.isnan(top).any():
+    if not np.isfinite(top).all():
         raise EdgePromptError(
-            "the model's logits are NaN, so there is no answer: the prompt's values are too large for this graph, or "
-            "the graph is broken (edgeprompt validate tells)"
+            "the model's logits are NaN or infinite, so there is no answer: the prompt's values are too large for this "
+            "graph, or the graph is broken (edgeprompt validate tells)"
         )
     return top
 
@@ -109,7 +109,7 @@ def log_softmax(logits: Logits) -> Logits:
     """Log-probabilities over the last axis, in float32.
 
     Raises:
-        EdgePromptError: NaN among the logits.
+        EdgePromptError: the logits are NaN or infinite.
     """
     shifted: Logits = logits - _top(logits)
     shifted -= np.log(np.exp(shifted).sum(axis=-1, keepdims=True, dtype=np.float64)).astype(np.float32)
@@ -130,7 +130,7 @@ class Sampler:
         """Id of the next token; with `allowed`, one of those ids. `logits` [vocab_size] is not changed.
 
         Raises:
-            EdgePromptError: NaN among the logits.
+            EdgePromptError: the logits are NaN or infinite.
         """
         if self._plain and allowed is None:
             return _argmax(logits)
@@ -176,7 +176,7 @@ class Sampler:
 
 def _argmax(logits: Logits) -> int:
     found = int(logits.argmax())  # the first NaN, where there is one
-    if np.isnan(logits[found]):
+    if not np.isfinite(logits[found]):
         _top(logits)
     return found
 

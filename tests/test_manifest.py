@@ -52,6 +52,11 @@ HOSTILE = [
     (lambda m: m["graphs"]["model"].update(file="/etc/passwd"), "points out of the package"),
     (lambda m: m["graphs"]["model"].update(data={"../x": "0"}), "points out of the package"),
     (lambda m: m.update(prompts=["../../x.safetensors"]), "points out of the package"),
+    (lambda m: m["graphs"]["model"].update(data={"x": 5}), "hash must be str"),
+    (lambda m: m["tokens"].update(eos=[[0]]), "tokens.eos must be int"),
+    (lambda m: m["tokens"].update(pad=-1), "tokens.pad is -1"),
+    (lambda m: m.update(pads_right="no"), "pads_right must be bool"),
+    (lambda m: m.update(tokenizer_fingerprint=5), "tokenizer_fingerprint must be str or null"),
 ]
 
 

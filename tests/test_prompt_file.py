@@ -151,8 +151,16 @@ HOSTILE_METADATA = [
     (lambda m: m.update(verbalizer=[["a"]]), "unpack"),
     (lambda m: m.update(labels="ab"), "must be list"),
     (lambda m: m.update(template=[{"slot": {}}]), "template"),
-    (lambda m: m.update(calibration=["x", "y"]), "could not convert"),
+    (lambda m: m.update(calibration=["1", "2"]), "calibration must be int or float"),
+    (lambda m: m.update(calibration=[10**400, 1]), "int too large"),
     (lambda m: m.update(golden={"fields": {}, "token_ids": 3}), "token_ids must be list"),
+    (lambda m: m.update(golden={"fields": {}, "token_ids": ["3"]}), "token id must be int"),
+    (lambda m: m.update(golden={"fields": {}, "token_ids": [-3]}), "token id is -3"),
+    (lambda m: m.update(golden={"fields": {"text": 5}}), "golden field must be str"),
+    (lambda m: m.update(golden={"fields": [], "label": "x"}), "golden.fields must be dict"),
+    (lambda m: m.update(golden={"fields": {}, "label": 3}), "golden.label must be str or null"),
+    (lambda m: m.update(golden={"fields": {}, "label": "x", "logits": {"x": []}}), "golden logit must be int or float"),
+    (lambda m: m.update(golden={"fields": {}, "logits": {"x": 1.0}}), "a token id is needed"),
     (lambda m: m.update(tuned_for={"precision": "int4", "x": 1}), "unknown key 'x'"),
 ]
 

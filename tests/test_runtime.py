@@ -134,8 +134,16 @@ def test_what_is_no_text_is_named(runtime: Runtime) -> None:
     for timeout in ("soon", -1, float("nan")):
         with pytest.raises(InputError, match="timeout is"):
             runtime.generate("a", timeout=timeout)
-    with pytest.raises(InputError, match="options is NoneType"):
-        Request("a", options=None)
+    for wrong, match in (
+        ({"options": None}, "options is NoneType"),
+        ({"prompt": ["words"]}, "prompt is"),
+        ({"input_ids": [1.5]}, "input_ids must be integers"),
+        ({"input_ids": "12"}, "input_ids must be integers"),
+        ({"input_ids": 5}, "input_ids must be integers"),
+    ):
+        with pytest.raises(InputError, match=match):
+            Request("a", **wrong)
+    assert runtime.generate(input_ids=np.array([5, 6]), max_new_tokens=1).timings.input_tokens == 2
 
 
 @pytest.mark.filterwarnings("ignore:overflow:RuntimeWarning", "ignore:invalid value:RuntimeWarning")
@@ -343,6 +351,13 @@ def test_golden_examples(runtime: Runtime) -> None:
     checked = runtime.check("golden")
     assert checked.passed
     assert checked.max_logit_difference == pytest.approx(0.25)
+    for broken, match in (
+        (Golden({"text": "a"}), "neither a label nor tokens"),
+        (Golden({"text": "a"}, token_ids=(1,), logits={"512": 1.0}), "names token 512; the base has 512"),
+    ):
+        runtime.add_prompt(_with(runtime.prompt("story"), "golden", broken))
+        with pytest.raises(InputError, match=match):
+            runtime.check("golden")
     runtime.remove_prompt("golden")
     with pytest.raises(InputError, match="no golden example"):
         runtime.check("words")
