@@ -67,13 +67,13 @@ def read(source: Path, base: BaseFacts | None, options: ReadOptions) -> list[For
         raise SourceError(f"{CONFIG} in {str(folder)!r} names no peft_type")
     if kind not in _METHODS:
         raise UnsupportedError(
-            f"{kind} changes the base's weights, and a soft prompt cannot carry that: merge it into the base with "
+            f"{kind!r} changes the base's weights, and a soft prompt cannot carry that: merge it into the base with "
             f"PeftModel.merge_and_unload(), export the merged model, or train a prompt (known: {', '.join(_METHODS)})"
         )
     if kind == "TRAINABLE_TOKENS":
         return [_trainable_tokens(folder, config, base, options)]
     task_type = config.get("task_type") or "CAUSAL_LM"
-    if task_type not in _TASKS:
+    if not isinstance(task_type, str) or task_type not in _TASKS:
         raise SourceError(f"task_type is {task_type!r}, known: {', '.join(_TASKS)}")
     tensors = read_tensors(_weights(folder))
     if _ROWS not in tensors:
@@ -82,7 +82,7 @@ def read(source: Path, base: BaseFacts | None, options: ReadOptions) -> list[For
         prompt_name(folder),
         _METHODS[kind],
         _TASKS[task_type],
-        base_name=config.get("base_model_name_or_path") or None,
+        base_name=_base_name(config),
         source={"format": "peft", "peft_type": kind, "task_type": task_type},
         found=(f"PEFT {kind} for {task_type}", *(f"{name} {list(tensor.shape)}" for name, tensor in tensors.items())),
     )
@@ -120,7 +120,7 @@ def _with_rows(prompt: ForeignPrompt, rows: Array, config: Mapping[str, Any], ba
             f"PEFT hands {base.model_type} embeddings without the scale that it gives to ids, so a prompt trained "
             "with it fits no base that reads ids; use prefix tuning there"
         )
-    count, submodules = _count(config, "num_virtual_tokens"), config.get("num_transformer_submodules") or 1
+    count, submodules = _count(config, "num_virtual_tokens"), _submodules(config)
     if len(rows) == count:
         return replace(prompt, prompt_embeddings=rows)
     if len(rows) != count * submodules:
@@ -142,7 +142,7 @@ def _prefix(rows: Array, config: Mapping[str, Any], base: BaseFacts | None) -> A
             f"{_ROWS} has {len(rows)} rows, the config says {config['num_virtual_tokens']} virtual tokens"
         )
     prefix = as_prefix(rows, _ROWS, layers, heads, base)
-    if (config.get("num_transformer_submodules") or 1) == 2:
+    if _submodules(config) == 2:
         prefix = np.ascontiguousarray(prefix[[2 * layer % layers for layer in range(layers)]])
     return prefix
 
@@ -192,11 +192,13 @@ def _trainable_tokens(
     if not isinstance(ids, list) or not ids or not all(isinstance(number, int) for number in ids):
         raise SourceError(f"{CONFIG} of a TRAINABLE_TOKENS adapter must list token_indices, found {ids!r}")
     targets = config.get("target_modules") or "embed_tokens"
-    wanted = tuple(targets) if isinstance(targets, list) else (str(targets),)
+    wanted = tuple(map(str, targets if isinstance(targets, list) else [targets]))
     found = {name: tensor for name, tensor in tensors.items() if name.endswith(f".{_DELTA}")}
     inputs = [name for name in found if name.removesuffix(f".{_DELTA}").endswith(wanted)]
     if len(inputs) != 1:
-        raise SourceError(f"expected one {_DELTA} for {', '.join(wanted)}, found {', '.join(found) or 'none'}")
+        raise SourceError(
+            f"expected one {_DELTA} for {', '.join(map(repr, wanted))}, found {', '.join(found) or 'none'}"
+        )
     rows = as_rows(found[inputs[0]], inputs[0], base)
     if len(rows) != len(ids):
         raise SourceError(f"{inputs[0]} has {len(rows)} rows for {len(ids)} token_indices")
@@ -211,7 +213,7 @@ def _trainable_tokens(
         prompt_name(folder),
         "prompt-tuning",
         prompt_embeddings=rows,
-        base_name=config.get("base_model_name_or_path") or None,
+        base_name=_base_name(config),
         source={"format": "peft", "peft_type": "TRAINABLE_TOKENS", "task_type": "CAUSAL_LM", "token_indices": ids},
         found=(f"PEFT TRAINABLE_TOKENS, ids {', '.join(map(str, ids))} as virtual tokens in this order",),
         dropped=(
@@ -222,6 +224,17 @@ def _trainable_tokens(
             *([] if options.template else [unplaced]),
         ),
     )
+
+
+def _base_name(config: Mapping[str, Any]) -> str | None:
+    name = config.get("base_model_name_or_path")
+    return name if isinstance(name, str) and name else None
+
+
+def _submodules(config: Mapping[str, Any]) -> int:
+    """How many stacks PEFT counts: 2 for an encoder-decoder, unless the config says 1."""
+    name = "num_transformer_submodules"
+    return 1 if config.get(name) is None else _count(config, name)
 
 
 def _count(config: Mapping[str, Any], name: str) -> int:

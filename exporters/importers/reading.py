@@ -51,7 +51,9 @@ def read_tensors(file: Path, keep: Keep = lambda name: True) -> dict[str, Array]
         SourceError: missing, broken, not a mapping of names to float tensors, or not finite.
         UnsupportedError: a pickle that holds more than tensors.
     """
-    return _from_safetensors(file, keep) if file.suffix == ".safetensors" else flatten(load_pickle(file), file, keep)
+    found = _from_safetensors(file, keep) if file.suffix == ".safetensors" else flatten(load_pickle(file), file, keep)
+    _printable(found, file)
+    return found
 
 
 @dataclass(frozen=True)
@@ -81,7 +83,7 @@ def peek(source: Path) -> Contents:
     if source.suffix in PICKLES:
         state = load_pickle(source)
         if isinstance(state, Mapping):
-            return Contents(tensors=tuple(name for name, _ in _walk(state, "", 0)))
+            return Contents(tensors=_printable([name for name, _ in _walk(state, "", 0)], source))
         return Contents(rank=getattr(state, "ndim", 0))
     return Contents()
 
@@ -184,9 +186,18 @@ def _safetensors_names(file: Path) -> tuple[str, ...]:
 
     try:
         with safe_open(file, framework="numpy") as opened:
-            return tuple(opened.keys())
+            names = list(opened.keys())
     except (OSError, ValueError, SafetensorError) as error:
         raise SourceError(f"{str(file)!r} is no readable safetensors file: {error}") from error
+    return _printable(names, file)
+
+
+def _printable(names: Iterable[str], file: Path) -> tuple[str, ...]:
+    """Names as they are: they stand in reports and messages, each of one line."""
+    for name in names:
+        if not name.isprintable():
+            raise SourceError(f"{str(file)!r} has a tensor called {name!r}; names must be printable")
+    return tuple(names)
 
 
 def _from_safetensors(file: Path, keep: Keep) -> dict[str, Array]:

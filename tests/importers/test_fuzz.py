@@ -41,7 +41,14 @@ def array(*shape: int) -> Any:
 
 def peft(folder: Path, tensors: dict[str, Any], *, pickled: bool = False, **config: Any) -> Path:
     folder.mkdir()
-    config = {"peft_type": "PROMPT_TUNING", "task_type": "CAUSAL_LM", "num_virtual_tokens": 4, **config}
+    config = {
+        "peft_type": "PROMPT_TUNING",
+        "task_type": "CAUSAL_LM",
+        "num_virtual_tokens": 4,
+        "num_transformer_submodules": 1,
+        "base_model_name_or_path": "base",
+        **config,
+    }
     (folder / "adapter_config.json").write_text(json.dumps(config))
     if pickled:
         torch.save({name: torch.from_numpy(value) for name, value in tensors.items()}, folder / "adapter_model.bin")
@@ -86,7 +93,7 @@ def copied(case: str, home: Path) -> Path:
 
 MULTITASK = {"prompt_embeddings": (4, 16), "prefix_task_cols": (2, 4, 1), "prefix_task_rows": (2, 1, 16)}
 PREFIX = {"peft_type": "PREFIX_TUNING", "num_layers": 3, "num_attention_heads": 2, "token_dim": 8}
-DELTA = "base_model.model.model.embed_tokens.trainable_tokens_delta"
+DELTA = "base_model.model.model.x.trainable_tokens_delta"
 SPECIMENS: dict[str, Callable[[Path], Path]] = {
     "peft": lambda d: peft(d / "a", {"prompt_embeddings": array(4, 16)}),
     "peft, .bin": lambda d: peft(d / "a", {"prompt_embeddings": array(4, 16)}, pickled=True),
@@ -98,7 +105,11 @@ SPECIMENS: dict[str, Callable[[Path], Path]] = {
         d / "a", {"prompt_embeddings": array(4, 16), "base_model.score.weight": array(2, 16)}, task_type="SEQ_CLS"
     ),
     "peft, trainable tokens": lambda d: peft(
-        d / "a", {DELTA: array(2, 16)}, peft_type="TRAINABLE_TOKENS", token_indices=[3, 7]
+        d / "a",
+        {DELTA: array(2, 16)},
+        peft_type="TRAINABLE_TOKENS",
+        token_indices=[3, 7],
+        target_modules=["x"],
     ),
     "tgis": lambda d: pickled(d / "id/decoder.pt", torch.from_numpy(array(4, 16))).parent,
     "nemo, tar": lambda d: nemo(d / "x.nemo", "w"),

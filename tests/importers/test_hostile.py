@@ -104,6 +104,17 @@ CASES: dict[str, tuple[Make, type[EdgePromptError], str]] = {
         "safetensors",
     ),
     "peft: other tensor": (lambda d: adapter(d / "a", None, {"x": ROWS}), SourceError, "no prompt_embeddings"),
+    "peft: name of two lines": (
+        lambda d: adapter(d / "a", None, {"prompt_embeddings": ROWS, "a\nb": ROWS}),
+        SourceError,
+        "must be printable",
+    ),
+    "peft: type of two lines": (
+        lambda d: adapter(d / "a", {"peft_type": "a\nb"}),
+        UnsupportedError,
+        "merge_and_unload",
+    ),
+    "peft: task is a list": (lambda d: adapter(d / "a", {"task_type": [[]]}), SourceError, "task_type"),
     "peft: NaN": (lambda d: adapter(d / "a", None, {"prompt_embeddings": NAN}), SourceError, "NaN or infinity"),
     "peft: integers": (
         lambda d: adapter(d / "a", None, {"prompt_embeddings": ROWS.astype(np.int32)}),
