@@ -12,7 +12,7 @@ import sys
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
-from models import ROOT, SMOLLM2, WORK, Model, edgeprompt, edgeprompt_json, model_file, package
+from models import MINILM, ROOT, SMOLLM2, WORK, Model, edgeprompt, edgeprompt_json, model_file, package
 
 from edgeprompt import load_prompt, save_prompt
 
@@ -70,10 +70,16 @@ RESTORE = (
     *("--init-text", "Write this sentence again with its capital letters and punctuation.\n"),
     *("--virtual-tokens", 16, "--steps", 60, "--lr", 0.01, "--max-length", 160),
 )
+MINILM_DEEP = (
+    *("--method", "p-tuning-v2", "--virtual-tokens", 8),
+    *("--steps", 1000, "--lr", 0.005, "--max-length", 96),
+)
 RECIPES = {
     "sentiment": Recipe("sentiment", SENTIMENT, test="movie"),
     "source": Recipe("source", SOURCE),
     "restore": Recipe("restore", RESTORE, metric="bleu"),
+    "minilm-sentiment": Recipe("sentiment", MINILM_DEEP, MINILM, "int8", test="movie"),
+    "minilm-source": Recipe("source", MINILM_DEEP, MINILM, "int8"),
 }
 
 
