@@ -14,7 +14,7 @@ import numpy.typing as npt
 import onnx_ir as ir
 
 from edgeprompt import names
-from edgeprompt.errors import BaseMismatchError, ExportError, SourceError
+from edgeprompt.errors import BaseMismatchError, EdgePromptError, ExportError, SourceError
 from edgeprompt.manifest import Base, Geometry, Manifest
 from edgeprompt.prompt_file import PromptFile
 from exporters.contract import ExportOptions
@@ -59,6 +59,24 @@ def build_package(
         raise SourceError("the onnx route takes a folder of graphs, not a loaded model")
     source = find_source(Path(base), options.precision)
     loaded = load_base(against) if isinstance(against, (str, os.PathLike)) else against
+    try:
+        return _package(source, folder, options, prompts, loaded)
+    except EdgePromptError:
+        raise
+    except Exception as error:  # a broken graph or config can fail anywhere in onnx_ir and transformers
+        reason = " ".join(str(error).split())[:200]
+        raise SourceError(
+            f"cannot use the graphs in {str(source.folder)!r}: {type(error).__name__}: {reason}"
+        ) from error
+
+
+def _package(
+    source: OnnxSource,
+    folder: Path,
+    options: ExportOptions,
+    prompts: Mapping[str, PromptFile],
+    loaded: LoadedBase | None,
+) -> Manifest:
     config = loaded.config if loaded else text_config(source.config)
     geometry = geometry_of(config)
     with tempfile.TemporaryDirectory(dir=folder.parent) as scratch:

@@ -161,5 +161,5 @@ def _config(home: Path) -> Any:
         )
         config.model_type = written["type"]
         return config
-    except (OSError, ValueError, KeyError, TypeError) as error:
+    except Exception as error:  # transformers checks values with exceptions of many kinds
         raise SourceError(f"cannot read the config in {str(home)!r}: {' '.join(str(error).split())[:200]}") from error

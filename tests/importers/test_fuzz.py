@@ -203,3 +203,24 @@ def test_damaged_adapters_cannot_be_inspected(tmp_path: Path) -> None:
     for _ in range(ROUNDS):
         file.write_bytes(damage(whole, False, chance))
         assert "\n" not in (attempt(lambda: describe(file)) or "")
+
+
+@pytest.mark.parametrize("name", ["bert", "gpt2", "t5", "bart"])
+def test_damaged_graphs_are_one_clear_error(name: str, tmp_path: Path) -> None:
+    from exporters import export_model
+
+    home = tmp_path / "in"
+    shutil.copytree(GOLDEN.parent / "onnx" / name, home)
+    files = {path: path.read_bytes() for path in home.iterdir() if path.suffix in (".onnx", ".json")}
+    chance, refused = random.Random(name), 0
+    for index in range(max(1, ROUNDS // 5)):
+        file = chance.choice(list(files))
+        file.write_bytes(damage(files[file], file.suffix == ".json", chance))
+        message = attempt(lambda: export_model(home, tmp_path / "out", route="onnx", force=True))
+        file.write_bytes(files[file])
+        if message is not None:
+            refused += 1
+            assert "\n" not in message, f"mutation {index}"
+        shutil.rmtree(tmp_path / "out", ignore_errors=True)
+    assert refused
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["in"]
