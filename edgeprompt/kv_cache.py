@@ -4,12 +4,15 @@ from __future__ import annotations
 
 import threading
 from collections import OrderedDict
-from collections.abc import Hashable
+from collections.abc import Hashable, Iterable
 from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 import numpy.typing as npt
+
+from edgeprompt import names
+from edgeprompt.errors import PackageError
 
 KV = npt.NDArray[np.float32] | npt.NDArray[np.float16]
 
@@ -27,6 +30,23 @@ class KVShape:
     def bytes_per_position(self) -> int:
         """Bytes of the keys and values of one position."""
         return 2 * self.num_layers * self.num_heads * self.head_size * np.dtype(self.dtype).itemsize
+
+    def check(self, inputs: Iterable[Any]) -> None:
+        """Compare with the caches that a graph takes (ONNX Runtime's description of its inputs).
+
+        Raises:
+            PackageError: the graph has other layers, heads or head sizes than the manifest says.
+        """
+        caches = [value.shape for value in inputs if value.name.startswith(f"{names.PAST_KEY_VALUES}.")]
+        found = {"num_layers": len(caches) / 2, "num_key_value_heads": self.num_heads, "head_size": self.head_size}
+        for _, heads, _, size in caches:  # a dimension without a fixed size is a name
+            found["num_key_value_heads"] = heads if isinstance(heads, int) else self.num_heads
+            found["head_size"] = size if isinstance(size, int) else self.head_size
+        for name, expected in zip(found, (self.num_layers, self.num_heads, self.head_size), strict=True):
+            if found[name] != expected:
+                raise PackageError(
+                    f"the manifest says {name} {expected}, and the graph has {found[name]:g}; export the base again"
+                )
 
     def prefix(self, past_key_values: npt.NDArray[Any]) -> KV:
         """A prompt file's `past_key_values` [num_layers, 2, heads, length, head_size] as the cache keeps it."""

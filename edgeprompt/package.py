@@ -13,6 +13,9 @@ from edgeprompt.files import sha256_file
 from edgeprompt.manifest import MAX_BYTES, Manifest
 from edgeprompt.tokenizer import Tokenizer
 
+HASHED_AT_LOAD = 16 << 20
+"""Bytes; a larger graph file holds weights, whose hash would cost a noticeable part of a cold start."""
+
 
 @dataclass(frozen=True)
 class Package:
@@ -40,8 +43,16 @@ class Package:
         return tokenizer
 
     def graph(self, key: str) -> Path:
-        """Path of a graph: "model", "encoder" or "decoder"."""
-        return self.path / self.manifest.graphs[key].file
+        """Path of a graph: "model", "encoder" or "decoder". Its hash is checked; `verify` checks the weights as well.
+
+        Raises:
+            PackageError: it is another file than the manifest names.
+        """
+        graph = self.manifest.graphs[key]
+        path = self.path / graph.file
+        if path.stat().st_size <= HASHED_AT_LOAD:
+            _check_hash(path, graph.sha256)
+        return path
 
     @property
     def prompt_paths(self) -> tuple[Path, ...]:
@@ -56,11 +67,13 @@ class Package:
         """
         for graph in self.manifest.graphs.values():
             for name, expected in {graph.file: graph.sha256, **graph.data}.items():
-                found = sha256_file(self.path / name)
-                if found != expected:
-                    raise PackageError(
-                        f"{name} has SHA-256 {found}, the manifest names {expected}; export the base again"
-                    )
+                _check_hash(self.path / name, expected)
+
+
+def _check_hash(path: Path, expected: str) -> None:
+    found = sha256_file(path)
+    if found != expected:
+        raise PackageError(f"{path.name} has SHA-256 {found}, the manifest names {expected}; export the base again")
 
 
 def open_package(path: str | os.PathLike[str]) -> Package:

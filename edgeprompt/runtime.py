@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import os
 import threading
 import weakref
@@ -10,7 +11,7 @@ from concurrent.futures import Future
 from functools import partial
 from pathlib import Path
 from types import TracebackType
-from typing import Any, TypeVar, overload
+from typing import Any, overload
 
 import numpy as np
 import numpy.typing as npt
@@ -21,13 +22,13 @@ from edgeprompt.errors import EdgePromptError, InputError, PromptNotFoundError
 from edgeprompt.golden import GoldenCheck, check_golden
 from edgeprompt.manifest import Manifest
 from edgeprompt.package import Package, open_package
-from edgeprompt.prompt_file import PromptFile
+from edgeprompt.prompt_file import PromptFile, TunedFor
 from edgeprompt.prompt_source import PromptSource
 from edgeprompt.prompt_store import PromptStore
 from edgeprompt.request import Classification, Generation, GenerationOptions, Request, Result, Text
 from edgeprompt.verbalizer import CONTENT_FREE, contextual_calibration
 
-T = TypeVar("T")
+_LOG = logging.getLogger("edgeprompt")
 Ids = Sequence[int]
 Array = npt.NDArray[np.float32]
 
@@ -104,6 +105,9 @@ class Runtime:
         else:
             whole.check_base(self.manifest)
         name = name or whole.name
+        tuned = whole.tuned_for
+        if tuned is not None and _other_weights(tuned, self.manifest):
+            _LOG.info("prompt %r was tuned for %s, and the package is %s", name, tuned, self.manifest.precision)
         with self._lock:
             self._engine.add_prompt(name, source)
             self._prompts[name] = source
@@ -468,6 +472,10 @@ def _options(options: GenerationOptions | None, settings: Mapping[str, Any]) -> 
     if settings and options is not None:
         raise InputError(f"give options= or {next(iter(settings))}=, not both")
     return options or GenerationOptions(**settings)
+
+
+def _other_weights(tuned: TunedFor, manifest: Manifest) -> bool:
+    return tuned.precision != manifest.precision or tuned.weights_hash not in (None, manifest.weights_hash)
 
 
 def _cancel(jobs: Iterable[Future[Any]]) -> None:

@@ -105,7 +105,8 @@ class Scheduler:
 
         Raises:
             CapacityError: the queue is full, or the job alone is larger than the cache's budget.
-            RequestCancelledError: the scheduler is closed.
+            RequestCancelledError: the scheduler is closed, or the job was cancelled meanwhile.
+            RequestTimeoutError: the job's time passed while it waited for room.
         """
         if not self._graph.fits(1, job.start.total):
             raise CapacityError(
@@ -114,7 +115,10 @@ class Scheduler:
             )
         with self._changed:
             while wait and not self._closed and len(self._waiting) >= self._max_queue:
-                self._changed.wait()
+                error = _why_stop(job, time.monotonic())
+                if error is not None:
+                    raise error
+                self._changed.wait(None if job.deadline is None else job.deadline - time.monotonic())
             if self._closed:
                 raise RequestCancelledError("the runtime is closed")
             if len(self._waiting) >= self._max_queue:

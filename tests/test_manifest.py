@@ -1,6 +1,7 @@
 """The manifest and the package it describes."""
 
 import dataclasses
+import hashlib
 import json
 
 import pytest
@@ -80,12 +81,19 @@ def folder(tmp_path):
     package.mkdir()
     (package / "model.onnx").write_bytes(b"graph")
     (package / "model.onnx.data").write_bytes(b"weights")
-    make_manifest().write(package)
+    graph = GraphFile("model.onnx", hashlib.sha256(b"graph").hexdigest(), {"model.onnx.data": "1" * 64})
+    make_manifest(graphs={"model": graph}).write(package)
     return package
 
 
 def test_open_package(folder):
     assert open_package(folder).graph("model") == folder / "model.onnx"
+
+
+def test_another_graph_is_refused_when_it_is_asked_for(folder):
+    (folder / "model.onnx").write_bytes(b"other")
+    with pytest.raises(PackageError, match=r"model\.onnx has SHA-256"):
+        open_package(folder).graph("model")
 
 
 def test_a_lacking_file_is_named(folder):

@@ -177,6 +177,19 @@ def test_full_queue_refuses_submit_and_makes_run_wait(load: Load, slow: Any) -> 
     assert not wait(jobs, 20).not_done
 
 
+def test_waiting_for_room_ends_with_the_timeout(load: Load, slow: Any) -> None:
+    runtime = load(max_batch=1, max_queue=1)
+    go = slow(runtime)
+    jobs = [runtime.submit(endless(tokens=2))]
+    until(lambda: len(rows_of(runtime)) == 1)
+    jobs.append(runtime.submit(endless(tokens=2)))
+    with pytest.raises(RequestTimeoutError):
+        runtime.run([endless(tokens=2, timeout=0.05)])
+    assert not go.is_set()
+    go.set()
+    assert not wait(jobs, 20).not_done
+
+
 def test_kv_budget_bounds_the_batch(load: Load, monkeypatch: pytest.MonkeyPatch) -> None:
     position = 2 * 2 * 2 * 16 * 4
     runtime = load(kv_budget=2 * 256 * position)

@@ -24,7 +24,7 @@ from edgeprompt.prompt_source import PromptSource
 from edgeprompt.request import Request
 from edgeprompt.sampling import DEFAULT_NEW_TOKENS, Sampling, resolve
 from edgeprompt.scheduler import Job, Scheduler, Work
-from edgeprompt.session import import_onnxruntime, open_session
+from edgeprompt.session import graph_inputs, import_onnxruntime, open_session
 from edgeprompt.template import Literal, Slot, Template, VirtualTokens, as_fields
 from edgeprompt.verbalizer import Verbalizer
 from edgeprompt.work import Clock, GenerateWork, LogitsWork, PrefixWork, ScoreWork
@@ -93,6 +93,7 @@ class DecoderEngine:
         )
         self.provider = session.provider
         self._shape = KVShape(size.num_layers, size.num_key_value_heads, size.head_size, self._manifest.kv_dtype)
+        self._shape.check(graph_inputs(session.ort))
         budget = options.kv_budget or max(KV_BUDGET, min(self._limit, 4096) * self._shape.bytes_per_position)
         graph = self._graph = open_graph(
             session,
@@ -275,6 +276,8 @@ class DecoderEngine:
             assert loaded.verbalizer is not None
             work = ScoreWork(loaded.verbalizer, clock)
         elif task == "generate":
+            if request.options.num_beams != 1:
+                raise UnsupportedError("num_beams is for encoder-decoders; decoders generate greedily or sample")
             sampling = resolve(request.options, loaded.prompt.generation if loaded else {})
             ids = self._encode(request, loaded, template, sampling)
             sampling = self._room(sampling, len(ids) + self._prefix_length(loaded))
