@@ -141,7 +141,9 @@ def _tokenizer(loaded: Any) -> Tokenizer:
         raise SourceError(f"{loaded.name} has no tokenizer; put its tokenizer files beside the model")
     with tempfile.TemporaryDirectory() as folder:
         loaded.tokenizer.save_pretrained(folder)
-        return Tokenizer(folder)
+        tokenizer = Tokenizer(folder)
+        _ = tokenizer.fingerprint  # reads the file, which will be gone
+        return tokenizer
 
 
 @torch.no_grad()
