@@ -13,6 +13,7 @@ from edgeprompt.errors import UnsupportedError
 from edgeprompt.manifest import Manifest
 from edgeprompt.prompt_file import PromptFile
 from exporters.contract import BuiltGraphs, ExportOptions
+from exporters.fuse import drop_unused
 from exporters.geometry import geometry_of
 from exporters.graft import expose_hidden_states, graft_virtual_tokens
 from exporters.load import LoadedBase
@@ -66,6 +67,43 @@ def save_graph(model: ir.Model, path: Path) -> None:
     """Write a graph and, beside it, all of its weights (protobuf ends at 2 GB, external data does not)."""
     model.graph.sort()
     ir.save(model, path, external_data=f"{path.name}.data", size_threshold_bytes=1024)
+    written = ir.load(path)
+    if _share_reshaped(written):
+        ir.save(written, path)
+
+
+def _share_reshaped(model: ir.Model) -> bool:
+    """Reshape stored weights on disk: one entry on the bytes for each shape that the graph reads; whether any was.
+
+    ONNX Runtime would compute the Reshape when it loads the graph, and keep a copy.
+    """
+    found = False
+    for node in list(model.graph):
+        value = node.inputs[0] if node.op_type == "Reshape" else None
+        stored = value.const_value if value is not None else None
+        shape = ir.convenience.get_const_tensor(node.inputs[1]) if isinstance(stored, ir.ExternalTensor) else None
+        if value is None or not isinstance(stored, ir.ExternalTensor) or shape is None:
+            continue
+        old, alone = node.outputs[0], len(value.uses()) == 1
+        name = str(value.name if alone else old.name)
+        view = ir.ExternalTensor(
+            stored.location,
+            stored.offset,
+            stored.length,
+            stored.dtype,
+            shape=ir.Shape(stored.numpy().reshape(shape.numpy()).shape),
+            name=name,
+            base_dir=stored.base_dir,
+        )
+        new = ir.Value(name=name, shape=view.shape, type=ir.TensorType(view.dtype), const_value=view)
+        ir.convenience.replace_all_uses_with(old, new)
+        model.graph.remove(node, safe=True)
+        if alone:
+            del model.graph.initializers[name]
+        model.graph.register_initializer(new)
+        found = True
+    drop_unused(model.graph)
+    return found
 
 
 def validate(
