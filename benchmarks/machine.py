@@ -1,0 +1,28 @@
+"""Where a figure was measured, for result files and for the line below a table."""
+
+from __future__ import annotations
+
+import datetime
+from importlib.metadata import version
+from typing import Any
+
+from edgeprompt.bench.device import describe_device
+
+_LIBRARIES = ("onnxruntime", "onnxruntime-genai", "torch", "transformers", "peft")
+
+
+def describe() -> dict[str, Any]:
+    """Processor, cores, versions and day."""
+    device = describe_device()
+    return {
+        "day": datetime.datetime.now(datetime.UTC).date().isoformat(),
+        **{key: device[key] for key in ("cpu", "isa", "cores", "os", "python", "edgeprompt")},
+        "versions": {name: version(name) for name in _LIBRARIES},
+    }
+
+
+def line(machine: dict[str, Any]) -> str:
+    """The same in one sentence."""
+    versions = ", ".join(f"{name} {found}" for name, found in machine["versions"].items())
+    cpu = f"{machine['cpu']} ({', '.join(machine['isa'])}; {machine['cores']} cores)"
+    return f"Measured on {machine['day']} on {cpu}, with {versions}."
