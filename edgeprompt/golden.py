@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 import numpy as np
 
-from edgeprompt.errors import InputError
+from edgeprompt.errors import InputError, UnsupportedError, ValidationError
+from edgeprompt.prompt_file import Golden
+from edgeprompt.request import Classification, Request, Tagging
 
 if TYPE_CHECKING:
     from edgeprompt.runtime import Runtime
@@ -24,19 +27,38 @@ class GoldenCheck:
 
 
 def check_golden(runtime: Runtime, name: str) -> GoldenCheck:
-    """Ask a prompt its golden example, and compare.
+    """Ask a prompt its golden example, and compare: the label (tagging: the first word's), the values of a regression
+    to a tenth, or the first tokens.
 
     Raises:
         InputError: the prompt file holds no golden example.
+        UnsupportedError: it is for question answering, whose golden example has scores and no answer.
     """
-    golden = runtime.prompt(name).golden
+    prompt = runtime.prompt(name)
+    golden = prompt.golden
     if golden is None:
         raise InputError(f"prompt {name!r} holds no golden example; tune stores one")
+    if prompt.task == "generate":
+        return _generated(runtime, name, golden)
+    (result,) = runtime.run([Request(golden.fields, name)])
+    logits: Mapping[str, float] = {}
+    if isinstance(result, Tagging):
+        label = result.words[0].label if result.words else ""
+    elif isinstance(result, Classification):
+        label, logits = result.label, result.logits
+    else:
+        raise UnsupportedError(f"the golden example of a {prompt.task} prompt cannot be compared with an answer")
+    differences = [abs(value - logits[key]) for key, value in golden.logits.items() if key in logits]
+    largest = max(differences) if differences else None
     if golden.label is not None:
-        result = runtime.classify(golden.fields, prompt=name)
-        differences = [abs(value - result.logits[key]) for key, value in golden.logits.items() if key in result.logits]
-        passed = result.label == golden.label
-        return GoldenCheck(passed, golden.label, result.label, max(differences) if differences else None)
+        return GoldenCheck(label == golden.label, golden.label, label, largest)
+    if largest is None:
+        raise InputError(f"the golden example of prompt {name!r} names neither a label nor tokens")
+    expected, found = (", ".join(f"{values[key]:g}" for key in golden.logits) for values in (golden.logits, logits))
+    return GoldenCheck(largest <= 0.1 * max(1.0, *map(abs, golden.logits.values())), expected, found, largest)
+
+
+def _generated(runtime: Runtime, name: str, golden: Golden) -> GoldenCheck:
     if not golden.token_ids:
         raise InputError(f"the golden example of prompt {name!r} names neither a label nor tokens")
     answer = runtime.generate(golden.fields, prompt=name, max_new_tokens=len(golden.token_ids), temperature=0)
@@ -47,3 +69,23 @@ def check_golden(runtime: Runtime, name: str) -> GoldenCheck:
         raise InputError(f"the golden example of prompt {name!r} names token {beyond}; the base has {logits.size}")
     differences = [abs(value - float(logits[int(key)])) for key, value in golden.logits.items()]
     return GoldenCheck(found == expected, expected, found, max(differences) if differences else None)
+
+
+def check_all(runtime: Runtime) -> dict[str, GoldenCheck]:
+    """Check every prompt of a runtime that holds a golden example which can be compared.
+
+    Raises:
+        ValidationError: one answers otherwise; both answers are named.
+    """
+    found: dict[str, GoldenCheck] = {}
+    for name in runtime.prompts:
+        prompt = runtime.prompt(name)
+        if prompt.golden is None or prompt.task not in ("classify", "generate", "tag"):
+            continue
+        check = found[name] = check_golden(runtime, name)
+        if not check.passed:
+            raise ValidationError(
+                f"prompt {name!r} answers its golden example with {check.found!r}, and answered {check.expected!r} "
+                "where it was made; it may be for other weights (edgeprompt inspect tells)"
+            )
+    return found

@@ -389,7 +389,7 @@ def _golden(data: object) -> Golden:
     logits = check_type(found.get("logits", {}), dict, "golden.logits")
     for key, value in logits.items():
         _finite(value, "a golden logit")
-        if label is None and not (key.isascii() and key.isdecimal()):
+        if token_ids and label is None and not (key.isascii() and key.isdecimal()):
             raise ValueError(f"golden.logits has key {key!r}, where a token id is needed")
     return Golden(fields, label, tuple(token_ids), logits)
 

@@ -160,7 +160,7 @@ HOSTILE_METADATA = [
     (lambda m: m.update(golden={"fields": [], "label": "x"}), "golden.fields must be dict"),
     (lambda m: m.update(golden={"fields": {}, "label": 3}), "golden.label must be str or null"),
     (lambda m: m.update(golden={"fields": {}, "label": "x", "logits": {"x": []}}), "golden logit must be int or float"),
-    (lambda m: m.update(golden={"fields": {}, "logits": {"x": 1.0}}), "a token id is needed"),
+    (lambda m: m.update(golden={"fields": {}, "token_ids": [1], "logits": {"x": 1.0}}), "a token id is needed"),
     (lambda m: m.update(tuned_for={"precision": "int4", "x": 1}), "unknown key 'x'"),
 ]
 

@@ -18,19 +18,26 @@ from edgeprompt.cli import console
     "prompts",
     multiple=True,
     type=click.Path(path_type=Path),
-    help="Prompt file to compare with as well; may be repeated.",
+    help="Prompt file to compare with as well, and to ask its golden example; may be repeated.",
 )
 @click.option("--json", "as_json", is_flag=True, help="What was measured, as one JSON object.")
 def command(package: Path, base: str, prompts: tuple[Path, ...], as_json: bool) -> None:
-    """Check PACKAGE's files and compare it with its base in PyTorch."""
+    """Check PACKAGE's files, compare it with its base in PyTorch, and ask its prompts their golden examples."""
     console.quiet_libraries()
+    from edgeprompt.golden import check_all
+    from edgeprompt.runtime import load
     from exporters import validate_package
 
     with console.stages("validate") as tell:
         tell("compare", 0.0)
-        measured = validate_package(package, against=base, prompts=prompts)
+        measured = dict(validate_package(package, against=base, prompts=prompts))
+        tell("golden examples", 0.9)
+        with load(package, provider="cpu", prompts=prompts) as runtime:
+            golden = check_all(runtime)
+    if golden:
+        measured["golden"] = {name: check.max_logit_difference for name, check in golden.items()}
     if as_json:
-        click.echo(json.dumps(dict(measured), ensure_ascii=False))
+        click.echo(json.dumps(measured, ensure_ascii=False))
         return
     click.echo(f"{package}: valid")
     console.print_measured(measured)
