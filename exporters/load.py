@@ -6,6 +6,7 @@ import contextlib
 import functools
 import os
 import re
+import struct
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -90,7 +91,7 @@ def _read_config(base: str, source: str, options: dict[str, str]) -> Any:
 
     try:
         return AutoConfig.from_pretrained(source, **options)
-    except (OSError, ValueError, ImportError) as error:
+    except (OSError, ValueError, ImportError, IndexError, struct.error) as error:  # the last two: a GGUF cut short
         if options or Path(source).is_dir():
             raise SourceError(f"cannot read the config of {base!r}: {_one_line(error)}") from error
         raise SourceError(

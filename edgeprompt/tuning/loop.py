@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import math
 import time
 from collections.abc import Mapping, Sequence
@@ -198,7 +199,11 @@ class Loop:
                 parameter.copy_(values[name])
 
     def save(self, path: Path) -> None:
-        """Write a checkpoint: parameters, the best ones, optimizer, step and random state."""
+        """Write a checkpoint: parameters, the best ones, optimizer, step and random state.
+
+        Raises:
+            TuningError: it cannot be written.
+        """
         if not self.accelerator.is_main_process:
             return
         progress = self.progress
@@ -209,8 +214,14 @@ class Loop:
             "random": torch.get_rng_state(),
             "progress": {name: getattr(progress, name) for name in progress.__dataclass_fields__},
         }
-        with atomic_file(path) as temporary:
-            torch.save(content, temporary)
+        # Through memory: on a full disk torch raises what no caller can tell from a bug.
+        data = io.BytesIO()
+        torch.save(content, data)
+        try:
+            with atomic_file(path) as temporary:
+                temporary.write_bytes(data.getbuffer())
+        except OSError as error:
+            raise TuningError(f"cannot write the checkpoint {str(path)!r}: {error.strerror or error}") from error
 
     def resume(self, path: Path) -> None:
         """Go on from a checkpoint.

@@ -6,10 +6,19 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 
 from edgeprompt import names
-from edgeprompt.data import DataSource, Row, column_names, read_rows, source_name, text_of
+from edgeprompt.data import (
+    DataSource,
+    Row,
+    column_names,
+    given_answer,
+    labels_of,
+    read_rows,
+    source_name,
+    tagged_words,
+    text_of,
+)
 from edgeprompt.errors import DataError, InputError, UnsupportedError
 from edgeprompt.template import Mask, Template, VirtualTokens
-from edgeprompt.tuning.heads import given_answer, labels_of, tagged_words
 from edgeprompt.tuning.options import TuneOptions
 from edgeprompt.tuning.soft_prompt import PREFIX_METHODS
 
@@ -77,7 +86,7 @@ def inspect_data(data: DataSource, options: TuneOptions) -> DataFacts:
         return DataFacts(task, tuple(options.verbalizer), problem)
 
     def labels(row: Row, where: str) -> list[str]:
-        return labels_of(row, column, where) if problem == "multi_label" else [text_of(row, column, where)]
+        return labels_of(row, column, where) if problem == "multi_label" else [label_of(row, column, where)]
 
     return DataFacts(task, _collect(data, labels, options), problem)
 
@@ -115,7 +124,8 @@ def make_plan(
         space = "" if str(template)[-1].isspace() else " "
         verbalizer = dict(options.verbalizer) or {label: (space + label,) for label in facts.labels}
     if facts.task == "classify" and facts.problem_type == "single_label" and len(facts.labels) < 2:
-        raise DataError(f"the data has one label only, {facts.labels[0]!r}; classification needs two or more")
+        source = "verbalizer names" if options.verbalizer else "data has"
+        raise DataError(f"the {source} one label only, {facts.labels[0]!r}; classification needs two or more")
     return TaskPlan(
         task=facts.task,
         template=_place_prompt(template, options),
@@ -126,6 +136,18 @@ def make_plan(
         generation={"allow_no_answer": True} if facts.has_no_answer else {},
         purpose=_purpose(facts, verbalizer),
     )
+
+
+def label_of(row: Row, column: str, where: str) -> str:
+    """A row's label.
+
+    Raises:
+        DataError: there is none.
+    """
+    label = text_of(row, column, where)
+    if not label.strip():
+        raise DataError(f"{where} has nothing in column {column!r}, so its label is unknown; leave the row out")
+    return label
 
 
 def _purpose(facts: DataFacts, verbalizer: Mapping[str, tuple[str, ...]]) -> str:

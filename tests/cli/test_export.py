@@ -59,7 +59,7 @@ def test_an_existing_output_is_kept_without_force(cli, refused, exported, tiny_l
     assert os.listdir(out.parent) == ["package"]
 
 
-def test_refusals_leave_nothing(refused, make_prompt, tiny_llama_base, tmp_path):
+def test_refusals_leave_nothing(refused, make_prompt, tiny_llama_base, smollm2_gguf, tmp_path):
     out = tmp_path / "out" / "package"
     base = tmp_path / "unknown"
     base.mkdir()
@@ -68,6 +68,9 @@ def test_refusals_leave_nothing(refused, make_prompt, tiny_llama_base, tmp_path)
     assert "mamba" in line
     assert "llama" in line
     assert "no base model at" in refused("export", "./missing", "-o", out)
+    cut = tmp_path / "cut.gguf"
+    cut.write_bytes(smollm2_gguf.read_bytes()[:100_000])
+    assert "cannot read the config of" in refused("export", cut, "-o", out)
     other = tmp_path / "other.safetensors"
     save_prompt(make_prompt("other", base=Base("another-model", "sha256:00")), other)
     line = refused("export", tiny_llama_base, "-o", out, "--prompt", other)

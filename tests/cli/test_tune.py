@@ -3,6 +3,8 @@
 import csv
 import json
 import random
+import resource
+import signal
 
 import pytest
 
@@ -72,6 +74,32 @@ def test_wrong_work_is_one_line_and_leaves_nothing(refused, tiny_llama_base, dat
     assert "no package folder" in refused("tune", tiny_llama_base, data, "-o", out, "--for", tmp_path / "no")
     assert "must end in .safetensors" in refused("tune", tiny_llama_base, data, "-o", tmp_path / "a.bin")
     assert not out.parent.exists()
+
+
+def test_a_label_without_text_and_a_single_label_are_refused(refused, tiny_llama_base, data, tmp_path):
+    rows = tmp_path / "rows.csv"
+    rows.write_text("text,label\na,\nb,number\n")
+    out = tmp_path / "a.safetensors"
+    assert "row 1 of" in refused("tune", tiny_llama_base, rows, "-o", out)
+    assert "verbalizer names one label only" in refused(
+        "tune", tiny_llama_base, data, "-o", out, "--verbalizer", "animal= a"
+    )
+    assert not out.exists()
+
+
+def test_a_full_disk_is_one_line_and_leaves_nothing(spawn, tiny_llama_base, data, tmp_path):
+    def small_files() -> None:
+        signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+        resource.setrlimit(resource.RLIMIT_FSIZE, (4_000, 4_000))
+
+    # Examples are spooled to a temporary file too, so only few of them.
+    out = tmp_path / "a.safetensors"
+    with spawn("tune", tiny_llama_base, data, "-o", out, "--steps", 2, "--shots", 4, preexec_fn=small_files) as process:
+        _, error = process.communicate(timeout=120)
+    assert process.returncode == 1
+    assert error.startswith("error: ")
+    assert len(error.splitlines()) == 1
+    assert list(tmp_path.iterdir()) == []
 
 
 @pytest.mark.parametrize(
