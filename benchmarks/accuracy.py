@@ -1,10 +1,11 @@
 """Whether a sentiment prompt keeps its accuracy on the int4 package.
 
-    python -m benchmarks.accuracy [--seeds 3] [--out benchmarks/results/accuracy.json]
+    python -m benchmarks.accuracy [--seeds 3] [--limit N] [--out benchmarks/results/accuracy.json]
 
-Tunes the shipped sentiment recipe with several seeds, for the int4 package; evaluates every prompt on the fp32 and the
-int4 package and on all four test sets, beside zero-shot. Prompts and scores that exist under work/ already are taken
-from there, so an interrupted run goes on.
+Tunes the shipped sentiment recipe with several seeds for the int4 package (the first is the shipped prompt itself) and
+serves every prompt on the int4 and on the fp32 package, on all four test sets, beside zero-shot. Both packages see the
+same sentences, so the error of the difference is that of pairs. Prompts and answers that exist under work/ already are
+taken from there, so an interrupted run goes on.
 """
 
 from __future__ import annotations
@@ -13,73 +14,111 @@ import argparse
 import json
 import statistics
 import sys
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
-from edgeprompt import load_prompt
+import numpy as np
+
+from benchmarks.machine import describe, line
+from edgeprompt import load, load_prompt
+from edgeprompt.data import read_rows
+from edgeprompt.hard_prompt import hard_prompt
+from edgeprompt.package import open_package
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path[:0] = [str(ROOT / "examples"), str(ROOT / "examples" / "prompts")]
 from make import RECIPES  # noqa: E402
-from models import WORK, edgeprompt, edgeprompt_json, package  # noqa: E402
+from models import WORK, edgeprompt, package  # noqa: E402
 
 SETS = ("movie", "product", "tweets", "news")
 RECIPE = RECIPES["sentiment"]
-SERVED = ("int4", "fp32")
-LIMIT = 100
-"""Sentences of each test set; the standard error of one accuracy is about 4 points, but both packages see the same."""
+SHIPPED = ROOT / "examples" / "prompts" / "sentiment.safetensors"
+SERVED = ("fp32", "int4")
+ZERO_SHOT = "zero-shot"
 FOLDER = WORK / "accuracy"
 
 
 def prompt(seed: int) -> Path:
     """The prompt of one seed, tuned if it is not there yet."""
-    path = FOLDER / f"{seed}.safetensors"
+    path = FOLDER / f"seed-{seed}.safetensors" if seed else SHIPPED
     if not path.exists():
-        edgeprompt(*RECIPE.command(path, seed=seed), "--log", FOLDER / f"{seed}.log")
+        edgeprompt(*RECIPE.command(path, seed=seed), "--log", FOLDER / f"seed-{seed}.log")
     return path
 
 
-def scores(served: str, seed: int) -> dict[str, dict[str, float]]:
-    """Test set -> accuracy with the prompt ("tuned"), and for the first seed zero-shot."""
-    path = FOLDER / f"{served}-{seed}.json"
-    if not path.exists():
-        found = {}
-        zero = ("--zero-shot",) if seed == 0 else ()
-        for name in SETS:
-            test = WORK / "data" / f"{name}.test.csv"
-            rows = edgeprompt_json(*("eval", package(served), test, "--prompt", prompt(seed), "--limit", LIMIT, *zero))
-            found[name] = {"zero-shot" if row["prompt"] == "zero-shot" else "tuned": row["value"] for row in rows}
-        path.write_text(json.dumps(found))
-    loaded: dict[str, dict[str, float]] = json.loads(path.read_text())
-    return loaded
+def answers(served: str, seeds: int, limit: int | None) -> dict[str, dict[str, list[int]]]:
+    """Prompt -> test set -> for each of its sentences whether the package's answer is right (1) or not (0)."""
+    folder = package(served)
+    version = open_package(folder).manifest.weights_hash.removeprefix("sha256:")[:12]
+    found: dict[str, dict[str, list[int]]] = {}
+    with load(folder) as runtime:
+        zero = hard_prompt(load_prompt(prompt(0)), "", name=ZERO_SHOT)
+        wanted: dict[str, Any] = {
+            ZERO_SHOT: zero,
+            **{f"seed {seed}": load_prompt(prompt(seed)) for seed in range(seeds)},
+        }
+        for name, file in wanted.items():
+            path = FOLDER / f"{served}-{version}-{file.sha256[:12]}-{limit}.json"
+            if not path.exists():
+                runtime.add_prompt(file, name=name)
+                path.write_text(json.dumps({data: right(runtime, name, data, limit) for data in SETS}))
+            found[name] = json.loads(path.read_text())
+            print(served, name, {data: f"{np.mean(row):.3f}" for data, row in found[name].items()}, flush=True)
+    return found
 
 
-def summary(values: list[float]) -> dict[str, Any]:
-    """Mean and spread over seeds, in per cent."""
-    spread = statistics.stdev(values) if len(values) > 1 else 0.0
-    return {"mean": 100 * statistics.mean(values), "stddev": 100 * spread, "samples": values}
+def right(runtime: Any, name: str, data: str, limit: int | None) -> list[int]:
+    """Which answers are right on one test set."""
+    rows = list(islice(read_rows(WORK / "data" / f"{data}.test.csv"), limit))
+    found = runtime.classify([row["text"] for row in rows], prompt=name)
+    return [int(answer.label == row["label"]) for answer, row in zip(found, rows, strict=True)]
+
+
+def summary(rows: list[list[int]]) -> dict[str, Any]:
+    """Mean and spread over seeds in per cent, and the standard error that the sentences give it."""
+    means = [float(100 * np.mean(row)) for row in rows]
+    error = float(100 * np.std(np.mean(rows, axis=0), ddof=1) / np.sqrt(len(rows[0])))
+    spread = statistics.stdev(means) if len(means) > 1 else 0.0
+    return {"mean": statistics.mean(means), "stddev": spread, "standard_error": error, "samples": means}
 
 
 def main() -> None:
     """Run what is missing, write the result, print the table."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--seeds", type=int, default=3)
+    parser.add_argument("--limit", type=int, help="first sentences of each set alone (the sets are in random order)")
     parser.add_argument("--out", type=Path, default=ROOT / "benchmarks" / "results" / "accuracy.json")
     options = parser.parse_args()
     FOLDER.mkdir(parents=True, exist_ok=True)
-    result: dict[str, Any] = {}
-    for served in SERVED:
-        rows = [scores(served, seed) for seed in range(options.seeds)]
-        result[f"zero-shot, {served}"] = {name: summary([rows[0][name]["zero-shot"]]) for name in SETS}
-        result[f"soft prompt, {served}"] = {name: summary([row[name]["tuned"] for row in rows]) for name in SETS}
+    found = {served: answers(served, options.seeds, options.limit) for served in SERVED}
+    seeds = [f"seed {seed}" for seed in range(options.seeds)]
+    rows: dict[str, dict[str, Any]] = {}
+    for title, names in (("zero-shot", [ZERO_SHOT]), ("soft prompt", seeds)):
+        for served in SERVED:
+            rows[f"{title}, {served}"] = {data: summary([found[served][n][data] for n in names]) for data in SETS}
+        first, second = SERVED
+        rows[f"{title}, {second} less {first}"] = {
+            data: summary([np.subtract(found[second][n][data], found[first][n][data]).tolist() for n in names])
+            for data in SETS
+        }
+    machine = describe()
+    facts = {
+        "machine": machine,
+        "steps": [load_prompt(prompt(seed)).training["steps"] for seed in range(options.seeds)],
+        "sentences": {data: len(found["fp32"][ZERO_SHOT][data]) for data in SETS},
+    }
     options.out.parent.mkdir(parents=True, exist_ok=True)
-    steps = [load_prompt(prompt(seed)).training["steps"] for seed in range(options.seeds)]
-    facts = {"steps": steps, "sentences_of_each_set": LIMIT}
-    options.out.write_text(json.dumps({**facts, "accuracy": result}, indent=1) + "\n")
-    print(f"| prompt | {' | '.join(SETS)} | mean |\n|---|" + "---|" * (len(SETS) + 1))
-    for row, sets in result.items():
-        cells = [f"{sets[name]['mean']:.1f} ± {sets[name]['stddev']:.1f}" for name in SETS]
-        print(f"| {row} | {' | '.join(cells)} | {statistics.mean(sets[name]['mean'] for name in SETS):.1f} |")
+    options.out.write_text(json.dumps({**facts, "accuracy": rows}, indent=1) + "\n")
+    heads = [f"{data} (n = {facts['sentences'][data]})" for data in SETS]
+    print(f"| prompt | {' | '.join(heads)} | mean |\n|---|" + "---|" * (len(SETS) + 1))
+    for title, sets in rows.items():
+        cells = [
+            f"{sets[data]['mean']:.1f} ± {sets[data]['stddev']:.1f} ({sets[data]['standard_error']:.1f})"
+            for data in SETS
+        ]
+        print(f"| {title} | {' | '.join(cells)} | {statistics.mean(sets[data]['mean'] for data in SETS):.1f} |")
+    print(f"\n{line(machine)}")
 
 
 if __name__ == "__main__":
