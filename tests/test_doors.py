@@ -149,6 +149,25 @@ def test_genai_serves_two_tasks_in_one_ragged_batch(all_logits_package: Path, ta
     assert [until_end(row) for row in found] == want
 
 
+def test_stock_python_batches_tasks_of_any_length(tiny_llama_package: Path, tasks: Any, tmp_path: Path) -> None:
+    door, names = example("batch_python"), list(tasks)
+    tables = [table(tasks[name][0]) for name in names]
+    base = door.Base(tiny_llama_package)
+    requests = [(0, TEXTS[0]), (1, TEXTS[1]), (None, TEXTS[1]), (1, TEXTS[0]), (0, TEXTS[1])]
+    found = base.generate(requests, tables, NEW)
+    told = [tasks[names[task]][1][TEXTS.index(ids)] for task, ids in requests if task is not None]
+    assert [row for row, (task, _) in zip(found, requests, strict=True) if task is not None] == told
+    assert found[2] == base.generate([(None, TEXTS[1])], tables, NEW)[0]
+    files = []
+    for name in names:
+        convert_prompt(tasks[name][0], tmp_path / f"{name}.npy")
+        files.append(str(tmp_path / f"{name}.npy"))
+    command = [sys.executable, str(DOORS / "batch_python.py"), str(tiny_llama_package), "the film", *files]
+    done = subprocess.run(command, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.strip()
+
+
 @pytest.fixture(scope="session")
 def node_example(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., str]:
     """Runs the Node.js example; skips where Node.js or its package is not there."""
