@@ -65,6 +65,47 @@ def text_of(row: Row, column: str, where: str) -> str:
     raise DataError(f"{where}: column {column!r} holds a {type(value).__name__}, text is needed")
 
 
+def labels_of(row: Row, column: str, where: str) -> list[str]:
+    """Several labels of one row: a list, or a text with commas."""
+    value = row.get(column)
+    if isinstance(value, (list, tuple)):
+        return [str(label) for label in value]
+    return [label.strip() for label in text_of(row, column, where).split(",") if label.strip()]
+
+
+def tagged_words(row: Row, where: str) -> tuple[list[str], list[str]]:
+    """Words and their tags from the columns `tokens` and `tags`: lists, or texts split at white space."""
+    found = []
+    for column in ("tokens", "tags"):
+        value = row.get(column)
+        found.append(
+            [str(x) for x in value] if isinstance(value, (list, tuple)) else text_of(row, column, where).split()
+        )
+    words, tags = found
+    if len(words) != len(tags) or not words:
+        raise DataError(f"{where} has {len(words)} tokens and {len(tags)} tags; each token needs one tag")
+    broken = next((word for word in words if len(word.split()) != 1), None)
+    if broken is not None:
+        raise DataError(f"{where}: token {broken!r} is empty or holds white space; words are what stands between it")
+    return words, tags
+
+
+def given_answer(row: Row, context: str, where: str) -> tuple[str, int]:
+    """The answer and where it starts: SQuAD's `answers` (texts and starts), or a column `answer`; "" for none."""
+    answers: Any = row.get("answers")
+    if isinstance(answers, Mapping):
+        texts, starts = list(answers.get("text") or ()), list(answers.get("answer_start") or ())
+        answer, start = (str(texts[0]), int(starts[0]) if starts else -1) if texts else ("", -1)
+    else:
+        answer, start = text_of(row, "answer", where), -1
+    if not answer:
+        return "", 0
+    start = context.find(answer) if start < 0 else start
+    if start < 0 or context[start : start + len(answer)] != answer:
+        raise DataError(f"{where}: the answer {answer[:60]!r} does not stand in the context")
+    return answer, start
+
+
 def source_name(source: DataSource) -> str:
     """What to call `source` in messages."""
     return str(source) if isinstance(source, (str, os.PathLike)) else "rows"

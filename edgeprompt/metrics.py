@@ -16,7 +16,7 @@ import numpy.typing as npt
 
 from edgeprompt.errors import DataError, InputError, MissingDependencyError
 
-METRICS = ("accuracy", "f1", "exact-match", "rouge", "bleu")
+METRICS = ("accuracy", "f1", "exact-match", "rouge", "bleu", "mae")
 _RESAMPLES = 200
 _NORMAL_95 = 1.96
 """Half the width of a 95 % interval in standard errors."""
@@ -34,7 +34,7 @@ class LabelScore:
 
 @dataclass(frozen=True)
 class Score:
-    """A metric over `n` examples. `value` and `standard_error` are fractions of 1."""
+    """A metric over `n` examples. `value` and `standard_error` are fractions of 1, of "mae" in the labels' unit."""
 
     metric: str
     value: float
@@ -43,14 +43,14 @@ class Score:
     per_label: Mapping[str, LabelScore] = field(default_factory=dict)
 
 
-def score(metric: str, predictions: Sequence[str], references: Sequence[str], *, labels: bool = False) -> Score:
+def score(metric: str, predictions: Sequence[Any], references: Sequence[Any], *, labels: bool = False) -> Score:
     """Compare predictions with references.
 
     Args:
         metric: "accuracy" (equal labels), "f1" (macro average over labels; for texts the overlap of words, as SQuAD
             has it, mean over examples), "exact-match" (equal after trimming), "rouge" (ROUGE-L F-measure, mean over
-            examples) or "bleu" (of the corpus).
-        predictions: what was answered.
+            examples), "bleu" (of the corpus) or "mae" (mean absolute error of numbers).
+        predictions: what was answered: texts, or frozensets of labels where an example may have several ("accuracy").
         references: what is right, in the same order.
         labels: whether both are labels of a classification, not free text.
 
@@ -81,15 +81,26 @@ def score(metric: str, predictions: Sequence[str], references: Sequence[str], *,
 
 def default_metric(task: str) -> str:
     """What `eval` reports where nothing is asked for."""
-    return {"classify": "accuracy", "qa": "f1"}.get(task, "rouge")
+    return {"classify": "accuracy", "tag": "accuracy", "qa": "f1"}.get(task, "rouge")
 
 
-def _per_example(metric: str, labels: bool) -> Callable[[str, str], float]:
+def _per_example(metric: str, labels: bool) -> Callable[[Any, Any], float]:
+    if labels:
+        return lambda guess, truth: float(guess == truth)
+    if metric == "mae":
+        return _distance
     if metric == "rouge":
         return _rouge()
     if metric == "f1":
         return _word_f1
     return lambda guess, truth: float(guess.strip() == truth.strip())
+
+
+def _distance(guess: str, truth: str) -> float:
+    try:
+        return abs(float(guess) - float(truth))
+    except ValueError as error:
+        raise DataError(f"mae is for numbers; {guess!r} was answered where {truth!r} is right") from error
 
 
 def _mean(values: Sequence[float]) -> tuple[float, float]:
@@ -147,9 +158,15 @@ def _words(text: str) -> list[str]:
     return re.sub(r"\b(a|an|the)\b", " ", bare).split()
 
 
-def _label_table(predictions: Sequence[str], references: Sequence[str]) -> dict[str, LabelScore]:
-    right = Counter(truth for guess, truth in zip(predictions, references, strict=True) if guess == truth)
-    guessed, true = Counter(predictions), Counter(references)
+def _label_table(predictions: Sequence[Any], references: Sequence[Any]) -> dict[str, LabelScore]:
+    right: Counter[str] = Counter()
+    guessed: Counter[str] = Counter()
+    true: Counter[str] = Counter()
+    for guess, truth in zip(predictions, references, strict=True):
+        several = (guess, truth) if isinstance(truth, frozenset) else ({guess}, {truth})
+        guessed.update(several[0])
+        true.update(several[1])
+        right.update(several[0] & several[1])
     table = {}
     for label in sorted(set(guessed) | set(true)):
         hits, found, wanted = right[label], guessed[label], true[label]

@@ -40,6 +40,21 @@ def test_macro_f1_is_sklearns_and_its_error_has_the_right_size():
     assert 0.6 < found.standard_error / spread < 1.6
 
 
+def test_sets_of_labels_are_right_as_a_whole_and_counted_one_by_one():
+    guesses, truth = [{"a"}, {"a", "b"}, set()], [{"a"}, {"a"}, {"b"}]
+    found = score("accuracy", list(map(frozenset, guesses)), list(map(frozenset, truth)), labels=True)
+    assert found.value == pytest.approx(1 / 3)
+    assert (found.per_label["a"].f1, found.per_label["b"].f1, found.per_label["b"].n) == (1.0, 0.0, 1)
+
+
+def test_mean_absolute_error_is_in_the_unit_of_the_numbers():
+    found = score("mae", ["1.5", "-2"], ["1", "2"])
+    assert found.value == 2.25
+    assert found.standard_error == pytest.approx(1.75)
+    with pytest.raises(DataError, match="'good' is right"):
+        score("mae", ["1"], ["good"])
+
+
 def test_a_label_nobody_has_scores_zero():
     found = score("f1", ["c", "a"], ["a", "a"], labels=True)
     assert math.isclose(found.value, (2 / 3 + 0) / 2)

@@ -17,10 +17,10 @@ from edgeprompt.cli import console, serving
 if TYPE_CHECKING:
     from edgeprompt.metrics import Score
     from edgeprompt.prompt_file import PromptFile
-    from edgeprompt.request import GenerationOptions, Result
+    from edgeprompt.request import GenerationOptions, Request, Result
     from edgeprompt.runtime import Runtime
 
-METRICS = ("accuracy", "f1", "exact-match", "rouge", "bleu")
+METRICS = ("accuracy", "f1", "exact-match", "rouge", "bleu", "mae")
 
 
 @click.command("eval")
@@ -34,7 +34,11 @@ METRICS = ("accuracy", "f1", "exact-match", "rouge", "bleu")
     metavar="FILE|NAME",
     help="Soft prompt: a file, or one inside the package; repeat it to compare several for one task.",
 )
-@click.option("--metric", type=click.Choice(METRICS), help="[default: accuracy for labels, f1 for qa, else rouge]")
+@click.option(
+    "--metric",
+    type=click.Choice(METRICS),
+    help="[default: accuracy for labels and tags, mae for numbers, f1 for qa, else rouge]",
+)
 @click.option("--text-column", default="text", show_default=True, help="Column that fills {text}.")
 @click.option("--label-column", default="label", show_default=True, help="Column with the label (classify).")
 @click.option("--target-column", default="target", show_default=True, help="Column with the right text (generate, qa).")
@@ -76,7 +80,8 @@ def command(
     """Evaluate prompts on DATA as PACKAGE serves them.
 
     Prints the metric with its standard error, and a table of labels. DATA is streamed; every prompt, and every
-    baseline asked for, answers the same rows in mixed batches. A text that exceeds the context is cut.
+    baseline asked for, answers the same rows in mixed batches. A text that exceeds the context is cut. DATA has the
+    columns that `tune` reads: tags are compared word by word, several labels of a row as a set.
     """
     if (shots is None) != (shots_from is None):
         raise click.UsageError("--shots and --shots-from go together")
@@ -116,27 +121,42 @@ class Columns:
     target: str = "target"
 
     def fields(self, prompt: PromptFile, row: Mapping[str, Any], number: int) -> dict[str, str]:
-        """The template's slots."""
+        """The template's slots; words to tag are joined by spaces."""
+        from edgeprompt.data import tagged_words
+
+        if prompt.task == "tag":
+            (slot,) = prompt.template.slots
+            return {slot: " ".join(tagged_words(row, f"row {number}")[0])}
         return serving.fields_of(row, self.text, prompt.template.slots, number)
 
-    def reference(self, prompt: PromptFile, row: Mapping[str, Any], number: int) -> str:
-        """The right answer.
+    def references(self, prompt: PromptFile, row: Mapping[str, Any], number: int) -> list[Any]:
+        """What is right: one text, or a tag for each word; several labels are one set.
 
         Raises:
-            DataError: the column is missing, or the label is none of the prompt's.
+            DataError: the column is missing, or a label is none of the prompt's.
         """
-        from edgeprompt.data import text_of
+        from edgeprompt.data import given_answer, labels_of, tagged_words, text_of
         from edgeprompt.errors import DataError
 
-        if prompt.task != "classify":
-            return text_of(row, self.target, f"row {number}")
-        label = text_of(row, self.label, f"row {number}")
+        where = f"row {number}"
+        if prompt.task == "qa" and row.get(self.target) is None:
+            return [given_answer(row, self.fields(prompt, row, number)["context"], where)[0]]
+        if prompt.task in ("generate", "qa"):
+            return [text_of(row, self.target, where)]
+        problem = prompt.head_spec.problem_type if prompt.head_spec else "single_label"
+        if problem == "regression":
+            return [text_of(row, self.label, where)]
         known = tuple(prompt.verbalizer) or prompt.labels
-        if label not in known:
-            raise DataError(
-                f"row {number}: label {label!r} is none that prompt {prompt.name!r} knows: {', '.join(known)}"
-            )
-        return label
+        if prompt.task == "tag":
+            found = tagged_words(row, where)[1]
+        elif problem == "multi_label":
+            found = labels_of(row, self.label, where)
+        else:
+            found = [text_of(row, self.label, where)]
+        unknown = next((label for label in found if label not in known), None)
+        if unknown is not None:
+            raise DataError(f"{where}: label {unknown!r} is none that prompt {prompt.name!r} knows: {', '.join(known)}")
+        return [frozenset(found)] if problem == "multi_label" else found
 
 
 def evaluate(
@@ -152,22 +172,22 @@ def evaluate(
     from edgeprompt.metrics import default_metric, score
     from edgeprompt.request import Request
 
-    said: dict[str, list[str]] = {name: [] for name in prompts}
-    right: list[str] = []
+    said: dict[str, list[Any]] = {name: [] for name in prompts}
+    right: list[Any] = []
     first = next(iter(prompts.values()))
     number = 0
     for batch in serving.batches(rows, serving.ROWS_AT_ONCE):
         requests = []
         for row in batch:
             number += 1
-            right.append(columns.reference(first, row, number))
+            right += columns.references(first, row, number)
             for name, prompt in prompts.items():
                 fields = columns.fields(prompt, row, number)
                 requests.append((number, Request(text=fields, prompt=name, options=options, truncate=True)))
         for (_, request), result in zip(requests, serving.answers(runtime, requests), strict=True):
-            said[str(request.prompt)].append(_text(result))
-    labels = first.task == "classify"
-    name = metric or default_metric(first.task)
+            said[str(request.prompt)] += _said(prompts[str(request.prompt)], request, result)
+    labels = first.task in ("classify", "tag") and not _is_regression(first)
+    name = metric or ("mae" if _is_regression(first) else default_metric(first.task))
     return {prompt: score(name, guesses, right, labels=labels) for prompt, guesses in said.items()}
 
 
@@ -184,10 +204,29 @@ def check_task(prompts: Mapping[str, PromptFile], metric: str | None) -> None:
     if len(tasks) > 1:
         raise InputError(f"the prompts are for different tasks ({', '.join(sorted(tasks))}); evaluate each on its data")
     (task,) = tasks
-    if task not in ("classify", "generate", "qa"):
-        raise UnsupportedError(f"eval has no metric for task {task!r}; it knows classify, generate and qa")
-    if metric == "accuracy" and task != "classify":
-        raise InputError(f"accuracy is for labels; for {task} take exact-match, f1, rouge or bleu")
+    if task not in ("classify", "generate", "qa", "tag"):
+        raise UnsupportedError(f"eval has no metric for task {task!r}; it knows classify, generate, qa and tag")
+    several = any(prompt.head_spec and prompt.head_spec.problem_type == "multi_label" for prompt in prompts.values())
+    numbers = any(map(_is_regression, prompts.values()))
+    for needed, fits in (
+        (("accuracy",), several),
+        (("mae",), numbers),
+        (("accuracy", "f1"), task == "tag"),
+        (("accuracy", "f1", "exact-match", "rouge", "bleu"), task == "classify" and not several and not numbers),
+        (("f1", "exact-match", "rouge", "bleu"), task in ("generate", "qa")),
+    ):
+        if fits and metric is not None and metric not in needed:
+            raise InputError(
+                f"metric {metric} does not fit {_kind(task, several, numbers)}; take {' or '.join(needed)}"
+            )
+
+
+def _kind(task: str, several: bool, numbers: bool) -> str:
+    return "several labels" if several else "numbers" if numbers else f"task {task}"
+
+
+def _is_regression(prompt: PromptFile) -> bool:
+    return prompt.head_spec is not None and prompt.head_spec.problem_type == "regression"
 
 
 def draw_shots(
@@ -198,7 +237,7 @@ def draw_shots(
     seen: dict[str, int] = {}
     draw = random.Random(seed)
     for number, row in enumerate(_read(source), 1):
-        answer = columns.reference(prompt, row, number)
+        (answer,) = columns.references(prompt, row, number)
         kind = answer if prompt.task == "classify" else ""
         kept = by_label.setdefault(kind, [])
         seen[kind] = seen.get(kind, 0) + 1
@@ -219,18 +258,28 @@ def _read(source: str) -> Iterator[Mapping[str, Any]]:
     return read_rows(source)
 
 
-def _text(result: Result) -> str:
-    from edgeprompt.request import Answer, Classification, Generation
+def _said(prompt: PromptFile, request: Request, result: Result) -> list[Any]:
+    """What was answered, as `Columns.references` has it."""
+    from edgeprompt.encoder_text import words_of
+    from edgeprompt.request import Answer, Classification, Generation, Tagging
 
     if isinstance(result, Classification):
-        return result.label
+        several = prompt.head_spec is not None and prompt.head_spec.problem_type == "multi_label"
+        return [frozenset(result.labels) if several else result.label]
+    if isinstance(result, Tagging):
+        assert isinstance(request.text, Mapping), "the template's slots"
+        (text,) = request.text.values()
+        labels = {word.start: word.label for word in result.words}
+        return [labels.get(start, "O") for start, _ in words_of(text)]  # a cut text's last words have no label
     assert isinstance(result, (Generation, Answer)), "check_task lets no other task in"
-    return result.text.strip()
+    return [result.text.strip()]
 
 
 def show(name: str, score: Score) -> None:
     """A score on stdout."""
-    click.echo(f"{name}: {score.metric} {100 * score.value:.1f} ± {100 * score.standard_error:.1f} (n = {score.n})")
+    value, error = score.value, score.standard_error
+    shown = f"{value:.4g} ± {error:.2g}" if score.metric == "mae" else f"{100 * value:.1f} ± {100 * error:.1f}"
+    click.echo(f"{name}: {score.metric} {shown} (n = {score.n})")
     if score.per_label:
         width = max(len(label) for label in (*score.per_label, "label")) + 2
         click.echo(f"  {'label':<{width}}precision  recall     f1       n")

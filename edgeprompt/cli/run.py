@@ -53,6 +53,7 @@ Row = tuple[str, str | None, Any]
 @click.option("--top-k", type=click.IntRange(min=1))
 @click.option("--top-p", type=click.FloatRange(min=0, max=1, min_open=True))
 @click.option("--seed", type=click.IntRange(min=0))
+@click.option("--num-beams", type=click.IntRange(min=1), default=1, help="Beam search (encoder-decoders).")
 @click.option(
     "--stop", multiple=True, callback=serving.unescape, help=r"Text that ends the answer, as \n; may be repeated."
 )
@@ -73,6 +74,7 @@ def command(
     top_k: int | None,
     top_p: float | None,
     seed: int | None,
+    num_beams: int,
     stop: tuple[str, ...],
     chat: bool,
     truncate: bool,
@@ -95,7 +97,13 @@ def command(
     from edgeprompt.request import GenerationOptions
 
     options = GenerationOptions(
-        max_new_tokens=max_new_tokens, temperature=temperature, top_k=top_k, top_p=top_p, seed=seed, stop=stop
+        max_new_tokens=max_new_tokens,
+        temperature=temperature,
+        top_k=top_k,
+        top_p=top_p,
+        seed=seed,
+        stop=stop,
+        num_beams=num_beams,
     )
     rows = _rows(texts, source)
     with serving.open_runtime(package, provider=provider, threads=threads) as runtime:

@@ -151,4 +151,6 @@ def answer(
     low, high = offsets[places[first]], offsets[places[last]]
     assert low is not None
     assert high is not None
-    return Answer(context[low[0] : high[1]], low[0], high[1], score)
+    found = context[low[0] : high[1]]
+    begin = low[0] + len(found) - len(found.lstrip())  # byte-level tokens hold the space in front of their word
+    return Answer(found.strip(), begin, begin + len(found.strip()), score)

@@ -2,10 +2,17 @@
 
 import json
 
+import numpy as np
 import pytest
 
-from edgeprompt import load_prompt
+import edgeprompt
+from edgeprompt import load_prompt, save_prompt
 from edgeprompt.hard_prompt import few_shot_text, hard_prompt
+from edgeprompt.metrics import score
+from edgeprompt.package import open_package
+from edgeprompt.prompt_file import Head, HeadStep
+from edgeprompt.template import Template
+from tests.prompts import make_prompt
 
 ROWS = [("A fine film.", "positive"), ("Dull and loud.", "negative"), ("So, so good", "positive"), ("No.", "negative")]
 
@@ -64,7 +71,7 @@ def test_refusals(cli, refused, tiny_llama_package, prompt_folder, data, tmp_pat
     assert "different tasks (classify, generate)" in refused(
         "eval", tiny_llama_package, data, "--prompt", sentiment, "--prompt", story
     )
-    assert "accuracy is for labels" in refused(
+    assert "metric accuracy does not fit task generate; take f1" in refused(
         "eval", tiny_llama_package, data, "--prompt", story, "--metric", "accuracy"
     )
     assert "no column 'target'; it has text, label" in refused("eval", tiny_llama_package, data, "--prompt", story)
@@ -88,3 +95,86 @@ def test_hard_prompts_are_the_template_in_words(prompt_folder):
     assert few.verbalizer == prompt.verbalizer
     assert str(few.template) == shots.replace("{}", "{{}}") + "{text}\nSentiment:"
     assert str(hard_prompt(prompt, "", name="zero").template) == "{text}\nSentiment:"
+
+
+@pytest.fixture(scope="module")
+def encoder_prompts(encoder_package, tmp_path_factory):
+    """An encoder's package, and a folder with a random prompt for each kind of task that has a head."""
+    package, folder = encoder_package("BERT"), tmp_path_factory.mktemp("heads")
+    manifest, rng = open_package(package).manifest, np.random.default_rng(0)
+    for name, task, labels, problem in (
+        ("genres", "classify", ("comedy", "drama", "war"), "multi_label"),
+        ("stars", "classify", (), "regression"),
+        ("names", "tag", ("B-PER", "O"), "single_label"),
+        ("who", "qa", (), "single_label"),
+    ):
+        outputs = {"stars": 1, "who": 2}.get(name, len(labels))
+        prompt = make_prompt(
+            manifest,
+            name,
+            task=task,
+            labels=labels,
+            template=Template.parse("{prompt}{question}{context}" if task == "qa" else "{prompt}{text}"),
+            head={"classifier.weight": rng.normal(0, 0.3, (outputs, 64)).astype(np.float32)},
+            head_spec=Head("tokens" if task in ("tag", "qa") else "mean", (HeadStep("linear", "classifier"),), problem),
+        )
+        save_prompt(prompt, folder / f"{name}.safetensors")
+    return package, folder
+
+
+def evaluated(cli, encoder_prompts, tmp_path, name, rows):
+    package, folder = encoder_prompts
+    file = tmp_path / "data.jsonl"
+    file.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    result = cli("eval", package, file, "--prompt", folder / f"{name}.safetensors", "--json")
+    assert result.exit_code == 0, result.stderr
+    with edgeprompt.load(package) as runtime:
+        prompt = runtime.add_prompt(folder / f"{name}.safetensors")
+        texts = [row.get("text") or {key: row[key] for key in ("question", "context")} for row in rows]
+        answers = runtime.run([edgeprompt.Request(text, prompt) for text in texts])
+    return json.loads(result.stdout), answers
+
+
+def test_several_labels_of_a_row_are_compared_as_a_set(cli, encoder_prompts, tmp_path):
+    rows = [{"text": text, "label": ["drama", "comedy"] if "o" in text else ["war"]} for text, _ in ROWS]
+    found, answers = evaluated(cli, encoder_prompts, tmp_path, "genres", rows)
+    right = [set(answer.labels) == set(row["label"]) for answer, row in zip(answers, rows, strict=True)]
+    assert (found["metric"], found["value"], found["n"]) == ("accuracy", sum(right) / 4, 4)
+    said = sum("war" in answer.labels for answer in answers)
+    both = sum("war" in answer.labels and "war" in row["label"] for answer, row in zip(answers, rows, strict=True))
+    assert found["per_label"].get("war", {}).get("precision", 0) == (both / said if said else 0)
+
+
+def test_numbers_have_a_mean_absolute_error(cli, encoder_prompts, tmp_path):
+    rows = [{"text": text, "label": index - 1.5} for index, (text, _) in enumerate(ROWS)]
+    found, answers = evaluated(cli, encoder_prompts, tmp_path, "stars", rows)
+    errors = [abs(float(answer.label) - row["label"]) for answer, row in zip(answers, rows, strict=True)]
+    assert found["metric"] == "mae"
+    assert found["value"] == pytest.approx(np.mean(errors))
+    assert found["per_label"] == {}
+
+
+def test_tags_are_compared_word_by_word(cli, encoder_prompts, tmp_path):
+    rows = [{"text": "Anna met Bob", "tokens": ["Anna", "met", "Bob"], "tags": ["B-PER", "O", "B-PER"]}] * 3
+    found, answers = evaluated(cli, encoder_prompts, tmp_path, "names", rows)
+    right = [word.label == tag for word, tag in zip(answers[0].words, rows[0]["tags"], strict=True)]
+    assert (found["metric"], found["value"], found["n"]) == ("accuracy", sum(right) / 3, 9)
+
+
+@pytest.mark.parametrize("column", ["answer", "answers"])
+def test_questions_take_the_columns_that_tune_reads(column, cli, encoder_prompts, tmp_path):
+    right = {"answer": "Anna", "answers": {"text": ["Anna"], "answer_start": [10]}}[column]
+    rows = [{"question": "Who?", "context": "Yesterday Anna met Bob.", column: right}]
+    found, answers = evaluated(cli, encoder_prompts, tmp_path, "who", rows)
+    assert (found["metric"], found["n"]) == ("f1", 1)
+    assert found["value"] == score("f1", [answers[0].text], ["Anna"]).value
+
+
+@pytest.mark.parametrize(
+    ("name", "metric", "fits"), [("genres", "f1", "accuracy"), ("stars", "bleu", "mae"), ("names", "mae", "f1")]
+)
+def test_a_metric_that_does_not_fit_names_those_that_do(name, metric, fits, refused, encoder_prompts, data):
+    package, folder = encoder_prompts
+    error = refused("eval", package, data, "--prompt", folder / f"{name}.safetensors", "--metric", metric)
+    assert f"metric {metric} does not fit" in error
+    assert fits in error

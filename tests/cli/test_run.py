@@ -6,6 +6,7 @@ import os
 
 import pytest
 
+import edgeprompt
 from edgeprompt import load_prompt, save_prompt
 
 TEXTS = ["A fine film.", "Dull, long and loud.", "Néw ☃ characters"]
@@ -215,3 +216,14 @@ def test_stop_text_ends_the_answer(cli, tiny_llama_package):
     found = ask("--stop", stop.replace("\n", r"\n").replace("\t", r"\t"))
     assert found["finish_reason"] == "stop"
     assert found["text"] == whole[: whole.index(stop)]
+
+
+def test_beams_are_searched_by_encoder_decoders_alone(cli, refused, seq2seq_package, tiny_llama_package):
+    package = seq2seq_package("T5")
+    with edgeprompt.load(package) as runtime:
+        options = edgeprompt.GenerationOptions(max_new_tokens=5, num_beams=3)
+        wanted = runtime.generate("So, so good", options=options).text
+    result = cli("run", package, "So, so good", "--max-new-tokens", 5, "--num-beams", 3)
+    assert result.exit_code == 0, result.stderr
+    assert result.stdout == wanted + "\n"
+    assert "num_beams" in refused("run", tiny_llama_package, "So, so good", "--num-beams", 3)

@@ -244,6 +244,15 @@ def test_the_best_span_is_the_best_of_all() -> None:
     assert answer(logits, offsets, context, no_answer_at=0).text == ""
 
 
+def test_an_answer_leaves_out_the_space_in_front_of_its_first_word() -> None:
+    context = "It was I."
+    offsets = [None, (0, 2), (2, 6), (6, 8), (8, 9)]  # as byte-level tokens have them
+    logits = np.zeros((5, 2), np.float32)
+    logits[3] = 5
+    found = answer(logits, offsets, context)
+    assert (found.text, found.start, found.end) == ("I", 7, 8)
+
+
 def test_unshifted_heads_answer_for_the_token_that_peft_means(minilm: edgeprompt.Runtime) -> None:
     shifted = with_head(
         minilm, "q1", 2, "tokens", task="qa", labels=(), template=Template.parse("{prompt}{question}{context}")
