@@ -5,14 +5,16 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from exporters.choose import export_best
     from exporters.convert import convert_prompt
     from exporters.export import ExportReport, export_model, validate_package
 
-__all__ = ["ExportReport", "convert_prompt", "export_model", "validate_package"]
+__all__ = ["ExportReport", "convert_prompt", "export_best", "export_model", "validate_package"]
 
 _HOMES = {
     "ExportReport": "exporters.export",
     "convert_prompt": "exporters.convert",
+    "export_best": "exporters.choose",
     "export_model": "exporters.export",
     "validate_package": "exporters.export",
 }

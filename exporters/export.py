@@ -87,7 +87,7 @@ def export_model(
     files = _load_prompts(prompts)
     try:
         with atomic_folder(out, force=force) as folder, tempfile.TemporaryDirectory(dir=folder.parent) as scratch:
-            if route == "onnx" or (route == "auto" and not isinstance(base, LoadedBase) and _is_onnx_folder(base)):
+            if route == "onnx" or (route == "auto" and not isinstance(base, LoadedBase) and is_onnx_folder(base)):
                 onnx_route = import_module("exporters.routes.onnx_route")
                 manifest = cast(Manifest, onnx_route.build_package(base, folder, options, files, against=against))
             else:
@@ -203,7 +203,8 @@ def _load_prompts(paths: Sequence[str | os.PathLike[str]]) -> dict[str, PromptFi
     return files
 
 
-def _is_onnx_folder(base: str | os.PathLike[str]) -> bool:
+def is_onnx_folder(base: str | os.PathLike[str]) -> bool:
+    """Whether a base is graphs that another tool exported."""
     folder = Path(base).expanduser()
     if folder.suffix == ".onnx":
         return True

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 import click
 
@@ -14,7 +16,21 @@ from edgeprompt.cli import console
 @click.command("export")
 @click.argument("base")
 @click.option("-o", "--output", "out", required=True, type=click.Path(path_type=Path), help="Folder of the package.")
-@click.option("--precision", type=click.Choice(names.PRECISIONS), default="fp32", show_default=True)
+@click.option(
+    "--precision",
+    type=click.Choice((*names.PRECISIONS, "auto")),
+    default="fp32",
+    show_default=True,
+    help="auto: export fp32, int8 and int4 (cuda: fp16), and keep what serves --prompt quickest on this device.",
+)
+@click.option("--data", metavar="DATA", help="For --precision auto: labelled rows that the prompts are judged by.")
+@click.option(
+    "--tolerance",
+    type=click.FloatRange(min=0),
+    default=1.0,
+    show_default=True,
+    help="For --precision auto: points of the metric that may be lost against fp32.",
+)
 @click.option(
     "--route",
     type=click.Choice(("auto", *names.ROUTES)),
@@ -44,6 +60,8 @@ def command(
     base: str,
     out: Path,
     precision: str,
+    data: str | None,
+    tolerance: float,
     route: str,
     provider: str,
     prompts: tuple[Path, ...],
@@ -57,22 +75,22 @@ def command(
     BASE is a Hugging Face id, a local folder or a .gguf file. A package that does not compute what its base computes
     is not written.
     """
+    if (precision == "auto") != (data is not None) or (data is not None and not prompts):
+        raise click.UsageError("--precision auto, --data and at least one --prompt go together")
+    if data is not None and against is not None:
+        raise click.UsageError("--against is for graphs that others exported, whose precision is not chosen here")
     console.quiet_libraries()
-    from exporters import export_model
+    from exporters import export_best, export_model
 
     with console.stages("export") as tell:
-        report = export_model(
-            base,
-            out,
-            precision=precision,
-            route=route,
-            provider=provider,
-            prompts=prompts,
-            force=force,
-            door=door,
-            against=against,
-            progress=tell,
-        )
+        shared: dict[str, Any] = {
+            "route": route, "provider": provider, "prompts": prompts, "force": force, "door": door, "progress": tell
+        }  # fmt: skip
+        if data is not None:
+            report = export_best(base, out, data=data, tolerance=tolerance, **shared)
+        else:
+            report = export_model(base, out, precision=precision, against=against, **shared)
+    choice = report.manifest.extra.get("precision_choice")
     if as_json:
         facts = {
             "path": str(report.path),
@@ -80,8 +98,28 @@ def command(
             "route": report.manifest.route,
             "precision": report.manifest.precision,
             "validation": report.validation,
+            **({"precision_choice": choice} if choice else {}),
         }
         click.echo(json.dumps(facts, ensure_ascii=False))
         return
+    if choice:
+        show_choice(choice)
     click.echo(f"{report.path}: {report.size_bytes / 1e6:.1f} MB, {report.manifest.precision}, {report.manifest.route}")
     console.print_measured(report.validation)
+
+
+def show_choice(choice: Mapping[str, Any]) -> None:
+    """The candidates of `--precision auto` as a table on stdout."""
+    rows = [("precision", "MB", "first ms", f"ms a {choice['cost']}", f"metric ({choice['rows']} rows)", "verdict")]
+    for found in choice["candidates"]:
+        scores = (
+            f"{name}: {100 * score['value']:.1f} ± {100 * score['standard_error']:.1f}"
+            for name, score in found.get("scores", {}).items()
+        )
+        figures = (
+            f"{found['size_bytes'] / 1e6:.1f}", f"{found['first_ms']:.2f}", f"{found['cost_ms']:.2f}", ", ".join(scores)
+        ) if "cost_ms" in found else ("", "", "", "")  # fmt: skip
+        rows.append((found["precision"], *figures, found["verdict"]))
+    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+    for row in rows:
+        click.echo("  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip())

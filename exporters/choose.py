@@ -1,0 +1,257 @@
+"""`--precision auto`: export every candidate, ask each the same on this device, keep the quickest that answers well."""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import os
+import statistics
+import tempfile
+import time
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from itertools import islice
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from edgeprompt.errors import ExportError, InputError, UnsupportedError, ValidationError
+from edgeprompt.files import atomic_folder, sha256_file
+from edgeprompt.prompt_file import PromptFile, load_prompt
+from exporters.contract import Progress
+from exporters.export import ExportReport, export_model, is_onnx_folder
+from exporters.load import LoadedBase, load_base
+
+if TYPE_CHECKING:
+    from edgeprompt.metrics import Score
+    from edgeprompt.request import Request
+    from edgeprompt.runtime import Runtime
+
+REFERENCE = "fp32"
+CANDIDATES = {"cpu": (REFERENCE, "int8", "int4"), "cuda": (REFERENCE, "fp16", "int4")}
+ROUNDS = 5
+TEXTS = 32
+"""Rows of the data that are timed as one batch, where answers are labels or spans."""
+GENERATIONS = 4
+"""Rows that are timed one after another, where answers are generated."""
+
+
+@dataclass
+class Candidate:
+    """One precision: its package, what it answered, and how long that took."""
+
+    precision: str
+    report: ExportReport | None = None
+    failure: str | None = None
+    scores: Mapping[str, Score] = field(default_factory=dict)
+    first: list[float] = field(default_factory=list)
+    """Seconds from a text to its label, or to the first token of its answer; one value a round."""
+    cost: list[float] = field(default_factory=list)
+    """Seconds a text, or a generated token, the first included; one value a round. What is chosen by."""
+
+    def facts(self, reference: Candidate, tolerance: float) -> dict[str, Any]:
+        """One line of the table as plain data."""
+        if self.report is None:
+            return {"precision": self.precision, "verdict": f"failed: {self.failure}"}
+        return {
+            "precision": self.precision,
+            "size_bytes": self.report.size_bytes,
+            "first_ms": 1000 * statistics.median(self.first),
+            "cost_ms": 1000 * statistics.median(self.cost),
+            "scores": {
+                name: {
+                    "metric": score.metric,
+                    "value": score.value,
+                    "standard_error": score.standard_error,
+                    "points_below": self.below(name, reference),
+                }
+                for name, score in self.scores.items()
+            },
+            "verdict": "slower" if self.holds(reference, tolerance) else "below the bound",
+        }
+
+    def below(self, prompt: str, reference: Candidate) -> float:
+        """Points of the metric that the reference is better by."""
+        return 100 * (reference.scores[prompt].value - self.scores[prompt].value)
+
+    def holds(self, reference: Candidate, tolerance: float) -> bool:
+        """Whether every prompt is within `tolerance` points of the reference."""
+        return self.report is not None and all(self.below(name, reference) <= tolerance for name in self.scores)
+
+
+def export_best(
+    base: str | os.PathLike[str] | LoadedBase,
+    out: str | os.PathLike[str],
+    *,
+    prompts: Sequence[str | os.PathLike[str]],
+    data: str | os.PathLike[str],
+    tolerance: float = 1.0,
+    route: str = "auto",
+    provider: str = "cpu",
+    force: bool = False,
+    door: str = "input",
+    progress: Progress | None = None,
+) -> ExportReport:
+    """Export in the precision that serves `prompts` quickest here without losing more than `tolerance` points.
+
+    Each of `CANDIDATES` is exported into a hidden folder beside `out`, evaluated on `data`, and timed with rows of it
+    in alternating rounds. Of those whose metric is within the bound of fp32's, for every prompt, the quickest becomes
+    `out`. All that was measured is in its manifest, under `extra["precision_choice"]`.
+
+    Args:
+        base: Hugging Face id, local folder, `.gguf` file, or a base that is loaded already.
+        out: The package's folder; must not exist unless `force`.
+        prompts: Prompt files of one task, at least one; they are put into the package.
+        data: Rows that they are judged by: a file or a data set id with the columns that `tune` reads. Not the rows
+            whose figures are to be reported afterwards.
+        tolerance: Points (hundredths) of the task's metric that may be lost against fp32.
+        route: As for `export_model`.
+        provider: As for `export_model`, and where it is measured.
+        force: Replace an existing `out`, after the new package is whole.
+        door: As for `export_model`.
+        progress: Called with a stage's name and the fraction done.
+
+    Raises:
+        InputError: no prompt, prompts of several tasks, or a base whose precision is not ours to choose.
+        DataError: a row lacks what the prompts need.
+        ExportError: fp32 cannot be exported, or a file cannot be written; nothing was left behind.
+    """
+    from edgeprompt.bench.device import describe_device
+
+    tell = progress or (lambda stage, fraction: None)
+    if not isinstance(base, LoadedBase) and (route == "onnx" or is_onnx_folder(base)):
+        raise InputError("graphs that others exported have their precision already; leave out --precision auto")
+    files = {Path(path): load_prompt(path) for path in prompts}
+    judge = _Judge(files, str(data))
+    tell("load", 0.0)
+    loaded = base if isinstance(base, LoadedBase) else load_base(base)
+    names = CANDIDATES[provider]
+    step = 0.9 / (len(names) + 1)
+    with atomic_folder(out, force=force) as folder, contextlib.ExitStack() as stack:
+        scratch = Path(
+            stack.enter_context(
+                tempfile.TemporaryDirectory(dir=folder.parent, prefix=f".{Path(out).name}.", suffix=".partial")
+            )
+        )
+        candidates = []
+        for number, precision in enumerate(names):
+            tell(f"export {precision}", number * step)
+            found = Candidate(precision)
+            try:
+                found.report = export_model(
+                    loaded, scratch / precision, precision=precision, route=route, provider=provider, prompts=prompts,
+                    door=door,
+                )  # fmt: skip
+            except (UnsupportedError, ValidationError, ExportError) as error:
+                if precision == REFERENCE or isinstance(error.__cause__, OSError):
+                    raise
+                found.failure = str(error)
+            candidates.append(found)
+        tell("measure", len(names) * step)
+        judge.measure(candidates, provider)
+        reference = candidates[0]
+        best = min(
+            (found for found in candidates if found.holds(reference, tolerance)),
+            key=lambda found: statistics.median(found.cost),
+        )
+        table = [found.facts(reference, tolerance) for found in candidates]
+        next(line for line in table if line["precision"] == best.precision)["verdict"] = "chosen"
+        assert best.report is not None
+        choice = {
+            "tolerance": tolerance,
+            "cost": "token" if judge.generates else "text",
+            "data": Path(data).name,
+            "data_sha256": sha256_file(data) if Path(data).is_file() else None,
+            "rows": judge.rows,
+            "device": describe_device(),
+            "candidates": table,
+        }
+        manifest = best.report.manifest
+        manifest = dataclasses.replace(manifest, extra={**manifest.extra, "precision_choice": choice})
+        for file in (scratch / best.precision).iterdir():
+            file.rename(folder / file.name)
+        manifest.write(folder)
+        size = sum(file.stat().st_size for file in folder.rglob("*") if file.is_file())
+    tell("done", 1.0)
+    return ExportReport(Path(out), manifest, size)
+
+
+class _Judge:
+    """What candidates are asked: all rows for the metric, the first few against the clock."""
+
+    def __init__(self, files: Mapping[Path, PromptFile], data: str) -> None:
+        from edgeprompt.cli.eval import Columns, check_task
+        from edgeprompt.data import read_rows
+
+        if not files:
+            raise InputError("a precision is judged with the prompts it will serve: give at least one --prompt")
+        self._files, self._data, self._columns = files, data, Columns()
+        self._prompts = {prompt.name: prompt for prompt in files.values()}
+        if len(self._prompts) < len(files):
+            raise InputError("two prompts have one name; give one, or tune the other under another name")
+        check_task(self._prompts, None)
+        first = next(iter(self._prompts.values()))
+        if first.head_spec is not None and first.head_spec.problem_type == "regression":
+            raise InputError("--precision auto bounds points of a metric, which numbers do not have; export each")
+        self.generates = first.task == "generate"
+        self.rows = 0
+        for self.rows, row in enumerate(read_rows(data), 1):  # what is wrong with the data is said before the exports
+            for prompt in self._prompts.values():
+                self._columns.references(prompt, row, self.rows)
+
+    def measure(self, candidates: Sequence[Candidate], provider: str) -> None:
+        """Fill in scores and times."""
+        import edgeprompt
+        from edgeprompt.cli.eval import evaluate
+        from edgeprompt.data import read_rows
+        from edgeprompt.request import GenerationOptions
+
+        with contextlib.ExitStack() as stack:
+            runtimes = []
+            for found in candidates:
+                if found.report is None:
+                    continue
+                runtime = stack.enter_context(edgeprompt.load(found.report.path, provider=provider))
+                for file in self._files:
+                    runtime.add_prompt(file)
+                found.scores = evaluate(
+                    runtime, self._prompts, iter(read_rows(self._data)), self._columns, metric=None,
+                    options=GenerationOptions(),
+                )  # fmt: skip
+                runtimes.append((found, runtime))
+            requests = self._requests()
+            for number in range(1 + ROUNDS):
+                turn = number % len(runtimes)
+                for found, runtime in (*runtimes[turn:], *runtimes[:turn]):
+                    first, cost = self._time(runtime, requests)
+                    if number:  # the first round warms up
+                        found.first.append(first)
+                        found.cost.append(cost)
+
+    def _requests(self) -> dict[str, list[Request]]:
+        from edgeprompt.data import read_rows
+        from edgeprompt.request import Request
+
+        rows = list(islice(read_rows(self._data), GENERATIONS if self.generates else TEXTS))
+        return {
+            name: [Request(self._columns.fields(prompt, row, at), name, truncate=True) for at, row in enumerate(rows)]
+            for name, prompt in self._prompts.items()
+        }
+
+    def _time(self, runtime: Runtime, requests: Mapping[str, Sequence[Request]]) -> tuple[float, float]:
+        """Seconds to the first label or token, and seconds a text or token; means over the prompts."""
+        first, cost = [], []
+        for asked in requests.values():
+            if self.generates:
+                timings = [runtime.run([request])[0].timings for request in asked]
+                first.append(statistics.fmean(one.ttft for one in timings))
+                cost.append(sum(one.total for one in timings) / sum(one.new_tokens for one in timings))
+            else:
+                first.append(_seconds(runtime, asked[:1]))
+                cost.append(_seconds(runtime, asked) / len(asked))
+        return statistics.fmean(first), statistics.fmean(cost)
+
+
+def _seconds(runtime: Runtime, requests: Sequence[Request]) -> float:
+    started = time.perf_counter()
+    runtime.run(requests)
+    return time.perf_counter() - started
