@@ -259,6 +259,23 @@ def test_genai_builder_folder(door: str, builder_folder: Path, tiny_llama_base: 
         assert not np.allclose(plain, prompted)
 
 
+@pytest.mark.parametrize("ending", ["", "_quantized", "_q4"])
+def test_a_merged_decoder_only_model(ending: str, tiny_tokenizer: Any, tmp_path: Path) -> None:
+    shutil.copytree(GOLDEN / "gpt2-merged", tmp_path / "source")
+    tiny_tokenizer.save_pretrained(tmp_path / "source")
+    graph = tmp_path / "source/decoder_model_merged.onnx"
+    if ending:
+        add_variants(graph, ending)
+        graph.unlink()
+    report = export_model(tmp_path / "source", tmp_path / "out", route="onnx", against=GOLDEN / "gpt2")
+    assert report.validation["identical"]
+    rows = np.random.default_rng(0).standard_normal((3, WIDTH)).astype(np.float32)
+    with edgeprompt.load(tmp_path / "out", provider="cpu", threads=1) as served:
+        assert served.generate(input_ids=[5, 9, 21], max_new_tokens=4).token_ids
+        file = some_prompt(report.manifest, tmp_path / "soft.safetensors", prompt_embeddings=rows)
+        assert served.logits(input_ids=[5], prompt=served.add_prompt(file)).shape == (VOCAB,)
+
+
 def test_a_merged_decoder_is_found() -> None:
     found = find_source(GOLDEN / "bart", "fp32")
     assert {key: path.name for key, path in found.graphs.items()} == {

@@ -8,11 +8,14 @@ optimum-onnx cannot be installed beside transformers 5, hence an environment of 
 graphs with ONNX Runtime's own tools, as onnx-community does.
 """
 
+import shutil
 import sys
 from pathlib import Path
 
 import torch
-from optimum.exporters.onnx import onnx_export_from_model
+from optimum.exporters.onnx import export, onnx_export_from_model
+from optimum.exporters.onnx.model_configs import GPT2OnnxConfig
+from optimum.onnx import merge_decoders
 from transformers import (
     BartConfig,
     BartForConditionalGeneration,
@@ -38,10 +41,27 @@ def save(name, model, task, remove=()):
         (OUT / name / file).unlink()
 
 
+def save_merged(name, source):
+    """One file for both steps, as Optimum wrote decoders until 2023 and hubs still have them."""
+    model = GPT2LMHeadModel.from_pretrained(OUT / source).eval()
+    (OUT / name).mkdir(exist_ok=True)
+    parts = []
+    for past in (False, True):
+        parts.append(OUT / name / f"past_{past}.onnx")
+        config = GPT2OnnxConfig(model.config, task="text-generation", use_past=True, use_past_in_inputs=past)
+        export(model=model, config=config, output=parts[-1], opset=18)
+    merge_decoders(*parts, save_path=OUT / name / "decoder_model_merged.onnx", strict=False)
+    for part in parts:
+        part.unlink()
+    for file in ("config.json", "generation_config.json"):
+        shutil.copy(OUT / source / file, OUT / name)
+
+
 def main():
     torch.manual_seed(0)
     config = GPT2Config(vocab_size=512, n_embd=16, n_layer=2, n_head=2, n_positions=64, initializer_range=0.3, **ENDS)
     save("gpt2", GPT2LMHeadModel(config), "text-generation-with-past")
+    save_merged("gpt2-merged", "gpt2")
     config = LlamaConfig(
         vocab_size=512,
         hidden_size=16,
