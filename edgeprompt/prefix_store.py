@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import logging
+import os
 import platform
 from pathlib import Path
 
@@ -26,8 +27,10 @@ class PrefixStore:
     right; anything else is computed again and written over. Files are written whole or not at all.
     """
 
-    def __init__(self, folder: Path, *, weights_hash: str, provider: str, dtype: str, ort_version: str) -> None:
-        self._folder = folder
+    def __init__(
+        self, folder: str | os.PathLike[str], *, weights_hash: str, provider: str, dtype: str, ort_version: str
+    ) -> None:
+        self._folder = Path(folder)
         self._bound = {
             "weights_hash": weights_hash,
             "provider": provider,

@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from importlib import import_module
-from pathlib import Path
 from typing import Any, Protocol
 
 import numpy as np
@@ -42,7 +42,7 @@ class EngineOptions:
     """Most requests waiting."""
     batch_invariant: bool = False
     """Give a quantised decoder's generations the same tokens whatever else runs, at a slower lone generation."""
-    cache_folder: Path | None = None
+    cache_folder: str | os.PathLike[str] | None = None
     """Folder of the optional on-disk prefix-KV cache."""
 
 
