@@ -54,7 +54,7 @@ class Batcher:
         return future
 
     def close(self) -> None:
-        """Fail what waits; a batch that runs is the engine's to stop."""
+        """Fail what waits; a batch that runs is the engine's to stop, and `join` waits for it."""
         with self._changed:
             self._closed = True
             left = [future for _, future, _ in self._waiting]
@@ -63,6 +63,12 @@ class Batcher:
         for future in left:
             if future.set_running_or_notify_cancel():
                 future.set_exception(RequestCancelledError("the runtime was closed before the request ran"))
+
+    def join(self) -> None:
+        """Wait for the batches that run; the interpreter must not end under a thread that is inside ONNX Runtime."""
+        for thread in self._threads:
+            if thread is not threading.current_thread():
+                thread.join()
 
     def _loop(self) -> None:
         while batch := self._take():

@@ -486,3 +486,4 @@ def _cancel(jobs: Iterable[Future[Any]]) -> None:
 def _close(batcher: Batcher, engine: Engine) -> None:
     batcher.close()
     engine.close()
+    batcher.join()

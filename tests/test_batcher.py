@@ -1,6 +1,8 @@
 from __future__ import annotations
 
 import asyncio
+import subprocess
+import sys
 import threading
 import time
 from collections.abc import Sequence
@@ -91,3 +93,17 @@ def test_an_encoder_answers_many_asyncio_requests(minilm_package: Path) -> None:
 
         found = np.stack(asyncio.run(ask()))
     assert np.abs(found - expected).max() < 1e-5
+
+
+def test_interpreter_exit_with_requests_in_flight(minilm_package: Path) -> None:
+    code = (
+        "import sys, edgeprompt\n"
+        "from edgeprompt import Request\n"
+        "runtime = edgeprompt.load(sys.argv[1], provider='cpu', threads=1)\n"
+        "jobs = [runtime.submit(Request('a film ' * 60, task='embed')) for _ in range(100)]\n"
+        "print('leaving')\n"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", code, str(minilm_package)], capture_output=True, text=True, timeout=60, check=False
+    )
+    assert (done.returncode, done.stdout, done.stderr) == (0, "leaving\n", "")
