@@ -265,7 +265,7 @@ def _write(
     elif kind == "npy":
         writers.write_npy(prompt, output)
     else:
-        writers.write_peft(prompt, output, facts.architecture if facts else None, force=force)
+        writers.write_peft(prompt, output, facts, force=force)
     return (output,)
 
 

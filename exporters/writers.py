@@ -14,7 +14,9 @@ import numpy.typing as npt
 from edgeprompt import names
 from edgeprompt.errors import InputError, SourceError, UnsupportedError
 from edgeprompt.files import atomic_file, atomic_folder
-from edgeprompt.prompt_file import PromptFile
+from edgeprompt.prompt_file import HeadStep, PromptFile
+from exporters.heads import sequence_head
+from exporters.importers.foreign import BaseFacts
 
 _HEAD_TASKS = {"classify": "SEQ_CLS", "tag": "TOKEN_CLS", "qa": "QUESTION_ANS"}
 _TASK_TYPES = {
@@ -76,7 +78,7 @@ def write_onnx_adapter(prompt: PromptFile, path: str | os.PathLike[str]) -> None
 
 
 def write_peft(
-    prompt: PromptFile, folder: str | os.PathLike[str], architecture: str | None = None, *, force: bool = False
+    prompt: PromptFile, folder: str | os.PathLike[str], base: BaseFacts | None = None, *, force: bool = False
 ) -> None:
     """Write a PEFT adapter folder that `PeftModel.from_pretrained` loads.
 
@@ -86,16 +88,16 @@ def write_peft(
     Args:
         prompt: What to write.
         folder: Where.
-        architecture: The base's; None takes what the prompt's source says.
+        base: The base's facts; None takes what the prompt's source says.
         force: Replace an existing folder.
 
     Raises:
-        UnsupportedError: PEFT has no such prompt.
-        SourceError: the architecture is not known.
+        UnsupportedError: PEFT has no such prompt, or transformers no such head.
+        SourceError: the base is needed, and not known.
     """
     from safetensors.numpy import save_file
 
-    task_type = _task_type(prompt, architecture)
+    task_type = _task_type(prompt, base)
     config: dict[str, Any] = {
         "base_model_name_or_path": prompt.base.name,
         "inference_mode": True,
@@ -127,18 +129,40 @@ def write_peft(
         save_file(ordered, temporary / "adapter_model.safetensors", metadata={"format": "pt"})
 
 
-def _task_type(prompt: PromptFile, architecture: str | None) -> str:
-    if prompt.head_spec is not None:
-        return _HEAD_TASKS[prompt.task]
+def _task_type(prompt: PromptFile, base: BaseFacts | None) -> str:
     source = prompt.training.get("source")
-    said = source.get("task_type") if isinstance(source, dict) else None
-    if architecture:
-        return _TASK_TYPES[architecture]
+    source = source if isinstance(source, dict) else {}
+    said = source.get("task_type")
+    if prompt.head_spec is not None:
+        if prompt.task == "classify" and source.get("format") != "peft":
+            _check_head(prompt, base)
+        return _HEAD_TASKS[prompt.task]
+    if base:
+        return _TASK_TYPES[base.architecture]
     if isinstance(said, str) and said in _TASK_TYPES.values():
         return said
     raise SourceError(
         f"a PEFT adapter names its task type, which goes by the base's architecture: give --base for {prompt.name!r}"
     )
+
+
+def _check_head(prompt: PromptFile, base: BaseFacts | None) -> None:
+    """Refuse a head that transformers does not give this family: PEFT could not load it, or would compute another."""
+    assert prompt.head_spec is not None
+    if base is None:
+        raise SourceError(f"whether PEFT loads the head of {prompt.name!r} goes by the base's family: give --base")
+    if base.architecture == names.DECODER_ONLY:
+        source, steps = "last", [HeadStep("linear", "score")]
+    else:
+        source, steps = sequence_head(base.model_type, base.config)
+    if (prompt.head_spec.input, list(prompt.head_spec.steps)) != (source, steps):
+        theirs, ours = (
+            ", ".join(step.name or step.operation for step in some) for some in (steps, prompt.head_spec.steps)
+        )
+        raise UnsupportedError(
+            f"the head of {prompt.name!r} reads {prompt.head_spec.input!r} through {ours}; in transformers, that of "
+            f"{base.model_type} reads {source!r} through {theirs}, and PEFT loads no other"
+        )
 
 
 def _peft_prefix(prompt: PromptFile, seq2seq: bool) -> npt.NDArray[Any]:

@@ -209,6 +209,50 @@ def test_back_to_a_peft_that_loads_and_computes_the_same(bases: dict[str, Path],
         assert torch.equal(want, got)
 
 
+@pytest.mark.parametrize("case", ["p-tuning-v2-bert", "p-tuning-v2-roberta"])
+def test_a_head_that_peft_cannot_load(case: str, golden: Path, package: Any, tmp_path: Path) -> None:
+    """P-Tuning v2 pools otherwise than transformers does."""
+    base = package(case.rpartition("-")[2])
+    convert_prompt(golden / case, tmp_path / "prompt.safetensors", base=base)
+    with pytest.raises(SourceError, match="give --base"):
+        convert_prompt(tmp_path / "prompt.safetensors", tmp_path / "back", target="peft")
+    with pytest.raises(UnsupportedError, match="PEFT loads no other"):
+        convert_prompt(tmp_path / "prompt.safetensors", tmp_path / "back", target="peft", base=base)
+    assert not (tmp_path / "back").exists()
+
+
+@pytest.mark.parametrize("case", ["p-tuning-v2-tagging-bert", "p-tuning-v2-qa-bert"])
+def test_p_tuning_v2_to_a_peft_that_computes_the_same(case: str, golden: Path, package: Any, tmp_path: Path) -> None:
+    import peft
+    import transformers
+
+    convert_prompt(golden / case, tmp_path / "back", target="peft", base=package("bert"))
+    auto, options = (
+        (transformers.AutoModelForQuestionAnswering, {})
+        if "qa" in case
+        else (transformers.AutoModelForTokenClassification, {"num_labels": 3})
+    )
+    model = peft.PeftModel.from_pretrained(auto.from_pretrained(golden / "bert", **options), tmp_path / "back").eval()
+    expected = json.loads((golden / case / "expected.json").read_text("utf-8"))
+    for ids, want in zip(expected["input_ids"], expected["logits"], strict=True):
+        text = torch.tensor([ids])
+        with torch.no_grad():
+            out = model(input_ids=text, attention_mask=torch.ones_like(text))
+        got = torch.stack([out.start_logits[0], out.end_logits[0]], -1) if "qa" in case else out.logits[0]
+        assert (got - torch.tensor(want)).abs().max() < 1e-5
+
+
+def test_chatglm_names(tmp_path: Path) -> None:
+    """ChatGLM's checkpoints of P-Tuning v2: keys and values of few heads, one encoder for all layers."""
+    flat = np.random.default_rng(0).standard_normal((4, 3 * 2 * 2 * 4)).astype(np.float32)
+    torch.save({"transformer.prefix_encoder.embedding.weight": torch.from_numpy(flat)}, tmp_path / "pytorch_model.bin")
+    report = convert_prompt(tmp_path, tmp_path / "out.safetensors", base=facts())
+    assert report.source_format == "p-tuning-v2"
+    prefix = load_prompt(tmp_path / "out.safetensors").past_key_values
+    assert prefix is not None
+    np.testing.assert_array_equal(prefix[1, 1, 0, 2], flat[2].reshape(3, 2, 2, 4)[1, 1, 0])
+
+
 def test_onnx_adapter_holds_the_graphs_inputs(tmp_path: Path) -> None:
     import onnxruntime as ort
 
