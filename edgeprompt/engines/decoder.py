@@ -193,14 +193,7 @@ class DecoderEngine:
         """float32 [len(requests), hidden_size]: the last token's final hidden state."""
         if pooling not in (None, "last"):
             raise InputError(f"pooling {pooling!r} needs an encoder package; a decoder-only one gives 'last'")
-        check_states(self._graph)
-        made = []
-        for request in requests:
-            loaded, template = self._find(request)
-            ids = self._encode(request, loaded, template, Sampling(max_new_tokens=0))
-            made.append(Job(self._start(loaded, ids, 0), StateWork(self._graph), request.timeout))
-        jobs = [self._scheduler.submit(job, wait=True) for job in made]
-        return np.stack([job.result() for job in jobs])
+        return np.stack(self.run([replace(request, task="embed") for request in requests]))
 
     def close(self) -> None:
         """Fail what is waiting and stop the scheduler."""
@@ -265,10 +258,12 @@ class DecoderEngine:
         clock = Clock()
         loaded, template = self._find(request)
         task = request.task or (loaded.prompt.task if loaded else "generate")
-        if task == "classify" and loaded is not None and loaded.prompt.head_spec is not None:
+        head = loaded.prompt if task == "classify" and loaded and loaded.prompt.head_spec else None
+        if head is not None or task == "embed":
+            check_states(self._graph)
             sampling = Sampling(max_new_tokens=0)
             ids = self._encode(request, loaded, template, sampling)
-            work: Work = HeadWork(self._graph, loaded.prompt, clock)
+            work: Work = StateWork(self._graph) if head is None else HeadWork(self._graph, head, clock)
         elif task == "classify":
             sampling = Sampling(max_new_tokens=self._deepest(request, loaded), asked_length=True)
             ids = self._encode(request, loaded, template, sampling)
@@ -292,7 +287,7 @@ class DecoderEngine:
             )
         else:
             raise UnsupportedError(
-                f"run cannot do task {task!r} here; a decoder-only package classifies and generates, and has embed"
+                f"task {task!r} needs an encoder package; a decoder-only one can classify, generate and embed"
             )
         clock.input_tokens = len(ids)
         job = Job(self._start(loaded, ids, sampling.max_new_tokens), work, request.timeout)
