@@ -76,7 +76,7 @@ class Latency:
                     yield from self._generation(runtime, prompt)
                 tell("classify")
                 yield from self._throughput(runtime, prompt)
-            if self._cached:
+            if not self._encoder:
                 tell("prefill")
                 yield from self._prefill(runtime)
         if self._cached:

@@ -1,67 +1,98 @@
-"""The report as one HTML page without anything outside it: tables, and plots as SVG (matplotlib, extra `plot`)."""
+"""The report as one HTML page without anything outside it: key figures, plots, tables."""
 
 from __future__ import annotations
 
 import html
-import io
 import json
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from importlib.resources import files
 from string import Template
 from typing import Any
 
+from edgeprompt.bench.plots import line_plot, strip_plot
 from edgeprompt.bench.report import DEFINITIONS, EXCLUDED, Report, Result, readable
-from edgeprompt.errors import MissingDependencyError
 
+GROUPS = {
+    "Loading": ("cold_start", "warm_load", "add_prompt", "swap"),
+    "First answer": (
+        *("ttft_cached", "ttft_rerun", "ttft_prompt", "ttft_none", "ttft_hard"),
+        *("latency_prompt", "latency_none", "latency_hard"),
+    ),
+    "Decoding": ("tpot", "itl", "decode", "energy"),
+    "Throughput": ("prefill", "classify", "embed"),
+    "Memory": ("peak_rss", "peak_rss_anonymous", "peak_rss_file", "prompt_disk", "prompt_resident"),
+}
+"""Title of a table -> its tests, in order."""
 
-def require_plots() -> Any:
-    """The matplotlib module.
-
-    Raises:
-        MissingDependencyError: it is not installed.
-    """
-    try:
-        import matplotlib
-    except ImportError as error:
-        raise MissingDependencyError("--format html needs matplotlib: pip install 'edgeprompt[plot]'") from error
-    return matplotlib
+_SETTINGS = {
+    "prompt": "prompt", "provider": "provider", "n_threads": "threads", "batch_size": "batch", "n_prompt": "text",
+    "n_gen": "new", "n_depth": "cached", "n_tasks": "tasks",
+}  # fmt: skip
+_FIGURES = ("n", "min", "p50", "mean", "stddev", "p90", "p95", "p99")
 
 
 def to_html(report: Report) -> str:
-    """The page.
-
-    Raises:
-        MissingDependencyError: matplotlib is not installed.
-    """
-    plots = [
-        ("Latency distribution", _distribution),
-        ("Time to the first answer against text length", _against_length),
-        ("Memory against number of tasks", _against_tasks),
-        ("Throughput against rows per call", _against_batch),
-    ]
-    figures = [
-        f"<figure><figcaption>{title}</figcaption>{svg}</figure>"
-        for title, draw in plots
-        if (svg := _draw(draw, report.results)) is not None
-    ]
+    """The page."""
+    device, package, results = report.device, report.package, report.results
     page = Template(files("edgeprompt.bench").joinpath("page.html").read_text(encoding="utf-8"))
-    device = {**report.device, "throttling": report.throttling}
+    versions = ", ".join(f"{name} {number}" for name, number in device["versions"].items())
+    throttled = (
+        f"The same work took {report.throttling['slowdown']:.2f} times as long after as before: the device throttled, "
+        "or did other work. Do not trust these figures."
+    )
     return page.substitute(
-        title=html.escape(f"edgeprompt bench: {report.package['model']} ({report.package['precision']})"),
-        time=html.escape(report.test_time),
+        title=html.escape(f"{package['model']}, {package['precision']}: edgeprompt bench"),
+        device_line=html.escape(
+            f"{device['cpu']}, {device['cores_usable']} cores ({', '.join(device['isa']) or 'no known extensions'}), "
+            f"{readable(device['memory_bytes'], 'bytes')} memory, {', '.join(device['gpu']) or 'no GPU'}"
+        ),
+        run_line=html.escape(f"{report.test_time}, edgeprompt {device['edgeprompt']}, {versions}"),
+        warning=f'<p class="warn">{throttled}</p>' if report.throttling["seen"] else "",
+        cards="\n".join(_cards(results)),
+        figures="\n".join(
+            f"<figure><figcaption>{title}</figcaption>{draw(shown)}</figure>"
+            for title, choose, draw in _PLOTS
+            if (shown := [result for result in results if result.samples and choose(result)])
+        ),
+        results="\n".join(_table(title, report, tests) for title, tests in GROUPS.items()),
         excluded=html.escape(EXCLUDED),
-        device=_facts(device),
-        package=_facts(report.package),
-        figures="\n".join(figures),
-        results=_results(report),
         definitions="\n".join(
             f"<dt>{test}</dt><dd>{html.escape(DEFINITIONS[test])}</dd>"
-            for test in dict.fromkeys(result.test for result in report.results)
+            for test in dict.fromkeys(result.test for result in results)
         ),
+        device=_facts({**device, "throttling": report.throttling}),
+        package=_facts(package),
+        settings=_facts(report.settings),
     )
 
 
-def _facts(facts: Any) -> str:
+def _cards(results: Sequence[Result]) -> list[str]:
+    """What people look for first, of the first prompt and setting that was measured."""
+    first: dict[str, Result] = {}
+    for result in results:
+        if result.samples:
+            first.setdefault(result.test, result)
+    labelled = [result for result in results if result.test in ("classify", "embed") and result.summary]
+    answer = next((first[test] for test in ("ttft_cached", "ttft_prompt", "latency_prompt") if test in first), None)
+    best = max(labelled, key=lambda result: result.summary.p50 if result.summary else 0, default=None)
+    wanted = [
+        ("cold start", first.get("cold_start"), "process start to first answer"),
+        ("first answer", answer, f"{answer.n_prompt} tokens of text" if answer else ""),
+        ("decoding", first.get("decode"), "one row"),
+        ("texts", best, f"{best.batch_size} a call" if best else ""),
+        ("peak memory", first.get("peak_rss"), "one prompt"),
+        ("each further prompt", first.get("prompt_resident"), "keys and values resident"),
+    ]
+    return [
+        "<li>{}<b>{} <i>{}</i></b><small>{}</small></li>".format(
+            label, *readable(result.summary.p50, result.unit).split(" "), html.escape(note)
+        )
+        for label, result, note in wanted
+        if result is not None and result.summary is not None
+    ]
+
+
+def _facts(facts: Mapping[str, Any]) -> str:
     rows = []
     for key, value in facts.items():
         text = value if isinstance(value, str) else json.dumps(value)
@@ -69,88 +100,88 @@ def _facts(facts: Any) -> str:
     return "\n".join(rows)
 
 
-def _results(report: Report) -> str:
+def _table(title: str, report: Report, tests: Sequence[str]) -> str:
+    """Results of some tests; settings that are the same in all of them are left out."""
+    found = sorted((r for r in report.results if r.test in tests), key=lambda result: tests.index(result.test))
+    if not found:
+        return ""
+    # What belongs to no prompt says None: no reason to show a column.
+    shown = [name for name in _SETTINGS if len({getattr(one, name) for one in found} - {None}) > 1]
+    head = "".join(f'<th class="n">{name}</th>' for name in (*(_SETTINGS[name] for name in shown), *_FIGURES))
     rows = []
-    for result in report.results:
-        found = result.summary
-        numbers = (
-            ["no counter"] * 6
-            if found is None
-            else [
-                readable(getattr(found, name), result.unit) for name in ("p50", "mean", "stddev", "p90", "p95", "p99")
-            ]
-        )
-        cells = [
-            result.test, result.prompt or "", result.provider, result.n_threads or "all", result.batch_size,
-            result.n_prompt, result.n_gen, result.n_depth, result.n_tasks, found.n if found else 0, *numbers,
-        ]  # fmt: skip
-        rows.append("<tr>" + "".join(f"<td>{html.escape(str(cell))}</td>" for cell in cells) + "</tr>")
-    return "\n".join(rows)
+    for result in found:
+        summary = result.summary
+        cells = [str(getattr(result, name) or "") for name in shown]
+        if summary is None:
+            cells += ["0", "no counter", *[""] * (len(_FIGURES) - 2)]
+            unit = result.unit
+        else:
+            figures = [readable(getattr(summary, name), result.unit).split(" ") for name in _FIGURES[1:]]
+            cells += [str(summary.n), *(number for number, _ in figures)]
+            unit = figures[0][1]
+        numbers = "".join(f'<td class="n">{html.escape(cell)}</td>' for cell in cells)
+        rows.append(f"<tr><td><code>{result.test}</code></td><td>{unit}</td>{numbers}</tr>")
+    body = "\n".join(rows)
+    hashes = "".join(
+        f"<p class='soft'>Generated tokens, {result.batch_size} a call: SHA-256 <code>{result.output_hash}</code></p>"
+        for result in found
+        if result.output_hash
+    )
+    table = f'<div class="wide"><table><tr><th>test</th><th>unit</th>{head}</tr>\n{body}\n</table></div>'
+    return f"<h3>{title}</h3>\n{table}{hashes}"
 
 
-def _draw(draw: Callable[[Any, Sequence[Result]], bool], results: Sequence[Result]) -> str | None:
-    """A plot as an SVG element; None where there is nothing to plot."""
-    matplotlib = require_plots()
-    from matplotlib.figure import Figure
-
-    figure = Figure(figsize=(7, 3.6), layout="constrained")
-    axes = figure.add_subplot()
-    if not draw(axes, results):
-        return None
-    axes.grid(visible=True, alpha=0.3)
-    axes.legend(fontsize=8)
-    file = io.StringIO()
-    with matplotlib.rc_context({"svg.fonttype": "none"}):  # text stays text
-        figure.savefig(file, format="svg", metadata={"Date": None})
-    text = file.getvalue()
-    return text[text.index("<svg") :]
+def _label(result: Result, among: Sequence[Result], *names: str) -> str:
+    """The test, and which of the settings named tell it from the others."""
+    parts = [
+        f"{getattr(result, name) or 'all'} {_SETTINGS[name]}" if name in ("n_threads", "n_prompt") else
+        str(getattr(result, name))
+        for name in (*names, "prompt", "provider", "n_threads")
+        if len({getattr(one, name) for one in among if name != "prompt" or one.prompt}) > 1 and getattr(result, name)
+    ]  # fmt: skip
+    return f"{result.test} ({', '.join(parts)})" if parts else result.test
 
 
-def _distribution(axes: Any, results: Sequence[Result]) -> bool:
-    """Share of samples at or below a latency."""
-    shown = [r for r in results if r.samples and (r.test.startswith(("ttft", "latency_")) or r.test in ("tpot", "itl"))]
-    shortest = min((r.n_prompt for r in shown), default=0)
+def _strips(shown: Sequence[Result]) -> str:
+    rows: dict[str, tuple[float, ...]] = {}
     for result in shown:
-        if result.n_prompt not in (0, shortest) and result.test != "ttft_hard":
-            continue
-        ordered = sorted(result.samples)
-        shares = [(place + 1) / len(ordered) for place in range(len(ordered))]
-        axes.step([value / 1e6 for value in ordered], shares, where="post", label=_label(result))
-    axes.set(xlabel="milliseconds", ylabel="share of samples", xscale="log")
-    return bool(shown)
+        label = f"{result.test} {result.n_prompt or ''}".strip() if result.test not in ("tpot", "itl") else result.test
+        alike = [one for one in shown if one.test == result.test and one.n_prompt == result.n_prompt]
+        if len(alike) > 1:
+            label = _label(result, alike, "batch_size")
+        rows[label] = tuple(value / 1e6 for value in result.samples)
+    return strip_plot(rows, x="milliseconds")
 
 
-def _against_length(axes: Any, results: Sequence[Result]) -> bool:
-    shown = [r for r in results if r.test.startswith(("ttft", "latency_")) and r.test != "ttft_hard"]
-    _lines(axes, shown, lambda result: result.n_prompt, 1e6)
-    axes.set(xlabel="tokens of the text", ylabel="milliseconds (p50)", ylim=(0, None))
-    return bool(shown)
-
-
-def _against_tasks(axes: Any, results: Sequence[Result]) -> bool:
-    shown = [r for r in results if r.test.startswith("peak_rss")]
-    _lines(axes, shown, lambda result: result.n_tasks, 1e6)
-    axes.set(xlabel="prompts loaded", ylabel="MB", xscale="log", ylim=(0, None))
-    return bool(shown)
-
-
-def _against_batch(axes: Any, results: Sequence[Result]) -> bool:
-    shown = [r for r in results if r.test in ("decode", "classify", "embed") and r.samples]
-    _lines(axes, shown, lambda result: result.batch_size, 1)
-    axes.set(xlabel="rows per call", ylabel="tokens/s or texts/s (p50)", ylim=(0, None))
-    return bool(shown)
-
-
-def _lines(axes: Any, results: Sequence[Result], place: Callable[[Result], int], scale: float) -> None:
-    lines: dict[str, list[tuple[int, float]]] = {}
-    for result in results:
+def _lines(shown: Sequence[Result], place: str, scale: float, **axes: Any) -> str:
+    lines: dict[str, list[tuple[float, float]]] = {}
+    for result in shown:
         if result.summary is not None:
-            lines.setdefault(_label(result), []).append((place(result), result.summary.p50 / scale))
-    for label, points in lines.items():
-        xs, ys = zip(*sorted(points), strict=True)
-        axes.plot(xs, ys, marker="o", label=label)
+            point = (float(getattr(result, place)), result.summary.p50 / scale)
+            lines.setdefault(_label(result, shown), []).append(point)
+    return line_plot(lines, **axes)
 
 
-def _label(result: Result) -> str:
-    threads = f", {result.n_threads} threads" if result.n_threads else ""
-    return f"{result.test} ({result.prompt or 'no prompt'}, {result.provider}{threads})"
+_Plot = tuple[str, Callable[[Result], bool], Callable[[Sequence[Result]], str]]
+_PLOTS: tuple[_Plot, ...] = (
+    (
+        "Latency: every sample, bar at the median",
+        lambda result: result.test.startswith(("ttft", "latency_")) or result.test in ("tpot", "itl"),
+        _strips,
+    ),
+    (
+        "First answer against length of the text",
+        lambda result: result.test.startswith(("ttft", "latency_")) and not result.test.endswith("_hard"),
+        lambda shown: _lines(shown, "n_prompt", 1e6, x="tokens of the text", y="milliseconds (p50)"),
+    ),
+    (
+        "Memory against number of prompts",
+        lambda result: result.test.startswith("peak_rss"),
+        lambda shown: _lines(shown, "n_tasks", 1e6, x="prompts loaded", y="MB", log_x=True),
+    ),
+    (
+        "Throughput against rows of a call",
+        lambda result: result.test in ("decode", "classify", "embed"),
+        lambda shown: _lines(shown, "batch_size", 1, x="rows of a call", y="tokens/s or texts/s (p50)"),
+    ),
+)

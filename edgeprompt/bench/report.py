@@ -246,7 +246,7 @@ def to_md(report: Report) -> str:
         *(f"- GPU: {gpu}" for gpu in device["gpu"]),
         f"- package {package['hash']}, {readable(package['size_bytes'], 'bytes')}",
         f"- clock: the same work took {report.throttling['slowdown']:.2f} times as long after as before"
-        + (" (throttled: do not trust these figures)" if report.throttling["seen"] else ""),
+        + (" (throttled, or busy with other work: do not trust these figures)" if report.throttling["seen"] else ""),
         f"- {EXCLUDED}",
         "",
         HEAD,

@@ -116,10 +116,7 @@ def command(
 
 
 def _writer(kind: str) -> Callable[[Any], str]:
-    from edgeprompt.bench.page import require_plots, to_html
+    from edgeprompt.bench.page import to_html
     from edgeprompt.bench.report import TEXT_FORMATS
 
-    if kind == "html":
-        require_plots()
-        return to_html
-    return TEXT_FORMATS[kind]
+    return to_html if kind == "html" else TEXT_FORMATS[kind]
