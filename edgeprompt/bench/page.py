@@ -113,7 +113,7 @@ def _table(title: str, report: Report, tests: Sequence[str]) -> str:
         summary = result.summary
         cells = [str(getattr(result, name) or "") for name in shown]
         if summary is None:
-            cells += ["0", "no counter", *[""] * (len(_FIGURES) - 2)]
+            cells += ["0", result.absent, *[""] * (len(_FIGURES) - 2)]
             unit = result.unit
         else:
             figures = [readable(getattr(summary, name), result.unit).split(" ") for name in _FIGURES[1:]]

@@ -53,7 +53,8 @@ EXCLUDED = (
 )
 
 HEAD = (
-    "| test | prompt | provider | threads | batch | text | new | cached | tasks | n | p50 | mean ± stddev | p95 | p99 |"
+    "| test | prompt | provider | threads | batch | text | new | cached | tasks "
+    "| n | min | p50 | mean ± stddev | p90 | p95 | p99 |"
 )
 
 
@@ -82,6 +83,11 @@ class Result:
     def summary(self) -> Summary | None:
         """Statistics; None without samples (a counter that the device lacks)."""
         return summarise(self.samples) if self.samples else None
+
+    @property
+    def absent(self) -> str:
+        """Why there may be no samples."""
+        return "no counter" if self.test == "energy" else "no sample"
 
     @property
     def key(self) -> tuple[Any, ...]:
@@ -275,15 +281,12 @@ def to_md(report: Report) -> str:
 def _shown(result: Result) -> list[str]:
     found = result.summary
     if found is None:
-        return ["0", "no counter", "", "", ""]
-    spread = f"{readable(found.mean, result.unit)} ± {readable(found.stddev, result.unit)}"
-    return [
-        str(found.n),
-        readable(found.p50, result.unit),
-        spread,
-        readable(found.p95, result.unit),
-        readable(found.p99, result.unit),
-    ]
+        return ["0", result.absent, *[""] * 5]
+    low, middle, mean, stddev, *high = (
+        readable(value, result.unit)
+        for value in (found.min, found.p50, found.mean, found.stddev, found.p90, found.p95, found.p99)
+    )
+    return [str(found.n), low, middle, f"{mean} ± {stddev}", *high]
 
 
 def readable(value: float | None, unit: str) -> str:
