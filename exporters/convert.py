@@ -200,7 +200,8 @@ def _template(item: ForeignPrompt, written: str | None) -> Template:
     if item.template is not None:
         template = item.template
     else:
-        template = Template.parse(written if written is not None else "{text}" if deep else "{prompt}{text}")
+        slots = "{question}{context}" if item.task == "qa" else "{text}"
+        template = Template.parse(written if written is not None else slots if deep else f"{{prompt}}{slots}")
     if deep:
         return template.without_prompt()
     if not any(isinstance(part, VirtualTokens) for part in template.parts):

@@ -11,6 +11,7 @@ import numpy as np
 
 from edgeprompt import names
 from edgeprompt.errors import SourceError, UnsupportedError
+from edgeprompt.template import Literal, Slot, Template, VirtualTokens
 from exporters.importers.foreign import (
     Array,
     BaseFacts,
@@ -86,9 +87,12 @@ def read(source: Path, base: BaseFacts | None, options: ReadOptions) -> list[For
         source={"format": "peft", "peft_type": kind, "task_type": task_type},
         found=(f"PEFT {kind} for {task_type}", *(f"{name} {list(tensor.shape)}" for name, tensor in tensors.items())),
     )
-    prompt = _with_head(prompt, tensors, task_type, base)
+    deep = kind in ("PREFIX_TUNING", "CARTRIDGE")
+    prompt = _with_head(prompt, tensors, task_type, base, deep=deep)
+    if task_type == "QUESTION_ANS" and options.template is None:
+        prompt = replace(prompt, template=_without_segments(base, deep=deep))
     rows = tensors[_ROWS]
-    if kind in ("PREFIX_TUNING", "CARTRIDGE"):
+    if deep:
         return [replace(prompt, past_key_values=_prefix(rows, config, base), prompt_embeddings=None)]
     if kind != "MULTITASK_PROMPT_TUNING":
         return [_with_rows(prompt, rows, config, base)]
@@ -162,8 +166,9 @@ def _compose(rows: Array, tensors: Mapping[str, Array]) -> list[Array]:
 
 
 def _with_head(
-    prompt: ForeignPrompt, tensors: Mapping[str, Array], task_type: str, base: BaseFacts | None
+    prompt: ForeignPrompt, tensors: Mapping[str, Array], task_type: str, base: BaseFacts | None, *, deep: bool
 ) -> ForeignPrompt:
+    """The task's head. Behind embedding prompts, PEFT trains question answering on positions that do not count them."""
     head = {
         name.removeprefix("base_model.").removeprefix("model."): tensor
         for name, tensor in tensors.items()
@@ -178,9 +183,32 @@ def _with_head(
         return prompt
     facts = need_base(base, f"a {task_type} adapter", "the base's family says what its head does")
     spec, used = describe_head(head, task_type, facts)
+    if task_type == "QUESTION_ANS" and not deep:
+        spec = replace(spec, input="tokens_unshifted")
     kept = {name: tensor for name, tensor in head.items() if name.rpartition(".")[0] in used}
     dropped = tuple(f"{name}: not part of the {task_type} head" for name in head if name not in kept)
     return replace(prompt, head=kept, head_spec=spec, dropped=(*prompt.dropped, *dropped))
+
+
+def _without_segments(base: BaseFacts | None, *, deep: bool) -> Template | None:
+    """A question and its context in one segment: PEFT's forward for question answering drops `token_type_ids`.
+
+    None where the tokenizer gives a pair no segments; the default template is right then.
+    """
+    if base is None or base.tokenizer is None:
+        return None
+    one = list(base.tokenizer.encode("a", add_special_tokens=False))
+    if hasattr(base.tokenizer, "encode_pair"):
+        ids, _, segments, _ = base.tokenizer.encode_pair("a", "a")
+    else:
+        pair = base.tokenizer("a", "a", return_token_type_ids=True)
+        ids, segments = pair["input_ids"], pair["token_type_ids"]
+    places = [at for at in range(len(ids)) if list(ids[at : at + len(one)]) == one]
+    if not any(segments) or len(places) != 2:
+        return None
+    between = base.tokenizer.decode(list(ids[places[0] + len(one) : places[1]]), skip_special_tokens=False)
+    front = () if deep else (VirtualTokens(),)
+    return Template((*front, Slot("question"), Literal(between), Slot("context")))
 
 
 def _trainable_tokens(
