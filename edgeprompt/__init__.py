@@ -1,39 +1,44 @@
 """One frozen language model on a device, many tasks: soft prompts served from one quantised ONNX graph."""
 
-from edgeprompt.engines import EngineOptions
-from edgeprompt.errors import (
-    BaseMismatchError,
-    CapacityError,
-    DataError,
-    EdgePromptError,
-    ExportError,
-    InputError,
-    MissingDependencyError,
-    PackageError,
-    PromptFileError,
-    PromptNotFoundError,
-    ProviderError,
-    RequestCancelledError,
-    RequestTimeoutError,
-    SourceError,
-    TemplateError,
-    TuningError,
-    UnsupportedError,
-    ValidationError,
-)
-from edgeprompt.golden import GoldenCheck
-from edgeprompt.prompt_file import PromptFile, load_prompt, save_prompt
-from edgeprompt.request import (
-    Answer,
-    Classification,
-    Generation,
-    GenerationOptions,
-    Request,
-    Span,
-    Tagging,
-    Timings,
-)
-from edgeprompt.runtime import Runtime, load
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from edgeprompt.engines import EngineOptions
+    from edgeprompt.errors import (
+        BaseMismatchError,
+        CapacityError,
+        DataError,
+        EdgePromptError,
+        ExportError,
+        InputError,
+        MissingDependencyError,
+        PackageError,
+        PromptFileError,
+        PromptNotFoundError,
+        ProviderError,
+        RequestCancelledError,
+        RequestTimeoutError,
+        SourceError,
+        TemplateError,
+        TuningError,
+        UnsupportedError,
+        ValidationError,
+    )
+    from edgeprompt.golden import GoldenCheck
+    from edgeprompt.prompt_file import PromptFile, load_prompt, save_prompt
+    from edgeprompt.request import (
+        Answer,
+        Classification,
+        Generation,
+        GenerationOptions,
+        Request,
+        Span,
+        Tagging,
+        Timings,
+    )
+    from edgeprompt.runtime import Runtime, load
 
 __version__ = "0.1.0"
 
@@ -72,3 +77,23 @@ __all__ = [
     "load_prompt",
     "save_prompt",
 ]
+
+_MODULES = ("errors", "request", "prompt_file", "engines", "golden", "runtime")
+"""Where the public names are defined, the lightest first."""
+
+
+def __getattr__(name: str) -> Any:
+    """Import on first use: numpy and the rest take a tenth of a second, and `--help` needs none of it."""
+    if name in __all__:
+        from importlib import import_module
+
+        for module in _MODULES:
+            found = vars(import_module(f"{__name__}.{module}")).get(name)
+            if found is not None:
+                globals()[name] = found
+                return found
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__all__})

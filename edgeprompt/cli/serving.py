@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import os
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from itertools import islice
@@ -47,6 +48,8 @@ def runtime_options(command: F) -> F:
 @contextmanager
 def open_runtime(package: Path, *, provider: str, threads: int | None) -> Iterator[Runtime]:
     """A runtime over a package, closed at the end."""
+    # ONNX Runtime has threads of its own; those that numpy's OpenBLAS starts on import would cost 45 ms and never work.
+    os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")
     import edgeprompt
 
     runtime = edgeprompt.load(package, provider=provider, threads=threads)
