@@ -72,7 +72,7 @@ RESTORE = (
 )
 MINILM_DEEP = (
     *("--method", "p-tuning-v2", "--virtual-tokens", 8),
-    *("--steps", 1000, "--lr", 0.005, "--max-length", 96),
+    *("--steps", 600, "--lr", 0.005, "--max-length", 96),
 )
 RECIPES = {
     "sentiment": Recipe("sentiment", SENTIMENT, test="movie"),
