@@ -32,6 +32,7 @@ from exporters.importers.openprompt_template import read_template
 
 BASE = BaseFacts(Base("tiny", "sha256:1"), "decoder-only", "llama", Geometry(60, 16, 3, 4, 2, 4))
 BERT = BaseFacts(Base("tiny", "sha256:1"), "encoder-only", "bert", Geometry(60, 16, 3, 4, 4, 4))
+T5 = BaseFacts(Base("tiny", "sha256:1"), "encoder-decoder", "t5", Geometry(60, 16, 3, 4, 4, 4, 0, 3))
 ROWS = np.ones((4, 16), np.float32)
 
 
@@ -272,6 +273,23 @@ def test_options_that_contradict(options: dict[str, Any], match: str, tmp_path: 
     source = adapter(tmp_path / "a")
     with pytest.raises((InputError, SourceError, TemplateError), match=match):
         convert_prompt(source, tmp_path / "out.safetensors", **{"base": BASE, **options})
+
+
+@pytest.mark.parametrize(
+    ("task_type", "base"),
+    [
+        ("TOKEN_CLS", BASE),
+        ("QUESTION_ANS", BASE),
+        ("SEQ_CLS", T5),
+        ("TOKEN_CLS", T5),
+        ("QUESTION_ANS", T5),
+        ("FEATURE_EXTRACTION", T5),
+    ],
+)
+def test_tasks_that_a_base_does_not_serve(task_type: str, base: BaseFacts, tmp_path: Path) -> None:
+    source = adapter(tmp_path / "a", {"task_type": task_type})
+    with pytest.raises(UnsupportedError, match="not served|no embeddings"):
+        convert_prompt(source, tmp_path / "out.safetensors", base=base)
 
 
 def test_head_labels_are_counted(tmp_path: Path) -> None:
