@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import os
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -26,6 +27,7 @@ def main() -> None:
     parser.add_argument("--threads", type=int)
     arguments = parser.parse_args()
     path = Path(arguments.prompts)
+    os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")  # as `edgeprompt run` does: they would never work here
     if arguments.job == "first":
         _answer(arguments, [path])
         print(json.dumps({"answered": True}), flush=True)
