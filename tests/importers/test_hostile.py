@@ -288,7 +288,7 @@ def test_options_that_contradict(options: dict[str, Any], match: str, tmp_path: 
 )
 def test_tasks_that_a_base_does_not_serve(task_type: str, base: BaseFacts, tmp_path: Path) -> None:
     source = adapter(tmp_path / "a", {"task_type": task_type})
-    with pytest.raises(UnsupportedError, match="not served|no embeddings"):
+    with pytest.raises(UnsupportedError, match=r"not served|no embeddings"):
         convert_prompt(source, tmp_path / "out.safetensors", base=base)
 
 
