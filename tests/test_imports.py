@@ -27,7 +27,15 @@ def command(*args):
 def test_import():
     found, _ = modules_after("import edgeprompt")
     assert not found & set(HEAVY)
-    assert not found & {"rich", "onnxruntime"}
+    assert not found & {"rich", "onnxruntime", "numpy", "tokenizers"}
+
+
+def test_public_names_come_on_first_use():
+    found, _ = modules_after(
+        "import edgeprompt\nassert all(hasattr(edgeprompt, name) for name in edgeprompt.__all__)\n"
+        "assert not hasattr(edgeprompt, 'no_such_name')\nfrom edgeprompt import *\nload, Request, EdgePromptError"
+    )
+    assert not found & set(HEAVY)
 
 
 @pytest.mark.parametrize("name", ["", "tune", "export", "convert", "run", "eval", "bench", "inspect", "validate"])
