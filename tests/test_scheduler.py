@@ -204,6 +204,12 @@ def test_kv_budget_bounds_the_batch(load: Load, monkeypatch: pytest.MonkeyPatch)
     assert graph_of(runtime)._cache._buffer.nbytes <= 2 * 256 * position
 
 
+@pytest.mark.parametrize("limit", [{"max_batch": 0}, {"max_queue": 0}, {"kv_budget": 0}, {"prefix_budget": -1}])
+def test_limits_under_which_nothing_runs_are_refused(limit: dict[str, int]) -> None:
+    with pytest.raises(edgeprompt.InputError, match=f"{next(iter(limit))} is"):
+        EngineOptions(**limit)
+
+
 def test_close_fails_what_is_in_flight(load: Load, slow: Any) -> None:
     runtime = load(max_batch=2)
     go = slow(runtime)

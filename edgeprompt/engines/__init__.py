@@ -12,6 +12,7 @@ import numpy as np
 import numpy.typing as npt
 
 from edgeprompt import names
+from edgeprompt.errors import InputError
 from edgeprompt.package import Package
 from edgeprompt.prompt_file import PromptFile
 from edgeprompt.prompt_source import PromptSource
@@ -44,6 +45,17 @@ class EngineOptions:
     """Give a quantised decoder's generations the same tokens whatever else runs, at a slower lone generation."""
     cache_folder: str | os.PathLike[str] | None = None
     """Folder of the optional on-disk prefix-KV cache."""
+
+    def __post_init__(self) -> None:
+        """Refuse limits under which nothing could run.
+
+        Raises:
+            InputError: names the limit.
+        """
+        for name, least in (("max_batch", 1), ("max_queue", 1), ("prefix_budget", 0), ("kv_budget", 1)):
+            value = getattr(self, name)
+            if value is not None and value < least:
+                raise InputError(f"{name} is {value}; it must be at least {least}")
 
 
 class Engine(Protocol):
