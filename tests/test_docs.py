@@ -31,8 +31,9 @@ def test_links_lead_somewhere(page):
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: page.relative_to(ROOT).as_posix())
 def test_commands_parse(page):
     """Every `edgeprompt ...` line in a shell block is a command with options that exist."""
-    for block in re.findall(r"```(?:sh|bash|console)\n(.*?)```", page.read_text("utf-8"), re.DOTALL):
-        for line in block.replace("\\\n", " ").splitlines():
+    for kind, block in re.findall(r"```(sh|bash|console)\n(.*?)```", page.read_text("utf-8"), re.DOTALL):
+        lines = block.replace("\\\n", " ").splitlines()
+        for line in lines if kind != "console" else [line for line in lines if line.startswith("$ ")]:
             words = shlex.split(line.removeprefix("$ "), comments=True)
             if not words or words[0] != "edgeprompt":
                 continue
