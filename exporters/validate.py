@@ -111,14 +111,29 @@ class DecoderGraph:
         rows: Floats,
     ) -> tuple[Floats, dict[str, npt.NDArray[Any]]]:
         """Logits of the last position, [batch, vocab_size], and the cache grown by this piece."""
+        result = self._outputs(ids, mask, past, rows)
+        grown = {name: result[name.replace(names.PAST_KEY_VALUES, "present")] for name in past}
+        return result[names.LOGITS][:, -1].astype(np.float32), grown
+
+    def last_state(self, ids: npt.NDArray[np.int64], rows: Floats) -> Floats:
+        """`hidden_states` of the last position behind one row of ids, [hidden_size]."""
+        found = self._outputs(ids[None], np.ones((1, len(ids)), np.int64), self.empty_past(), rows)
+        state: Floats = found[names.HIDDEN_STATES][0, -1].astype(np.float32)
+        return state
+
+    def _outputs(
+        self,
+        ids: npt.NDArray[np.int64],
+        mask: npt.NDArray[np.int64],
+        past: Mapping[str, npt.NDArray[Any]],
+        rows: Floats,
+    ) -> dict[str, npt.NDArray[Any]]:
         feeds = {names.INPUT_IDS: ids, names.ATTENTION_MASK: mask, **past}
         if names.PROMPT_EMBEDDINGS in self.inputs:
             feeds[names.PROMPT_EMBEDDINGS] = rows
         if names.POSITION_IDS in self.inputs:
             feeds[names.POSITION_IDS] = (np.maximum(mask.cumsum(1) - 1, 0))[:, -ids.shape[1] :]
-        result = dict(zip(self.outputs, self.session.run(None, feeds), strict=True))
-        grown = {name: result[name.replace(names.PAST_KEY_VALUES, "present")] for name in past}
-        return result[names.LOGITS][:, -1].astype(np.float32), grown
+        return dict(zip(self.outputs, self.session.run(None, feeds), strict=True))
 
 
 def validate_decoder(
@@ -136,6 +151,8 @@ def validate_decoder(
     ends = [_compare(loaded.model, graph, case, rows, tally) for case in cases]
     _compare_ragged(loaded.model, graph, cases[:3], ends[:3], rows, tally)
     measured: dict[str, Any] = tally.report()
+    if names.HIDDEN_STATES in graph.outputs:
+        measured[names.HIDDEN_STATES] = _compare_states(loaded.model, graph, cases[1], rows, manifest.precision)
     measured["greedy_agreement"] = _greedy(loaded, graph, rows, _text_ids(loaded, manifest)[0])
     measured["prompts"] = {prompt.name: _prompt_report(loaded, graph, prompt) for prompt in prompts}
     _judge(measured, manifest.precision)
@@ -225,6 +242,27 @@ def _compare_ragged(
     logits, _ = graph.run(following[:, None], mask, batch, rows)
     for row, case in enumerate(cases):
         tally.add(logits[row], reference_logits(model, np.append(case.ids, following[row]), rows))
+
+
+def _compare_states(model: Any, graph: DecoderGraph, case: _Case, rows: Floats, precision: str) -> dict[str, float]:
+    """What heads read, against what PyTorch's output layer reads."""
+    taken: list[Floats] = []
+    hook = model.get_output_embeddings().register_forward_pre_hook(
+        lambda _, given: taken.append(given[0][0, -1].float().numpy().copy())
+    )
+    try:
+        reference_logits(model, case.ids, rows)
+    finally:
+        hook.remove()
+    want, got = taken[0], graph.last_state(case.ids, rows)
+    worst, scale = float(np.abs(got - want).max()), float(np.abs(want).max())
+    correlation, tolerance = float(np.corrcoef(got, want)[0, 1]), TOLERANCE.get(precision)
+    if (tolerance is not None and not worst <= tolerance * scale) or not correlation >= LEAST_CORRELATION:
+        raise ValidationError(
+            f"{precision} {names.HIDDEN_STATES} differ from what PyTorch's output layer reads by {worst:.3g} of "
+            f"{scale:.3g}, correlation {correlation:.3f}; no package was written"
+        )
+    return {"max_difference": round(worst, 6), "scale": round(scale, 4), "correlation": round(correlation, 5)}
 
 
 def _greedy(loaded: LoadedBase, graph: DecoderGraph, rows: Floats, start: npt.NDArray[np.int64]) -> float:
