@@ -151,11 +151,11 @@ def validate_decoder(
     ends = [_compare(loaded.model, graph, case, rows, tally) for case in cases]
     _compare_ragged(loaded.model, graph, cases[:3], ends[:3], rows, tally)
     measured: dict[str, Any] = tally.report()
-    if names.HIDDEN_STATES in graph.outputs:
-        measured[names.HIDDEN_STATES] = _compare_states(loaded.model, graph, cases[1], rows, manifest.precision)
     measured["greedy_agreement"] = _greedy(loaded, graph, rows, _text_ids(loaded, manifest)[0])
     measured["prompts"] = {prompt.name: _prompt_report(loaded, graph, prompt) for prompt in prompts}
     _judge(measured, manifest.precision)
+    if names.HIDDEN_STATES in graph.outputs:
+        measured[names.HIDDEN_STATES] = _compare_states(loaded.model, graph, cases[1], rows, manifest.precision)
     return measured
 
 
