@@ -108,6 +108,8 @@ def open_session(
         options.intra_op_num_threads = threads
     options.inter_op_num_threads = 1
     options.add_session_config_entry("session.intra_op.allow_spinning", "1" if spinning else "0")
+    # Signed 8-bit weights are the quickest with VNNI and saturate on AVX2 without it, where this makes them unsigned.
+    options.add_session_config_entry("session.x64quantprecision", "1")
     providers = [full] if name == "cpu" else [full, _PROVIDERS["cpu"]]
     try:
         session = ort.InferenceSession(str(path), options, providers=providers)

@@ -17,8 +17,7 @@ from exporters.encoder_validate import validate_encoder
 from exporters.geometry import geometry_of
 from exporters.graft import graft_virtual_tokens
 from exporters.load import LoadedBase
-from exporters.quantize import quantize_graph
-from exporters.row_quantize import quantize_rows
+from exporters.quantize import SIGNED_7, quantize_graph
 
 
 def build(loaded: LoadedBase, options: ExportOptions, folder: Path, scratch: Path) -> BuiltGraphs:
@@ -32,8 +31,7 @@ def build(loaded: LoadedBase, options: ExportOptions, folder: Path, scratch: Pat
         raise UnsupportedError("the genai route builds decoders only; give --route torch, or leave it out")
     geometry = geometry_of(loaded.config)
     model = trace_graph(loaded)
-    weights = quantize_graph(model, options.precision, loaded.model, signed=True)
-    quantize_rows(model)
+    weights = quantize_graph(model, options.precision, loaded.model, levels=SIGNED_7)
     width = geometry.embedding_size or geometry.hidden_size
     graft_virtual_tokens(model, vocab_size=geometry.vocab_size, hidden_size=width, door=options.door)
     save_graph(model, folder / GRAPH)

@@ -65,7 +65,7 @@ def export_model(
     Args:
         base: Hugging Face id, local folder, `.gguf` file, or a base that is loaded already.
         out: The package's folder; must not exist unless `force`.
-        precision: "fp32", "fp16", "int8" (dynamic, unsigned) or "int4" (weight-only, blocks of 32).
+        precision: "fp32", "fp16", "int8" (weights by column, activations by row) or "int4" (weight-only, blocks of 32).
         route: "genai", "torch", "onnx", or "auto": genai where its builder knows the family, else torch.
         provider: "cpu" or "cuda": what the graph's operators and types are chosen for.
         prompts: Prompt files to validate with and to put into the package.

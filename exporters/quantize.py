@@ -13,12 +13,14 @@ from edgeprompt import names
 from exporters.blockwise import BlockWeights, quantize_affine, quantize_blocks, quantize_symmetric
 from exporters.fuse import drop_unused
 from exporters.linears import Linear, WeightIndex, find_linears, initializer_tensor, is_constant
+from exporters.row_quantize import quantize_rows
 
 BLOCK = 32
 TABLE_BLOCK = 64
 """Blocks of embedding tables and lm_heads, which have 8 bits; larger ones take fewer bytes for scales."""
-SIGNED_LEVELS = 63
-"""Largest magnitude of signed weights: AVX2 adds two products with 8-bit activations in 16 bits, and they still fit."""
+SIGNED_8, SIGNED_7 = 127, 63
+"""Largest magnitudes of signed weights. AVX2 adds two products with 8-bit activations in 16 bits, where those of 7-bit
+weights always fit; 8-bit ones need ONNX Runtime's `session.x64quantprecision` there, which the runtime sets."""
 MIN_WEIGHTS = 4096
 """Smaller matrices stay in float: their bytes do not matter, their precision may."""
 
@@ -47,31 +49,35 @@ class WeightRecord:
     """(parameter, rows, stored transposed) from top to bottom, see `exporters.linears.WeightIndex`."""
 
 
-def quantize_graph(model: ir.Model, precision: str, torch_model: Any, *, signed: bool = False) -> list[dict[str, Any]]:
+def quantize_graph(
+    model: ir.Model, precision: str, torch_model: Any, *, levels: int = SIGNED_8
+) -> list[dict[str, Any]]:
     """Quantise in place: "int4", "int8", or "fp16" (weights stored as float16); "fp32" only shares tied weights.
 
     int4 is MatMulNBits, blocks of 32 with float offsets, accuracy_level 4 (activations to int8 inside the kernel);
-    the embedding and lm_head have 8 bits: 4 there cost half as much as in all layers together. int8 is dynamic with
-    unsigned weights and activations (U8U8: U8S8 saturates on x86 without VNNI); its lm_head stays blockwise. An
-    embedding table goes through GatherBlockQuantized and shares the lm_head's weights where they are tied.
+    the embedding and lm_head have 8 bits: 4 there cost half as much as in all layers together. int8 has a
+    scale for every column of a weight and every row of its activations (`exporters.row_quantize`); its lm_head stays
+    blockwise. An embedding table goes through GatherBlockQuantized and shares the lm_head's weights where they are
+    tied.
 
     Args:
         model: The graph, in float32.
         precision: As above.
         torch_model: Whose parameters the graph's constants are.
-        signed: int8 weights as signed integers of 7 bits, symmetric (U8S7). Products of those and unsigned activations
-            saturate nowhere, and processors with VNNI multiply them several times as fast as U8U8.
+        levels: largest magnitude of int8 weights, `SIGNED_8` or `SIGNED_7`.
 
     Returns:
         A `WeightRecord` as a dictionary for each quantised weight whose parameters are known.
     """
-    return _Quantizer(model, precision, torch_model, signed).run()
+    records = _Quantizer(model, precision, torch_model, levels).run()
+    quantize_rows(model)
+    return records
 
 
 class _Quantizer:
-    def __init__(self, model: ir.Model, precision: str, torch_model: Any, signed: bool) -> None:
+    def __init__(self, model: ir.Model, precision: str, torch_model: Any, levels: int) -> None:
         self.graph = model.graph
-        self.precision, self.signed = precision, signed
+        self.precision, self.levels = precision, levels
         self.index = WeightIndex(torch_model)
         self.records: list[dict[str, Any]] = []
         self._sums: dict[ir.Value, ir.Value] = {}
@@ -227,25 +233,16 @@ class _Quantizer:
 
     def _dynamic(self, linear: Linear) -> None:
         weight = linear.weight().float()
+        scale = weight.abs().amax(1, keepdim=True).clamp(min=1e-12) / self.levels
+        integers = torch.round(weight / scale).to(torch.int8)
         stem = linear.value.name
-        zeros = None
-        if self.signed:
-            scale = weight.abs().amax(1, keepdim=True).clamp(min=1e-12) / SIGNED_LEVELS
-            integers = torch.round(weight / scale).to(torch.int8)
-        else:
-            low = weight.amin(1, keepdim=True).clamp(max=0)
-            high = weight.amax(1, keepdim=True).clamp(min=0)
-            scale = (high - low).clamp(min=1e-12) / 255
-            zero = torch.round(-low / scale).clamp(0, 255)
-            integers = torch.round(weight / scale + zero).clamp(0, 255).to(torch.uint8)
-            zeros = self._initializer(f"{stem}_zero_points", zero.squeeze(1).to(torch.uint8).numpy())
-        codes = self._initializer(f"{stem}_{'s' if self.signed else 'u'}8", integers.T.contiguous().numpy())
+        codes = self._initializer(f"{stem}_s8", integers.T.contiguous().numpy())
         scales = self._initializer(f"{stem}_scales", scale.squeeze(1).numpy())
-        inputs = [linear.node.inputs[0], codes, scales, zeros]
+        inputs = [linear.node.inputs[0], codes, scales, None]
         if linear.bias is not None:
             inputs.append(linear.bias)
         self._replace(linear.node, "DynamicQuantizeMatMul", inputs, {})
-        self._record(weight, codes, scales, zeros, "columns", 8, columns=weight.shape[1])
+        self._record(weight, codes, scales, None, "columns", 8, columns=weight.shape[1])
 
     def _quantize_table(self, embedding: ir.Node) -> None:
         table = embedding.inputs[0]

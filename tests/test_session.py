@@ -43,3 +43,8 @@ def test_a_graph_that_does_not_load(tmp_path: Path) -> None:
     path.write_bytes(b"no graph")
     with pytest.raises(PackageError, match=r"cannot load graph 'model.onnx'"):
         open_session(path, provider="cpu")
+
+
+def test_signed_weights_do_not_saturate_anywhere(tiny_llama_package: Path) -> None:
+    session = open_session(tiny_llama_package / "model.onnx", provider="cpu")
+    assert session.ort.get_session_options().get_session_config_entry("session.x64quantprecision") == "1"

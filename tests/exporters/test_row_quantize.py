@@ -1,4 +1,4 @@
-"""int8 of encoders: weights whose products no processor saturates, and what tuning for the package gets to see."""
+"""int8: weights whose products no processor saturates, and what tuning for the package gets to see."""
 
 from __future__ import annotations
 
@@ -12,11 +12,11 @@ from onnx import numpy_helper
 
 from exporters.dequantize import load_package_weights
 from exporters.load import load_base
-from exporters.quantize import SIGNED_LEVELS
+from exporters.quantize import SIGNED_7
 
 
 def test_two_products_fit_the_sixteen_bits_that_avx2_adds_them_in(encoder_package: Callable[..., Path]) -> None:
-    assert 2 * 255 * SIGNED_LEVELS < 1 << 15
+    assert 2 * 255 * SIGNED_7 < 1 << 15
     graph = onnx.load(encoder_package("BERT", "int8") / "model.onnx").graph
     tensors = {tensor.name: tensor for tensor in graph.initializer}
     weights = [node.input[1] for node in graph.node if node.op_type == "MatMulIntegerToFloat"]
@@ -24,7 +24,7 @@ def test_two_products_fit_the_sixteen_bits_that_avx2_adds_them_in(encoder_packag
     for name in weights:
         codes = numpy_helper.to_array(tensors[name])
         assert codes.dtype == np.int8
-        assert np.abs(codes).max(0).tolist() == [SIGNED_LEVELS] * codes.shape[1]
+        assert np.abs(codes).max(0).tolist() == [SIGNED_7] * codes.shape[1]
 
 
 def test_tuning_for_the_package_sees_its_weights(
@@ -35,6 +35,6 @@ def test_tuning_for_the_package_sees_its_weights(
     name = "bert.encoder.layer.0.intermediate.dense.weight"
     assert name in found.parameters
     before, after = (dict(one.model.named_parameters())[name].detach() for one in (plain, loaded))
-    step = before.abs().amax(1, keepdim=True) / SIGNED_LEVELS
+    step = before.abs().amax(1, keepdim=True) / SIGNED_7
     assert torch.all((before - after).abs() <= step / 2 + 1e-6)
     assert not torch.equal(before, after)
