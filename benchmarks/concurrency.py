@@ -43,7 +43,7 @@ ROOT = Path(__file__).resolve().parent.parent
 SHIPPED = ROOT / "examples" / "prompts"
 REQUESTS, PROMPTS, CLIENTS = 200, 20, 16
 BATCH, TASKS, NEW_TOKENS = 16, 8, 32
-ROUNDS = 5
+ROUNDS = 7
 SAMPLES = 1000
 
 
@@ -56,7 +56,7 @@ def texts(count: int, rng: random.Random) -> list[str]:
 def make_prompts(
     package: Package, count: int, *, lengths: Sequence[int] = (16,), deep: bool = False
 ) -> list[PromptFile]:
-    """The shipped prompts of this base, then prompts of rows drawn from theirs; every fifth has random keys and values."""
+    """The shipped prompts of this base, then some of rows drawn from theirs; `deep`: every fifth of random KV."""
     shipped = [load_prompt(path) for path in sorted(SHIPPED.glob("*.safetensors"))]
     shipped = [prompt for prompt in shipped if prompt.base.fingerprint == package.manifest.base.fingerprint]
     if not shipped:
@@ -103,6 +103,15 @@ def answer(result: Any) -> Any:
     return result.label if isinstance(result, Classification) else result.token_ids
 
 
+def step_sizes(runtime: Runtime) -> list[int]:
+    """A list that gets the number of rows of every decode step from now on."""
+    graph: Any = runtime._engine._scheduler._graph  # type: ignore[attr-defined]
+    sizes: list[int] = []
+    real = graph.decode
+    graph.decode = lambda ids, lengths: (sizes.append(len(ids)), real(ids, lengths))[1]
+    return sizes
+
+
 def equality(package: Package, threads: int, *, batch_invariant: bool = False) -> dict[str, Any]:
     """Every result from many threads at random times against the same request alone."""
     rng = random.Random(0)
@@ -113,6 +122,7 @@ def equality(package: Package, threads: int, *, batch_invariant: bool = False) -
             runtime.add_prompt(prompt)
         requests = [random_request(rng, prompts, text) for text in texts(REQUESTS, rng)]
         alone = [runtime.run([request])[0] for request in requests]
+        sizes = step_sizes(runtime)
         found: list[Any] = [None] * REQUESTS
         waits = [rng.random() * 0.2 for _ in requests]
 
@@ -148,6 +158,7 @@ def equality(package: Package, threads: int, *, batch_invariant: bool = False) -
         "client_threads": CLIENTS,
         "other_answers": other,
         "decisions": tokens,
+        "rows_of_a_step": {"mean": statistics.mean(sizes), "max": max(sizes)},
         "near_tie_rate": other / tokens,
         "largest_score_difference": scores,
     }
@@ -179,7 +190,7 @@ def mixed(package: Package, threads: int) -> dict[str, Any]:
     first = prompts[0]
     # One template and verbalizer, so that only the prompt differs and the work is the same.
     tasks = [dataclasses.replace(prompt, template=first.template, verbalizer=first.verbalizer) for prompt in prompts]
-    lines = texts(4 * BATCH, rng)
+    lines = texts(2 * BATCH, rng)
     options = GenerationOptions(max_new_tokens=NEW_TOKENS)
     with Runtime(endless(package), EngineOptions(threads=threads, max_batch=BATCH)) as runtime:
         for task in tasks:
@@ -203,6 +214,7 @@ def mixed(package: Package, threads: int) -> dict[str, Any]:
     return {
         "rows": BATCH,
         "tasks": TASKS,
+        "texts_to_classify": len(lines),
         "new_tokens": NEW_TOKENS,
         "generation_tokens_per_second": ratio(generation, "mixed", "one_task"),
         "classifications_per_second": ratio(labels, "mixed", "one_task"),

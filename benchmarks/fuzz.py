@@ -34,7 +34,7 @@ from edgeprompt import EdgePromptError, EngineOptions, GenerationOptions, Prompt
 from edgeprompt.generation import Detokenizer
 from edgeprompt.manifest import Manifest
 from edgeprompt.package import open_package
-from edgeprompt.prompt_file import METADATA_KEY, Golden, TunedFor, from_bytes
+from edgeprompt.prompt_file import METADATA_KEY, Golden, Head, HeadStep, TunedFor, from_bytes
 from edgeprompt.sampling import Sampler, resolve
 from edgeprompt.template import Template
 
@@ -124,6 +124,14 @@ def mostly(good: st.SearchStrategy[Any], odd: st.SearchStrategy[Any]) -> st.Sear
     return st.integers(0, 15).flatmap(lambda number: good if number else odd)
 
 
+def with_metadata(file: bytes, metadata: Any) -> bytes:
+    """A prompt file with other metadata."""
+    (size,) = struct.unpack("<Q", file[:8])
+    header = json.loads(file[8 : 8 + size]) | {"__metadata__": {METADATA_KEY: dumps(metadata).decode()}}
+    text = dumps(header)
+    return struct.pack("<Q", len(text)) + text + file[8 + size :]
+
+
 CUTS = st.lists(st.tuples(st.floats(0, 1), st.integers(-1, 255)), min_size=1, max_size=4)
 
 
@@ -194,20 +202,28 @@ class Targets:
 
     @cached_property
     def _prompt_file(self) -> tuple[st.SearchStrategy[Any], Callable[[Any], bool]]:
-        """Metadata of a good file, changed."""
-        whole = self._prompt("p9")
-        rows = np.asarray(whole.prompt_embeddings).tobytes()
+        """Metadata of good files (virtual tokens, a prefix, a head), changed."""
+        whole, size = self._prompt("p9"), self._package.manifest.geometry
+        shape = (size.num_layers, 2, size.num_key_value_heads, 4, size.head_size)
+        head = {"score.weight": np.ones((2, size.hidden_size), np.float32), "score.bias": np.ones(2, np.float32)}
+        kinds = [
+            whole,
+            dataclasses.replace(
+                whole, method="prefix-tuning", prompt_embeddings=None, past_key_values=np.ones(shape, np.float32)
+            ),
+            dataclasses.replace(
+                whole, verbalizer={}, calibration=(), head=head, head_spec=Head("last", (HeadStep("linear", "score"),))
+            ),
+        ]
 
-        def check(metadata: Any) -> bool:
-            spec = {"dtype": "F32", "shape": list(np.shape(whole.prompt_embeddings)), "data_offsets": [0, len(rows)]}
-            header = dumps({"__metadata__": {METADATA_KEY: dumps(metadata).decode()}, names.PROMPT_EMBEDDINGS: spec})
-            prompt = from_bytes(struct.pack("<Q", len(header)) + header + rows)
-            again = from_bytes(prompt.to_bytes())
-            assert again.metadata() == prompt.metadata()
+        def check(case: tuple[PromptFile, Any]) -> bool:
+            kind, metadata = case
+            prompt = from_bytes(with_metadata(kind.to_bytes(), metadata))
+            assert from_bytes(prompt.to_bytes()).metadata() == prompt.metadata()
             self._served(prompt)
             return True
 
-        return mutations(whole.metadata()), check
+        return st.sampled_from(kinds).flatmap(lambda kind: st.tuples(st.just(kind), mutations(kind.metadata()))), check
 
     @cached_property
     def _prompt_bytes(self) -> tuple[st.SearchStrategy[Any], Callable[[Any], bool]]:
