@@ -53,6 +53,9 @@ def _save_hf(gguf: Path, out: Path) -> None:
     # transformers 4 (Optimum's) reads the base of the rotary embedding here, and would take a default without a word.
     config.setdefault("rope_theta", config.get("rope_parameters", {}).get("rope_theta"))
     (scratch / "config.json").write_text(json.dumps(config, indent=1), encoding="utf-8")
+    tokenizer = json.loads((scratch / "tokenizer_config.json").read_text(encoding="utf-8"))
+    tokenizer["tokenizer_class"] = "PreTrainedTokenizerFast"  # transformers 4 does not know the class that 5 names
+    (scratch / "tokenizer_config.json").write_text(json.dumps(tokenizer, indent=1), encoding="utf-8")
     scratch.replace(out)
 
 
