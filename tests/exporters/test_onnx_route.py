@@ -329,3 +329,18 @@ def test_missing_graphs_and_configs(folders: dict[str, Path], tmp_path: Path) ->
         export_model(tmp_path / "bare", tmp_path / "no", route="onnx")
     with pytest.raises((BaseMismatchError, PackageError), match="fingerprint"):
         export_model(folders["gpt2"], tmp_path / "no", route="onnx", against=folders["llama"])
+
+
+def test_external_data_stays_inside_the_folder(tmp_path: Path) -> None:
+    (tmp_path / "source").mkdir()
+    shutil.copy(GOLDEN / "bert/config.json", tmp_path / "source")
+    model = onnx.load(GOLDEN / "bert/model.onnx")
+    table = next(tensor for tensor in model.graph.initializer if tensor.dims[:1] == [VOCAB])
+    (tmp_path / "secret.bin").write_bytes(onnx.numpy_helper.to_array(table).tobytes())
+    table.ClearField("raw_data")
+    table.data_location = onnx.TensorProto.EXTERNAL
+    table.external_data.add(key="location", value="../secret.bin")
+    (tmp_path / "source/model.onnx").write_bytes(model.SerializeToString())
+    with pytest.raises(SourceError, match="outside the base directory"):
+        export_model(tmp_path / "source", tmp_path / "out", route="onnx")
+    assert not (tmp_path / "out").exists()
