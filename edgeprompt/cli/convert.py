@@ -8,6 +8,7 @@ from collections.abc import Sequence
 
 import click
 
+from edgeprompt.cli import console
 from edgeprompt.errors import InputError
 
 # Written out, so that --help imports nothing; a test compares them with exporters.importers and exporters.convert.
@@ -47,6 +48,7 @@ def command(
     Output ending in .safetensors: prompt file; .onnx_adapter: adapter for stock ONNX Runtime; .npy: bare table; a
     folder: one prompt file per task, or a PEFT adapter with --to peft. Several SOURCEs make one table (--to trtllm).
     """
+    console.quiet_libraries()
     from exporters.convert import convert_prompt
 
     report = convert_prompt(

@@ -7,6 +7,8 @@ import os
 import re
 import shlex
 import shutil
+import subprocess
+import sys
 from fractions import Fraction
 from pathlib import Path
 
@@ -84,3 +86,13 @@ def test_the_guide_prints_what_it_says(specimens: Path) -> None:
         DOC.write_text(found, encoding="utf-8")
     assert DOC.read_text("utf-8") == found
     assert len(BLOCK.findall(found)) > 10
+
+
+def test_nothing_else_stands_on_the_terminal(tmp_path: Path) -> None:
+    """In a process of its own: libraries that load a base have much to say."""
+    command = ["-m", "edgeprompt", "convert", str(GOLDEN / "p-tuning-v2-bert"), "-o", str(tmp_path / "out.safetensors")]
+    done = subprocess.run(
+        [sys.executable, *command, "--base", str(GOLDEN / "bert")], capture_output=True, text=True, check=True
+    )
+    assert done.stdout == f"{tmp_path / 'out.safetensors'}\n"
+    assert {line.partition(":")[0] for line in done.stderr.splitlines()} == {"found", "dropped"}
