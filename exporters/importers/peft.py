@@ -95,7 +95,7 @@ def read(source: Path, base: BaseFacts | None, options: ReadOptions) -> list[For
         prompt = replace(prompt, template=_without_segments(base, deep=deep))
     rows = tensors[_ROWS]
     if deep:
-        return [replace(prompt, past_key_values=_prefix(rows, config, base), prompt_embeddings=None)]
+        return [_with_prefix(prompt, rows, config, base)]
     if kind != "MULTITASK_PROMPT_TUNING":
         return [_with_rows(prompt, rows, config, base)]
     composed = _compose(rows, tensors)
@@ -135,7 +135,9 @@ def _with_rows(prompt: ForeignPrompt, rows: Array, config: Mapping[str, Any], ba
     return replace(prompt, prompt_embeddings=rows[:count], dropped=(*prompt.dropped, unused))
 
 
-def _prefix(rows: Array, config: Mapping[str, Any], base: BaseFacts | None) -> Array:
+def _with_prefix(
+    prompt: ForeignPrompt, rows: Array, config: Mapping[str, Any], base: BaseFacts | None
+) -> ForeignPrompt:
     """Keys and values per layer, in the layers where PEFT puts them.
 
     Under grouped-query attention the config's num_attention_heads and token_dim are those of keys and values. With two
@@ -148,9 +150,16 @@ def _prefix(rows: Array, config: Mapping[str, Any], base: BaseFacts | None) -> A
             f"{_ROWS} has {len(rows)} rows, the config says {config['num_virtual_tokens']} virtual tokens"
         )
     prefix = as_prefix(rows, _ROWS, layers, heads, base)
-    if _submodules(config) == 2:
-        prefix = np.ascontiguousarray(prefix[[2 * layer % layers for layer in range(layers)]])
-    return prefix
+    if _submodules(config) != 2:
+        return replace(prompt, past_key_values=prefix)
+    slots = [2 * layer % layers for layer in range(layers)]
+    unused = sorted(set(range(layers)) - set(slots))
+    dropped = (
+        [f"layers {', '.join(map(str, unused))} of the prefix: PEFT reads layer 2i modulo {layers} for decoder layer i"]
+        if unused
+        else []
+    )
+    return replace(prompt, past_key_values=np.ascontiguousarray(prefix[slots]), dropped=(*prompt.dropped, *dropped))
 
 
 def _compose(rows: Array, tensors: Mapping[str, Array]) -> list[Array]:

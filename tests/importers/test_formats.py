@@ -173,6 +173,21 @@ ROUND_TRIPS = {
 }
 
 
+def test_what_peft_never_reads_is_dropped(tmp_path: Path) -> None:
+    t5 = facts("encoder-decoder", "t5", layers=4)
+    flat = np.random.default_rng(1).standard_normal((4, 64)).astype(np.float32)
+    config = {"task_type": "SEQ_2_SEQ_LM", "num_transformer_submodules": 2}
+    deep = {**config, **PREFIX, "num_layers": 4, "peft_type": "PREFIX_TUNING"}
+    report = convert_prompt(
+        write_peft(tmp_path / "deep", {"prompt_embeddings": flat}, **deep), tmp_path / "deep.safetensors", base=t5
+    )
+    assert report.dropped == ("layers 1, 3 of the prefix: PEFT reads layer 2i modulo 4 for decoder layer i",)
+    prompt = write_peft(tmp_path / "rows", {"prompt_embeddings": rows(8)}, **config)
+    report = convert_prompt(prompt, tmp_path / "rows.safetensors", base=t5)
+    assert "prompt_embeddings[4:8]" in report.dropped[0]
+    assert load_prompt(tmp_path / "rows.safetensors").num_virtual_tokens == 4
+
+
 @pytest.mark.parametrize("case", ROUND_TRIPS)
 def test_peft_round_trip_gives_the_same_bytes(case: str, tmp_path: Path) -> None:
     base, tensors, config = ROUND_TRIPS[case]
