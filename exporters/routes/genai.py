@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import importlib.util
 import io
+import logging
 import os
 import sys
 from collections.abc import Iterator
@@ -88,12 +89,17 @@ def _builder_config(loaded: LoadedBase) -> Any:
 
 
 def _import_builder() -> Any:
+    root = logging.getLogger()
+    before = [*root.handlers], root.level
     try:
         from onnxruntime_genai.models import builder
     except ImportError as error:
         raise MissingDependencyError(
             "the genai route needs onnxruntime-genai: pip install 'edgeprompt[export]', or use --route torch"
         ) from error
+    finally:
+        # One of its modules configures logging for the whole process, and every library's notes would be on stderr.
+        root.handlers[:], root.level = before
     return builder
 
 
