@@ -43,7 +43,7 @@ ROOT = Path(__file__).resolve().parent.parent
 SHIPPED = ROOT / "examples" / "prompts"
 REQUESTS, PROMPTS, CLIENTS = 200, 20, 16
 BATCH, TASKS, NEW_TOKENS = 16, 8, 32
-ROUNDS = 7
+ROUNDS = 15
 SAMPLES = 1000
 
 
