@@ -56,6 +56,11 @@ class _Commands(click.Group):
             raise _Failed(str(error)) from error
         except ModuleNotFoundError as error:
             raise _Failed(str(_missing(error))) from error
+        except Exception as error:
+            # Libraries written in Rust (tokenizers, safetensors) report a full disk as kinds of their own.
+            if "(os error " not in str(error):
+                raise
+            raise _Failed(str(error)) from error
 
 
 def _missing(error: ModuleNotFoundError) -> Exception:
