@@ -144,7 +144,8 @@ def _label(result: Result, among: Sequence[Result], *names: str) -> str:
 
 def _strips(shown: Sequence[Result]) -> str:
     rows: dict[str, tuple[float, ...]] = {}
-    for result in shown:
+    order = [test for tests in GROUPS.values() for test in tests]
+    for result in sorted(shown, key=lambda result: (order.index(result.test), result.n_prompt, result.batch_size)):
         label = f"{result.test} {result.n_prompt or ''}".strip() if result.test not in ("tpot", "itl") else result.test
         alike = [one for one in shown if one.test == result.test and one.n_prompt == result.n_prompt]
         if len(alike) > 1:
