@@ -7,6 +7,7 @@ import pytest
 from click.testing import CliRunner
 
 from edgeprompt import load, save_prompt
+from edgeprompt.bench.workload import synthetic_prompt
 from edgeprompt.cli import main
 from edgeprompt.errors import DataError, InputError
 from edgeprompt.package import open_package
@@ -100,3 +101,18 @@ def test_refusals_come_before_the_exports(tiny_llama_base, prompt, data, tmp_pat
     with pytest.raises(InputError, match="have their precision already"):
         export_best(tiny_llama_base, tmp_path / "p", prompts=[prompt], data=data, route="onnx")
     assert os.listdir(tmp_path) == ["bad.jsonl"]
+
+
+@pytest.mark.parametrize("architecture", ["encoder", "seq2seq"])
+def test_every_architecture(architecture, request, tmp_path):
+    family = {"encoder": "BERT", "seq2seq": "T5"}[architecture]
+    base = request.getfixturevalue(f"{architecture}_base")(family)
+    package = open_package(request.getfixturevalue(f"{architecture}_package")(family))
+    prompt, rows = tmp_path / "mood.safetensors", tmp_path / "rows.jsonl"
+    save_prompt(synthetic_prompt(package), prompt)
+    rows.write_text("".join(json.dumps({"text": text, "label": "positive"}) + "\n" for text in TEXTS))
+    report = export_best(base, tmp_path / "package", prompts=[prompt], data=rows, tolerance=100)
+    lines = report.manifest.extra["precision_choice"]["candidates"]
+    assert [line["precision"] for line in lines] == ["fp32", "int8", "int4"]
+    assert sum(line["verdict"] == "chosen" for line in lines) == 1
+    assert report.manifest.prompts == ("prompts/mood.safetensors",)
