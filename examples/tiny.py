@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import argparse
 import csv
-from collections.abc import Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -67,13 +67,13 @@ def padded(rows: list[list[int]], value: int) -> torch.Tensor:
     return torch.nn.utils.rnn.pad_sequence(tensors, batch_first=True, padding_value=value)
 
 
-def train(model: Any, batches: Iterator[dict[str, torch.Tensor]], steps: int) -> None:
-    """Adam, from `RATE` down along a line."""
+def train(model: Any, next_loss: Callable[[], torch.Tensor], steps: int) -> None:
+    """Adam, from `RATE` down along a line; `next_loss` is the loss on the next batch."""
     optimizer = torch.optim.AdamW(model.parameters(), lr=RATE)
     schedule = torch.optim.lr_scheduler.LinearLR(optimizer, 1.0, 0.05, steps)
     model.train()
     for step in range(1, steps + 1):
-        loss = model(**next(batches)).loss
+        loss = next_loss()
         loss.backward()
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         optimizer.step()
@@ -104,18 +104,20 @@ def bert(folder: Path, steps: int) -> None:
     )
     encoded = tokenizer(texts)["input_ids"]
 
-    def batches() -> Iterator[dict[str, torch.Tensor]]:
-        generator = torch.Generator().manual_seed(0)
-        while True:
-            rows = [encoded[index] for index in drawn(len(encoded), generator)]
-            ids = padded([row[-LENGTH:] for row in rows], PAD)
-            hidden = (torch.rand(ids.shape, generator=generator) < MASKED) & (ids > CLS)
-            for row, one in zip(hidden, rows, strict=True):
-                row[min(len(one), LENGTH) - VERDICT] = True
-            labels = ids.masked_fill(~hidden, IGNORED)
-            yield {"input_ids": ids.masked_fill(hidden, MASK), "attention_mask": (ids != PAD).long(), "labels": labels}
+    model = BertForMaskedLM(config)
+    generator = torch.Generator().manual_seed(0)
 
-    save(BertForMaskedLM(config), tokenizer, batches(), folder, steps)
+    def next_loss() -> torch.Tensor:
+        rows = [encoded[index] for index in drawn(len(encoded), generator)]
+        ids = padded([row[-LENGTH:] for row in rows], PAD)
+        hidden = (torch.rand(ids.shape, generator=generator) < MASKED) & (ids > CLS)
+        for row, one in zip(hidden, rows, strict=True):
+            row[min(len(one), LENGTH) - VERDICT] = True
+        states = model.bert(ids.masked_fill(hidden, MASK), attention_mask=(ids != PAD).long()).last_hidden_state
+        # The output layer costs more than all others together; it sees the masks alone.
+        return torch.nn.functional.cross_entropy(model.cls(states[hidden]), ids[hidden])
+
+    save(model, tokenizer, next_loss, folder, steps)
 
 
 def t5(folder: Path, steps: int) -> None:
@@ -139,26 +141,28 @@ def t5(folder: Path, steps: int) -> None:
     )
     texts, answers = (tokenizer(list(column))["input_ids"] for column in zip(*pairs, strict=True))
 
-    def batches() -> Iterator[dict[str, torch.Tensor]]:
-        generator = torch.Generator().manual_seed(0)
-        while True:
-            chosen = drawn(len(pairs), generator)
-            ids = padded([texts[index] for index in chosen], PAD)
-            labels = padded([answers[index] for index in chosen], IGNORED)
-            yield {"input_ids": ids, "attention_mask": (ids != PAD).long(), "labels": labels}
+    model = T5ForConditionalGeneration(config)
+    generator = torch.Generator().manual_seed(0)
 
-    save(T5ForConditionalGeneration(config), tokenizer, batches(), folder, steps)
+    def next_loss() -> torch.Tensor:
+        chosen = drawn(len(pairs), generator)
+        ids = padded([texts[index] for index in chosen], PAD)
+        labels = padded([answers[index] for index in chosen], IGNORED)
+        loss: torch.Tensor = model(input_ids=ids, attention_mask=(ids != PAD).long(), labels=labels).loss
+        return loss
+
+    save(model, tokenizer, next_loss, folder, steps)
 
 
 def save(
     model: Any,
     tokenizer: PreTrainedTokenizerFast,
-    batches: Iterator[dict[str, torch.Tensor]],
+    next_loss: Callable[[], torch.Tensor],
     folder: Path,
     steps: int,
 ) -> None:
     """Train, and write a transformers folder."""
-    train(model, batches, steps)
+    train(model, next_loss, steps)
     model.save_pretrained(folder)
     tokenizer.save_pretrained(folder)
     print(f"{folder}: {model.num_parameters() / 1e6:.1f} million parameters")
@@ -168,7 +172,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("kind", choices=("bert", "t5"))
     parser.add_argument("folder", type=Path)
-    parser.add_argument("--steps", type=int, default=1500)
+    parser.add_argument("--steps", type=int, default=1000)
     options = parser.parse_args()
     disable_progress_bar()
     torch.manual_seed(0)
