@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import math
 from collections.abc import Mapping
 from typing import Any, TypeVar
 
@@ -11,7 +12,7 @@ T = TypeVar("T")
 
 
 def loads(text: str | bytes) -> Any:
-    """`json.loads` that refuses duplicate keys, NaN and Infinity.
+    """`json.loads` that refuses duplicate keys, NaN and Infinity (also where a number like 1e999 reads as one).
 
     Raises:
         ValueError: the text is no strict JSON.
@@ -26,8 +27,14 @@ def loads(text: str | bytes) -> Any:
     def constant(name: str) -> Any:
         raise ValueError(f"{name} is not allowed")
 
+    def number(text: str) -> float:
+        found = float(text)
+        if not math.isfinite(found):
+            raise ValueError(f"the number {text} is too large")
+        return found
+
     try:
-        return json.loads(text, object_pairs_hook=pairs, parse_constant=constant)
+        return json.loads(text, object_pairs_hook=pairs, parse_constant=constant, parse_float=number)
     except RecursionError as error:
         raise ValueError("nested too deeply") from error
 

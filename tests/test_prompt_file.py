@@ -153,6 +153,7 @@ HOSTILE_METADATA = [
     (lambda m: m.update(template=[{"slot": {}}]), "template"),
     (lambda m: m.update(calibration=["1", "2"]), "calibration must be int or float"),
     (lambda m: m.update(calibration=[10**400, 1]), "int too large"),
+    (lambda m: m.update(name="a\ud800b"), "surrogates not allowed"),
     (lambda m: m.update(golden={"fields": {}, "token_ids": 3}), "token_ids must be list"),
     (lambda m: m.update(golden={"fields": {}, "token_ids": ["3"]}), "token id must be int"),
     (lambda m: m.update(golden={"fields": {}, "token_ids": [-3]}), "token id is -3"),
