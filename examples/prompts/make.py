@@ -18,8 +18,6 @@ from edgeprompt import load_prompt, save_prompt
 
 DATA = WORK / "data"
 HERE = Path(__file__).resolve().parent
-TEST_ROWS = 400
-"""Most held-out rows that a prompt is measured on."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -36,6 +34,8 @@ class Recipe:
     metric: str = "accuracy"
     test: str | None = None
     """Stem of the test set, where it is another than `data`."""
+    test_rows: int = 400
+    """Most held-out rows that the prompt is measured on."""
 
     def files(self) -> tuple[Path, Path, Path]:
         """Training, dev and test file."""
@@ -56,7 +56,7 @@ SENTIMENT = (
     *("--template", r"{prompt}{text}\nSentiment:"),
     *("--verbalizer", "negative= negative", "--verbalizer", "positive= positive"),
     *("--init-text", "Decide whether the sentiment of this text is negative or positive.\n"),
-    *("--virtual-tokens", 16, "--steps", 60, "--max-length", 96),
+    *("--virtual-tokens", 16, "--steps", 70, "--max-length", 96),
 )
 SOURCE = (
     *("--template", r"{prompt}{text}\nSource:"),
@@ -75,7 +75,7 @@ MINILM_DEEP = (
     *("--steps", 600, "--lr", 0.005, "--max-length", 96),
 )
 RECIPES = {
-    "sentiment": Recipe("sentiment", SENTIMENT, test="movie"),
+    "sentiment": Recipe("movie", SENTIMENT, test_rows=1000),
     "source": Recipe("source", SOURCE),
     "restore": Recipe("restore", RESTORE, metric="bleu"),
     "minilm-sentiment": Recipe("sentiment", MINILM_DEEP, MINILM, "int8", test="movie"),
@@ -90,7 +90,7 @@ def make(name: str, recipe: Recipe) -> None:
     if not draft.exists():
         edgeprompt(*recipe.command(draft), "--log", WORK / "logs" / name)
     (score,) = edgeprompt_json(
-        *("eval", folder, test, "--prompt", draft, "--metric", recipe.metric, "--limit", TEST_ROWS)
+        *("eval", folder, test, "--prompt", draft, "--metric", recipe.metric, "--limit", recipe.test_rows)
     )
     prompt = load_prompt(draft)
     measured = {key: score[key] for key in ("metric", "value", "standard_error", "n")}
