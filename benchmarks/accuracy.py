@@ -59,7 +59,8 @@ def answers(served: str, seeds: int, limit: int | None) -> dict[str, dict[str, l
             **{f"seed {seed}": load_prompt(prompt(seed)) for seed in range(seeds)},
         }
         for name, file in wanted.items():
-            path = FOLDER / f"{served}-{version}-{file.sha256[:12]}-{limit}.json"
+            content = name if name == ZERO_SHOT else file.sha256[:12]
+            path = FOLDER / f"{served}-{version}-{content}-{limit}.json"
             if not path.exists():
                 runtime.add_prompt(file, name=name)
                 path.write_text(json.dumps({data: right(runtime, name, data, limit) for data in SETS}))
