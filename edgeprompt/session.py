@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from edgeprompt.errors import InputError, MissingDependencyError, PackageError, ProviderError
+from edgeprompt.graph_cache import GraphCache
 
 _PROVIDERS = {
     "cpu": "CPUExecutionProvider",
@@ -83,7 +84,12 @@ def choose_provider(provider: str) -> tuple[str, str]:
 
 
 def open_session(
-    path: str | os.PathLike[str], *, provider: str = "auto", threads: int | None = None, spinning: bool = True
+    path: str | os.PathLike[str],
+    *,
+    provider: str = "auto",
+    threads: int | None = None,
+    spinning: bool = True,
+    cache: GraphCache | None = None,
 ) -> Session:
     """Open a graph.
 
@@ -92,6 +98,7 @@ def open_session(
         provider: "auto", "cpu", "cuda", another provider's short or full name.
         threads: intra-op threads; None lets ONNX Runtime take one per physical core.
         spinning: whether idle threads spin between operators (faster answers, busier cores).
+        cache: where this graph is kept as packed for the CPU; None packs it at every start.
 
     Raises:
         ProviderError: the provider is not there, or did not start.
@@ -100,19 +107,13 @@ def open_session(
     """
     if threads is not None and threads < 1:
         raise InputError(f"threads is {threads}; it must be at least 1, or None for one per core")
-    ort = import_onnxruntime()
     name, full = choose_provider(provider)
-    options = ort.SessionOptions()
-    options.log_severity_level = 3
-    if threads is not None:
-        options.intra_op_num_threads = threads
-    options.inter_op_num_threads = 1
-    options.add_session_config_entry("session.intra_op.allow_spinning", "1" if spinning else "0")
-    # Signed 8-bit weights are the quickest with VNNI and saturate on AVX2 without it, where this makes them unsigned.
-    options.add_session_config_entry("session.x64quantprecision", "1")
     providers = [full] if name == "cpu" else [full, _PROVIDERS["cpu"]]
+    session = _open_cached(cache, path, threads, spinning) if cache is not None and name == "cpu" else None
     try:
-        session = ort.InferenceSession(str(path), options, providers=providers)
+        if session is None:
+            options = _options(threads, spinning)
+            session = import_onnxruntime().InferenceSession(str(path), options, providers=providers)
     except Exception as error:  # onnxruntime raises its own family without a common base
         text = str(error).splitlines()[0]
         if name != "cpu" and full in text:
@@ -124,3 +125,30 @@ def open_session(
             "check its driver and libraries, or use provider='cpu'"
         )
     return Session(session, name, "cuda" if name in ("cuda", "tensorrt") else "cpu")
+
+
+def _options(threads: int | None, spinning: bool) -> Any:
+    options = import_onnxruntime().SessionOptions()
+    options.log_severity_level = 3
+    if threads is not None:
+        options.intra_op_num_threads = threads
+    options.inter_op_num_threads = 1
+    options.add_session_config_entry("session.intra_op.allow_spinning", "1" if spinning else "0")
+    # Signed 8-bit weights are the quickest with VNNI and saturate on AVX2 without it, where this makes them unsigned.
+    options.add_session_config_entry("session.x64quantprecision", "1")
+    return options
+
+
+def _open_cached(cache: GraphCache, path: str | os.PathLike[str], threads: int | None, spinning: bool) -> Any:
+    """A session on the packed graph, which is written first where there is none; None where neither can be done."""
+    ort = import_onnxruntime()
+    packed, options = cache.find(), _options(threads, spinning)
+    try:
+        if packed is not None:
+            options.graph_optimization_level = ort.GraphOptimizationLevel.ORT_DISABLE_ALL  # it is optimised
+            return ort.InferenceSession(str(packed), options, providers=[_PROVIDERS["cpu"]])
+        with cache.writing(options):
+            return ort.InferenceSession(str(path), options, providers=[_PROVIDERS["cpu"]])
+    except Exception as error:  # onnxruntime raises its own family without a common base
+        cache.drop(str(error).splitlines()[0])
+        return None

@@ -12,6 +12,12 @@ from edgeprompt.package import Package, open_package
 from edgeprompt.runtime import Runtime
 
 
+def prepare(work: dict) -> None:
+    """Pack the weights for this processor once, as every later start finds them."""
+    for variant in ("int4-genai", "int4-torch", "int8-genai"):
+        Peer(work, variant).close()
+
+
 class Peer:
     """See `worker.py`."""
 
@@ -28,11 +34,21 @@ class Peer:
 
     def _open(self, prefix_budget: int | None) -> Runtime:
         runtime = Runtime(
-            self._package, EngineOptions(provider="cpu", threads=self._threads, prefix_budget=prefix_budget)
+            self._package,
+            EngineOptions(
+                provider="cpu",
+                threads=self._threads,
+                prefix_budget=prefix_budget,
+                cache_folder=self._folder / "packed",
+            ),
         )
         for name in ("sentiment", "plain"):
             runtime.add_prompt(self._folder / f"{name}.safetensors")
         return runtime
+
+    def close(self) -> None:
+        """End the runtime's thread."""
+        self._runtime.close()
 
     def first(self, text: str, *, cached: bool) -> int:
         """Text to first token."""

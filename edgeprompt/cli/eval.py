@@ -75,6 +75,7 @@ def command(
     allow_base_mismatch: bool,
     provider: str,
     threads: int | None,
+    cache: Path | None,
     as_json: bool,
 ) -> None:
     """Evaluate prompts on DATA as PACKAGE serves them.
@@ -89,7 +90,7 @@ def command(
     from edgeprompt.request import GenerationOptions
 
     columns = Columns(text_column, label_column, target_column)
-    with serving.open_runtime(package, provider=provider, threads=threads) as runtime:
+    with serving.open_runtime(package, provider=provider, threads=threads, cache=cache) as runtime:
         prompts = serving.add_prompts(runtime, package, wanted, allow_base_mismatch=allow_base_mismatch)
         first = next(iter(prompts.values()))
         check_task(prompts, metric)

@@ -81,6 +81,7 @@ def command(
     allow_base_mismatch: bool,
     provider: str,
     threads: int | None,
+    cache: Path | None,
     as_json: bool,
 ) -> None:
     """Answer each TEXT, row of --input, or line of stdin.
@@ -106,7 +107,7 @@ def command(
         num_beams=num_beams,
     )
     rows = _rows(texts, source)
-    with serving.open_runtime(package, provider=provider, threads=threads) as runtime:
+    with serving.open_runtime(package, provider=provider, threads=threads, cache=cache) as runtime:
         prompts = serving.add_prompts(runtime, package, wanted, allow_base_mismatch=allow_base_mismatch)
         ask = _asker(prompts, options, text_column, prompt_column, chat=chat, truncate=truncate)
         single = len(texts) == 1 and len(prompts) <= 1

@@ -37,6 +37,11 @@ def unescape(_context: click.Context, _parameter: click.Parameter, value: Any) -
 def runtime_options(command: F) -> F:
     """The options of every command that serves."""
     for option in (
+        click.option(
+            "--cache",
+            type=click.Path(file_okay=False, path_type=Path),
+            help="Folder that keeps what a start computes (packed weights, prefixes): later starts are quicker.",
+        ),
         click.option("--threads", type=click.IntRange(min=1), help="intra_op_num_threads of the session."),
         click.option("--provider", type=click.Choice(("auto", "cpu", "cuda")), default="auto", show_default=True),
         click.option("--allow-base-mismatch", is_flag=True, help="Serve a prompt of another base whose sizes fit."),
@@ -46,13 +51,14 @@ def runtime_options(command: F) -> F:
 
 
 @contextmanager
-def open_runtime(package: Path, *, provider: str, threads: int | None) -> Iterator[Runtime]:
-    """A runtime over a package, closed at the end."""
+def open_runtime(package: Path, *, provider: str, threads: int | None, cache: Path | None) -> Iterator[Runtime]:
+    """A runtime over a package, closed at the end; `cache` is `EngineOptions.cache_folder`."""
     # ONNX Runtime has threads of its own; those that numpy's OpenBLAS starts on import would cost 45 ms and never work.
     os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")
     import edgeprompt
 
-    runtime = edgeprompt.load(package, provider=provider, threads=threads)
+    options = edgeprompt.EngineOptions(cache_folder=cache)
+    runtime = edgeprompt.load(package, provider=provider, threads=threads, options=options)
     try:
         yield runtime
     finally:

@@ -6,6 +6,7 @@ import os
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from importlib import import_module
+from pathlib import Path
 from typing import Any, Protocol
 
 import numpy as np
@@ -13,10 +14,12 @@ import numpy.typing as npt
 
 from edgeprompt import names
 from edgeprompt.errors import InputError
+from edgeprompt.graph_cache import GraphCache
 from edgeprompt.package import Package
 from edgeprompt.prompt_file import PromptFile
 from edgeprompt.prompt_source import PromptSource
 from edgeprompt.request import Request, Result
+from edgeprompt.session import Session, import_onnxruntime, open_session
 
 _ENGINES = {
     names.DECODER_ONLY: ("edgeprompt.engines.decoder", "DecoderEngine"),
@@ -44,7 +47,7 @@ class EngineOptions:
     batch_invariant: bool = False
     """Give a quantised decoder's generations the same tokens whatever else runs, at a slower lone generation."""
     cache_folder: str | os.PathLike[str] | None = None
-    """Folder of the optional on-disk prefix-KV cache."""
+    """Folder that keeps, between starts, prefix KV and the graph as packed for this processor; None keeps nothing."""
 
     def __post_init__(self) -> None:
         """Refuse limits under which nothing could run.
@@ -85,6 +88,17 @@ class Engine(Protocol):
         """Fail what is waiting and free the sessions."""
 
 
+def open_engine_session(package: Package, key: str, options: EngineOptions) -> Session:
+    """A session of the package's graph `key`, as `options` ask for."""
+    path, cache = package.graph(key), None
+    if options.cache_folder is not None:
+        version = import_onnxruntime().__version__
+        cache = GraphCache(Path(options.cache_folder), package.manifest.graphs[key], ort_version=version)
+    return open_session(
+        path, provider=options.provider, threads=options.threads, spinning=options.spinning, cache=cache
+    )
+
+
 def create_engine(package: Package, options: EngineOptions) -> Engine:
     """The engine for a package."""
     module, name = _ENGINES[package.manifest.architecture]
@@ -92,4 +106,4 @@ def create_engine(package: Package, options: EngineOptions) -> Engine:
     return engine
 
 
-__all__ = ["Engine", "EngineOptions", "Result", "create_engine"]
+__all__ = ["Engine", "EngineOptions", "Result", "create_engine", "open_engine_session"]

@@ -11,7 +11,7 @@ import numpy as np
 import numpy.typing as npt
 
 from edgeprompt import names
-from edgeprompt.engines import EngineOptions
+from edgeprompt.engines import EngineOptions, open_engine_session
 from edgeprompt.engines.decoder_graph import DecoderGraph, open_graph
 from edgeprompt.engines.decoder_head import HeadWork, StateWork, check_last_head, check_states
 from edgeprompt.errors import InputError, PromptNotFoundError, TemplateError, UnsupportedError
@@ -24,7 +24,7 @@ from edgeprompt.prompt_source import PromptSource
 from edgeprompt.request import Request
 from edgeprompt.sampling import DEFAULT_NEW_TOKENS, Sampling, resolve
 from edgeprompt.scheduler import Job, Scheduler, Work
-from edgeprompt.session import graph_inputs, import_onnxruntime, open_session
+from edgeprompt.session import graph_inputs, import_onnxruntime
 from edgeprompt.template import Literal, Slot, Template, VirtualTokens, as_fields
 from edgeprompt.verbalizer import Verbalizer
 from edgeprompt.work import Clock, GenerateWork, LogitsWork, PrefixWork, ScoreWork
@@ -88,9 +88,7 @@ class DecoderEngine:
         self._tokenizer = package.tokenizer
         size = self._manifest.geometry
         self._vocab, self._limit = size.vocab_size, size.max_positions
-        session = open_session(
-            package.graph("model"), provider=options.provider, threads=options.threads, spinning=options.spinning
-        )
+        session = open_engine_session(package, "model", options)
         self.provider = session.provider
         self._shape = KVShape(size.num_layers, size.num_key_value_heads, size.head_size, self._manifest.kv_dtype)
         self._shape.check(graph_inputs(session.ort))

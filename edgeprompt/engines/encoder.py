@@ -13,7 +13,7 @@ import numpy.typing as npt
 
 from edgeprompt import names
 from edgeprompt.encoder_text import EncodedText, encode_text, pair_slots
-from edgeprompt.engines import EngineOptions
+from edgeprompt.engines import EngineOptions, open_engine_session
 from edgeprompt.engines.encoder_batch import Row, make_feeds, make_row, split_batches
 from edgeprompt.engines.encoder_checks import (
     NO_GENERATION,
@@ -36,7 +36,7 @@ from edgeprompt.package import Package
 from edgeprompt.prompt_file import Array, PromptFile
 from edgeprompt.prompt_source import PromptSource
 from edgeprompt.request import Classification, Request, Result
-from edgeprompt.session import graph_inputs, import_onnxruntime, open_session
+from edgeprompt.session import graph_inputs, import_onnxruntime
 from edgeprompt.template import Slot, Template, as_fields
 from edgeprompt.verbalizer import Verbalizer
 from edgeprompt.work import Clock
@@ -107,9 +107,7 @@ class EncoderEngine:
 
     def __init__(self, package: Package, options: EngineOptions) -> None:
         self._manifest, self._tokenizer = package.manifest, package.tokenizer
-        session = open_session(
-            package.graph("model"), provider=options.provider, threads=options.threads, spinning=options.spinning
-        )
+        session = open_engine_session(package, "model", options)
         self.provider = session.provider
         self._session = session.ort
         self._inputs = {value.name for value in graph_inputs(self._session)}

@@ -10,9 +10,8 @@ import numpy as np
 import numpy.typing as npt
 
 from edgeprompt import names
-from edgeprompt.engines import EngineOptions
+from edgeprompt.engines import EngineOptions, open_engine_session
 from edgeprompt.package import Package
-from edgeprompt.session import open_session
 
 Array = npt.NDArray[Any]
 PARTS = ("key", "value")
@@ -80,12 +79,7 @@ class Seq2SeqGraphs:
         self._geometry = package.manifest.geometry
         self._dtype = np.dtype(package.manifest.kv_dtype)
         self._pad = package.manifest.tokens.pad or 0
-        encoder, decoder = (
-            open_session(
-                package.graph(key), provider=options.provider, threads=options.threads, spinning=options.spinning
-            )
-            for key in ("encoder", "decoder")
-        )
+        encoder, decoder = (open_engine_session(package, key, options) for key in ("encoder", "decoder"))
         self._encoder, self._decoder = encoder.ort, decoder.ort
         self.provider = encoder.provider
         inputs = {value.name for value in self._encoder.get_inputs()}
