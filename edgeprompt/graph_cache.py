@@ -1,0 +1,81 @@
+"""Graphs as ONNX Runtime optimised and packed them for this processor, so that later starts map them from disk.
+
+ONNX Runtime lays out quantised weights for the processor's kernels when it opens a graph: copies in memory, and most
+of the time that loading takes. Kept on disk, they are mapped instead: quicker, and pages that the system can drop.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import logging
+import platform
+import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from edgeprompt.files import atomic_folder
+from edgeprompt.manifest import GraphFile
+
+_LOG = logging.getLogger("edgeprompt")
+_GRAPH, _DATA, _SIZES = "graph.onnx", "graph.onnx.data", "sizes.json"
+_CPUINFO = Path("/proc/cpuinfo")
+_CONFIG = {
+    "session.optimized_model_external_initializers_file_name": _DATA,
+    "session.optimized_model_external_initializers_min_size_in_bytes": "1024",
+    "session.save_external_prepacked_constant_initializers": "1",
+}
+"""ONNX Runtime's settings for writing an optimised graph with its packed weights."""
+
+
+class GraphCache:
+    """The place of one graph in a cache folder.
+
+    An entry is bound to the graph's and its weights' hashes, the version of ONNX Runtime and the processor: any other
+    finds none. It is written whole or not at all.
+    """
+
+    def __init__(self, folder: Path, graph: GraphFile, *, ort_version: str) -> None:
+        key = [graph.sha256, *sorted(graph.data.values()), ort_version, _processor()]
+        self._entry = folder / f"graph-{hashlib.sha256(json.dumps(key).encode()).hexdigest()[:40]}"
+
+    def find(self) -> Path | None:
+        """The packed graph, if it is there and whole."""
+        try:
+            sizes = json.loads((self._entry / _SIZES).read_text(encoding="utf-8"))
+            found = {name: (self._entry / name).stat().st_size for name in (_GRAPH, _DATA)}
+        except (OSError, ValueError):
+            return None
+        return self._entry / _GRAPH if found == sizes else None
+
+    def drop(self, reason: str) -> None:
+        """Remove an entry that does not load."""
+        _LOG.warning("packed graph %s is not used and is made again: %s", self._entry, reason)
+        shutil.rmtree(self._entry, ignore_errors=True)
+
+    @contextmanager
+    def writing(self, options: Any) -> Iterator[None]:
+        """While inside, the session that `options` open writes the entry; it appears at the end.
+
+        Raises:
+            OSError: the folder cannot be written.
+        """
+        with atomic_folder(self._entry, force=True) as folder:
+            options.optimized_model_filepath = str(folder / _GRAPH)
+            for name, value in _CONFIG.items():
+                options.add_session_config_entry(name, value)
+            yield
+            sizes = {name: (folder / name).stat().st_size for name in (_GRAPH, _DATA)}
+            (folder / _SIZES).write_text(json.dumps(sizes), encoding="utf-8")
+
+
+def _processor() -> str:
+    """What decides the layout of packed weights: the processor's name and instructions."""
+    try:
+        lines = _CPUINFO.read_text(encoding="utf-8", errors="replace").split("\n\n", 1)[0].splitlines()
+    except OSError:
+        return f"{platform.machine()} {platform.processor()}"
+    wanted = ("model name", "flags", "features", "cpu part")
+    return "\n".join(line for line in lines if line.lower().startswith(wanted))
