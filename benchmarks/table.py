@@ -103,8 +103,12 @@ def _shown(value: float) -> str:
 
 
 def newest() -> Path:
-    """The newest committed result."""
-    return max(RESULTS.glob("*.json"), key=lambda path: json.loads(path.read_text(encoding="utf-8"))["time"])
+    """The newest committed result of a comparison with peers."""
+    found = {path: json.loads(path.read_text(encoding="utf-8")) for path in RESULTS.glob("*.json")}
+    peers = [path for path, result in found.items() if result.get("format") == "edgeprompt-peers"]
+    if not peers:
+        raise SystemExit(f"no comparison with peers in {RESULTS.name}/; run python -m benchmarks")
+    return max(peers, key=lambda path: str(found[path]["time"]))
 
 
 def write_readme(readme: Path, result: Path) -> None:
