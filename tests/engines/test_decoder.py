@@ -136,6 +136,17 @@ def test_label_words_of_several_tokens_are_scored_whole(runtime: Runtime, model:
     assert found.label == ("x" if difference > 0 else "y")
 
 
+def test_room_for_label_words_is_checked_before_work(runtime: Runtime) -> None:
+    words = {"x": (" very good actors",), "y": (" bad",)}
+    prompt = make_prompt(runtime.manifest, "w", "prefix-tuning", verbalizer=words)
+    runtime.add_prompt(prompt)
+    deepest = max(len(runtime._package.tokenizer.encode(word)) for label in words.values() for word in label)
+    room = 256 - prompt.num_virtual_tokens - deepest
+    assert runtime.classify(input_ids=[5] * room, prompt="w").label in words
+    with pytest.raises(InputError, match=f"{room + 1} text and {deepest} new tokens; the base holds 256"):
+        runtime.classify(input_ids=[5] * (room + 1), prompt="w")
+
+
 def random_request(rng: random.Random, prompts: list[str]) -> Request:
     text = " ".join(rng.choices(WORDS, k=rng.randint(1, 25)))
     if rng.random() < 0.4:
