@@ -9,19 +9,18 @@ from __future__ import annotations
 import hashlib
 import json
 import logging
-import platform
 import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+from edgeprompt import processor
 from edgeprompt.files import atomic_folder
 from edgeprompt.manifest import GraphFile
 
 _LOG = logging.getLogger("edgeprompt")
 _GRAPH, _DATA, _SIZES = "graph.onnx", "graph.onnx.data", "sizes.json"
-_CPUINFO = Path("/proc/cpuinfo")
 _CONFIG = {
     "session.optimized_model_external_initializers_file_name": _DATA,
     "session.optimized_model_external_initializers_min_size_in_bytes": "1024",
@@ -38,7 +37,7 @@ class GraphCache:
     """
 
     def __init__(self, folder: Path, graph: GraphFile, *, ort_version: str) -> None:
-        key = [graph.sha256, *sorted(graph.data.values()), ort_version, _processor()]
+        key = [graph.sha256, *sorted(graph.data.values()), ort_version, processor.describe()]
         self._entry = folder / f"graph-{hashlib.sha256(json.dumps(key).encode()).hexdigest()[:40]}"
 
     def find(self) -> Path | None:
@@ -69,13 +68,3 @@ class GraphCache:
             yield
             sizes = {name: (folder / name).stat().st_size for name in (_GRAPH, _DATA)}
             (folder / _SIZES).write_text(json.dumps(sizes), encoding="utf-8")
-
-
-def _processor() -> str:
-    """What decides the layout of packed weights: the processor's name and instructions."""
-    try:
-        lines = _CPUINFO.read_text(encoding="utf-8", errors="replace").split("\n\n", 1)[0].splitlines()
-    except OSError:
-        return f"{platform.machine()} {platform.processor()}"
-    wanted = ("model name", "flags", "features", "cpu part")
-    return "\n".join(line for line in lines if line.lower().startswith(wanted))

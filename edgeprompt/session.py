@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from edgeprompt import processor
 from edgeprompt.errors import InputError, MissingDependencyError, PackageError, ProviderError
 from edgeprompt.graph_cache import GraphCache
 
@@ -134,8 +135,8 @@ def _options(threads: int | None, spinning: bool) -> Any:
         options.intra_op_num_threads = threads
     options.inter_op_num_threads = 1
     options.add_session_config_entry("session.intra_op.allow_spinning", "1" if spinning else "0")
-    # Signed 8-bit weights are the quickest with VNNI and saturate on AVX2 without it, where this makes them unsigned.
-    options.add_session_config_entry("session.x64quantprecision", "1")
+    # Signed 8-bit weights are the quickest with VNNI and saturate on x86 without it, where this makes them unsigned.
+    options.add_session_config_entry("session.x64quantprecision", "1" if processor.saturates() else "0")
     return options
 
 

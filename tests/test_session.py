@@ -5,6 +5,7 @@ from pathlib import Path
 import onnxruntime
 import pytest
 
+from edgeprompt import processor
 from edgeprompt.errors import InputError, PackageError, ProviderError
 from edgeprompt.session import choose_provider, open_session
 
@@ -45,6 +46,23 @@ def test_a_graph_that_does_not_load(tmp_path: Path) -> None:
         open_session(path, provider="cpu")
 
 
-def test_signed_weights_do_not_saturate_anywhere(tiny_llama_package: Path) -> None:
+@pytest.mark.parametrize(
+    ("flags", "machine", "expected"),
+    [
+        ("fma avx2", "x86_64", "1"),
+        ("avx2 avx512_vnni", "x86_64", "0"),
+        ("avx2 avx_vnni", "AMD64", "0"),
+        ("asimd", "aarch64", "0"),
+    ],
+)
+def test_signed_weights_saturate_nowhere(
+    flags: str, machine: str, expected: str, tiny_llama_package: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(processor, "describe", lambda: f"flags : {flags}")
+    monkeypatch.setattr(processor.platform, "machine", lambda: machine)
     session = open_session(tiny_llama_package / "model.onnx", provider="cpu")
-    assert session.ort.get_session_options().get_session_config_entry("session.x64quantprecision") == "1"
+    assert session.ort.get_session_options().get_session_config_entry("session.x64quantprecision") == expected
+
+
+def test_the_processor_is_named() -> None:
+    assert processor.describe().strip()

@@ -39,7 +39,8 @@ class Peer:
                 provider="cpu",
                 threads=self._threads,
                 prefix_budget=prefix_budget,
-                cache_folder=self._folder / "packed",
+                # The folder keeps prefixes too: a prompt that is to be run again must not be found there.
+                cache_folder=self._folder / "packed" if prefix_budget is None else None,
             ),
         )
         for name in ("sentiment", "plain"):
