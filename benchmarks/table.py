@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import statistics
 import sys
 from pathlib import Path
@@ -14,13 +15,18 @@ BEGIN, END = "<!-- benchmarks: begin -->", "<!-- benchmarks: end -->"
 
 MEASURES = (
     ("TTFT, prompt resident (ms)", lambda r: statistics.median(r["ttft_cached"]["32"]) * 1e3, False),
-    ("TTFT, prompt run again (ms)", lambda r: statistics.median(r["ttft_uncached"]["32"]) * 1e3, False),
+    ("TTFT, prompt run again (ms)", lambda r: _median(r.get("ttft_uncached", {}).get("32")), False),
     ("decode (tokens/s)", lambda r: statistics.median(r["decode"]), True),
     ("classification (texts/s)", lambda r: r["classify"], True),
     ("cold start (s)", lambda r: r["cold_start"], False),
     ("peak RSS (MB)", lambda r: r["peak_rss"] / 1e6, False),
 )
 """(title, value of one round, whether more is better)"""
+
+
+def _median(seconds: list[float] | None) -> float:
+    """In milliseconds; not a number where it was not measured."""
+    return statistics.median(seconds) * 1e3 if seconds else math.nan
 
 
 def to_markdown(result: dict[str, Any]) -> str:
@@ -93,12 +99,16 @@ def _ratio(ours: list[Any], theirs: list[Any], value: Any, more: bool) -> str:
     def better(a: float, b: float) -> float:
         return a / b if more else b / a
 
+    if any(math.isnan(value(r)) for r in (*ours, *theirs)):
+        return "not measured"
     middle = better(statistics.median(value(r) for r in ours), statistics.median(value(r) for r in theirs))
     pairs = [better(value(a), value(b)) for a, b in zip(ours, theirs, strict=False)]
     return f"{middle:.2f} ({min(pairs):.2f} to {max(pairs):.2f})"
 
 
 def _shown(value: float) -> str:
+    if math.isnan(value):
+        return "not measured"
     return f"{value:.3g}" if value < 1000 else f"{value:.0f}"
 
 
