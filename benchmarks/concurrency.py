@@ -105,7 +105,7 @@ def answer(result: Any) -> Any:
 
 def step_sizes(runtime: Runtime) -> list[int]:
     """A list that gets the number of rows of every decode step from now on."""
-    graph: Any = runtime._engine._scheduler._graph  # type: ignore[attr-defined]
+    graph: Any = runtime._engine._lanes[0].graph  # type: ignore[attr-defined]
     sizes: list[int] = []
     real = graph.decode
     graph.decode = lambda ids, lengths: (sizes.append(len(ids)), real(ids, lengths))[1]
@@ -295,7 +295,7 @@ def swap(runtime: Runtime, names: Sequence[str]) -> dict[str, Any]:
     slot, which the same prompt finds there. Beside it, whole requests in pairs.
     """
     engine: Any = runtime._engine
-    graph, prompts = engine._scheduler._graph, [engine._prompts[name] for name in names[:2]]
+    graph, prompts = engine._lanes[0].graph, [engine._prompts[name] for name in names[:2]]
     direct = []
     for number in range(SAMPLES + 50):
         name = names[number % 2]

@@ -144,7 +144,7 @@ class Targets:
         self.names = ("prompt_file", "prompt_bytes", "manifest", "template", "text", "sampler", "requests", "scheduler")
         options = EngineOptions(provider="cpu", threads=1, spinning=False, max_batch=3, max_queue=6, prefix_budget=9000)
         self._runtime = Runtime(self._package, options)
-        self._runtime._engine._scheduler._graph.chunk = 16  # type: ignore[attr-defined]
+        self._runtime._engine._lanes[0].graph.chunk = 16  # type: ignore[attr-defined]
         for number, length in enumerate((3, 8)):
             self._runtime.add_prompt(self._prompt(f"p{number}", length))
         self._pool = [

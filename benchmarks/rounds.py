@@ -11,11 +11,16 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+from benchmarks.cores import round_trip
 from benchmarks.peers import HERE, PEERS, Peer, python_of
 
 WORKER = HERE / "workers/worker.py"
 LIMIT = 900
 """Seconds that one worker may take."""
+APART = 1.6
+"""Cores are apart where a message between them takes this many times as long as it did at best."""
+TRIES = 3
+"""How often one measurement is made, at most, for one during which the cores stay together."""
 
 
 def run_rounds(
@@ -42,13 +47,14 @@ def run_rounds(
             found[peer.name]["absent"] = str(error)
             tell(f"{peer.name}: absent, {error}")
     ceiling: list[float] = []
+    trips = [trip for _ in range(5) if (trip := round_trip()) is not None]
     for number in range(rounds):
         ceiling += _ceiling(threads)
         turn = number % max(1, len(ready))
         for peer, python in [*ready[turn:], *ready[:turn]]:
             tell(f"round {number + 1} of {rounds}: {peer.name}")
             try:
-                found[peer.name]["rounds"].append(_measure(peer, python, work, quick))
+                found[peer.name]["rounds"].append(_undisturbed(peer, python, work, quick, trips))
             except (RuntimeError, subprocess.SubprocessError) as error:
                 found[peer.name]["absent"] = str(error)
                 tell(f"{peer.name}: failed, {error}")
@@ -73,6 +79,21 @@ def _slower_variant(peer: Peer, found: dict[str, Any], tell: Callable[[str], Non
         found[peer.name]["note"] = "one round only: slower than fp32 in everything"
         tell(f"{peer.name}: slower than fp32 in everything, left out of further rounds")
     return slower
+
+
+def _undisturbed(peer: Peer, python: Path, work: Path, quick: bool, trips: list[float]) -> dict[str, Any]:
+    """A measurement with cores together before and after it, or the last of `TRIES`; `trips` grows."""
+    for tries in range(1, TRIES + 1):
+        before = round_trip()
+        result = _measure(peer, python, work, quick)
+        after = round_trip()
+        result |= {"core_round_trip_ns": [before, after], "tries": tries}
+        if before is None or after is None:
+            break
+        trips += [before, after]
+        if max(before, after) <= APART * min(trips):
+            break
+    return result
 
 
 def _measure(peer: Peer, python: Path, work: Path, quick: bool) -> dict[str, Any]:

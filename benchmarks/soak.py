@@ -95,7 +95,7 @@ def same(found: Any, expected: Any) -> bool:
 
 def break_graph(runtime: Runtime) -> None:
     """Make prefills with the injected token, and decode steps with a row of the injected length, fail."""
-    graph = runtime._engine._scheduler._graph  # type: ignore[attr-defined]
+    graph = runtime._engine._lanes[0].graph  # type: ignore[attr-defined]
 
     def failing(real: Any, is_injected: Any) -> Any:
         def call(*arguments: Any) -> Any:

@@ -87,7 +87,7 @@ class Scheduler:
     """Runs jobs on one graph."""
 
     def __init__(self, graph: DecoderGraph, *, max_rows: int, max_queue: int) -> None:
-        self._graph, self._max_rows, self._max_queue = graph, max_rows, max_queue
+        self.graph, self._max_rows, self._max_queue = graph, max_rows, max_queue
         self._waiting: deque[Job] = deque()
         self._rows: list[Job] = []
         """Rows of the decode step, by slot."""
@@ -100,6 +100,11 @@ class Scheduler:
         self._thread = threading.Thread(target=self._loop, name="edgeprompt-scheduler", daemon=True)
         self._thread.start()
 
+    @property
+    def load(self) -> int:
+        """Jobs that wait or run."""
+        return len(self._waiting) + len(self._rows) + (self._filling is not None)
+
     def submit(self, job: Job, *, wait: bool = False) -> Job:
         """Queue a job. A full queue makes the caller wait with `wait`, and is an error without.
 
@@ -108,7 +113,7 @@ class Scheduler:
             RequestCancelledError: the scheduler is closed, or the job was cancelled meanwhile.
             RequestTimeoutError: the job's time passed while it waited for room.
         """
-        if not self._graph.fits(1, job.start.total):
+        if not self.graph.fits(1, job.start.total):
             raise CapacityError(
                 f"a request of {job.start.total} positions is larger than the KV budget; "
                 "raise kv_budget, or lower max_new_tokens or the text's length"
@@ -151,7 +156,7 @@ class Scheduler:
     def _await_work(self) -> bool:
         with self._changed:
             if not (self._waiting or self._rows or self._filling or self._closed):
-                self._graph.idle()
+                self.graph.idle()
             while not (self._waiting or self._rows or self._filling or self._closed):
                 self._changed.wait()
             return not self._closed
@@ -197,7 +202,7 @@ class Scheduler:
             if not self._waiting or len(self._rows) >= self._max_rows:
                 return None
             job = self._waiting[0]
-            if self._rows and not self._graph.fits(len(self._rows) + 1, self._longest(job)):
+            if self._rows and not self.graph.fits(len(self._rows) + 1, self._longest(job)):
                 return None
             self._waiting.popleft()
             self._changed.notify_all()
@@ -219,14 +224,14 @@ class Scheduler:
                     job.finish(error)
                     return
                 total = self._longest(job)
-                prefix = job.start.prefix(self._graph, slot, total)
+                prefix = job.start.prefix(self.graph, slot, total)
                 job.work.length = 0 if prefix is None else prefix.shape[2]
                 if not job.start.ids:
                     job.finish()
                     return
-                self._graph.place(slot, prefix, total, slot)
-            piece = job.start.ids[job.filled : job.filled + self._graph.chunk]
-            logits = self._graph.prefill(slot, piece, job.work.length, job.start.rows())
+                self.graph.place(slot, prefix, total, slot)
+            piece = job.start.ids[job.filled : job.filled + self.graph.chunk]
+            logits = self.graph.prefill(slot, piece, job.work.length, job.start.rows())
             job.filled += len(piece)
             job.work.length += len(piece)
             if job.filled < len(job.start.ids):
@@ -251,13 +256,13 @@ class Scheduler:
         if not rows:
             return
         try:
-            logits = list(self._graph.decode([job.token for job in rows], [job.work.length for job in rows]))
+            logits = list(self.graph.decode([job.token for job in rows], [job.work.length for job in rows]))
         except Exception:
             logits = []
         for slot in reversed(range(len(rows))):
             job = rows[slot]
             try:
-                row = logits[slot] if logits else self._graph.decode_one(slot, job.token, job.work.length)
+                row = logits[slot] if logits else self.graph.decode_one(slot, job.token, job.work.length)
                 job.work.length += 1
                 token = job.work.advance(row)
             except Exception as error:
@@ -272,10 +277,10 @@ class Scheduler:
         """Take a row out; the last row takes its slot."""
         job, last = self._rows[slot], len(self._rows) - 1
         if slot != last:
-            self._graph.move(last, slot, self._rows[last].work.length)
+            self.graph.move(last, slot, self._rows[last].work.length)
             self._rows[slot] = self._rows[last]
         if self._filling is not None:
-            self._graph.move(last + 1, last, self._filling.work.length)
+            self.graph.move(last + 1, last, self._filling.work.length)
         self._rows.pop()
         job.finish(error)
 

@@ -148,7 +148,7 @@ def test_what_is_no_text_is_named(runtime: Runtime) -> None:
 
 @pytest.mark.filterwarnings("ignore:overflow:RuntimeWarning", "ignore:invalid value:RuntimeWarning")
 def test_a_prompt_that_makes_the_logits_nan_has_no_answer(runtime: Runtime, monkeypatch: pytest.MonkeyPatch) -> None:
-    graph = runtime._engine._scheduler._graph
+    graph = runtime._engine._lanes[0].graph
     real = graph.prefill
     monkeypatch.setattr(graph, "prefill", lambda *arguments: real(*arguments) * np.float32("nan"))
     for ask in (lambda: runtime.classify("a", prompt="words"), lambda: runtime.generate("a", prompt="story")):
@@ -157,7 +157,7 @@ def test_a_prompt_that_makes_the_logits_nan_has_no_answer(runtime: Runtime, monk
 
 
 def test_a_stream_that_nobody_reads_is_cancelled(runtime: Runtime) -> None:
-    rows = runtime._engine._scheduler._rows
+    rows = runtime._engine._lanes[0]._rows
     settings = {"max_new_tokens": 250, "temperature": 5.0, "seed": 1}
     runtime.stream("the film", **settings)
     closed = runtime.stream("the film", **settings)
@@ -172,7 +172,7 @@ def test_a_stream_that_nobody_reads_is_cancelled(runtime: Runtime) -> None:
 def test_a_stream_is_closed_while_another_thread_waits_for_it(
     runtime: Runtime, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    graph, go = runtime._engine._scheduler._graph, threading.Event()
+    graph, go = runtime._engine._lanes[0].graph, threading.Event()
     real = graph.decode
     monkeypatch.setattr(graph, "decode", lambda *arguments: (go.wait(20), real(*arguments))[1])
     pieces = runtime.stream("the film", max_new_tokens=250, temperature=5.0, seed=1)

@@ -60,11 +60,11 @@ def slow(monkeypatch: pytest.MonkeyPatch) -> Callable[[Runtime], threading.Event
 
 
 def graph_of(runtime: Runtime) -> Any:
-    return runtime._engine._scheduler._graph
+    return runtime._engine._lanes[0].graph
 
 
 def rows_of(runtime: Runtime) -> list[Any]:
-    return runtime._engine._scheduler._rows
+    return runtime._engine._lanes[0]._rows
 
 
 def until(condition: Callable[[], bool]) -> None:

@@ -21,7 +21,7 @@ def prepare(work: dict) -> None:
 class Peer:
     """See `worker.py`."""
 
-    batches = (1, 8, 32, 64)
+    batches = (1, 64, 256)
 
     def __init__(self, work: dict, variant: str) -> None:
         folder = Path(work["folder"])
@@ -29,15 +29,17 @@ class Peer:
         tokens = dataclasses.replace(package.manifest.tokens, eos=())  # all generate the same number of tokens
         self._package = Package(package.path, dataclasses.replace(package.manifest, tokens=tokens))
         self._folder, self._suffix, self._threads = folder, work["suffix"], work["threads"]
-        self._runtime = self._open(None)
+        self._runtime = self._open()
         self._fresh: Runtime | None = None
+        self._lanes: Runtime | None = None
 
-    def _open(self, prefix_budget: int | None) -> Runtime:
+    def _open(self, prefix_budget: int | None = None, *, lanes: int | None = None) -> Runtime:
         runtime = Runtime(
             self._package,
             EngineOptions(
                 provider="cpu",
-                threads=self._threads,
+                threads=None if lanes else self._threads,
+                lanes=lanes,
                 prefix_budget=prefix_budget,
                 # The folder keeps prefixes too: a prompt that is to be run again must not be found there.
                 cache_folder=self._folder / "packed" if prefix_budget is None else None,
@@ -48,8 +50,10 @@ class Peer:
         return runtime
 
     def close(self) -> None:
-        """End the runtime's thread."""
-        self._runtime.close()
+        """End the threads."""
+        for runtime in (self._runtime, self._fresh, self._lanes):
+            if runtime is not None:
+                runtime.close()
 
     def first(self, text: str, *, cached: bool) -> int:
         """Text to first token."""
@@ -66,11 +70,14 @@ class Peer:
         return found.timings.ttft, total, list(found.token_ids)
 
     def classify(self, texts: list[str], batch: int) -> list[int]:
-        """Label index of each text."""
+        """Label index of each text; a batch goes through lanes."""
+        if batch > 1 and self._lanes is None:
+            self._lanes = self._open(lanes=self._threads)
+        runtime = self._lanes if batch > 1 else self._runtime
         options = GenerationOptions()
         requests = [Request(text.removesuffix(self._suffix), "sentiment", options=options) for text in texts]
         found: list[int] = []
         for at in range(0, len(requests), batch):
-            answers = self._runtime.run(requests[at : at + batch])
+            answers = runtime.run(requests[at : at + batch])
             found += [("negative", "positive").index(answer.label) for answer in answers]
         return found

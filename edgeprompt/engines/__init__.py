@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from importlib import import_module
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, Protocol, TypeVar
 
 import numpy as np
 import numpy.typing as npt
@@ -20,6 +21,8 @@ from edgeprompt.prompt_file import PromptFile
 from edgeprompt.prompt_source import PromptSource
 from edgeprompt.request import Request, Result
 from edgeprompt.session import Session, import_onnxruntime, open_session
+
+T = TypeVar("T")
 
 _ENGINES = {
     names.DECODER_ONLY: ("edgeprompt.engines.decoder", "DecoderEngine"),
@@ -34,6 +37,9 @@ class EngineOptions:
 
     provider: str = "auto"
     threads: int | None = None
+    lanes: int | None = None
+    """Requests that are computed side by side, each on one thread, instead of one after another on `threads` threads:
+    more of them a second, each one slower. They share the weights."""
     spinning: bool = True
     """Whether idle threads spin between operators (faster answers, busier cores)."""
     prefix_budget: int | None = None
@@ -55,10 +61,13 @@ class EngineOptions:
         Raises:
             InputError: names the limit.
         """
-        for name, least in (("max_batch", 1), ("max_queue", 1), ("prefix_budget", 0), ("kv_budget", 1)):
+        limits = (("max_batch", 1), ("max_queue", 1), ("prefix_budget", 0), ("kv_budget", 1), ("lanes", 1))
+        for name, least in limits:
             value = getattr(self, name)
             if value is not None and value < least:
                 raise InputError(f"{name} is {value}; it must be at least {least}")
+        if self.lanes is not None and self.threads is not None:
+            raise InputError(f"threads is {self.threads} and lanes {self.lanes}; give one, a lane has one thread")
 
 
 class Engine(Protocol):
@@ -94,9 +103,19 @@ def open_engine_session(package: Package, key: str, options: EngineOptions) -> S
     if options.cache_folder is not None:
         version = import_onnxruntime().__version__
         cache = GraphCache(Path(options.cache_folder), package.manifest.graphs[key], ort_version=version)
-    return open_session(
-        path, provider=options.provider, threads=options.threads, spinning=options.spinning, cache=cache
-    )
+    threads = options.threads if options.lanes is None else 1
+    return open_session(path, provider=options.provider, threads=threads, spinning=options.spinning, cache=cache)
+
+
+def side_by_side(lanes: int | None, function: Callable[[T], object], items: Sequence[T]) -> None:
+    """Call `function` with every item, on as many threads as there are lanes; the first error is raised."""
+    if lanes is None or lanes == 1 or len(items) < 2:
+        for item in items:
+            function(item)
+        return
+    with ThreadPoolExecutor(lanes, "edgeprompt-lane") as pool:
+        for _ in pool.map(function, items):
+            pass
 
 
 def create_engine(package: Package, options: EngineOptions) -> Engine:
@@ -106,4 +125,4 @@ def create_engine(package: Package, options: EngineOptions) -> Engine:
     return engine
 
 
-__all__ = ["Engine", "EngineOptions", "Result", "create_engine", "open_engine_session"]
+__all__ = ["Engine", "EngineOptions", "Result", "create_engine", "open_engine_session", "side_by_side"]

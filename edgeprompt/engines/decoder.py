@@ -93,15 +93,7 @@ class DecoderEngine:
         self._shape = KVShape(size.num_layers, size.num_key_value_heads, size.head_size, self._manifest.kv_dtype)
         self._shape.check(graph_inputs(session.ort))
         budget = options.kv_budget or max(KV_BUDGET, min(self._limit, 4096) * self._shape.bytes_per_position)
-        graph = self._graph = open_graph(
-            session,
-            package.graph("model"),
-            self._shape,
-            hidden_size=size.hidden_size,
-            max_rows=options.max_batch,
-            budget=budget,
-            batch_invariant=options.batch_invariant,
-        )
+        lanes = options.lanes or 1
         self._prefixes = PrefixCache(PREFIX_BUDGET if options.prefix_budget is None else options.prefix_budget)
         self._store = None
         if options.cache_folder is not None:
@@ -113,7 +105,19 @@ class DecoderEngine:
                 ort_version=import_onnxruntime().__version__,
             )
         self._prompts: dict[str, Loaded] = {}
-        self._scheduler = Scheduler(graph, max_rows=options.max_batch, max_queue=options.max_queue)
+        self._lanes = []
+        """Schedulers that run side by side, each with a cache of its own."""
+        for _ in range(lanes):
+            graph = open_graph(
+                session,
+                package.graph("model"),
+                self._shape,
+                hidden_size=size.hidden_size,
+                max_rows=options.max_batch,
+                budget=budget // lanes,
+                batch_invariant=options.batch_invariant,
+            )
+            self._lanes.append(Scheduler(graph, max_rows=options.max_batch, max_queue=-(-options.max_queue // lanes)))
 
     def add_prompt(self, name: str, prompt: PromptFile | PromptSource) -> None:
         """Make a checked prompt ready under `name`, replacing one of that name.
@@ -125,7 +129,7 @@ class DecoderEngine:
         if source.has_encoder_prefix:
             raise UnsupportedError(f"prompt {name!r} has encoder_past_key_values, and this base has no encoder")
         if prompt.head_spec is not None:
-            check_last_head(name, prompt, self._manifest, self._graph)
+            check_last_head(name, prompt, self._manifest, self._lanes[0].graph)
         self._try_template(name, source)
         verbalizer = None
         if prompt.verbalizer:
@@ -184,7 +188,7 @@ class DecoderEngine:
         loaded, template = self._find(request)
         ids = self._encode(request, loaded, template, Sampling(max_new_tokens=0))
         start = self._start(loaded, ids, 0)
-        found: Rows = self._scheduler.submit(Job(start, LogitsWork(), request.timeout), wait=True).result()
+        found: Rows = self._lane().submit(Job(start, LogitsWork(), request.timeout), wait=True).result()
         return found
 
     def embed(self, requests: Sequence[Request], pooling: str | None) -> Rows:
@@ -195,7 +199,8 @@ class DecoderEngine:
 
     def close(self) -> None:
         """Fail what is waiting and stop the scheduler."""
-        self._scheduler.close()
+        for lane in self._lanes:
+            lane.close()
 
     def prefix(self, loaded: Loaded, graph: DecoderGraph, slot: int, total: int) -> KV:
         """A prompt's keys and values, computed on this graph (scheduler's thread only)."""
@@ -250,18 +255,23 @@ class DecoderEngine:
 
     def _warm(self, loaded: Loaded) -> None:
         start = PromptStart(self, loaded, [], loaded.count)
-        self._scheduler.submit(Job(start, PrefixWork(), None), wait=True).result()
+        self._lane().submit(Job(start, PrefixWork(), None), wait=True).result()
+
+    def _lane(self) -> Scheduler:
+        """Where the next request has least to wait for."""
+        return min(self._lanes, key=lambda lane: lane.load)
 
     def _submit(self, request: Request, pieces: queue.SimpleQueue[str | None] | None, *, wait: bool) -> Job:
         clock = Clock()
         loaded, template = self._find(request)
+        lane = self._lane()
         task = request.task or (loaded.prompt.task if loaded else "generate")
         head = loaded.prompt if task == "classify" and loaded and loaded.prompt.head_spec else None
         if head is not None or task == "embed":
-            check_states(self._graph)
+            check_states(lane.graph)
             sampling = Sampling(max_new_tokens=0)
             ids = self._encode(request, loaded, template, sampling)
-            work: Work = StateWork(self._graph) if head is None else HeadWork(self._graph, head, clock)
+            work: Work = StateWork(lane.graph) if head is None else HeadWork(lane.graph, head, clock)
         elif task == "classify":
             sampling = Sampling(max_new_tokens=self._deepest(request, loaded), asked_length=True)
             ids = self._encode(request, loaded, template, sampling)
@@ -289,7 +299,7 @@ class DecoderEngine:
             )
         clock.input_tokens = len(ids)
         job = Job(self._start(loaded, ids, sampling.max_new_tokens), work, request.timeout)
-        self._scheduler.submit(job, wait=wait)
+        lane.submit(job, wait=wait)
         return job
 
     def _find(self, request: Request) -> tuple[Loaded | None, Template]:

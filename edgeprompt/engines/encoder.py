@@ -13,7 +13,7 @@ import numpy.typing as npt
 
 from edgeprompt import names
 from edgeprompt.encoder_text import EncodedText, encode_text, pair_slots
-from edgeprompt.engines import EngineOptions, open_engine_session
+from edgeprompt.engines import EngineOptions, open_engine_session, side_by_side
 from edgeprompt.engines.encoder_batch import Row, make_feeds, make_row, split_batches
 from edgeprompt.engines.encoder_checks import (
     NO_GENERATION,
@@ -117,7 +117,8 @@ class EncoderEngine:
         self._run_options.only_execute_path_to_fetches = True
         self._prompts: dict[str, Loaded] = {}
         self._tensors = PrefixCache(TENSOR_BUDGET if options.prefix_budget is None else options.prefix_budget)
-        self._slots = threading.BoundedSemaphore(CONCURRENT_RUNS)
+        self._slots = threading.BoundedSemaphore(max(CONCURRENT_RUNS, options.lanes or 1))
+        self._lanes = options.lanes
         self._closed = False
 
     def add_prompt(self, name: str, prompt: PromptFile | PromptSource) -> None:
@@ -273,7 +274,8 @@ class EncoderEngine:
         ready = [index for index, work in enumerate(works) if isinstance(work, Work)]
         todo = [work for work in works if isinstance(work, Work)]
         lengths = [len(work.encoded.ids) for work in todo]
-        for batch in split_batches(lengths, [work.prefix_length for work in todo]):
+
+        def answer(batch: Sequence[int]) -> None:
             places = [ready[index] for index in batch]
             try:
                 rows, outputs = self._forward([todo[index] for index in batch])
@@ -282,7 +284,7 @@ class EncoderEngine:
                     raise
                 for place in places:
                     results[place] = error
-                continue
+                return
             for at, place in enumerate(places):
                 work, row = results[place], rows[at]
                 try:
@@ -293,6 +295,8 @@ class EncoderEngine:
                     if not return_errors:
                         raise
                     results[place] = error
+
+        side_by_side(self._lanes, answer, split_batches(lengths, [work.prefix_length for work in todo]))
         return results
 
     def _forward(self, works: Sequence[Work]) -> tuple[list[Row], dict[str, npt.NDArray[Any]]]:

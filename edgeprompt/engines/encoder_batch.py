@@ -15,7 +15,7 @@ from edgeprompt.prompt_file import Array
 
 Ids = npt.NDArray[np.int64]
 
-MAX_TOKENS = 2048
+MAX_TOKENS = 1024
 """Most padded tokens of one batch: larger ones win no throughput and fall out of the processor's caches."""
 MAX_WASTE = 0.1
 """A batch ends before a row that would leave more than this share of it to padding."""

@@ -16,7 +16,7 @@ import numpy.typing as npt
 
 from edgeprompt import names
 from edgeprompt.beam_search import BeamSearch
-from edgeprompt.engines import EngineOptions
+from edgeprompt.engines import EngineOptions, side_by_side
 from edgeprompt.engines.seq2seq_graphs import Seq2SeqGraphs, Source, SourceRow
 from edgeprompt.engines.seq2seq_jobs import Beams, Cancellation, Decision, Ending, Job, OneRow, WordScores, run_jobs
 from edgeprompt.engines.seq2seq_prompts import ENCODER_PAST, Prompt, PromptShelf
@@ -75,7 +75,7 @@ class Seq2SeqEngine:
         self._position_bytes = shape.bytes_per_position
         self._budget = MemoryBudget(options.kv_budget or KV_BUDGET)
         self._prompts = PromptShelf(package, options.prefix_budget, has_encoder_prefix=self._graphs.has_encoder_prefix)
-        self._cancellation = Cancellation()
+        self._cancellation, self._lanes = Cancellation(), options.lanes
 
     def add_prompt(self, name: str, prompt: PromptFile | PromptSource) -> None:
         """Make a checked prompt ready under `name`, replacing one of that name.
@@ -110,13 +110,16 @@ class Seq2SeqEngine:
                 if not return_errors:
                     raise
                 results[place] = error
-        for batch in self._batches(items):
+
+        def answer(batch: Sequence[int]) -> None:
             self._run_batch([items[place] for place in batch])
             for place in batch:
                 job = items[place].job
                 if job.error is not None and not return_errors:
                     raise job.error
                 results[place] = job.error or job.decision.result()
+
+        side_by_side(self._lanes, answer, list(self._batches(items)))
         return results
 
     def stream(self, request: Request) -> Iterator[str]:

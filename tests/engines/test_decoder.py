@@ -94,7 +94,7 @@ def test_long_text_is_prefilled_in_chunks(runtime: Runtime, model: Any, monkeypa
     prompt = make_prompt(runtime.manifest, "long", "prompt-tuning")
     runtime.add_prompt(prompt)
     ids = [int(x) for x in np.random.default_rng(0).integers(3, 500, 150)]
-    monkeypatch.setattr(runtime._engine._scheduler._graph, "chunk", 16)
+    monkeypatch.setattr(runtime._engine._lanes[0].graph, "chunk", 16)
     assert_close(runtime.logits(prompt="long", input_ids=ids), reference_logits(model, prompt, ids))
 
 

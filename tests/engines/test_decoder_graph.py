@@ -18,7 +18,7 @@ WORDS = {"x": (" good", " good story", " very good actors"), "y": (" bad", " nev
 
 
 def graph_of(runtime: Runtime) -> object:
-    return runtime._engine._scheduler._graph
+    return runtime._engine._lanes[0].graph
 
 
 def add_prompts(runtime: Runtime) -> None:
