@@ -179,8 +179,8 @@ class _Judge:
     """What candidates are asked: all rows for the metric, the first few against the clock."""
 
     def __init__(self, files: Mapping[Path, PromptFile], data: str) -> None:
-        from edgeprompt.cli.eval import Columns, check_task
         from edgeprompt.data import read_rows
+        from edgeprompt.evaluation import Columns, check_task
 
         if not files:
             raise InputError("a precision is judged with the prompts it will serve: give at least one --prompt")
@@ -201,8 +201,8 @@ class _Judge:
     def measure(self, candidates: Sequence[Candidate], provider: str) -> None:
         """Fill in scores and times."""
         import edgeprompt
-        from edgeprompt.cli.eval import evaluate
         from edgeprompt.data import read_rows
+        from edgeprompt.evaluation import evaluate
         from edgeprompt.request import GenerationOptions
 
         with contextlib.ExitStack() as stack:

@@ -35,6 +35,11 @@ _CPUS = Path("/sys/devices/system/cpu")
 _LIBRARIES = ("onnxruntime", "onnxruntime-gpu", "numpy", "tokenizers", "safetensors")
 
 
+def usable_cores() -> int:
+    """Cores that this process may run on."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
 def describe_device() -> dict[str, Any]:
     """The device as plain data; what the system does not tell is None."""
     import edgeprompt
@@ -43,7 +48,7 @@ def describe_device() -> dict[str, Any]:
         "cpu": _cpu_name(),
         "isa": _isa(),
         "cores": os.cpu_count(),
-        "cores_usable": len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count(),
+        "cores_usable": usable_cores(),
         "governor": _read(_CPUS / "cpu0/cpufreq/scaling_governor"),
         "memory_bytes": _memory(),
         "gpu": _gpus(),

@@ -12,6 +12,7 @@ from typing import Any
 import numpy as np
 
 from edgeprompt import names
+from edgeprompt.bench.device import usable_cores
 from edgeprompt.bench.energy import EnergyMeter
 from edgeprompt.bench.options import BenchOptions
 from edgeprompt.bench.report import Result
@@ -24,6 +25,8 @@ from edgeprompt.prompt_file import PromptFile
 from edgeprompt.request import Generation, GenerationOptions, Request
 from edgeprompt.runtime import Runtime
 
+LANE_ROWS = 16
+"""Texts of one call for each lane."""
 _OTHER, _NONE, _HARD = "bench other", "bench none", "bench hard"
 
 
@@ -75,13 +78,20 @@ class Latency:
                     tell("decode")
                     yield from self._generation(runtime, prompt)
                 tell("classify")
-                yield from self._throughput(runtime, prompt)
+                yield from self._throughput(runtime, prompt, self._options.batch)
             if not self._encoder:
                 tell("prefill")
                 yield from self._prefill(runtime)
         if self._cached:
             tell("prompt run again")
             yield from self._run_again(prompts)
+        lanes = self._threads or usable_cores()
+        if self.provider == "cpu" and lanes > 1:
+            tell("lanes")
+            with Runtime(self._package, dataclasses.replace(self._settings, threads=None, lanes=lanes)) as runtime:
+                for prompt in prompts.values():
+                    runtime.add_prompt(prompt)
+                    yield from self._throughput(runtime, prompt, (LANE_ROWS * lanes,), "_lanes")
 
     def _warm_load(self) -> Result:
         def load() -> None:
@@ -217,18 +227,20 @@ class Latency:
                 last = now
         return gaps
 
-    def _throughput(self, runtime: Runtime, prompt: PromptFile) -> Iterator[Result]:
+    def _throughput(
+        self, runtime: Runtime, prompt: PromptFile, batches: Sequence[int], suffix: str = ""
+    ) -> Iterator[Result]:
         """Texts per second: labelled where the prompt has labels, else embedded (encoders)."""
         count = self._options.input_tokens[0]
         labels = bool(prompt.verbalizer or prompt.head_spec)
         if not labels and not self._encoder:
             return
-        for rows in self._options.batch:
+        for rows in batches:
             texts = [text_of(self._tokenizer, count, shift=row) for row in range(rows)]
             requests = [Request(text, prompt.name, task=None if labels else "embed") for text in texts]
             samples = _times(lambda: runtime.run(requests), self._options.repetitions, self._options.warmup)  # noqa: B023
             speeds = [rows * 1e9 / sample for sample in samples]
-            test = "classify" if labels else "embed"
+            test = ("classify" if labels else "embed") + suffix
             depth = self._depth(prompt)
             yield self._result(test, speeds, prompt, unit="examples/s", n_prompt=count, batch_size=rows, n_depth=depth)
 

@@ -19,7 +19,7 @@ GROUPS = {
         *("latency_prompt", "latency_none", "latency_hard"),
     ),
     "Decoding": ("tpot", "itl", "decode", "energy"),
-    "Throughput": ("prefill", "classify", "embed"),
+    "Throughput": ("prefill", "classify", "classify_lanes", "embed", "embed_lanes"),
     "Memory": ("peak_rss", "peak_rss_anonymous", "peak_rss_file", "prompt_disk", "prompt_resident"),
 }
 """Title of a table -> its tests, in order."""
@@ -72,7 +72,7 @@ def _cards(results: Sequence[Result]) -> list[str]:
     for result in results:
         if result.samples:
             first.setdefault(result.test, result)
-    labelled = [result for result in results if result.test in ("classify", "embed") and result.summary]
+    labelled = [result for result in results if result.test.startswith(("classify", "embed")) and result.summary]
     answer = next((first[test] for test in ("ttft_cached", "ttft_prompt", "latency_prompt") if test in first), None)
     best = max(labelled, key=lambda result: result.summary.p50 if result.summary else 0, default=None)
     wanted = [

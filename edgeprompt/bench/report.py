@@ -39,6 +39,8 @@ DEFINITIONS = {
     "prefill": "Text tokens per second up to the first new token, no prompt, tokenisation excluded.",
     "classify": "Texts labelled per second, one call per batch, tokenisation included.",
     "embed": "Texts embedded per second, one call per batch, tokenisation included.",
+    "classify_lanes": "The same with `lanes` instead of threads: texts side by side, each on one thread.",
+    "embed_lanes": "The same with `lanes` instead of threads: batches side by side, each on one thread.",
     "peak_rss": "Largest resident set of a process that loads that many prompts and answers with the first and last.",
     "peak_rss_anonymous": "Largest anonymous part of the resident set (polled each 5 ms).",
     "peak_rss_file": "Largest file-backed part of the resident set (polled each 5 ms); other processes share it.",

@@ -13,6 +13,7 @@ from typing import IO, TYPE_CHECKING, Any
 import click
 
 from edgeprompt.cli import console, serving
+from edgeprompt.rows import ROWS_AT_ONCE, answers, batches, fields_of
 
 if TYPE_CHECKING:
     from edgeprompt.prompt_file import PromptFile
@@ -81,6 +82,7 @@ def command(
     allow_base_mismatch: bool,
     provider: str,
     threads: int | None,
+    lanes: int | None,
     cache: Path | None,
     as_json: bool,
 ) -> None:
@@ -107,7 +109,7 @@ def command(
         num_beams=num_beams,
     )
     rows = _rows(texts, source)
-    with serving.open_runtime(package, provider=provider, threads=threads, cache=cache) as runtime:
+    with serving.open_runtime(package, provider=provider, threads=threads, lanes=lanes, cache=cache) as runtime:
         prompts = serving.add_prompts(runtime, package, wanted, allow_base_mismatch=allow_base_mismatch)
         ask = _asker(prompts, options, text_column, prompt_column, chat=chat, truncate=truncate)
         single = len(texts) == 1 and len(prompts) <= 1
@@ -156,7 +158,7 @@ def _asker(
             chosen = (name,)
         for pick in chosen:
             slots = ("text",) if pick is None else prompts[pick].template.slots
-            fields = serving.fields_of(row, text_column, slots, number)
+            fields = fields_of(row, text_column, slots, number)
             text = fields["text"] if pick is None else fields
             request = Request(text=text, prompt=pick, options=options, chat=chat, truncate=truncate)
             yield " ".join(fields.values()), request
@@ -171,12 +173,12 @@ def _generates(prompts: Mapping[str, PromptFile]) -> bool:
 def _answer(runtime: Runtime, rows: Iterator[Mapping[str, Any]], ask: Asker) -> Iterator[Row]:
     """(text, prompt, result) of every request, in order; memory holds one batch."""
     number = 0
-    for batch in serving.batches(rows, serving.ROWS_AT_ONCE):
+    for batch in batches(rows, ROWS_AT_ONCE):
         asked = []
         for row in batch:
             number += 1
             asked += [(number, text, request) for text, request in ask(number, row)]
-        results = serving.answers(runtime, [(place, request) for place, _, request in asked])
+        results = answers(runtime, [(place, request) for place, _, request in asked])
         yield from ((text, request.prompt, result) for (_, text, request), result in zip(asked, results, strict=True))
 
 

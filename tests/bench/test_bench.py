@@ -19,6 +19,7 @@ from click.testing import CliRunner, Result
 
 import edgeprompt
 from edgeprompt.bench import BenchOptions, Report, compare, load_report, run_bench
+from edgeprompt.bench.latency import LANE_ROWS
 from edgeprompt.bench.page import to_html
 from edgeprompt.bench.report import DEFINITIONS, to_csv, to_json, to_jsonl, to_md, to_sql
 from edgeprompt.bench.workload import synthetic_prompt, text_of
@@ -71,6 +72,14 @@ def test_measures_everything_that_the_design_names(report: Report):
         assert (result.unit == "ns") == (result.test in NS)
         assert (result.unit == "bytes") == (result.test in BYTES)
         assert all(sample > 0 for sample in result.samples) or result.test in ("swap", "prompt_resident"), result
+
+
+def test_lanes_where_there_are_several_threads(tiny_llama_package: Path, prompt_file: Path):
+    options = dataclasses.replace(OPTIONS, prompts=(prompt_file,), threads=(2,), repetitions=1, tasks=(1,), batch=(1,))
+    report = run_bench(tiny_llama_package, options)
+    (lanes,) = of(report, "classify_lanes")
+    assert (lanes.batch_size, lanes.n_threads, lanes.unit) == (2 * LANE_ROWS, 2, "examples/s")
+    assert "classify_lanes" in DEFINITIONS
 
 
 def test_sweeps_and_sample_counts(report: Report):
