@@ -36,6 +36,13 @@ def pair_slots(template: Template) -> tuple[str, str] | None:
     return None
 
 
+def located_slot(template: Template) -> str:
+    """The field that tags or answers are looked up in: the second of a pair, `context` or `text`, else the last."""
+    if pair := pair_slots(template):
+        return pair[1]
+    return next((name for name in ("context", "text") if name in template.slots), template.slots[-1])
+
+
 def encode_text(
     template: Template,
     tokenizer: Tokenizer,

@@ -54,6 +54,9 @@ class Start(Protocol):
     def rows(self) -> Logits | None:
         """Prompt rows that virtual ids among `ids` index, or None."""
 
+    def keep(self, graph: DecoderGraph) -> None:
+        """Take from the graph what it gave besides logits, behind every piece of `ids`."""
+
 
 class Job(Future[Any]):
     """A request in flight: a Future that can be cancelled at any time (asyncio's wrap_future does so too)."""
@@ -232,6 +235,7 @@ class Scheduler:
                 self.graph.place(slot, prefix, total, slot)
             piece = job.start.ids[job.filled : job.filled + self.graph.chunk]
             logits = self.graph.prefill(slot, piece, job.work.length, job.start.rows())
+            job.start.keep(self.graph)
             job.filled += len(piece)
             job.work.length += len(piece)
             if job.filled < len(job.start.ids):

@@ -16,6 +16,8 @@ _IDS = 1
 _WAY = ("Reshape", "Cast", "Identity", "Unsqueeze", "Squeeze")
 """What other exporters put between `input_ids` and the look-up."""
 _PREFIX = "virtual"
+_SELECTIONS = ("Gather", "Slice", "Squeeze", "Unsqueeze")
+"""How exporters take the last position, whose logits alone are needed."""
 _PRODUCTS = ("MatMul", "Gemm", "FusedMatMul", "MatMulNBits", "MatMulBnb4", "DynamicQuantizeMatMul")
 """What an output layer is; its first input is the state that the logits are computed from."""
 
@@ -111,8 +113,8 @@ def find_embedding(model: ir.Model) -> tuple[ir.Node, ir.Value]:
 def expose_hidden_states(model: ir.Model, hidden_size: int) -> None:
     """Make the output layer's input a graph output, `hidden_states` float32, for heads in the output layer's place.
 
-    It is there at the positions at which the logits are, and costs nothing to those who do not ask for it. A graph
-    whose output layer is not found keeps its outputs as they are.
+    It is there at every position, also where the logits are computed at the last one only, and costs nothing to those
+    who do not ask for it. A graph whose output layer is not found keeps its outputs as they are.
     """
     outputs = {value.name: value for value in model.graph.outputs}
     logits = value = outputs.get(names.LOGITS)
@@ -129,6 +131,8 @@ def expose_hidden_states(model: ir.Model, hidden_size: int) -> None:
             quantised = value.producer() if value is not None else None
             value = quantised.inputs[0] if quantised is not None else None
             break
+    while value is not None and (taken := value.producer()) is not None and taken.op_type in _SELECTIONS:
+        value = taken.inputs[0]
     producer = value.producer() if value is not None else None
     if value is None or producer is None or value.is_graph_output():
         return
@@ -138,7 +142,8 @@ def expose_hidden_states(model: ir.Model, hidden_size: int) -> None:
         value = cast.outputs[0]
         value.dtype = ir.DataType.FLOAT
     value.name = names.HIDDEN_STATES
-    value.shape = ir.Shape([*logits.shape[:2], hidden_size] if logits.shape is not None else [None, None, hidden_size])
+    ids = next(value for value in model.graph.inputs if value.name == names.INPUT_IDS)
+    value.shape = ir.Shape([*ids.shape[:2], hidden_size] if ids.shape is not None else [None, None, hidden_size])
     model.graph.outputs.append(value)
 
 

@@ -4,16 +4,16 @@ from __future__ import annotations
 
 import queue
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
-import numpy.typing as npt
 
 from edgeprompt import names
 from edgeprompt.engines import EngineOptions, open_engine_session
 from edgeprompt.engines.decoder_graph import DecoderGraph, open_graph
-from edgeprompt.engines.decoder_head import HeadWork, StateWork, check_last_head, check_states
+from edgeprompt.engines.decoder_head import StateWork, check_head_of, check_states, encode_words, head_work
+from edgeprompt.engines.decoder_prompts import Loaded, PromptStart, Rows
 from edgeprompt.errors import InputError, PromptNotFoundError, TemplateError, UnsupportedError
 from edgeprompt.generation import TextStream
 from edgeprompt.kv_cache import KV, KVShape, PrefixCache
@@ -29,55 +29,10 @@ from edgeprompt.template import Literal, Slot, Template, VirtualTokens, as_field
 from edgeprompt.verbalizer import Verbalizer
 from edgeprompt.work import Clock, GenerateWork, LogitsWork, PrefixWork, ScoreWork
 
-Rows = npt.NDArray[np.float32]
-
 PREFIX_BUDGET = 64 << 20
 KV_BUDGET = 1 << 30
 _CHAT_TEXT = "edgepromptusertext"
 _TEXT_ALONE = Template((Slot(),))
-
-
-@dataclass(eq=False)
-class Loaded:
-    """A prompt as the engine keeps it: what requests need at hand; its tensors come from `source` when needed."""
-
-    source: PromptSource
-    template: Template
-    verbalizer: Verbalizer | None
-    count: int = 0
-    """Virtual tokens, or prefix positions."""
-    as_prefix: bool = True
-    """Whether keys and values in front of the text carry the prompt; else virtual ids in the text do."""
-
-    @property
-    def prompt(self) -> PromptFile:
-        """Everything but the tensors."""
-        return self.source.prompt
-
-
-@dataclass
-class PromptStart:
-    """How a request on a prompt begins (`scheduler.Start`)."""
-
-    engine: DecoderEngine
-    loaded: Loaded | None
-    ids: Sequence[int]
-    total: int
-    whole: bool = True
-    """False: the text is empty, so the prompt's last virtual token is run for its logits."""
-
-    def prefix(self, graph: DecoderGraph, slot: int, total: int) -> KV | None:
-        """The prompt's keys and values."""
-        if self.loaded is None or not self.loaded.count or not self.loaded.as_prefix:
-            return None
-        prefix = self.engine.prefix(self.loaded, graph, slot, total)
-        return prefix if self.whole else prefix[:, :, :-1]
-
-    def rows(self) -> Rows | None:
-        """The prompt's rows, where ids stand for them."""
-        if self.loaded is None or (self.loaded.as_prefix and self.whole):
-            return None
-        return self.engine.rows(self.loaded)
 
 
 class DecoderEngine:
@@ -129,7 +84,7 @@ class DecoderEngine:
         if source.has_encoder_prefix:
             raise UnsupportedError(f"prompt {name!r} has encoder_past_key_values, and this base has no encoder")
         if prompt.head_spec is not None:
-            check_last_head(name, prompt, self._manifest, self._lanes[0].graph)
+            check_head_of(name, prompt, self._manifest, self._lanes[0].graph)
         self._try_template(name, source)
         verbalizer = None
         if prompt.verbalizer:
@@ -138,7 +93,9 @@ class DecoderEngine:
                 lambda text: self._tokenizer.encode(text, add_special_tokens=False),
                 prompt.calibration,
             )
-        as_prefix = source.has_past or prompt.template.prompt_is_prefix
+        # Question answering as PEFT trains it reads the states of virtual tokens too, so these are run with the text.
+        unshifted = prompt.head_spec is not None and prompt.head_spec.input == "tokens_unshifted"
+        as_prefix = source.has_past or (prompt.template.prompt_is_prefix and not unshifted)
         loaded = Loaded(source, prompt.template, verbalizer, source.num_virtual_tokens, as_prefix)
         old = self._prompts.get(name)
         self._prompts[name] = loaded
@@ -266,12 +223,18 @@ class DecoderEngine:
         loaded, template = self._find(request)
         lane = self._lane()
         task = request.task or (loaded.prompt.task if loaded else "generate")
-        head = loaded.prompt if task == "classify" and loaded and loaded.prompt.head_spec else None
-        if head is not None or task == "embed":
+        states: list[Rows] | None = None
+        sampling = Sampling(max_new_tokens=0)
+        if task in ("tag", "qa"):
+            if loaded is None or loaded.prompt.task != task:
+                raise InputError(f"task {task!r} needs a prompt that was trained for it")
+            encoded = encode_words(request, loaded, self._tokenizer, first_virtual_id=self._vocab, limit=self._limit)
+            ids, states = encoded.ids, []
+            work: Work = head_work(loaded, states, clock, request, encoded)
+        elif task == "embed" or (task == "classify" and loaded and loaded.prompt.head_spec):
             check_states(lane.graph)
-            sampling = Sampling(max_new_tokens=0)
-            ids = self._encode(request, loaded, template, sampling)
-            work: Work = StateWork(lane.graph) if head is None else HeadWork(lane.graph, head, clock)
+            ids, states = self._encode(request, loaded, template, sampling), []
+            work = StateWork(states) if loaded is None or task == "embed" else head_work(loaded, states, clock)
         elif task == "classify":
             sampling = Sampling(max_new_tokens=self._deepest(request, loaded), asked_length=True)
             ids = self._encode(request, loaded, template, sampling)
@@ -294,11 +257,10 @@ class DecoderEngine:
                 on_text=pieces.put if pieces is not None else None,
             )
         else:
-            raise UnsupportedError(
-                f"task {task!r} needs an encoder package; a decoder-only one can classify, generate and embed"
-            )
+            raise UnsupportedError(f"task {task!r} is not known; there are classify, generate, tag, qa and embed")
         clock.input_tokens = len(ids)
-        job = Job(self._start(loaded, ids, sampling.max_new_tokens), work, request.timeout)
+        start = replace(self._start(loaded, ids, sampling.max_new_tokens), states=states)
+        job = Job(start, work, request.timeout)
         lane.submit(job, wait=wait)
         return job
 

@@ -31,8 +31,10 @@ class DecoderGraph(Protocol):
     chunk: int
     gives_states: bool
     """Whether the graph has `hidden_states`, what its logits are computed from."""
+    gives_all_states: bool
+    """Whether it gives them at every position, not at the last one alone."""
     states: Logits | None
-    """float32 [hidden_size] of the last position of the last prefill, where the graph gives them."""
+    """float32 [positions, hidden_size] of the last prefill, where the graph gives them; the next gives new ones."""
 
     def fits(self, rows: int, length: int) -> bool:
         """Whether that many rows of that many positions are within the budget."""
@@ -112,6 +114,7 @@ class _Graph:
         self.states: Logits | None = None
         self._states_type = np.float16 if states is not None and "float16" in states.type else np.float32
         self._states_last_only = states is not None and states.shape[1] == 1
+        self.gives_all_states = self.gives_states and not self._states_last_only
         self.chunk = PREFILL_CHUNK
         if not self._last_only:
             self.chunk = min(PREFILL_CHUNK, max(16, LOGITS_BUDGET // (4 * self._vocab)))
@@ -197,7 +200,7 @@ class SharedGraph(_Graph):
             self._bind_output(binding, names.HIDDEN_STATES, states)
         self._ort.run_with_iobinding(binding)
         if self.gives_states:
-            self.states = states[0, -1].astype(np.float32, copy=False)
+            self.states = states[0].astype(np.float32, copy=False)
         self._filled[row] = past + count
         last: Logits = logits[0, -1].astype(np.float32, copy=False)
         return last
@@ -318,9 +321,9 @@ class GrowingGraph(_Graph):
         self._ort.run_with_iobinding(binding)
         found = binding.get_outputs()
         self._rows[row] = found[len(self._heads) :]
-        last, *states = (value.numpy()[0, -1].astype(np.float32, copy=False) for value in found[: len(self._heads)])
+        last, *states = (value.numpy()[0].astype(np.float32, copy=False) for value in found[: len(self._heads)])
         self.states = states[0] if states else None
-        logits: Logits = last
+        logits: Logits = last[-1]
         return logits
 
     def decode(self, ids: Sequence[int], lengths: Sequence[int]) -> Logits:

@@ -1,7 +1,8 @@
-"""What a decoder's last token gives besides logits: the state behind them, for heads and embeddings."""
+"""What a decoder's tokens give besides logits: the states behind them, for heads and embeddings."""
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -9,72 +10,103 @@ import numpy as np
 import numpy.typing as npt
 
 from edgeprompt import names
+from edgeprompt.encoder_text import EncodedText, encode_text, located_slot
 from edgeprompt.engines.decoder_graph import DecoderGraph
+from edgeprompt.engines.decoder_prompts import Loaded
 from edgeprompt.engines.encoder_checks import GraphFacts, check_head
-from edgeprompt.engines.encoder_tasks import classify_head
-from edgeprompt.errors import UnsupportedError
+from edgeprompt.engines.encoder_tasks import answer, classify_head, tag, token_logits
+from edgeprompt.errors import InputError, UnsupportedError
 from edgeprompt.manifest import Manifest
 from edgeprompt.prompt_file import PromptFile
-from edgeprompt.request import Classification
+from edgeprompt.request import Answer, Classification, Request, Tagging
+from edgeprompt.template import as_fields
+from edgeprompt.tokenizer import Tokenizer
 from edgeprompt.work import Clock
 
 Floats = npt.NDArray[np.float32]
 
+_INPUTS = ("last", "tokens", "tokens_unshifted")
 
-def check_last_head(name: str, prompt: PromptFile, manifest: Manifest, graph: DecoderGraph) -> None:
+
+def check_head_of(name: str, prompt: PromptFile, manifest: Manifest, graph: DecoderGraph) -> None:
     """Refuse a head that a decoder does not serve, or that does not fit.
 
     Raises:
-        UnsupportedError: it reads other states than the last token's, or the graph does not give them.
+        UnsupportedError: it reads a pooled state, or the graph does not give what it reads.
         BaseMismatchError: it does not fit the hidden size.
         InputError: it does not fit the prompt's task or labels.
     """
     assert prompt.head_spec is not None
-    if prompt.head_spec.input != "last":
+    source = prompt.head_spec.input
+    if source not in _INPUTS:
         raise UnsupportedError(
-            f"the head of prompt {name!r} reads {prompt.head_spec.input!r}; decoder-only packages serve heads on the "
-            "last token, and encoder packages the others"
+            f"the head of prompt {name!r} reads {source!r}; decoder-only packages serve heads on the last token or on "
+            "every token, and encoder packages the others"
         )
-    check_states(graph)
+    check_states(graph, everywhere=source != "last")
     check_head(name, prompt, GraphFacts(manifest, (), (names.LOGITS, names.HIDDEN_STATES)))
 
 
-def check_states(graph: DecoderGraph) -> None:
-    """Refuse a graph that does not give hidden states.
+def check_states(graph: DecoderGraph, *, everywhere: bool = False) -> None:
+    """Refuse a graph that does not give hidden states, or `everywhere` only those of the last token.
 
     Raises:
         UnsupportedError: it does not.
     """
-    if not graph.gives_states:
+    if not (graph.gives_all_states if everywhere else graph.gives_states):
+        which = "of every token" if everywhere else "of the last token"
         raise UnsupportedError(
-            f"the graph has no output {names.HIDDEN_STATES}, which heads and embeddings read; export the base again "
-            "with this version of edgeprompt"
+            f"the graph has no output {names.HIDDEN_STATES} {which}, which heads and embeddings read; export the base "
+            "again with this version of edgeprompt"
         )
 
 
-class StateWork:
-    """Hands out the state behind the last token; the scheduler's thread asks right behind the prefill."""
+def encode_words(
+    request: Request, loaded: Loaded, tokenizer: Tokenizer, *, first_virtual_id: int, limit: int
+) -> EncodedText:
+    """A request whose words are labelled or searched: ids behind the prefix, and where each token stands.
 
-    def __init__(self, graph: DecoderGraph) -> None:
+    Raises:
+        InputError: it has ids instead of a text, or is too long.
+        TemplateError: virtual tokens stand inside the text.
+    """
+    if request.input_ids is not None:
+        raise InputError("words can only be found in a text; give text instead of input_ids")
+    prompt = loaded.prompt
+    return encode_text(
+        prompt.template,
+        tokenizer,
+        as_fields(request.text),
+        num_virtual_tokens=0 if loaded.as_prefix else loaded.count,
+        first_virtual_id=first_virtual_id,
+        max_length=limit - (loaded.count if loaded.as_prefix else 0) if limit else None,
+        truncate=request.truncate,
+        add_special_tokens=prompt.add_special_tokens,
+        locate=located_slot(prompt.template),
+    )
+
+
+class StateWork:
+    """Hands out the state behind the last token."""
+
+    def __init__(self, states: Sequence[Floats]) -> None:
+        """`states` fills while the text is run: float32 [tokens, hidden_size] for every piece."""
         self.length = 0
-        self._graph = graph
-        self._state: Floats | None = None
+        self.states = states
 
     def advance(self, logits: Floats) -> None:
-        """Keep the state; prefills give new arrays."""
-        self._state = self._graph.states
+        """Nothing follows the text."""
 
     def result(self) -> Any:
         """float32 [hidden_size]."""
-        assert self._state is not None
-        return self._state
+        return self.states[-1][-1]
 
 
-class HeadWork(StateWork):
-    """Classifies by the prompt's head."""
+class ClassWork(StateWork):
+    """Classifies by the prompt's head on the last token."""
 
-    def __init__(self, graph: DecoderGraph, prompt: PromptFile, clock: Clock) -> None:
-        super().__init__(graph)
+    def __init__(self, states: Sequence[Floats], prompt: PromptFile, clock: Clock) -> None:
+        super().__init__(states)
         self._prompt, self._clock = prompt, clock
 
     def result(self) -> Classification:
@@ -82,3 +114,33 @@ class HeadWork(StateWork):
         found = classify_head(self._prompt, super().result())
         self._clock.tick()
         return replace(found, timings=self._clock.timings(1))
+
+
+class WordWork(StateWork):
+    """Labels words, or looks for an answer, by the prompt's head on every token."""
+
+    def __init__(self, states: Sequence[Floats], loaded: Loaded, encoded: EncodedText, text: str) -> None:
+        super().__init__(states)
+        self._prompt, self._encoded, self._text = loaded.prompt, encoded, text
+        self._virtual = 0 if loaded.as_prefix else loaded.count
+
+    def result(self) -> Tagging | Answer:
+        """Spans."""
+        logits = token_logits(self._prompt, np.concatenate(list(self.states)), self._virtual)
+        if self._prompt.task == "tag":
+            return tag(self._prompt, logits, self._encoded.offsets, self._text)
+        no_answer = self._virtual if self._prompt.generation.get("allow_no_answer") else None
+        return answer(logits, self._encoded.offsets, self._text, no_answer)
+
+
+def head_work(
+    loaded: Loaded,
+    states: Sequence[Floats],
+    clock: Clock,
+    request: Request | None = None,
+    encoded: EncodedText | None = None,
+) -> StateWork:
+    """What a prompt's head makes of a request's states; `encoded` for heads on every token."""
+    if encoded is None or request is None:
+        return ClassWork(states, loaded.prompt, clock)
+    return WordWork(states, loaded, encoded, as_fields(request.text)[located_slot(loaded.template)])

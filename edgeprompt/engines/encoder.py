@@ -12,7 +12,7 @@ import numpy as np
 import numpy.typing as npt
 
 from edgeprompt import names
-from edgeprompt.encoder_text import EncodedText, encode_text, pair_slots
+from edgeprompt.encoder_text import EncodedText, encode_text, located_slot
 from edgeprompt.engines import EngineOptions, open_engine_session, side_by_side
 from edgeprompt.engines.encoder_batch import Row, make_feeds, make_row, split_batches
 from edgeprompt.engines.encoder_checks import (
@@ -87,7 +87,7 @@ class Work:
     def field_text(self) -> str:
         """The text that tagging labels, or that holds a question's answer."""
         fields = as_fields(self.request.text)
-        return fields[_located_slot(self.loaded.prompt.template if self.loaded else _TEXT_ALONE)]
+        return fields[located_slot(self.loaded.prompt.template if self.loaded else _TEXT_ALONE)]
 
     @property
     def outputs(self) -> set[str]:
@@ -238,7 +238,7 @@ class EncoderEngine:
             max_length=self._room(loaded),
             truncate=truncate,
             add_special_tokens=prompt.add_special_tokens if prompt else True,
-            locate=_located_slot(template) if task in ("tag", "qa") else None,
+            locate=located_slot(template) if task in ("tag", "qa") else None,
         )
 
     def _given(self, request: Request, loaded: Loaded | None, task: str) -> EncodedText:
@@ -362,13 +362,6 @@ class EncoderEngine:
             return classify_head(loaded.prompt, outputs[names.POOLER_OUTPUT].astype(np.float32, copy=False))
         states = outputs[names.LAST_HIDDEN_STATE][: row.length].astype(np.float32, copy=False)
         return classify_head(loaded.prompt, pool(states, row, head.input))
-
-
-def _located_slot(template: Template) -> str:
-    """The field that tags or answers are looked up in: the second of a pair, `context` or `text`, else the last."""
-    if pair := pair_slots(template):
-        return pair[1]
-    return next((name for name in ("context", "text") if name in template.slots), template.slots[-1])
 
 
 def _in_time(work: Work) -> None:

@@ -16,7 +16,9 @@ import numpy.typing as npt
 
 from edgeprompt import names
 from edgeprompt.beam_search import BeamSearch
+from edgeprompt.encoder_text import located_slot
 from edgeprompt.engines import EngineOptions, side_by_side
+from edgeprompt.engines.encoder_tasks import tag, token_logits
 from edgeprompt.engines.seq2seq_graphs import Seq2SeqGraphs, Source, SourceRow
 from edgeprompt.engines.seq2seq_jobs import Beams, Cancellation, Decision, Ending, Job, OneRow, WordScores, run_jobs
 from edgeprompt.engines.seq2seq_prompts import ENCODER_PAST, Prompt, PromptShelf
@@ -26,7 +28,7 @@ from edgeprompt.memory_budget import MemoryBudget
 from edgeprompt.package import Package
 from edgeprompt.prompt_file import PromptFile
 from edgeprompt.prompt_source import PromptSource
-from edgeprompt.request import Request
+from edgeprompt.request import Request, Tagging
 from edgeprompt.sampling import Sampling, resolve
 from edgeprompt.template import as_fields
 from edgeprompt.work import Clock, GenerateWork, LogitsWork
@@ -102,8 +104,11 @@ class Seq2SeqEngine:
         items: dict[int, _Item] = {}
         for place, request in enumerate(requests):
             try:
-                if self._task(request) == "embed":
+                task = self._task(request)
+                if task == "embed":
                     results[place] = self.embed([request], None)[0]
+                elif task == "tag":
+                    results[place] = self._tag(request)
                 else:
                     items[place] = self._item(request)
             except Exception as error:
@@ -164,6 +169,22 @@ class Seq2SeqEngine:
                 found[place] = _pooled(source, row, rows[place].ids < self._geometry.vocab_size, pooling)
         return found
 
+    def _tag(self, request: Request) -> Tagging:
+        """Spans of a text, by the prompt's head on the encoder's states."""
+        prompt = self._prompt(request)
+        if prompt is None or prompt.file.task != "tag":
+            raise InputError("task 'tag' needs a prompt that was trained for it")
+        if request.input_ids is not None:
+            raise InputError("words can only be found in a text; give text instead of input_ids")
+        self._check_open()
+        fields = as_fields(request.text)
+        encoded = self._prompts.words(prompt, fields, self._geometry.max_positions or None, truncate=request.truncate)
+        table = self._prompts.tensor(prompt, names.PROMPT_EMBEDDINGS) if prompt.rows else None
+        prefix = self._prompts.tensor(prompt, ENCODER_PAST) if prompt.source.has_encoder_prefix else None
+        source = self._graphs.encode([SourceRow(np.asarray(encoded.ids, np.int64), table, prefix)])
+        logits = token_logits(prompt.file, source.states[0].astype(np.float32, copy=False), prompt.rows)
+        return tag(prompt.file, logits, encoded.offsets, fields[located_slot(prompt.file.template)])
+
     def close(self) -> None:
         """Fail what runs, after its step; later calls fail at once."""
         self._cancellation.closed = True
@@ -174,10 +195,10 @@ class Seq2SeqEngine:
     def _task(self, request: Request) -> str:
         prompt = self._prompt(request)
         task = request.task or (prompt.file.task if prompt else "generate")
-        if task not in ("classify", "generate", "embed"):
+        if task not in ("classify", "generate", "embed", "tag"):
             raise UnsupportedError(
                 f"task {task!r} is not for encoder-decoders ({self._manifest.model_type}); "
-                "there are classify, generate and embed"
+                "there are classify, generate, tag and embed"
             )
         return task
 

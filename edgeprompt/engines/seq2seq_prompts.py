@@ -11,6 +11,8 @@ import numpy as np
 import numpy.typing as npt
 
 from edgeprompt import names
+from edgeprompt.encoder_text import EncodedText, encode_text, located_slot
+from edgeprompt.engines.encoder_checks import GraphFacts, check_head
 from edgeprompt.errors import PromptFileError, PromptNotFoundError, TemplateError, UnsupportedError
 from edgeprompt.kv_cache import PrefixCache
 from edgeprompt.package import Package
@@ -119,6 +121,20 @@ class PromptShelf:
             add_special_tokens=prompt.file.add_special_tokens if prompt else True,
         )
 
+    def words(self, prompt: Prompt, fields: Mapping[str, str], limit: int | None, *, truncate: bool) -> EncodedText:
+        """A text whose words are labelled: ids, the prompt's virtual tokens in front, and where each token stands."""
+        return encode_text(
+            prompt.file.template,
+            self._tokenizer,
+            fields,
+            num_virtual_tokens=prompt.rows,
+            first_virtual_id=self._manifest.geometry.vocab_size,
+            max_length=limit,
+            truncate=truncate,
+            add_special_tokens=prompt.file.add_special_tokens,
+            locate=located_slot(prompt.file.template),
+        )
+
     def encode(self, text: str) -> list[int]:
         """Ids of a text alone, without special tokens."""
         return self._tokenizer.encode(text, add_special_tokens=False)
@@ -126,11 +142,13 @@ class PromptShelf:
     def _ready(self, source: PromptSource) -> Prompt:
         prompt = source.tensors()
         prompt.check_geometry(self._manifest)
-        if prompt.head_spec is not None or prompt.task in ("tag", "qa"):
+        if prompt.head_spec is not None and prompt.task == "tag":
+            check_head(prompt.name, prompt, GraphFacts(self._manifest, (), ()))
+        elif prompt.head_spec is not None or prompt.task in ("tag", "qa"):
             raise UnsupportedError(
                 f"prompt {prompt.name!r} is for task {prompt.task!r}"
-                f"{' with a head' if prompt.head_spec is not None else ''}; an encoder-decoder answers by text: "
-                "tune it for classify (with a verbalizer) or generate"
+                f"{' with a head' if prompt.head_spec is not None else ''}; an encoder-decoder answers by text, or "
+                "labels words by a head on its encoder: tune it for classify (with a verbalizer) or generate"
             )
         if source.has_encoder_prefix and not self._has_encoder_prefix:
             raise UnsupportedError(

@@ -32,11 +32,10 @@ def describe_head(tensors: Mapping[str, Array], task_type: str, base: BaseFacts)
         UnsupportedError: an architecture that has no such head, a model type whose head is not known, or one whose
             head goes by a config that is not at hand.
     """
-    served = {names.ENCODER_ONLY: ("SEQ_CLS", "TOKEN_CLS", "QUESTION_ANS"), names.DECODER_ONLY: ("SEQ_CLS",)}
-    if task_type not in served.get(base.architecture, ()):
+    if base.architecture == names.ENCODER_DECODER and task_type != "TOKEN_CLS":
         raise UnsupportedError(
-            f"a {task_type} head on a {base.architecture} base is not served: encoder-only bases have heads for "
-            "SEQ_CLS, TOKEN_CLS and QUESTION_ANS, decoder-only ones for SEQ_CLS; answer with label words instead"
+            f"a {task_type} head on an encoder-decoder reads the decoder, where PEFT runs no virtual tokens and "
+            "ignores a prefix: tune the prompt for label words instead (task classify)"
         )
     source, steps = "tokens", [HeadStep("linear", "qa_outputs")]
     if task_type == "TOKEN_CLS":

@@ -76,8 +76,6 @@ def read(source: Path, base: BaseFacts | None, options: ReadOptions) -> list[For
     task_type = config.get("task_type") or "CAUSAL_LM"
     if not isinstance(task_type, str) or task_type not in _TASKS:
         raise SourceError(f"task_type is {task_type!r}, known: {', '.join(_TASKS)}")
-    if task_type == "FEATURE_EXTRACTION" and base and base.architecture == names.ENCODER_DECODER:
-        raise UnsupportedError("encoder-decoder packages give no embeddings; use the encoder alone, or another base")
     tensors = read_tensors(_weights(folder))
     if _ROWS not in tensors:
         raise SourceError(f"the adapter in {str(folder)!r} has no {_ROWS}; it has {', '.join(tensors) or 'nothing'}")

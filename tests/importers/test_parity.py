@@ -16,10 +16,12 @@ from typing import Any
 import numpy as np
 import pytest
 
-from edgeprompt import Request, load_prompt
+from edgeprompt import EngineOptions, PromptFile, Request, load_prompt, names
 from edgeprompt.engines.encoder_batch import make_feeds, make_row
-from edgeprompt.engines.encoder_tasks import answer, token_logits
+from edgeprompt.engines.encoder_tasks import answer, tag, token_logits
+from edgeprompt.engines.seq2seq_graphs import Seq2SeqGraphs, SourceRow
 from edgeprompt.errors import UnsupportedError
+from edgeprompt.manifest import Manifest
 from edgeprompt.package import open_package
 from edgeprompt.session import graph_inputs, open_session
 from exporters import convert_prompt
@@ -50,9 +52,15 @@ HEAD_CASES = [
         ("roberta", "SEQ_CLS"),
         ("roberta", "TOKEN_CLS"),
         ("llama", "SEQ_CLS"),
+        ("llama", "TOKEN_CLS"),
+        ("llama", "QUESTION_ANS"),
         ("gpt2", "SEQ_CLS"),
+        ("gpt2", "TOKEN_CLS"),
+        ("gpt2", "QUESTION_ANS"),
+        ("t5", "TOKEN_CLS"),
     )
     for method in ("prompt tuning", "prefix tuning")
+    if (base, method) != ("t5", "prefix tuning")  # see test_what_peft_cannot_run
 ]
 OPENPROMPT = [
     "openprompt-soft-gpt2",
@@ -215,6 +223,8 @@ def test_peft_heads(
             source = open_base(bases[base])
             pooler.weight.copy_(source.pooler.dense.weight)
             pooler.bias.copy_(source.pooler.dense.bias)
+    if base == "llama" and kind == "QUESTION_ANS":
+        take_base(model, bases[base])
     file = tmp_path / "prompt.safetensors"
     convert_prompt(tmp_path / "adapter", file, base=package(base), name=f"{kind} {method}")
     differences = []
@@ -235,24 +245,28 @@ def test_peft_heads(
 
 
 @pytest.mark.parametrize("method", ["prompt tuning", "prefix tuning"])
+@pytest.mark.parametrize("base", ["bert", "llama", "gpt2"])
 def test_peft_answers_from_text(
-    method: str, bases: dict[str, Path], package: Any, runtime: Any, tmp_path: Path
+    base: str, method: str, bases: dict[str, Path], package: Any, runtime: Any, tmp_path: Path
 ) -> None:
     """The span that PEFT's scores give, read as PEFT trains them."""
     import torch
     from transformers import AutoTokenizer
 
-    model = tuned(tmp_path / "adapter", bases["bert"], "AutoModelForQuestionAnswering", method, "QUESTION_ANS")
-    convert_prompt(tmp_path / "adapter", tmp_path / "qa.safetensors", base=package("bert"), name=f"answers {method}")
-    served = runtime("bert")
+    model = tuned(tmp_path / "adapter", bases[base], "AutoModelForQuestionAnswering", method, "QUESTION_ANS")
+    if base == "llama":
+        take_base(model, bases[base])
+    convert_prompt(tmp_path / "adapter", tmp_path / "qa.safetensors", base=package(base), name=f"answers {method}")
+    served = runtime(base)
     name = served.add_prompt(tmp_path / "qa.safetensors")
     question, context = "was it great ?", "the film is great , the story was bad and the music terrible ."
-    encoded = AutoTokenizer.from_pretrained(bases["bert"])(question, context, return_offsets_mapping=True)
-    ids = torch.tensor([encoded["input_ids"]])
+    encoded = AutoTokenizer.from_pretrained(bases[base])(question, context, return_offsets_mapping=True)
+    given = {
+        key: torch.tensor([encoded[key]]) for key in ("input_ids", "attention_mask", "token_type_ids") if key in encoded
+    }
+    ids = given["input_ids"]
     with torch.no_grad():
-        out = model(
-            input_ids=ids, attention_mask=torch.ones_like(ids), token_type_ids=torch.tensor([encoded["token_type_ids"]])
-        )
+        out = model(**given)
     scores = torch.stack([out.start_logits[0], out.end_logits[0]], -1)[: ids.shape[1]].numpy()
     places = zip(encoded["offset_mapping"], encoded.sequence_ids(), strict=True)
     want = answer(scores, [span if part == 1 else None for span, part in places], context)
@@ -261,15 +275,24 @@ def test_peft_answers_from_text(
     assert abs(found.score - want.score) < 1e-4
 
 
-@pytest.mark.parametrize("method", ["prompt tuning", "prefix tuning"])
-@pytest.mark.parametrize("base", ["llama", "pooled-bert"])
+@pytest.mark.parametrize(
+    ("base", "method"),
+    [
+        ("llama", "prompt tuning"),
+        ("llama", "prefix tuning"),
+        ("pooled-bert", "prompt tuning"),
+        ("pooled-bert", "prefix tuning"),
+        ("t5", "prompt tuning"),
+    ],
+)
 def test_peft_embeddings(
     base: str, method: str, bases: dict[str, Path], package: Any, runtime: Any, tmp_path: Path
 ) -> None:
-    """FEATURE_EXTRACTION: the last token's state of a decoder, the first text token's of an encoder."""
+    """FEATURE_EXTRACTION: the last token's state of a decoder, the first text token's of an encoder (T5: its own)."""
     import torch
 
-    model = tuned(tmp_path / "adapter", bases[base], "AutoModel", method, "FEATURE_EXTRACTION")
+    auto = "AutoModelForTextEncoding" if base == "t5" else "AutoModel"
+    model = tuned(tmp_path / "adapter", bases[base], auto, method, "FEATURE_EXTRACTION")
     file = tmp_path / "prompt.safetensors"
     convert_prompt(tmp_path / "adapter", file, base=package(base), name=f"embed {method}")
     served, differences = runtime(base), []
@@ -284,6 +307,81 @@ def test_peft_embeddings(
     record("PEFT", base, f"{method}, FEATURE_EXTRACTION", differences)
 
 
+@pytest.mark.parametrize(
+    ("base", "method"), [("llama", "prefix tuning"), ("gpt2", "prompt tuning"), ("t5", "prompt tuning")]
+)
+def test_peft_tags_from_text(
+    base: str, method: str, bases: dict[str, Path], package: Any, runtime: Any, tmp_path: Path
+) -> None:
+    """Labels of words, where the text comes in pieces."""
+    import torch
+    from transformers import AutoTokenizer
+
+    model = tuned(
+        tmp_path / "adapter", bases[base], "AutoModelForTokenClassification", method, "TOKEN_CLS", num_labels=3
+    )
+    file = tmp_path / "tags.safetensors"
+    convert_prompt(tmp_path / "adapter", file, base=package(base), name=f"tags {method}")
+    served = runtime(base)
+    name = served.add_prompt(file)
+    text = "the film is great , the story was bad"
+    encoded = AutoTokenizer.from_pretrained(bases[base])(text, return_offsets_mapping=True)
+    ids = torch.tensor([encoded["input_ids"]])
+    with torch.no_grad():
+        logits = model(input_ids=ids, attention_mask=torch.ones_like(ids)).logits[0, -ids.shape[1] :]
+    places = [span if span[1] > span[0] else None for span in encoded["offset_mapping"]]
+    want = tag(load_prompt(file), logits.numpy(), places, text)
+    found = served.run([Request(text, prompt=name)])[0]
+    assert [(word.label, word.text) for word in found.words] == [(word.label, word.text) for word in want.words]
+    assert len(found.words) == 9
+    for word, expected in zip(found.words, want.words, strict=True):
+        assert abs(word.score - expected.score) < 1e-4
+
+
+@pytest.mark.parametrize(
+    ("base", "kind", "method"),
+    [
+        ("t5", "SEQ_CLS", "prompt tuning"),
+        ("t5", "SEQ_CLS", "prefix tuning"),
+        ("t5", "QUESTION_ANS", "prompt tuning"),
+        ("t5", "TOKEN_CLS", "prefix tuning"),
+    ],
+)
+def test_what_peft_cannot_run(base: str, kind: str, method: str, bases: dict[str, Path], tmp_path: Path) -> None:
+    """Heads on encoder-decoders: why they are refused."""
+    import torch
+
+    autos = {
+        "SEQ_CLS": "AutoModelForSequenceClassification",
+        "QUESTION_ANS": "AutoModelForQuestionAnswering",
+        "TOKEN_CLS": "AutoModelForTokenClassification",
+    }
+    text = torch.tensor([[*IDS[0], 1]])
+    with pytest.raises((NotImplementedError, ValueError, TypeError, IndexError)):
+        model = tuned(tmp_path / "adapter", bases[base], autos[kind], method, kind)
+        model(input_ids=text, attention_mask=torch.ones_like(text))
+
+
+def test_peft_ignores_a_prefix_for_questions_to_an_encoder_decoder(bases: dict[str, Path], tmp_path: Path) -> None:
+    import torch
+
+    model = tuned(tmp_path / "adapter", bases["t5"], "AutoModelForQuestionAnswering", "prefix tuning", "QUESTION_ANS")
+    text = torch.tensor([[*IDS[0], 1]])
+    scores = []
+    with torch.no_grad():
+        for _ in range(2):
+            scores.append(model(input_ids=text, attention_mask=torch.ones_like(text)).start_logits)
+            model.prompt_encoder["default"].embedding.weight.mul_(5)
+    assert torch.equal(*scores)
+
+
+def take_base(model: Any, folder: Path) -> None:
+    """Give a PEFT model the base's weights where transformers 5 loads none: LlamaForQuestionAnswering names its
+    base otherwise than the checkpoint does."""
+    inner = model.get_base_model()
+    inner.transformer.load_state_dict(open_base(folder).state_dict())
+
+
 def open_base(folder: Path) -> Any:
     from transformers import AutoModel
 
@@ -293,14 +391,43 @@ def open_base(folder: Path) -> Any:
 def token_scores(folder: Path, file: Path, ids: list[int]) -> Any:
     """The head's output for every text position, by the runtime's own parts: answers show only the best."""
     opened, prompt = open_package(folder), load_prompt(file)
-    session = open_session(opened.graph("model"), provider="cpu", threads=1).ort
     vocab = opened.manifest.geometry.vocab_size
     rows = prompt.prompt_embeddings
     virtual = [] if rows is None else range(vocab, vocab + len(rows))
+    if opened.manifest.architecture == names.ENCODER_DECODER:
+        source = SourceRow(np.array([*virtual, *ids]), rows)
+        states = Seq2SeqGraphs(opened, EngineOptions(provider="cpu", threads=1)).encode([source]).states[0]
+        return token_logits(prompt, states, len(virtual))[-len(ids) :]
+    session = open_session(opened.graph("model"), provider="cpu", threads=1).ort
+    if opened.manifest.architecture == names.DECODER_ONLY:
+        feeds = decoder_feeds(opened.manifest, prompt, [*virtual, *ids])
+        feeds = {name: value for name, value in feeds.items() if name in {v.name for v in graph_inputs(session)}}
+        states = session.run(["hidden_states"], feeds)[0][0]
+        return token_logits(prompt, states, len(virtual))[-len(ids) :]
     row = make_row([*virtual, *ids], vocab, embeddings=rows, prefix=prompt.past_key_values)
     feeds = make_feeds([row], opened.manifest, [value.name for value in graph_inputs(session)])
     states = session.run(["last_hidden_state"], feeds)[0][0]
     return token_logits(prompt, states, len(virtual))[-len(ids) :]
+
+
+def decoder_feeds(manifest: Manifest, prompt: PromptFile, ids: list[int]) -> dict[str, Any]:
+    """All inputs of a decoder's graph for one row."""
+    size, past = manifest.geometry, prompt.past_key_values
+    length = 0 if past is None else past.shape[3]
+    total = length + len(ids)
+    feeds = {
+        "input_ids": np.array([ids]),
+        "attention_mask": np.ones((1, total), np.int64),
+        "position_ids": np.arange(length, total)[None],
+        "prompt_embeddings": np.zeros((1, size.hidden_size), np.float32)
+        if prompt.prompt_embeddings is None
+        else prompt.prompt_embeddings,
+    }
+    empty = np.zeros((1, size.num_key_value_heads, 0, size.head_size), np.float32)
+    for layer in range(size.num_layers):
+        for at, part in enumerate(("key", "value")):
+            feeds[names.past(layer, part)] = empty if past is None else past[layer, at][None]
+    return feeds
 
 
 @pytest.mark.parametrize("case", OPENPROMPT)
@@ -370,7 +497,7 @@ def test_p_tuning_v2(case: str, golden: Path, package: Any, runtime: Any, tmp_pa
 
 
 def test_the_table_in_the_docs(request: pytest.FixtureRequest) -> None:
-    expected = 2 * len(DECODER_METHODS) + 4 + 4 + len(HEAD_CASES) + len(OPENPROMPT) + len(P_TUNING_V2)
+    expected = 2 * len(DECODER_METHODS) + 4 + 5 + len(HEAD_CASES) + len(OPENPROMPT) + len(P_TUNING_V2)
     if len(MEASURED) != expected:
         pytest.fail(f"{len(MEASURED)} of {expected} comparisons ran; run this file whole", pytrace=False)
     lines = [
