@@ -10,7 +10,7 @@ import click
 
 from edgeprompt import names
 from edgeprompt.cli import console
-from edgeprompt.prompt_file import PROBLEM_TYPES
+from edgeprompt.prompt_checks import PROBLEM_TYPES
 from edgeprompt.tuning.options import ENCODERS, INITS, METHODS, PRECISIONS, TuneOptions
 
 if TYPE_CHECKING:
@@ -103,6 +103,10 @@ def command(base: str, data: str, output: Path, task_column: str | None, as_json
 
 
 def _tell(result: TuneResult, as_json: bool) -> None:
+    from accelerate import PartialState
+
+    if not PartialState().is_main_process:
+        return
     facts = {
         "path": str(result.path),
         "steps": result.steps,

@@ -44,17 +44,17 @@ class Progress:
 
 
 class _Step(nn.Module):
-    """One step's loss as a module's forward, so that accelerate can wrap it for several devices."""
+    """One step's loss, and over how much it is summed, as a module's forward, which accelerate wraps."""
 
     def __init__(self, objective: Objective) -> None:
         super().__init__()
         self.model = objective.model
         self.__dict__["objective"] = objective
 
-    def forward(self, examples: Examples, indices: Sequence[int]) -> torch.Tensor:
+    def forward(self, examples: Examples, indices: Sequence[int]) -> tuple[torch.Tensor, int]:
         objective: Objective = self.__dict__["objective"]
         outcome = objective.measure([examples[index] for index in indices])
-        return outcome.loss / outcome.count
+        return outcome.loss, outcome.count
 
 
 class Loop:
@@ -76,10 +76,13 @@ class Loop:
         checkpoint must agree with to go on."""
         from accelerate import Accelerator
         from accelerate.state import AcceleratorState
+        from accelerate.utils import DistributedDataParallelKwargs
 
         # accelerate keeps the first run's precision for the whole process, and refuses another
         AcceleratorState._reset_state()
-        self.accelerator = Accelerator(mixed_precision=options.mixed_precision)
+        # A step of several tasks does not touch every task's factors.
+        several = DistributedDataParallelKwargs(find_unused_parameters=True)
+        self.accelerator = Accelerator(mixed_precision=options.mixed_precision, kwargs_handlers=[several])
         self._objective, self._examples, self._plan, self._options = objective, examples, plan, options
         self._eval_examples, self._eval_batches = eval_batches
         self._steps, self._checkpoint, self._signature = steps, checkpoint, strict_json.dumps(signature)
@@ -100,8 +103,9 @@ class Loop:
         """
         every = self._options.eval_steps or max(1, math.ceil(self._steps / 5))
         progress = self.progress
-        log = self._options.log if self.accelerator.is_main_process else None
-        with Recorder(log, total=self._steps, start=progress.step, progress=show) as recorder:
+        main = self.accelerator.is_main_process
+        log = self._options.log if main else None
+        with Recorder(log, total=self._steps, start=progress.step, progress=show and main) as recorder:
             try:
                 while True:
                     due = progress.step and (progress.step % every == 0 or progress.step == self._steps)
@@ -136,11 +140,16 @@ class Loop:
         self._optimizer.zero_grad()  # an interrupted step may have left some
         self._objective.model.train()
         indices = self._plan.batch(step)
-        mine = indices[self.accelerator.process_index :: world] or indices[:1]
+        mine = indices[self.accelerator.process_index :: world]
         with self.accelerator.autocast():
-            loss = self._module(self._examples, mine)
-        if not torch.isfinite(loss):
-            raise TuningError(f"the loss is {loss.item()} at step {step + 1}; try a lower --lr than {rate:g}")
+            total, count = self._module(self._examples, mine or indices[:1])
+        if not mine:  # fewer examples than processes: this one has none, and takes part all the same
+            total, count = total * 0, 0
+        # Gradients are averaged over processes: this makes them those of the whole batch's mean.
+        loss = total * world / self._sum(count)
+        shown = self._sum(loss.item()) / world
+        if not math.isfinite(shown):
+            raise TuningError(f"the loss is {shown} at step {step + 1}; try a lower --lr than {rate:g}")
         self.accelerator.backward(loss)
         norm = self.accelerator.clip_grad_norm_(list(self.parameters.values()), _CLIP)
         seconds = time.perf_counter() - started
@@ -150,11 +159,18 @@ class Loop:
         self.progress.seconds += seconds
         self._updating = False
         return {
-            "loss": loss.item(),
+            "loss": shown,
             "learning_rate": rate,
             "gradient_norm": float(norm),
             "examples_per_second": len(indices) / seconds,
         }
+
+    def _sum(self, value: float) -> float:
+        """Over all processes."""
+        if self.accelerator.num_processes == 1:
+            return value
+        whole: torch.Tensor = self.accelerator.reduce(torch.tensor(value, device=self.accelerator.device), "sum")
+        return float(whole)
 
     def _evaluate_and_keep(self, recorder: Recorder) -> None:
         figures = self.evaluate()

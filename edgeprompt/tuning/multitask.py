@@ -187,9 +187,11 @@ def tune_tasks(
                 examples_per_second=done.step * batches.batch_size / done.seconds if done.seconds else 0.0,
                 checks={},
             )
-    for result in results.values():
-        save_prompt(result.prompt, result.path)
+    if loop.accelerator.is_main_process:
+        for result in results.values():
+            save_prompt(result.prompt, result.path)
     loop.forget_checkpoint()
+    loop.accelerator.wait_for_everyone()
     return results
 
 

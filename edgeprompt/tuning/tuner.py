@@ -112,6 +112,7 @@ def tune(
         if options.adapter is not None:
             run.objective.model.soft.as_peft(run.loaded.model).save_pretrained(str(options.adapter))
     loop.forget_checkpoint()
+    loop.accelerator.wait_for_everyone()
     return TuneResult(
         path=path,
         prompt=prompt,
