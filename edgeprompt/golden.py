@@ -8,9 +8,9 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from edgeprompt.errors import InputError, UnsupportedError, ValidationError
+from edgeprompt.errors import InputError, ValidationError
 from edgeprompt.prompt_file import Golden
-from edgeprompt.request import Classification, Request, Tagging
+from edgeprompt.request import Answer, Classification, Request, Tagging
 
 if TYPE_CHECKING:
     from edgeprompt.runtime import Runtime
@@ -27,12 +27,11 @@ class GoldenCheck:
 
 
 def check_golden(runtime: Runtime, name: str) -> GoldenCheck:
-    """Ask a prompt its golden example, and compare: the label (tagging: the first word's), the values of a regression
-    to a tenth, or the first tokens.
+    """Ask a prompt its golden example, and compare: the label (tagging: the first word's), the answer to a question,
+    the values of a regression to a tenth, or the first tokens.
 
     Raises:
-        InputError: the prompt file holds no golden example.
-        UnsupportedError: it is for question answering, whose golden example has scores and no answer.
+        InputError: the prompt file holds no golden example, or one without an answer.
     """
     prompt = runtime.prompt(name)
     golden = prompt.golden
@@ -46,8 +45,10 @@ def check_golden(runtime: Runtime, name: str) -> GoldenCheck:
         label = result.words[0].label if result.words else ""
     elif isinstance(result, Classification):
         label, logits = result.label, result.logits
+    elif isinstance(result, Answer):
+        label = result.text
     else:
-        raise UnsupportedError(f"the golden example of a {prompt.task} prompt cannot be compared with an answer")
+        raise InputError(f"prompt {name!r} is for {prompt.task!r}, which gives nothing to compare")
     differences = [abs(value - logits[key]) for key, value in golden.logits.items() if key in logits]
     largest = max(differences) if differences else None
     if golden.label is not None:
@@ -80,7 +81,7 @@ def check_all(runtime: Runtime) -> dict[str, GoldenCheck]:
     found: dict[str, GoldenCheck] = {}
     for name in runtime.prompts:
         prompt = runtime.prompt(name)
-        if prompt.golden is None or prompt.task not in ("classify", "generate", "tag"):
+        if prompt.golden is None or prompt.task == "embed":
             continue
         check = found[name] = check_golden(runtime, name)
         if not check.passed:

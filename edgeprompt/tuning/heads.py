@@ -12,6 +12,7 @@ from torch import nn
 
 from edgeprompt.data import Row, given_answer, labels_of, tagged_words, text_of
 from edgeprompt.encoder_text import EncodedText, first_tokens, words_of
+from edgeprompt.engines.encoder_tasks import answer
 from edgeprompt.errors import DataError
 from edgeprompt.prompt_file import Array, Golden, Head, HeadStep
 from edgeprompt.tuning.encoder import EncoderPrompt
@@ -205,8 +206,9 @@ class AnswerSpan(_HeadTask):
 
     metric = "exact_match"
 
-    def __init__(self, prompted: EncoderPrompt, encoder: RowEncoder) -> None:
+    def __init__(self, prompted: EncoderPrompt, encoder: RowEncoder, *, allow_no_answer: bool = False) -> None:
         super().__init__(prompted, encoder, (), 2)
+        self._allow_no_answer = allow_no_answer
 
     def encode(self, row: Row, where: str) -> Example:
         """One row; its target is (first, last) token of the answer, the first text token where there is none."""
@@ -234,11 +236,14 @@ class AnswerSpan(_HeadTask):
         return Outcome(loss, float(right.sum()), max(1, int(known.sum())))
 
     def golden(self, fields: Mapping[str, str], shared: Any, calibration: Sequence[float]) -> Golden:
-        """The best scores of a first and of a last token."""
+        """The answer, and the best scores of a first and of a last token."""
         encoded = self.encoder.encode(fields, locate=True)
         states, real = self.states([Example(encoded.ids, [], types_of(encoded))], shared)
-        best = self._model.classifier(states.float()).masked_fill(~real[..., None], -torch.inf)[0].amax(0).tolist()
-        return Golden(dict(fields), logits={"start": best[0], "end": best[1]})
+        logits = self._model.classifier(states.float()).masked_fill(~real[..., None], -torch.inf)[0].cpu().numpy()
+        nothing = self.encoder.num_virtual_ids if self._allow_no_answer else None
+        found = answer(logits, encoded.offsets, fields[self.encoder.located], nothing)
+        start, end = logits.max(0).tolist()
+        return Golden(dict(fields), label=found.text, logits={"start": start, "end": end})
 
 
 def types_of(encoded: EncodedText) -> list[int]:

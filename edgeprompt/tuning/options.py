@@ -10,7 +10,7 @@ from pathlib import Path
 from edgeprompt import names
 from edgeprompt.data import DataSource
 from edgeprompt.errors import InputError
-from edgeprompt.prompt_file import PROBLEM_TYPES
+from edgeprompt.prompt_checks import PROBLEM_TYPES
 from edgeprompt.template import Template
 
 INITS = ("text", "vocab", "labels", "random")

@@ -130,7 +130,7 @@ def _objective(name: str, model: Any, encoder: RowEncoder, plan: TaskPlan, token
     if plan.task == "tag":
         return Tag(model, encoder, plan.labels)
     if plan.task == "qa":
-        return AnswerSpan(model, encoder)
+        return AnswerSpan(model, encoder, allow_no_answer="allow_no_answer" in plan.generation)
     if plan.has_head:
         return HeadClassify(model, encoder, plan.labels, plan.problem_type)
     return WordClassify(model, encoder, plan.verbalizer)

@@ -258,6 +258,10 @@ def test_answers_are_found_in_the_context(tiny_bert: Path, tmp_path: Path, packa
     # This tokenizer's tokens cover the space in front of a word.
     right = [answer.text.strip() == row["answers"]["text"][0] for answer, row in zip(answers, rows, strict=True)]
     assert np.mean(right) >= 0.7  # one of four words by chance
+    with edgeprompt.load(packages(tiny_bert)) as runtime:
+        checked = runtime.check(runtime.add_prompt(result.prompt))
+    assert checked.passed
+    assert checked.found in rows[0]["context"]
 
 
 @pytest.mark.parametrize(
