@@ -2,15 +2,21 @@
 
 from __future__ import annotations
 
+import glob
 import hashlib
+import json
 import os
+import platform
 import shutil
 import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
+from edgeprompt import strict_json
 from edgeprompt.errors import InputError
+
+_PARTIAL = ".partial"
 
 
 def _sync(path: Path) -> None:
@@ -32,7 +38,8 @@ def atomic_file(path: str | os.PathLike[str]) -> Iterator[Path]:
     """Yield a temporary path beside `path`; on success it becomes `path`, on any failure it is removed."""
     target = Path(path)
     target.parent.mkdir(parents=True, exist_ok=True)
-    handle, name = tempfile.mkstemp(prefix=f".{target.name}.", suffix=".partial", dir=target.parent)
+    _sweep(target)
+    handle, name = tempfile.mkstemp(prefix=_prefix(target, os.getpid()), suffix=_PARTIAL, dir=target.parent)
     os.close(handle)
     temporary = Path(name)
     try:
@@ -58,7 +65,8 @@ def atomic_folder(path: str | os.PathLike[str], *, force: bool = False) -> Itera
     if target.exists() and not force:
         raise InputError(f"output {str(target)!r} exists already; give --force to replace it, or another path")
     target.parent.mkdir(parents=True, exist_ok=True)
-    temporary = Path(tempfile.mkdtemp(prefix=f".{target.name}.", suffix=".partial", dir=target.parent))
+    _sweep(target)
+    temporary = Path(tempfile.mkdtemp(prefix=_prefix(target, os.getpid()), suffix=_PARTIAL, dir=target.parent))
     try:
         yield temporary
         temporary.chmod(0o777 & ~_umask())
@@ -81,6 +89,45 @@ def sha256_file(path: str | os.PathLike[str]) -> str:
     """SHA-256 of a file's bytes in hexadecimal, read in pieces."""
     with Path(path).open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def fingerprint_tokenizer(tokenizer_json: bytes) -> str:
+    """Fingerprint of a `tokenizer.json`: vocabulary and rules, whatever its padding, truncation or key order."""
+    data = json.loads(tokenizer_json)
+    for key in ("padding", "truncation", "version"):
+        data.pop(key, None)
+    return "sha256:" + hashlib.sha256(strict_json.dumps(data).encode()).hexdigest()
+
+
+def _prefix(target: Path, process: int) -> str:
+    return f"{_stem(target)}{process}-"
+
+
+def _stem(target: Path) -> str:
+    return f".{target.name}.{platform.node()}-"
+
+
+def _sweep(target: Path) -> None:
+    """Remove what processes of this machine left beside `target` when they were killed."""
+    for left in target.parent.glob(f"{glob.escape(_stem(target))}*{_PARTIAL}"):
+        process = left.name.removeprefix(_stem(target)).partition("-")[0]
+        if process.isdigit() and not _runs(int(process)):
+            if left.is_dir():
+                shutil.rmtree(left, ignore_errors=True)
+            else:
+                left.unlink(missing_ok=True)
+
+
+def _runs(process: int) -> bool:
+    if os.name == "nt":  # there, signal 0 would end it
+        return True
+    try:
+        os.kill(process, 0)
+    except ProcessLookupError:
+        return False
+    except OSError:
+        return True
+    return True
 
 
 def _umask() -> int:

@@ -14,7 +14,7 @@ import tokenizers
 
 from edgeprompt import names
 from edgeprompt.errors import InputError, MissingDependencyError, PackageError, UnsupportedError
-from edgeprompt.prompt_file import fingerprint_tokenizer
+from edgeprompt.files import fingerprint_tokenizer
 
 
 class Tokenizer:

@@ -10,9 +10,9 @@ from typing import Any
 
 from edgeprompt import names
 from edgeprompt.errors import SourceError
-from edgeprompt.files import sha256_file
+from edgeprompt.files import fingerprint_tokenizer, sha256_file
 from edgeprompt.manifest import Base, GraphFile, Manifest
-from edgeprompt.prompt_file import PromptFile, fingerprint_tokenizer, save_prompt
+from edgeprompt.prompt_file import PromptFile, save_prompt
 from exporters.contract import BuiltGraphs, ExportOptions
 from exporters.geometry import geometry_of, tokens_of
 from exporters.load import LoadedBase

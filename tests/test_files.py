@@ -1,5 +1,8 @@
 """Files and folders that appear whole or not at all."""
 
+import subprocess
+import sys
+
 import pytest
 
 from edgeprompt.errors import InputError
@@ -43,3 +46,28 @@ def test_an_existing_folder_is_kept_without_force(tmp_path):
 def test_sha256_file(tmp_path):
     (tmp_path / "x").write_bytes(b"abc")
     assert sha256_file(tmp_path / "x") == "ba7816bf8f01cfea414140de5dae2223b00361a396177a9cb410ff61f20015ad"
+
+
+@pytest.mark.parametrize("kind", ["file", "folder"])
+def test_what_a_killed_process_left_is_removed_by_the_next(tmp_path, kind):
+    code = (
+        f"import sys; from edgeprompt.files import atomic_{kind}\n"
+        f"with atomic_{kind}(sys.argv[1]): print('inside', flush=True); sys.stdin.read()"
+    )
+    command = [sys.executable, "-c", code, str(tmp_path / "out")]
+    with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE) as process:
+        assert process.stdout is not None
+        process.stdout.readline()
+        (alive,) = tmp_path.iterdir()
+        if kind == "file":
+            write_atomic(tmp_path / "out", b"other")  # beside one that still runs
+            assert alive.exists()
+            (tmp_path / "out").unlink()
+        process.kill()
+    assert [path.name for path in tmp_path.iterdir()] == [alive.name]
+    if kind == "file":
+        write_atomic(tmp_path / "out", b"whole")
+    else:
+        with atomic_folder(tmp_path / "out"):
+            pass
+    assert [path.name for path in tmp_path.iterdir()] == ["out"]
