@@ -42,18 +42,24 @@ def to_markdown(result: dict[str, Any]) -> str:
         else:
             cells = ["absent"] * len(MEASURES)
         lines.append(f"| {peer['title']} | " + " | ".join(cells) + " |")
-    lines += [
-        "",
-        "How many times better edgeprompt (int4, genai route) is, ratio of medians (lowest to highest round):",
-        "",
-    ]
-    lines += lines[:2]
-    for peer in peers.values():
-        if peer["rounds"] and peer is not peers["edgeprompt"]:
-            cells = [_ratio(peers["edgeprompt"]["rounds"], peer["rounds"], value, more) for _, value, more in MEASURES]
+    head = lines[:2]
+    for name in ("edgeprompt", "edgeprompt-int8"):
+        ours = peers.get(name, {}).get("rounds")
+        others = [peer for other, peer in peers.items() if peer["rounds"] and other != name and not _twin(other, name)]
+        if not ours or not others:
+            continue
+        title = f"How many times better {peers[name]['title']}, is: ratio of medians (lowest to highest round)"
+        lines += ["", f"{title}.", "", *head]
+        for peer in others:
+            cells = [_ratio(ours, peer["rounds"], value, more) for _, value, more in MEASURES]
             lines.append(f"| {peer['title']} | " + " | ".join(cells) + " |")
     lines += ["", *_notes(result)]
     return "\n".join(lines) + "\n"
+
+
+def _twin(other: str, name: str) -> bool:
+    """Whether the pair has stood in the first table of ratios already."""
+    return name != "edgeprompt" and other.startswith("edgeprompt")
 
 
 def _notes(result: dict[str, Any]) -> list[str]:
@@ -61,8 +67,9 @@ def _notes(result: dict[str, Any]) -> list[str]:
     rounds = max(len(peer["rounds"]) for peer in peers.values())
     notes = [
         f"{result['model']}, {result['threads']} threads, one sequence at a time, 16-token prompt, 32-token text, 64 "
-        "new tokens, 256 review snippets (each peer at its best batch size); "
-        f"{rounds} rounds in turn, every measurement in a process of its own. "
+        "new tokens, 256 review snippets (each peer at its best batch size, edgeprompt with a lane for each thread); "
+        f"{rounds} rounds in turn, every measurement in a process of its own, made again (at most twice) where the "
+        "host had moved the cores apart. "
         f"{device['cpu']} ({', '.join(device['isa'])}), {result['time'][:10]}.",
         "",
     ]

@@ -258,7 +258,7 @@ def test_a_hundred_thousand_characters(runtime: Runtime) -> None:
 
 
 def test_what_does_not_fit_a_decoder(runtime: Runtime) -> None:
-    with pytest.raises(UnsupportedError, match="task 'tag'"):
+    with pytest.raises(InputError, match="task 'tag'"):
         runtime.run([Request("a", task="tag")])
     with pytest.raises(InputError, match="needs a prompt with a verbalizer"):
         runtime.classify("a")

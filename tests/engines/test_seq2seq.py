@@ -245,7 +245,7 @@ def test_prompts_from_files_come_and_go_while_others_run(seq2seq_package: Callab
     [
         (Request(TEXT, "absent"), PromptNotFoundError, "absent"),
         (Request(TEXT, task="classify"), InputError, "verbalizer"),
-        (Request(TEXT, task="tag"), UnsupportedError, "tag"),
+        (Request(TEXT, task="tag"), InputError, "tag"),
         (Request(TEXT, chat=True), UnsupportedError, "chat"),
         (Request(""), InputError, "no token"),
         (Request(input_ids=[]), InputError, "no token"),
