@@ -118,6 +118,8 @@ def runner(model: bytes, rows: int, threads: int) -> Callable[[], None]:
     ort = import_onnxruntime()
     options = ort.SessionOptions()
     options.intra_op_num_threads = threads
+    # The threads of one format would spin on while the next is measured.
+    options.add_session_config_entry("session.force_spinning_stop", "1")
     session = ort.InferenceSession(model, options, providers=["CPUExecutionProvider"])
     random = np.random.default_rng(1)
     feeds: dict[str, Any] = {}
