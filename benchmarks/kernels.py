@@ -50,9 +50,9 @@ class _Graph:
         self.nodes.append(helper.make_node(op, inputs, [name], domain="com.microsoft", **attributes))
         self.outputs.append(name)
 
-    def block(self, source: str, columns: int, rows: int, bits: int) -> None:
-        count = -(-columns // BLOCK)
-        codes = self._random.integers(0, 256, (rows, count, BLOCK * bits // 8), np.uint8)
+    def block(self, source: str, columns: int, rows: int, bits: int, size: int = BLOCK) -> None:
+        count = -(-columns // size)
+        codes = self._random.integers(0, 256, (rows, count, size * bits // 8), np.uint8)
         scales = np.full(rows * count, 0.01, np.float32)
         self.add(
             "MatMulNBits",
@@ -62,7 +62,7 @@ class _Graph:
             K=columns,
             N=rows,
             bits=bits,
-            block_size=BLOCK,
+            block_size=size,
             accuracy_level=4,
         )
 
@@ -91,6 +91,10 @@ def build(kind: str) -> bytes:
                 case "int4 with offsets":
                     more = -(-columns // BLOCK // BLOCK) * BLOCK
                     graph.block(f"f{columns + more}", columns + more, rows, 4)
+                case "int4, blocks of 64":
+                    graph.block(f"f{columns}", columns, rows, 4, 64)
+                case "8 bits in blocks":
+                    graph.block(f"f{columns}", columns, rows, 8)
                 case _:
                     graph.block(f"f{columns}", columns, rows, 4)
     graph.block("last", HIDDEN, VOCAB, 4 if kind == "int4, output layer too" else 8)
@@ -144,7 +148,14 @@ def main() -> None:
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--rows", default="1,32")
     options = parser.parse_args()
-    kinds = ("int4, output layer too", "int4", "int4 with offsets", "int8")
+    kinds = (
+        "int4, output layer too",
+        "int4",
+        "int4 with offsets",
+        "int4, blocks of 64",
+        "8 bits in blocks",
+        "int8",
+    )
     rows = [int(count) for count in options.rows.split(",")]
     calls = {(kind, count): runner(build(kind), count, options.threads) for kind in kinds for count in rows}
     samples: dict[tuple[str, int], list[float]] = {key: [] for key in calls}
