@@ -50,8 +50,11 @@ class GraphCache:
         return self._entry / _GRAPH if found == sizes else None
 
     def drop(self, reason: str) -> None:
-        """Remove an entry that does not load."""
-        _LOG.warning("packed graph %s is not used and is made again: %s", self._entry, reason)
+        """Remove an entry that does not load; where none could be written, say so."""
+        if self._entry.exists():
+            _LOG.warning("packed graph %s is not used and is made again: %s", self._entry, reason)
+        else:
+            _LOG.warning("the packed graph cannot be kept in %s: %s", self._entry.parent, reason)
         shutil.rmtree(self._entry, ignore_errors=True)
 
     @contextmanager
