@@ -113,13 +113,14 @@ def find_embedding(model: ir.Model) -> tuple[ir.Node, ir.Value]:
 def expose_hidden_states(model: ir.Model, hidden_size: int) -> None:
     """Make the output layer's input a graph output, `hidden_states` float32, for heads in the output layer's place.
 
-    It is there at every position, also where the logits are computed at the last one only, and costs nothing to those
-    who do not ask for it. A graph whose output layer is not found keeps its outputs as they are.
+    It is there at every position where the last one is only taken right in front of the output layer, else at the
+    positions of the logits. A graph whose output layer is not found keeps its outputs as they are.
     """
     outputs = {value.name: value for value in model.graph.outputs}
     logits = value = outputs.get(names.LOGITS)
     if logits is None or names.HIDDEN_STATES in outputs:
         return
+    ids = next(value for value in model.graph.inputs if value.name == names.INPUT_IDS)
     while value is not None:
         node = value.producer()
         if node is None or not node.inputs:
@@ -131,8 +132,9 @@ def expose_hidden_states(model: ir.Model, hidden_size: int) -> None:
             quantised = value.producer() if value is not None else None
             value = quantised.inputs[0] if quantised is not None else None
             break
+    reference = logits.shape
     while value is not None and (taken := value.producer()) is not None and taken.op_type in _SELECTIONS:
-        value = taken.inputs[0]
+        value, reference = taken.inputs[0], ids.shape
     producer = value.producer() if value is not None else None
     if value is None or producer is None or value.is_graph_output():
         return
@@ -142,8 +144,7 @@ def expose_hidden_states(model: ir.Model, hidden_size: int) -> None:
         value = cast.outputs[0]
         value.dtype = ir.DataType.FLOAT
     value.name = names.HIDDEN_STATES
-    ids = next(value for value in model.graph.inputs if value.name == names.INPUT_IDS)
-    value.shape = ir.Shape([*ids.shape[:2], hidden_size] if ids.shape is not None else [None, None, hidden_size])
+    value.shape = ir.Shape([*reference[:2], hidden_size] if reference is not None else [None, None, hidden_size])
     model.graph.outputs.append(value)
 
 

@@ -51,10 +51,10 @@ def quantize_rows(model: ir.Model) -> None:
             last = _node(graph, node, "Add", [last, bias[0]], f"{stem}_biased")
         old = node.outputs[0]
         last.dtype, last.shape = old.dtype, old.shape
-        ir.convenience.replace_all_uses_with(old, last)
-        if old.is_graph_output():
+        is_output = old.is_graph_output()
+        ir.convenience.replace_all_uses_with(old, last, replace_graph_outputs=True)
+        if is_output:
             last.name, old.name = old.name, f"{old.name}_unused"
-            graph.outputs[list(graph.outputs).index(old)] = last
         graph.remove(node, safe=True)
     if not parts:
         for constant in constants.values():
@@ -84,6 +84,9 @@ def _take_factor(source: ir.Value, scaled: dict[ir.Value, tuple[ir.Value, ir.Val
         if value in scaled and len(value.uses()) == 1:
             product, magnitude = scaled[value]
             gate.replace_input_with(index, product)
+            node = value.producer()
+            if node is not None and node.graph is not None and not value.is_graph_output():
+                node.graph.remove(node, safe=True)
             return magnitude
     return None
 

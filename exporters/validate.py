@@ -55,7 +55,7 @@ class _Tally:
         self.differences.append(np.abs(got - want))
         self.scale = max(self.scale, float(np.abs(want).max()))
         self.agree.append(bool(got.argmax() == want.argmax()))
-        self.correlations.append(float(np.corrcoef(got, want)[0, 1]))
+        self.correlations.append(float(np.corrcoef(got.ravel(), want.ravel())[0, 1]))
 
     def report(self) -> dict[str, Any]:
         return {
@@ -115,11 +115,11 @@ class DecoderGraph:
         grown = {name: result[name.replace(names.PAST_KEY_VALUES, "present")] for name in past}
         return result[names.LOGITS][:, -1].astype(np.float32), grown
 
-    def last_state(self, ids: npt.NDArray[np.int64], rows: Floats) -> Floats:
-        """`hidden_states` of the last position behind one row of ids, [hidden_size]."""
+    def states(self, ids: npt.NDArray[np.int64], rows: Floats) -> Floats:
+        """`hidden_states` of one row of ids, [sequence_length or 1, hidden_size]."""
         found = self._outputs(ids[None], np.ones((1, len(ids)), np.int64), self.empty_past(), rows)
-        state: Floats = found[names.HIDDEN_STATES][0, -1].astype(np.float32)
-        return state
+        states: Floats = found[names.HIDDEN_STATES][0].astype(np.float32)
+        return states
 
     def _outputs(
         self,
@@ -248,13 +248,14 @@ def _compare_states(model: Any, graph: DecoderGraph, case: _Case, rows: Floats, 
     """What heads read, against what PyTorch's output layer reads; quantised graphs are judged by their logits alone."""
     taken: list[Floats] = []
     hook = model.get_output_embeddings().register_forward_pre_hook(
-        lambda _, given: taken.append(given[0][0, -1].float().numpy().copy())
+        lambda _, given: taken.append(given[0][0].float().numpy().copy())
     )
     try:
         reference_logits(model, case.ids, rows)
     finally:
         hook.remove()
-    want, got = taken[0], graph.last_state(case.ids, rows)
+    got = graph.states(case.ids, rows)
+    want = taken[0][-len(got) :]  # those of the last position alone, where the graph gives no others
     worst, scale = float(np.abs(got - want).max()), float(np.abs(want).max())
     tolerance = TOLERANCE.get(precision)
     if tolerance is not None and not worst <= tolerance * scale:
@@ -262,7 +263,7 @@ def _compare_states(model: Any, graph: DecoderGraph, case: _Case, rows: Floats, 
             f"{precision} {names.HIDDEN_STATES} differ from what PyTorch's output layer reads by {worst:.3g} of "
             f"{scale:.3g}; no package was written"
         )
-    correlation = float(np.corrcoef(got, want)[0, 1])
+    correlation = float(np.corrcoef(got.ravel(), want.ravel())[0, 1])
     return {"max_difference": round(worst, 6), "scale": round(scale, 4), "correlation": round(correlation, 5)}
 
 

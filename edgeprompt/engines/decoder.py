@@ -12,7 +12,7 @@ import numpy as np
 from edgeprompt import names
 from edgeprompt.engines import EngineOptions, open_engine_session
 from edgeprompt.engines.decoder_graph import DecoderGraph, open_graph
-from edgeprompt.engines.decoder_head import StateWork, check_head_of, check_states, encode_words, head_work
+from edgeprompt.engines.decoder_head import ClassWork, StateWork, WordWork, check_head_of, check_states, encode_words
 from edgeprompt.engines.decoder_prompts import Loaded, PromptStart, Rows
 from edgeprompt.errors import InputError, PromptNotFoundError, TemplateError, UnsupportedError
 from edgeprompt.generation import TextStream
@@ -230,11 +230,11 @@ class DecoderEngine:
                 raise InputError(f"task {task!r} needs a prompt that was trained for it")
             encoded = encode_words(request, loaded, self._tokenizer, first_virtual_id=self._vocab, limit=self._limit)
             ids, states = encoded.ids, []
-            work: Work = head_work(loaded, states, clock, request, encoded)
+            work: Work = WordWork(states, loaded, encoded, request)
         elif task == "embed" or (task == "classify" and loaded and loaded.prompt.head_spec):
             check_states(lane.graph)
             ids, states = self._encode(request, loaded, template, sampling), []
-            work = StateWork(states) if loaded is None or task == "embed" else head_work(loaded, states, clock)
+            work = StateWork(states) if loaded is None or task == "embed" else ClassWork(states, loaded.prompt, clock)
         elif task == "classify":
             sampling = Sampling(max_new_tokens=self._deepest(request, loaded), asked_length=True)
             ids = self._encode(request, loaded, template, sampling)

@@ -119,9 +119,10 @@ class ClassWork(StateWork):
 class WordWork(StateWork):
     """Labels words, or looks for an answer, by the prompt's head on every token."""
 
-    def __init__(self, states: Sequence[Floats], loaded: Loaded, encoded: EncodedText, text: str) -> None:
+    def __init__(self, states: Sequence[Floats], loaded: Loaded, encoded: EncodedText, request: Request) -> None:
         super().__init__(states)
-        self._prompt, self._encoded, self._text = loaded.prompt, encoded, text
+        self._prompt, self._encoded = loaded.prompt, encoded
+        self._text = as_fields(request.text)[located_slot(loaded.template)]
         self._virtual = 0 if loaded.as_prefix else loaded.count
 
     def result(self) -> Tagging | Answer:
@@ -131,16 +132,3 @@ class WordWork(StateWork):
             return tag(self._prompt, logits, self._encoded.offsets, self._text)
         no_answer = self._virtual if self._prompt.generation.get("allow_no_answer") else None
         return answer(logits, self._encoded.offsets, self._text, no_answer)
-
-
-def head_work(
-    loaded: Loaded,
-    states: Sequence[Floats],
-    clock: Clock,
-    request: Request | None = None,
-    encoded: EncodedText | None = None,
-) -> StateWork:
-    """What a prompt's head makes of a request's states; `encoded` for heads on every token."""
-    if encoded is None or request is None:
-        return ClassWork(states, loaded.prompt, clock)
-    return WordWork(states, loaded, encoded, as_fields(request.text)[located_slot(loaded.template)])

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Protocol
+from typing import TYPE_CHECKING
 
 import numpy as np
 import numpy.typing as npt
@@ -16,17 +16,10 @@ from edgeprompt.prompt_source import PromptSource
 from edgeprompt.template import Template
 from edgeprompt.verbalizer import Verbalizer
 
+if TYPE_CHECKING:
+    from edgeprompt.engines.decoder import DecoderEngine
+
 Rows = npt.NDArray[np.float32]
-
-
-class Prompts(Protocol):
-    """Where a request finds its prompt's tensors."""
-
-    def prefix(self, loaded: Loaded, graph: DecoderGraph, slot: int, total: int) -> KV:
-        """A prompt's keys and values, computed on this graph where they are not resident."""
-
-    def rows(self, loaded: Loaded) -> Rows:
-        """A prompt's rows, float32 [num_virtual_tokens, hidden_size]."""
 
 
 @dataclass(eq=False)
@@ -51,7 +44,7 @@ class Loaded:
 class PromptStart:
     """How a request on a prompt begins (`scheduler.Start`)."""
 
-    engine: Prompts
+    engine: DecoderEngine
     loaded: Loaded | None
     ids: Sequence[int]
     total: int
