@@ -4,9 +4,9 @@
 
 Rows are ways to quantise SmolLM2's weights, each a package that ONNX Runtime serves: onnxruntime-genai's builder as it
 is (round to nearest, the embedding too), the same with 8 bits for embedding and output layer, and edgeprompt's int4
-(float block offsets as well). Columns are prompts of one recipe and seed: tuned on the float32 weights, or on the
-row's own; each as it is and with its verbalizer calibrated on the row's package. Accuracy is the mean over the first
-sentences of the four test sets. What exists under work/levers already is taken from there.
+(float block offsets as well; larger blocks without them). Columns are prompts of one recipe and seed: tuned on the
+float32 weights, or on the row's own; each as it is and with its verbalizer calibrated on the row's package. Accuracy
+is the mean over the first sentences of the four test sets. What exists under work/levers already is taken from there.
 """
 
 from __future__ import annotations
@@ -63,6 +63,8 @@ WAYS = {
     "rtn": Way("4 bits, round to nearest (GenAI builder)", ("algo_config=default",), nearest, nearest),
     "rtn-table8": Way("the same, embedding 8 bits", ("algo_config=rtn_last",), nearest, eight),
     "int4": Way("int4 here: float block offsets, embedding 8 bits"),
+    "int4-64": Way("int4 here with `--block-size 64`"),
+    "int4-128": Way("int4 here with `--block-size 128`"),
 }
 
 
@@ -103,7 +105,7 @@ def tuned(name: str, steps: int) -> Path:
     if out.exists():
         return out
     train, dev, _ = RECIPE.files()
-    target: tuple[object, ...] = ("--for", package(name)) if name == "int4" else ()
+    target: tuple[object, ...] = ("--for", package(name)) if name.startswith("int4") else ()
     base: Path = model_file()
     if WAYS[name].layers is not None:
         base, loaded = FOLDER / "weights", stored(name)

@@ -47,15 +47,14 @@ class Start(Protocol):
     """What to prefill, behind the prefix; nothing where only the prefix is to be made ready."""
     total: int
     """Most positions that the row may reach."""
+    states: list[Logits] | None
+    """Gets the hidden states behind every piece of `ids`; None: nobody asks for them."""
 
     def prefix(self, graph: DecoderGraph, slot: int, total: int) -> KV | None:
         """Keys and values to start on, or None; a prefix that is not resident is computed in the free `slot`."""
 
     def rows(self) -> Logits | None:
         """Prompt rows that virtual ids among `ids` index, or None."""
-
-    def keep(self, graph: DecoderGraph) -> None:
-        """Take from the graph what it gave besides logits, behind every piece of `ids`."""
 
 
 class Job(Future[Any]):
@@ -234,8 +233,7 @@ class Scheduler:
                     return
                 self.graph.place(slot, prefix, total, slot)
             piece = job.start.ids[job.filled : job.filled + self.graph.chunk]
-            logits = self.graph.prefill(slot, piece, job.work.length, job.start.rows())
-            job.start.keep(self.graph)
+            logits = self.graph.prefill(slot, piece, job.work.length, job.start.rows(), job.start.states)
             job.filled += len(piece)
             job.work.length += len(piece)
             if job.filled < len(job.start.ids):

@@ -55,8 +55,10 @@ def edgeprompt_json(*args: object) -> list[dict[str, Any]]:
 
 
 def package(precision: str, model: Model = SMOLLM2) -> Path:
-    """The package at a precision, exported if it is not there yet."""
+    """The package at a precision ("int4-64": in blocks of 64), exported if it is not there yet."""
     out = WORK / f"{model.name}-{precision}"
     if not out.exists():
-        edgeprompt("export", model_file(model), "-o", out, "--precision", precision)
+        stored, _, block = precision.partition("-")
+        blocks = ("--block-size", block) if block else ()
+        edgeprompt("export", model_file(model), "-o", out, "--precision", stored, *blocks)
     return out

@@ -27,7 +27,13 @@ if TYPE_CHECKING:
     from edgeprompt.runtime import Runtime
 
 REFERENCE = "fp32"
-CANDIDATES = {"cpu": (REFERENCE, "int8", "int4"), "cuda": (REFERENCE, "fp16", "int4")}
+FAST_BLOCK = 128
+"""Block size of the second int4: quicker than blocks of 32, for prompts that were tuned for it."""
+CANDIDATES = {
+    "cpu": ((REFERENCE, 32), ("int8", 32), ("int4", 32), ("int4", FAST_BLOCK)),
+    "cuda": ((REFERENCE, 32), ("fp16", 32), ("int4", 32), ("int4", FAST_BLOCK)),
+}
+"""(precision, block_size) for each provider."""
 ROUNDS = 5
 TEXTS = 32
 """Rows of the data that are timed as one batch, where answers are labels or spans."""
@@ -37,9 +43,10 @@ GENERATIONS = 4
 
 @dataclass
 class Candidate:
-    """One precision: its package, what it answered, and how long that took."""
+    """One precision and block size: its package, what it answered, and how long that took."""
 
     precision: str
+    block_size: int = 32
     report: ExportReport | None = None
     failure: str | None = None
     scores: Mapping[str, Score] = field(default_factory=dict)
@@ -50,10 +57,13 @@ class Candidate:
 
     def facts(self, reference: Candidate, tolerance: float) -> dict[str, Any]:
         """One line of the table as plain data."""
+        what: dict[str, Any] = {"precision": self.precision}
+        if self.precision == "int4":
+            what["block_size"] = self.block_size
         if self.report is None:
-            return {"precision": self.precision, "verdict": f"failed: {self.failure}"}
+            return {**what, "verdict": f"failed: {self.failure}"}
         return {
-            "precision": self.precision,
+            **what,
             "size_bytes": self.report.size_bytes,
             "first_ms": 1000 * statistics.median(self.first),
             "cost_ms": 1000 * statistics.median(self.cost),
@@ -124,8 +134,8 @@ def export_best(
     judge = _Judge(files, str(data))
     tell("load", 0.0)
     loaded = base if isinstance(base, LoadedBase) else load_base(base)
-    names = CANDIDATES[provider]
-    step = 0.9 / (len(names) + 1)
+    wanted = CANDIDATES[provider]
+    step = 0.9 / (len(wanted) + 1)
     with atomic_folder(out, force=force) as folder, contextlib.ExitStack() as stack:
         scratch = Path(
             stack.enter_context(
@@ -133,20 +143,20 @@ def export_best(
             )
         )
         candidates = []
-        for number, precision in enumerate(names):
+        for number, (precision, block_size) in enumerate(wanted):
             tell(f"export {precision}", number * step)
-            found = Candidate(precision)
+            found = Candidate(precision, block_size)
             try:
                 found.report = export_model(
-                    loaded, scratch / precision, precision=precision, route=route, provider=provider, prompts=prompts,
-                    door=door,
+                    loaded, scratch / str(number), precision=precision, block_size=block_size, route=route,
+                    provider=provider, prompts=prompts, door=door,
                 )  # fmt: skip
             except (UnsupportedError, ValidationError, ExportError) as error:
                 if precision == REFERENCE or isinstance(error.__cause__, OSError):
                     raise
                 found.failure = str(error)
             candidates.append(found)
-        tell("measure", len(names) * step)
+        tell("measure", len(wanted) * step)
         judge.measure(candidates, provider)
         reference = candidates[0]
         best = min(
@@ -154,7 +164,7 @@ def export_best(
             key=lambda found: statistics.median(found.cost),
         )
         table = [found.facts(reference, tolerance) for found in candidates]
-        next(line for line in table if line["precision"] == best.precision)["verdict"] = "chosen"
+        table[candidates.index(best)]["verdict"] = "chosen"
         assert best.report is not None
         choice = {
             "tolerance": tolerance,
@@ -167,7 +177,7 @@ def export_best(
         }
         manifest = best.report.manifest
         manifest = dataclasses.replace(manifest, extra={**manifest.extra, "precision_choice": choice})
-        for file in (scratch / best.precision).iterdir():
+        for file in best.report.path.iterdir():
             file.rename(folder / file.name)
         manifest.write(folder)
         size = sum(file.stat().st_size for file in folder.rglob("*") if file.is_file())

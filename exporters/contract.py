@@ -29,6 +29,8 @@ class ExportOptions:
     route: str = "auto"
     provider: str = "cpu"
     door: str = "input"
+    block_size: int = 32
+    """Of int4 weights."""
 
     def __post_init__(self) -> None:
         for name, allowed in (
@@ -36,9 +38,14 @@ class ExportOptions:
             ("route", ROUTES),
             ("provider", PROVIDERS),
             ("door", DOORS),
+            ("block_size", names.BLOCK_SIZES),
         ):
             if getattr(self, name) not in allowed:
-                raise InputError(f"{name} {getattr(self, name)!r} is not one of {', '.join(allowed)}")
+                raise InputError(f"{name} {getattr(self, name)!r} is not one of {', '.join(map(str, allowed))}")
+        if self.block_size != 32 and self.precision != "int4":
+            raise InputError(f"block_size {self.block_size} is for int4 weights, and precision is {self.precision!r}")
+        if self.block_size != 32 and self.route == "onnx":
+            raise InputError("graphs that others exported have their blocks already; leave block_size out")
 
 
 @dataclass(frozen=True)

@@ -34,9 +34,9 @@ def build(loaded: LoadedBase, options: ExportOptions, folder: Path, scratch: Pat
             "use --route torch, or leave it out"
         )
     loaded.family.prepare(loaded.model)
-    geometry = geometry_of(loaded.config)
+    geometry, block = geometry_of(loaded.config), options.block_size
     encoder = seq2seq_graph.export_encoder(loaded.model, loaded.family)
-    weights = {"encoder": quantize_graph(encoder, options.precision, loaded.model)}
+    weights = {"encoder": quantize_graph(encoder, options.precision, loaded.model, block_size=block)}
     graft_virtual_tokens(
         encoder,
         vocab_size=geometry.vocab_size,
@@ -46,7 +46,7 @@ def build(loaded: LoadedBase, options: ExportOptions, folder: Path, scratch: Pat
     )
     save_graph(encoder, folder / ENCODER)
     decoder = seq2seq_graph.export_decoder(loaded.model, loaded.family)
-    weights["decoder"] = quantize_graph(decoder, options.precision, loaded.model)
+    weights["decoder"] = quantize_graph(decoder, options.precision, loaded.model, block_size=block)
     save_graph(decoder, folder / DECODER)
     return BuiltGraphs(
         {"encoder": ENCODER, "decoder": DECODER},

@@ -57,6 +57,7 @@ def export_model(
     prompts: Sequence[str | os.PathLike[str]] = (),
     force: bool = False,
     door: str = "input",
+    block_size: int = 32,
     against: str | os.PathLike[str] | LoadedBase | None = None,
     progress: Progress | None = None,
 ) -> ExportReport:
@@ -65,13 +66,15 @@ def export_model(
     Args:
         base: Hugging Face id, local folder, `.gguf` file, or a base that is loaded already.
         out: The package's folder; must not exist unless `force`.
-        precision: "fp32", "fp16", "int8" (weights by column, activations by row) or "int4" (weight-only, blocks of 32).
+        precision: "fp32", "fp16", "int8" (weights by column, activations by row) or "int4" (weight-only, in blocks).
         route: "genai", "torch", "onnx", or "auto": genai where its builder knows the family, else torch.
         provider: "cpu" or "cuda": what the graph's operators and types are chosen for.
         prompts: Prompt files to validate with and to put into the package.
         force: Replace an existing `out`, after the new package is whole.
         door: "input": `prompt_embeddings` is required, as ORT GenAI needs it; "adapter": it is optional, as stock
             ORT's adapters need it.
+        block_size: Of int4 weights: 32 keeps every block's offset in float; 64 and 128 round it to an integer zero
+            point, which is quicker and less exact, so tune prompts for that package.
         against: The base in PyTorch to compare with, for the onnx route, whose `base` is a folder of graphs.
         progress: Called with a stage's name and the fraction done.
 
@@ -82,12 +85,13 @@ def export_model(
         ValidationError: the graph does not compute what the base computes.
         ExportError: the export failed; nothing was written.
     """
-    options = ExportOptions(precision, route, provider, door)
+    options = ExportOptions(precision, route, provider, door, block_size)
     tell = progress or _silent
     files = _load_prompts(prompts)
     try:
         with atomic_folder(out, force=force) as folder, tempfile.TemporaryDirectory(dir=folder.parent) as scratch:
             if route == "onnx" or (route == "auto" and not isinstance(base, LoadedBase) and is_onnx_folder(base)):
+                options = dataclasses.replace(options, route="onnx")
                 onnx_route = import_module("exporters.routes.onnx_route")
                 manifest = cast(Manifest, onnx_route.build_package(base, folder, options, files, against=against))
             else:

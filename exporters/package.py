@@ -72,7 +72,7 @@ def make_manifest(
         pads_right=built.pads_right,
         batched_prefill=built.batched_prefill,
         versions=tool_versions(),
-        extra=dict(built.extra),
+        extra={**built.extra, **({"block_size": options.block_size} if options.precision == "int4" else {})},
     )
 
 

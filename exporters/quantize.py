@@ -16,6 +16,7 @@ from exporters.linears import Linear, WeightIndex, find_linears, initializer_ten
 from exporters.row_quantize import quantize_rows
 
 BLOCK = 32
+"""The smallest block, and the one whose float offsets are kept."""
 TABLE_BLOCK = 64
 """Blocks of embedding tables and lm_heads, which have 8 bits; larger ones take fewer bytes for scales."""
 SIGNED_8, SIGNED_7 = 127, 63
@@ -50,12 +51,13 @@ class WeightRecord:
 
 
 def quantize_graph(
-    model: ir.Model, precision: str, torch_model: Any, *, levels: int = SIGNED_8
+    model: ir.Model, precision: str, torch_model: Any, *, levels: int = SIGNED_8, block_size: int = BLOCK
 ) -> list[dict[str, Any]]:
     """Quantise in place: "int4", "int8", or "fp16" (weights stored as float16); "fp32" only shares tied weights.
 
-    int4 is MatMulNBits, blocks of 32 with float offsets, accuracy_level 4 (activations to int8 inside the kernel);
-    the embedding and lm_head have 8 bits: 4 there cost half as much as in all layers together. int8 has a
+    int4 is MatMulNBits, accuracy_level 4 (activations to int8 inside the kernel): blocks of 32 with float offsets, or
+    larger ones with integer zero points, which are quicker and less exact; the embedding and lm_head have 8 bits: 4
+    there cost half as much as in all layers together. int8 has a
     scale for every column of a weight and every row of its activations (`exporters.row_quantize`); its lm_head stays
     blockwise. An embedding table goes through GatherBlockQuantized and shares the lm_head's weights where they are
     tied.
@@ -65,19 +67,20 @@ def quantize_graph(
         precision: As above.
         torch_model: Whose parameters the graph's constants are.
         levels: largest magnitude of int8 weights, `SIGNED_8` or `SIGNED_7`.
+        block_size: of int4 weights, 32, 64 or 128; a matrix whose columns it does not divide gets half of it.
 
     Returns:
         A `WeightRecord` as a dictionary for each quantised weight whose parameters are known.
     """
-    records = _Quantizer(model, precision, torch_model, levels).run()
+    records = _Quantizer(model, precision, torch_model, levels, block_size).run()
     quantize_rows(model)
     return records
 
 
 class _Quantizer:
-    def __init__(self, model: ir.Model, precision: str, torch_model: Any, levels: int) -> None:
+    def __init__(self, model: ir.Model, precision: str, torch_model: Any, levels: int, block_size: int) -> None:
         self.graph = model.graph
-        self.precision, self.levels = precision, levels
+        self.precision, self.levels, self.block_size = precision, levels, block_size
         self.index = WeightIndex(torch_model)
         self.records: list[dict[str, Any]] = []
         self._sums: dict[ir.Value, ir.Value] = {}
@@ -103,7 +106,10 @@ class _Quantizer:
                 self._dynamic(linear)
                 continue
             if self.precision == "int4" and not is_head and linear.weight().shape[1] % BLOCK == 0:
-                self._affine(linear)
+                if self.block_size == BLOCK:
+                    self._affine(linear)
+                else:
+                    self._integer(linear)
                 continue
             blocks = self._nbits(linear)
             if is_head and tied and embedding is not None and linear.weight().shape[1] % BLOCK == 0:
@@ -170,6 +176,14 @@ class _Quantizer:
         value = linear.node.inputs[0]
         assert value is not None
         self._matmul(linear, weight, blocks, self._with_block_sums(value, columns), BLOCK, offsets=padded.shape[1])
+
+    def _integer(self, linear: Linear) -> None:
+        """4 bits with integer zero points, in the largest blocks that the columns are whole blocks of."""
+        weight, value, block = linear.weight(), linear.node.inputs[0], self.block_size
+        assert value is not None
+        while weight.shape[1] % block:
+            block //= 2
+        self._matmul(linear, weight, quantize_blocks(weight, bits=4, block=block), value, block)
 
     def _with_block_sums(self, value: ir.Value, columns: int) -> ir.Value:
         """`value [..., columns]` with the sums over its blocks behind it, padded to whole blocks."""

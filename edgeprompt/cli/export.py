@@ -21,7 +21,7 @@ from edgeprompt.cli import console
     type=click.Choice((*names.PRECISIONS, "auto")),
     default="fp32",
     show_default=True,
-    help="auto: export fp32, int8 and int4 (cuda: fp16), and keep what serves --prompt quickest on this device.",
+    help="auto: export fp32, int8 (cuda: fp16) and int4 in two block sizes; keep what serves --prompt quickest here.",
 )
 @click.option("--data", metavar="DATA", help="For --precision auto: labelled rows that the prompts are judged by.")
 @click.option(
@@ -37,6 +37,13 @@ from edgeprompt.cli import console
     default="auto",
     show_default=True,
     help="genai: its graph builder; torch: torch.onnx; onnx: BASE is a folder of graphs that others exported.",
+)
+@click.option(
+    "--block-size",
+    type=click.Choice([str(size) for size in names.BLOCK_SIZES]),
+    default="32",
+    show_default=True,
+    help="For int4: 32 keeps the base's weights best; 64 and 128 decode faster (tune prompts --for the package).",
 )
 @click.option("--provider", type=click.Choice(("cpu", "cuda")), default="cpu", show_default=True)
 @click.option(
@@ -63,6 +70,7 @@ def command(
     data: str | None,
     tolerance: float,
     route: str,
+    block_size: str,
     provider: str,
     prompts: tuple[Path, ...],
     door: str,
@@ -77,6 +85,8 @@ def command(
     """
     if (precision == "auto") != (data is not None) or (data is not None and not prompts):
         raise click.UsageError("--precision auto, --data and at least one --prompt go together")
+    if precision != "int4" and block_size != "32":
+        raise click.UsageError("--block-size goes with --precision int4")
     if data is not None and against is not None:
         raise click.UsageError("--against is for graphs that others exported, whose precision is not chosen here")
     console.quiet_libraries()
@@ -89,7 +99,7 @@ def command(
         if data is not None:
             report = export_best(base, out, data=data, tolerance=tolerance, **shared)
         else:
-            report = export_model(base, out, precision=precision, against=against, **shared)
+            report = export_model(base, out, precision=precision, block_size=int(block_size), against=against, **shared)
     choice = report.manifest.extra.get("precision_choice")
     if as_json:
         facts = {
@@ -119,7 +129,8 @@ def show_choice(choice: Mapping[str, Any]) -> None:
         figures = (
             f"{found['size_bytes'] / 1e6:.1f}", f"{found['first_ms']:.2f}", f"{found['cost_ms']:.2f}", ", ".join(scores)
         ) if "cost_ms" in found else ("", "", "", "")  # fmt: skip
-        rows.append((found["precision"], *figures, found["verdict"]))
+        block = f", blocks of {found['block_size']}" if "block_size" in found else ""
+        rows.append((f"{found['precision']}{block}", *figures, found["verdict"]))
     widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
     for row in rows:
         click.echo("  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip())

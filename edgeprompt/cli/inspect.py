@@ -62,6 +62,7 @@ def _package(path: Path) -> dict[str, Any]:
         "fingerprint": manifest.base.fingerprint,
         "architecture": f"{manifest.architecture} ({manifest.model_type})",
         "precision": manifest.precision,
+        **({"block_size": manifest.extra["block_size"]} if "block_size" in manifest.extra else {}),
         "route": manifest.route,
         "door": manifest.door,
         "layers": size.num_layers,

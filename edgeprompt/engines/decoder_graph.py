@@ -33,8 +33,6 @@ class DecoderGraph(Protocol):
     """Whether the graph has `hidden_states`, what its logits are computed from."""
     gives_all_states: bool
     """Whether it gives them at every position, not at the last one alone."""
-    states: Logits | None
-    """float32 [positions, hidden_size] of the last prefill, where the graph gives them; the next gives new ones."""
 
     def fits(self, rows: int, length: int) -> bool:
         """Whether that many rows of that many positions are within the budget."""
@@ -42,8 +40,13 @@ class DecoderGraph(Protocol):
     def place(self, row: int, prefix: KV | None, length: int, used: int) -> None:
         """Start row `row` on a prefix [2 * num_layers, heads, positions, head_size], with room for `length`."""
 
-    def prefill(self, row: int, ids: Sequence[int], past: int, rows: Logits | None) -> Logits:
-        """Run a row's next ids behind `past` positions; float32 [vocab_size] of the last one."""
+    def prefill(
+        self, row: int, ids: Sequence[int], past: int, rows: Logits | None, states: list[Logits] | None = None
+    ) -> Logits:
+        """Run a row's next ids behind `past` positions; float32 [vocab_size] of the last one.
+
+        `states` gets their hidden states, float32 [positions, hidden_size], where the graph gives them.
+        """
 
     def decode(self, ids: Sequence[int], lengths: Sequence[int]) -> Logits:
         """One token for each of the first rows, `lengths` positions before it; float32 [rows, vocab_size]."""
@@ -111,7 +114,6 @@ class _Graph:
         self._last_only = logits.shape[1] == 1
         states = outputs.get(names.HIDDEN_STATES)
         self.gives_states = states is not None
-        self.states: Logits | None = None
         self._states_type = np.float16 if states is not None and "float16" in states.type else np.float32
         self._states_last_only = states is not None and states.shape[1] == 1
         self.gives_all_states = self.gives_states and not self._states_last_only
@@ -150,7 +152,8 @@ class SharedGraph(_Graph):
         self._cache = SlotCache(shape, max_slots=max_rows + 1, budget=budget)
         self._filled: dict[int, int] = {}
         """How far each slot is written: a row that fills up a step writes behind that, so a prefill is safe from it."""
-        self._prefills: dict[int, Any] = {}
+        self._prefills: dict[tuple[int, bool], Any] = {}
+        """By slot, and whether hidden states are asked for."""
         self._steps: dict[tuple[int, int], _Step] = {}
         self._generation = -1
         self._occupant: dict[int, KV | None] = {}
@@ -176,11 +179,14 @@ class SharedGraph(_Graph):
         self._occupant[row] = prefix
         self._filled[row] = 0 if prefix is None else prefix.shape[2]
 
-    def prefill(self, row: int, ids: Sequence[int], past: int, rows: Logits | None) -> Logits:
+    def prefill(
+        self, row: int, ids: Sequence[int], past: int, rows: Logits | None, states: list[Logits] | None = None
+    ) -> Logits:
         """Run a row's next ids on top of `past` positions of its slot."""
-        binding = self._prefills.get(row)
+        key = row, states is not None
+        binding = self._prefills.get(key)
         if binding is None:
-            binding = self._prefills[row] = self._bound(row, 1)
+            binding = self._prefills[key] = self._bound(row, 1)
         count = len(ids)
         table = self._no_rows if rows is None else rows
         tensors = [
@@ -194,13 +200,13 @@ class SharedGraph(_Graph):
         self._bind(binding, names.PROMPT_EMBEDDINGS, table)
         logits = self._logits[:1] if self._last_only else np.empty((1, count, self._vocab), self._logits_type)
         self._bind_output(binding, names.LOGITS, logits)
-        if self.gives_states:
-            positions = 1 if self._states_last_only else count
-            states = np.empty((1, positions, self._no_rows.shape[1]), self._states_type)
-            self._bind_output(binding, names.HIDDEN_STATES, states)
+        found = None
+        if states is not None and self.gives_states:
+            found = np.empty((1, 1 if self._states_last_only else count, self._no_rows.shape[1]), self._states_type)
+            self._bind_output(binding, names.HIDDEN_STATES, found)
         self._ort.run_with_iobinding(binding)
-        if self.gives_states:
-            self.states = states[0].astype(np.float32, copy=False)
+        if states is not None and found is not None:
+            states.append(found[0].astype(np.float32, copy=False))
         self._filled[row] = past + count
         last: Logits = logits[0, -1].astype(np.float32, copy=False)
         return last
@@ -284,7 +290,6 @@ class GrowingGraph(_Graph):
         super().__init__(session, shape, hidden_size=hidden_size, max_rows=max_rows, budget=budget)
         self._value = import_onnxruntime().OrtValue
         self._device = session.device
-        self._heads = [names.LOGITS, *([names.HIDDEN_STATES] if self.gives_states else [])]
         self._rows: dict[int, list[Any]] = {}
 
     def fits(self, rows: int, length: int) -> bool:
@@ -297,7 +302,9 @@ class GrowingGraph(_Graph):
         empty = np.empty((2 * size.num_layers, size.num_heads, 0, size.head_size), size.dtype)
         self._rows[row] = [self._send(block[None]) for block in (empty if prefix is None else prefix)]
 
-    def prefill(self, row: int, ids: Sequence[int], past: int, rows: Logits | None) -> Logits:
+    def prefill(
+        self, row: int, ids: Sequence[int], past: int, rows: Logits | None, states: list[Logits] | None = None
+    ) -> Logits:
         """Run a row's next ids."""
         kept = self._rows[row]
         if kept[0].shape()[2] > past:
@@ -313,16 +320,18 @@ class GrowingGraph(_Graph):
         for name, array in small.items():
             if name in self._inputs:
                 binding.bind_cpu_input(name, array)
-        for name in self._heads:
+        heads = [names.LOGITS, *([names.HIDDEN_STATES] if states is not None and self.gives_states else [])]
+        for name in heads:
             binding.bind_output(name, "cpu")
         for block, name, present in self._blocks:
             binding.bind_ortvalue_input(name, kept[block])
             binding.bind_output(present, self._device)
         self._ort.run_with_iobinding(binding)
         found = binding.get_outputs()
-        self._rows[row] = found[len(self._heads) :]
-        last, *states = (value.numpy()[0].astype(np.float32, copy=False) for value in found[: len(self._heads)])
-        self.states = states[0] if states else None
+        self._rows[row] = found[len(heads) :]
+        last, *more = (value.numpy()[0].astype(np.float32, copy=False) for value in found[: len(heads)])
+        if states is not None:
+            states += more
         logits: Logits = last[-1]
         return logits
 

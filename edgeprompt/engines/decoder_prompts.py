@@ -65,8 +65,3 @@ class PromptStart:
         if self.loaded is None or (self.loaded.as_prefix and self.whole):
             return None
         return self.engine.rows(self.loaded)
-
-    def keep(self, graph: DecoderGraph) -> None:
-        """Take the hidden states of the piece that was just run."""
-        if self.states is not None and graph.states is not None:
-            self.states.append(graph.states)

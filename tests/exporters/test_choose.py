@@ -15,6 +15,7 @@ from exporters import export_best
 from tests.prompts import make_prompt
 
 WORDS = {"negative": (" bad",), "positive": (" good",)}
+CANDIDATES = [("fp32", None), ("int8", None), ("int4", 32), ("int4", 128)]
 TEXTS = [f"the {word} film number {number}" for number in range(6) for word in ("old", "new", "long", "short")]
 
 
@@ -50,16 +51,17 @@ def test_the_quickest_within_the_bound_is_kept(tiny_llama_base, prompt, data, tm
     manifest = open_package(out).manifest
     open_package(out).verify()
     choice = manifest.extra["precision_choice"]
-    assert [line["precision"] for line in choice["candidates"]] == ["fp32", "int8", "int4"]
+    assert [(line["precision"], line.get("block_size")) for line in choice["candidates"]] == CANDIDATES
     assert choice["rows"] == len(TEXTS)
     assert choice["device"]["cores"]
     (chosen,) = (line for line in choice["candidates"] if line["verdict"] == "chosen")
     assert chosen["precision"] == manifest.precision
+    assert chosen.get("block_size") == manifest.extra.get("block_size")
     assert chosen["cost_ms"] == min(line["cost_ms"] for line in choice["candidates"])
     fp32 = choice["candidates"][0]["scores"]["mood"]
     assert fp32["value"] == 1
     assert fp32["points_below"] == 0
-    assert result.stdout.startswith("precision  MB")
+    assert result.stdout.split()[:2] == ["precision", "MB"]
     with load(out) as runtime:
         assert runtime.prompts == ("mood",)
         assert runtime.classify("good film", prompt="mood").label in WORDS
@@ -91,6 +93,7 @@ def test_generation_is_chosen_by_time_a_token(tiny_llama_base, tiny_llama_packag
 
 def test_refusals_come_before_the_exports(tiny_llama_base, prompt, data, tmp_path):
     assert invoke(tiny_llama_base, "-o", tmp_path / "p", "--precision", "auto").exit_code == 2
+    assert invoke(tiny_llama_base, "-o", tmp_path / "p", "--precision", "int8", "--block-size", "64").exit_code == 2
     assert invoke(tiny_llama_base, "-o", tmp_path / "p", "--data", data, "--prompt", prompt).exit_code == 2
     bad = tmp_path / "bad.jsonl"
     bad.write_text('{"text": "x", "label": "sad"}\n')
@@ -113,6 +116,6 @@ def test_every_architecture(architecture, request, tmp_path):
     rows.write_text("".join(json.dumps({"text": text, "label": "positive"}) + "\n" for text in TEXTS))
     report = export_best(base, tmp_path / "package", prompts=[prompt], data=rows, tolerance=100)
     lines = report.manifest.extra["precision_choice"]["candidates"]
-    assert [line["precision"] for line in lines] == ["fp32", "int8", "int4"]
+    assert [(line["precision"], line.get("block_size")) for line in lines] == CANDIDATES
     assert sum(line["verdict"] == "chosen" for line in lines) == 1
     assert report.manifest.prompts == ("prompts/mood.safetensors",)

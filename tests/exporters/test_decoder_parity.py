@@ -17,7 +17,7 @@ import pytest
 import torch
 
 from edgeprompt import names
-from edgeprompt.errors import ExportError, UnsupportedError, ValidationError
+from edgeprompt.errors import ExportError, InputError, UnsupportedError, ValidationError
 from edgeprompt.package import open_package
 from edgeprompt.tuning.options import TuneOptions
 from edgeprompt.tuning.soft_prompt import SoftPrompt
@@ -180,6 +180,25 @@ def test_precisions(model_type: str, precision: str, tmp_path: Path) -> None:
     report = export_model(loaded_decoder(model_type), tmp_path / "package", route="torch", precision=precision)
     assert report.validation["mean_correlation"] > {"fp16": 0.9999, "int8": 0.99, "int4": 0.9}[precision]
     open_package(tmp_path / "package").verify()
+
+
+@pytest.mark.parametrize("block_size", [64, 128])
+def test_larger_blocks(block_size: int, tmp_path: Path) -> None:
+    report = export_model(loaded_decoder("llama"), tmp_path / "package", precision="int4", block_size=block_size)
+    assert report.validation["mean_correlation"] > 0.9
+    assert report.manifest.extra["block_size"] == block_size
+    blocks = {record["block"] for record in report.manifest.extra["weights"] if record["bits"] == 4}
+    assert blocks
+    assert max(blocks) <= block_size
+    assert not any(record["offsets"] for record in report.manifest.extra["weights"])
+
+
+def test_blocks_are_for_int4(tmp_path: Path) -> None:
+    for options in ({"precision": "int8"}, {"precision": "int4", "route": "onnx"}, {"precision": "int4", "block": 48}):
+        with pytest.raises(InputError, match="block"):
+            size = options.pop("block", 64)
+            export_model(loaded_decoder("llama"), tmp_path / "package", block_size=size, **options)
+    assert list(tmp_path.iterdir()) == []
 
 
 def test_adapter_door_needs_no_prompt(tmp_path: Path) -> None:
