@@ -34,6 +34,7 @@ RESULT = Path(__file__).resolve().parent / "results" / "operators.json"
 GRAPHS = {
     "edgeprompt, int4, genai route": "int4-genai",
     "edgeprompt, int4, torch route": "int4-torch",
+    "edgeprompt, int4, blocks of 128": "int4-128-genai",
     "edgeprompt, int8": "int8-genai",
     "onnxruntime-genai, int4, prune_lm_head": "genai-pruned",
 }

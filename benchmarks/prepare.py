@@ -19,6 +19,13 @@ TEXT_TOKENS = 32
 NEW_TOKENS = 64
 SNIPPETS = 256
 LABELS = {"negative": " negative", "positive": " positive"}
+PACKAGES: dict[str, dict[str, Any]] = {
+    "int4-genai": {"precision": "int4", "route": "genai"},
+    "int4-torch": {"precision": "int4", "route": "torch"},
+    "int4-128-genai": {"precision": "int4", "route": "genai", "block_size": 128},
+    "int8-genai": {"precision": "int8", "route": "genai"},
+}
+"""Our packages, and how they are exported."""
 GENAI = {"genai": (), "genai-pruned": ("prune_lm_head=true",)}
 """Models of onnxruntime-genai: as its builder makes them by default, and with logits of the last position only."""
 SUFFIX = "\nSentiment:"
@@ -30,9 +37,9 @@ def prepare(folder: Path, gguf: Path, *, threads: int, lengths: tuple[int, ...])
     hf = folder / "hf"
     if not hf.exists():
         _save_hf(gguf, hf)
-    for name in ("int4-genai", "int4-torch", "int8-genai"):
+    for name, how in PACKAGES.items():
         if not (folder / name).exists():
-            _export(gguf, folder / name, *name.split("-"))
+            _export(gguf, folder / name, how)
     for name, options in GENAI.items():
         if not (folder / name).exists():
             _build_genai(hf, folder / name, options)
@@ -59,10 +66,10 @@ def _save_hf(gguf: Path, out: Path) -> None:
     scratch.replace(out)
 
 
-def _export(gguf: Path, out: Path, precision: str, route: str) -> None:
+def _export(gguf: Path, out: Path, how: dict[str, Any]) -> None:
     from exporters import export_model
 
-    export_model(gguf, out, precision=precision, route=route)
+    export_model(gguf, out, **how)
 
 
 def _build_genai(hf: Path, out: Path, more: tuple[str, ...]) -> None:

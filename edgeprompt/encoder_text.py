@@ -11,7 +11,8 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 from edgeprompt.errors import InputError, TemplateError
-from edgeprompt.template import Literal, Slot, Template, VirtualTokens
+from edgeprompt.request import Request
+from edgeprompt.template import Literal, Slot, Template, VirtualTokens, as_fields
 from edgeprompt.tokenizer import Tokenizer
 
 _WORD = re.compile(r"\S+")
@@ -26,6 +27,17 @@ class EncodedText:
     """Segment of every token: 0, and 1 for the second text of a pair."""
     offsets: list[tuple[int, int] | None]
     """Characters that a token covers in the field asked for; None for tokens of anything else."""
+
+
+def fields_of(request: Request) -> Mapping[str, str]:
+    """The texts of a request whose words are labelled or searched, by slot.
+
+    Raises:
+        InputError: it has ids instead of a text.
+    """
+    if request.input_ids is not None:
+        raise InputError("words can only be found in a text; give text instead of input_ids")
+    return as_fields(request.text)
 
 
 def pair_slots(template: Template) -> tuple[str, str] | None:

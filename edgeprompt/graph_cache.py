@@ -29,15 +29,21 @@ _CONFIG = {
 """ONNX Runtime's settings for writing an optimised graph with its packed weights."""
 
 
+SLOWER_FUSIONS = ["SkipLayerNormFusion", "BiasGeluFusion"]
+"""Fusions that are switched off on the CPU, whose kernels for them are slower than for what they replace: at 2,048 rows
+of 384, `SkipLayerNormalization` took 7.5 times as long as an addition and a layer norm, `BiasGelu` 1.6 times (ONNX
+Runtime 1.31, AVX-512)."""
+
+
 class GraphCache:
     """The place of one graph in a cache folder.
 
-    An entry is bound to the graph's and its weights' hashes, the version of ONNX Runtime and the processor: any other
-    finds none. It is written whole or not at all.
+    An entry is bound to the graph's and its weights' hashes, the version of ONNX Runtime, the fusions that are switched
+    off and the processor: any other finds none. It is written whole or not at all.
     """
 
     def __init__(self, folder: Path, graph: GraphFile, *, ort_version: str) -> None:
-        key = [graph.sha256, *sorted(graph.data.values()), ort_version, processor.describe()]
+        key = [graph.sha256, *sorted(graph.data.values()), ort_version, *SLOWER_FUSIONS, processor.describe()]
         self._entry = folder / f"graph-{hashlib.sha256(json.dumps(key).encode()).hexdigest()[:40]}"
 
     def find(self) -> Path | None:

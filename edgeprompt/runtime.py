@@ -2,15 +2,13 @@
 
 from __future__ import annotations
 
-import logging
 import os
-import threading
 import weakref
 from collections.abc import AsyncIterator, Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import Future
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
-from types import TracebackType
 from typing import Any, overload
 
 import numpy as np
@@ -18,17 +16,15 @@ import numpy.typing as npt
 
 from edgeprompt.batcher import Batcher
 from edgeprompt.engines import Engine, EngineOptions, create_engine
-from edgeprompt.errors import EdgePromptError, InputError, PromptNotFoundError
+from edgeprompt.errors import EdgePromptError, InputError
 from edgeprompt.golden import GoldenCheck, check_golden
 from edgeprompt.manifest import Manifest
 from edgeprompt.package import Package, open_package
-from edgeprompt.prompt_file import PromptFile, TunedFor
-from edgeprompt.prompt_source import PromptSource
-from edgeprompt.prompt_store import PromptStore
+from edgeprompt.prompt_file import PromptFile
+from edgeprompt.prompt_registry import PromptRegistry, open_prompt
 from edgeprompt.request import Classification, Generation, GenerationOptions, Request, Result, Text
 from edgeprompt.verbalizer import CONTENT_FREE, contextual_calibration
 
-_LOG = logging.getLogger("edgeprompt")
 Ids = Sequence[int]
 Array = npt.NDArray[np.float32]
 
@@ -41,13 +37,7 @@ class Runtime:
     def __init__(self, package: Package, options: EngineOptions) -> None:
         self._package = package
         self._engine: Engine = create_engine(package, options)
-        self._prompts: dict[str, PromptSource] = {}
-        self._stores: list[PromptStore] = []
-        self._stamps: dict[str, tuple[int, int, int]] = {}
-        """Of prompts that came from a store: which state of the file."""
-        for folder in sorted({path.parent for path in package.prompt_paths}):
-            self.add_folder(folder)
-        self._lock = threading.RLock()
+        self._prompts = PromptRegistry(self._engine, sorted({path.parent for path in package.prompt_paths}))
         run = partial(self._engine.run, return_errors=True)
         self._batcher = Batcher(run, max_batch=options.max_batch, max_queue=options.max_queue)
         self._close = weakref.finalize(self, _close, self._batcher, self._engine)  # also at interpreter exit
@@ -65,7 +55,7 @@ class Runtime:
     @property
     def prompts(self) -> tuple[str, ...]:
         """Names of the prompts that requests can name: those added, in the package, and in folders."""
-        return tuple(dict.fromkeys((*self._prompts, *(name for store in self._stores for name in store))))
+        return self._prompts.names
 
     def prompt(self, name: str) -> PromptFile:
         """A prompt by name, with its tensors.
@@ -95,23 +85,8 @@ class Runtime:
             PromptFileError: broken file.
             BaseMismatchError: made for another base, tokenizer or geometry.
         """
-        if isinstance(prompt, PromptFile):
-            source, whole = PromptSource(prompt), prompt
-        else:
-            source = PromptSource.open(prompt)
-            whole = source.tensors()
-        if allow_base_mismatch:
-            whole.check_geometry(self.manifest)
-        else:
-            whole.check_base(self.manifest)
-        name = name or whole.name
-        tuned = whole.tuned_for
-        if tuned is not None and _other_weights(tuned, self.manifest):
-            _LOG.info("prompt %r was tuned for %s, and the package is %s", name, tuned, self.manifest.precision)
-        with self._lock:
-            self._engine.add_prompt(name, source)
-            self._prompts[name] = source
-            self._stamps.pop(name, None)
+        name, source = open_prompt(prompt, self.manifest, name=name, allow_base_mismatch=allow_base_mismatch)
+        self._prompts.add(name, source)
         return name
 
     def add_folder(self, folder: str | os.PathLike[str]) -> None:
@@ -122,7 +97,7 @@ class Runtime:
         Raises:
             InputError: there is no such folder.
         """
-        self._stores.append(PromptStore(folder))
+        self._prompts.add_folder(folder)
 
     def remove_prompt(self, name: str) -> None:
         """Forget a prompt; requests that run keep it.
@@ -130,12 +105,7 @@ class Runtime:
         Raises:
             PromptNotFoundError: no prompt of that name was added.
         """
-        with self._lock:
-            if name not in self._prompts:
-                raise PromptNotFoundError(f"no prompt {name!r}; loaded: {', '.join(self._prompts) or 'none'}")
-            self._engine.remove_prompt(name)
-            del self._prompts[name]
-            self._stamps.pop(name, None)
+        self._prompts.remove(name)
 
     def run(self, requests: Sequence[Request], *, return_errors: bool = False) -> list[Any]:
         """Answer a batch of mixed tasks, in order.
@@ -199,11 +169,9 @@ class Runtime:
             truncate: cut the text where the request exceeds the context; False refuses it.
             timeout: seconds after which the request fails with RequestTimeoutError.
         """
-
-        def ask(one: Text) -> Request:
-            return Request(one, prompt, input_ids, "classify", timeout=timeout, truncate=truncate)
-
-        found: Classification | list[Classification] = self._each(text, ask)
+        found: Classification | list[Classification] = self._each(
+            text, lambda one: Request(one, prompt, input_ids, "classify", timeout=timeout, truncate=truncate)
+        )
         return found
 
     @overload
@@ -228,11 +196,9 @@ class Runtime:
         `options`. The other arguments are those of `classify`; `chat` wraps the text in the chat template.
         """
         chosen = _options(options, settings)
-
-        def ask(one: Text) -> Request:
-            return Request(one, prompt, input_ids, "generate", chosen, chat, timeout, truncate)
-
-        found: Generation | list[Generation] = self._each(text, ask)
+        found: Generation | list[Generation] = self._each(
+            text, lambda one: Request(one, prompt, input_ids, "generate", chosen, chat, timeout, truncate)
+        )
         return found
 
     def stream(
@@ -312,25 +278,9 @@ class Runtime:
         Raises:
             CapacityError: more requests at once than the queue takes; ask in smaller batches.
         """
-        import asyncio  # here: a quarter of the package's import time, which most programs need not spend
+        from edgeprompt.asynchronous import gather  # here: asyncio is a quarter of the package's import time
 
-        jobs: list[Future[Any]] = []
-        stopped = threading.Event()
-
-        def submit() -> None:  # in a thread: prompts may have to be read, and texts are tokenised
-            for request in requests:
-                jobs.append(self.submit(request))
-                if stopped.is_set():
-                    break
-            if stopped.is_set():
-                _cancel(jobs)
-
-        try:
-            await asyncio.to_thread(submit)
-            return list(await asyncio.gather(*(asyncio.wrap_future(job) for job in jobs)))
-        finally:
-            stopped.set()
-            _cancel(jobs)
+        return await gather(self.submit, requests)
 
     async def aclassify(
         self,
@@ -364,25 +314,11 @@ class Runtime:
         found: Generation = (await self.arun([request]))[0]
         return found
 
-    async def astream(self, text: Text = "", **keywords: Any) -> AsyncIterator[str]:
+    def astream(self, text: Text = "", **keywords: Any) -> AsyncIterator[str]:
         """`stream` for asyncio, with its arguments; leaving the loop, or cancelling the task, cancels the request."""
-        import asyncio
+        from edgeprompt.asynchronous import iterate
 
-        pieces = await asyncio.to_thread(self.stream, text, **keywords)
-        step: asyncio.Future[str | None] | None = None
-        try:
-            while True:
-                step = asyncio.ensure_future(asyncio.to_thread(next, pieces, None))
-                piece = await asyncio.shield(step)
-                if piece is None:
-                    return
-                yield piece
-        finally:
-            try:
-                pieces.close()  # type: ignore[attr-defined]
-            except ValueError:  # a generator that runs in the thread ends behind its next piece
-                assert step is not None
-                step.add_done_callback(lambda _: pieces.close())  # type: ignore[attr-defined]
+        return iterate(partial(self.stream, text, **keywords))
 
     def close(self) -> None:
         """Fail requests in flight with RequestCancelledError and free the model. Closing twice is fine."""
@@ -391,9 +327,7 @@ class Runtime:
     def __enter__(self) -> Runtime:
         return self
 
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
+    def __exit__(self, *_: object) -> None:
         self.close()
 
     def _open(self) -> None:
@@ -402,23 +336,8 @@ class Runtime:
 
     def _ensure(self, name: str | None) -> None:
         """Add a prompt from a folder when it is first named, and again when its file was replaced."""
-        if name is None or (name in self._prompts and name not in self._stamps):
-            return
-        for store in self._stores:
-            found = store.find(name)
-            if found is not None:
-                path, stamp = found
-                if self._stamps.get(name) != stamp:
-                    with self._lock:
-                        if self._stamps.get(name) != stamp:  # else another thread was faster
-                            self.add_prompt(path, name=name)
-                            self._stamps[name] = stamp
-                return
-        with self._lock:
-            if name in self._stamps:  # its file is gone
-                self.remove_prompt(name)
-        if name not in self._prompts:
-            raise PromptNotFoundError(f"no prompt {name!r}; there are: {', '.join(self.prompts[:20]) or 'none'}")
+        if name is not None:
+            self._prompts.ensure(name, lambda path: self.add_prompt(path, name=name))
 
     def _each(self, text: Text | Sequence[Text], ask: Callable[[Text], Request]) -> Any:
         if isinstance(text, list | tuple):
@@ -447,10 +366,8 @@ def load(
         PackageError: no package, or a broken one.
         ProviderError: the provider is not there.
     """
-    import dataclasses
-
     chosen = options or EngineOptions()
-    chosen = dataclasses.replace(
+    chosen = replace(
         chosen,
         provider=chosen.provider if provider == "auto" else provider,
         threads=chosen.threads if threads is None else threads,
@@ -472,15 +389,6 @@ def _options(options: GenerationOptions | None, settings: Mapping[str, Any]) -> 
     if settings and options is not None:
         raise InputError(f"give options= or {next(iter(settings))}=, not both")
     return options or GenerationOptions(**settings)
-
-
-def _other_weights(tuned: TunedFor, manifest: Manifest) -> bool:
-    return tuned.precision != manifest.precision or tuned.weights_hash not in (None, manifest.weights_hash)
-
-
-def _cancel(jobs: Iterable[Future[Any]]) -> None:
-    for job in jobs:
-        job.cancel()
 
 
 def _close(batcher: Batcher, engine: Engine) -> None:

@@ -9,7 +9,7 @@ from typing import Any
 
 from edgeprompt import processor
 from edgeprompt.errors import InputError, MissingDependencyError, PackageError, ProviderError
-from edgeprompt.graph_cache import GraphCache
+from edgeprompt.graph_cache import SLOWER_FUSIONS, GraphCache
 
 _PROVIDERS = {
     "cpu": "CPUExecutionProvider",
@@ -24,9 +24,6 @@ _PROVIDERS = {
     "qnn": "QNNExecutionProvider",
     "webgpu": "WebGpuExecutionProvider",
 }
-_SLOWER = ["SkipLayerNormFusion", "BiasGeluFusion"]
-"""Fusions whose CPU kernels are slower than what they replace: at 2,048 rows of 384, `SkipLayerNormalization` took 7.5
-times as long as an addition and a layer norm, `BiasGelu` 1.6 times (ONNX Runtime 1.31, AVX-512)."""
 _INSTALL = {
     "cpu": "onnxruntime",
     "cuda": "onnxruntime-gpu",
@@ -117,7 +114,7 @@ def open_session(
     try:
         if session is None:
             options = _options(threads, spinning)
-            slower = _SLOWER if name == "cpu" else []
+            slower = SLOWER_FUSIONS if name == "cpu" else []
             session = import_onnxruntime().InferenceSession(
                 str(path), options, providers=providers, disabled_optimizers=slower
             )
@@ -155,7 +152,9 @@ def _open_cached(cache: GraphCache, path: str | os.PathLike[str], threads: int |
             options.graph_optimization_level = ort.GraphOptimizationLevel.ORT_DISABLE_ALL  # it is optimised
             return ort.InferenceSession(str(packed), options, providers=[_PROVIDERS["cpu"]])
         with cache.writing(options):
-            return ort.InferenceSession(str(path), options, providers=[_PROVIDERS["cpu"]], disabled_optimizers=_SLOWER)
+            return ort.InferenceSession(
+                str(path), options, providers=[_PROVIDERS["cpu"]], disabled_optimizers=SLOWER_FUSIONS
+            )
     except Exception as error:  # onnxruntime raises its own family without a common base
         cache.drop(str(error).splitlines()[0])
         return None

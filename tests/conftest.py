@@ -197,6 +197,15 @@ def tiny_llama_package(tiny_llama_base: Path, tmp_path_factory: pytest.TempPathF
     return export_model(tiny_llama_base, tmp_path_factory.mktemp("packages") / "tiny-llama", precision="fp32").path
 
 
+@pytest.fixture(scope="module")
+def runtime(tiny_llama_package: Path) -> Iterator[Any]:
+    """`tiny_llama_package` with the prompts "words" and "story"; each module has its own."""
+    from tests.runtimes import load_with_prompts
+
+    with load_with_prompts(tiny_llama_package) as loaded:
+        yield loaded
+
+
 @pytest.fixture(scope="session")
 def seq2seq_base(save_tiny: Callable[..., Path]) -> Callable[[str], Path]:
     """`seq2seq_base(family)`: a random encoder-decoder of a family in tests/seq2seq_models.py."""

@@ -16,14 +16,13 @@ import numpy as np
 import pytest
 
 import edgeprompt
-from edgeprompt import CapacityError, EngineOptions, PackageError, Request
+from edgeprompt import CapacityError, PackageError, Request
 from edgeprompt.files import sha256_file
 from edgeprompt.manifest import Manifest
 from edgeprompt.prefix_store import PrefixStore
 from edgeprompt.prompt_file import TunedFor, save_prompt
 from tests.prompts import make_prompt
-
-QUIET = EngineOptions(provider="cpu", threads=1, spinning=False)
+from tests.runtimes import QUIET
 
 
 @pytest.fixture
@@ -84,6 +83,7 @@ import numpy as np
 import edgeprompt
 from edgeprompt import EngineOptions, PromptFileError, save_prompt
 from tests.prompts import make_prompt
+from tests.runtimes import QUIET
 
 package, folder = map(Path, sys.argv[1:])
 options = EngineOptions(provider="cpu", threads=1, spinning=False, cache_folder=folder / "cache")

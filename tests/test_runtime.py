@@ -1,45 +1,17 @@
+"""Answers of a runtime, and requests that it refuses."""
+
 from __future__ import annotations
 
-import asyncio
-import dataclasses
-import gc
 import shutil
-import threading
-import time
-import tracemalloc
-from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
 import pytest
 
 import edgeprompt
-from edgeprompt import (
-    BaseMismatchError,
-    EdgePromptError,
-    EngineOptions,
-    InputError,
-    PromptFileError,
-    PromptNotFoundError,
-    Request,
-    RequestTimeoutError,
-    Runtime,
-)
-from edgeprompt.manifest import Base
-from edgeprompt.prompt_file import Golden, PromptFile, save_prompt
+from edgeprompt import EdgePromptError, InputError, PromptNotFoundError, Request, Runtime
 from edgeprompt.request import GenerationOptions
-from tests.prompts import make_prompt
-
-QUIET = EngineOptions(provider="cpu", threads=1, spinning=False)
-WORDS = {"x": (" good",), "y": (" bad",)}
-
-
-@pytest.fixture(scope="module")
-def runtime(tiny_llama_package: Path) -> Iterator[Runtime]:
-    with edgeprompt.load(tiny_llama_package, options=QUIET) as loaded:
-        loaded.add_prompt(make_prompt(loaded.manifest, "words", verbalizer=WORDS))
-        loaded.add_prompt(make_prompt(loaded.manifest, "story", seed=1))
-        yield loaded
+from tests.runtimes import QUIET, WORDS
 
 
 def test_one_text_or_a_list(runtime: Runtime) -> None:
@@ -58,14 +30,6 @@ def test_one_text_many_tasks(runtime: Runtime) -> None:
     found = runtime.run_tasks("the film", ["words", "story"])
     assert found["words"].label == runtime.classify("the film", prompt="words").label
     assert found["story"].token_ids == runtime.generate("the film", prompt="story").token_ids
-
-
-def test_stream_is_generate_in_pieces(runtime: Runtime) -> None:
-    settings = {"max_new_tokens": 30, "temperature": 0.9, "seed": 3}
-    whole = runtime.generate("the film", prompt="story", **settings)
-    pieces = list(runtime.stream("the film", prompt="story", **settings))
-    assert "".join(pieces) == whole.text
-    assert len(pieces) > 1
 
 
 def test_stop_ends_before_the_stop_string(runtime: Runtime) -> None:
@@ -156,86 +120,6 @@ def test_a_prompt_that_makes_the_logits_nan_has_no_answer(runtime: Runtime, monk
             ask()
 
 
-def test_a_stream_that_nobody_reads_is_cancelled(runtime: Runtime) -> None:
-    rows = runtime._engine._lanes[0]._rows
-    settings = {"max_new_tokens": 250, "temperature": 5.0, "seed": 1}
-    runtime.stream("the film", **settings)
-    closed = runtime.stream("the film", **settings)
-    closed.close()
-    assert list(closed) == []
-    runtime.generate("the film", max_new_tokens=1)  # behind both
-    deadline = time.monotonic() + 20
-    while rows:
-        assert time.monotonic() < deadline
-
-
-def test_a_stream_is_closed_while_another_thread_waits_for_it(
-    runtime: Runtime, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    graph, go = runtime._engine._lanes[0].graph, threading.Event()
-    real = graph.decode
-    monkeypatch.setattr(graph, "decode", lambda *arguments: (go.wait(20), real(*arguments))[1])
-    pieces = runtime.stream("the film", max_new_tokens=250, temperature=5.0, seed=1)
-    found: list[str] = []
-    reader = threading.Thread(target=lambda: found.extend(pieces))
-    reader.start()
-    pieces.close()
-    go.set()
-    reader.join(20)
-    assert not reader.is_alive()
-    assert len(found) < 20
-
-
-@pytest.mark.parametrize("delay", [0.0, 0.002, 0.01, 0.03])
-def test_an_async_stream_can_be_cancelled_at_any_time(runtime: Runtime, delay: float) -> None:
-    async def read() -> None:
-        async for _ in runtime.astream("the film", max_new_tokens=250, temperature=5.0, seed=1):
-            pass
-
-    async def talk() -> None:
-        task = asyncio.create_task(read())
-        await asyncio.sleep(delay)
-        task.cancel()
-        with pytest.raises(asyncio.CancelledError):
-            await task
-
-    asyncio.run(talk())
-
-
-def test_async_calls_take_what_the_others_take(runtime: Runtime) -> None:
-    ids = runtime._package.tokenizer.encode("the film")
-
-    async def talk() -> None:
-        found = await runtime.agenerate(input_ids=ids, prompt="story", max_new_tokens=3, timeout=20)
-        assert found.token_ids == runtime.generate("the film", prompt="story", max_new_tokens=3).token_ids
-        assert (await runtime.aclassify("a" * 9999, prompt="words", truncate=True, timeout=20)).label in WORDS
-        with pytest.raises(RequestTimeoutError):
-            await runtime.agenerate("the film", max_new_tokens=200, timeout=0)
-        with pytest.raises(InputError, match="9999"):
-            await runtime.arun([Request(input_ids=[9999]), Request("a"), Request(input_ids=[9999])])
-
-    asyncio.run(talk())
-
-
-def test_asyncio(runtime: Runtime) -> None:
-    async def talk() -> tuple[object, ...]:
-        label, text = await asyncio.gather(
-            runtime.aclassify("the film", prompt="words"),
-            runtime.agenerate("the film", prompt="story", max_new_tokens=5),
-        )
-        pieces = [piece async for piece in runtime.astream("the film", prompt="story", max_new_tokens=5)]
-        late = asyncio.create_task(runtime.agenerate("the film", max_new_tokens=200, temperature=5, seed=1))
-        await asyncio.sleep(0.01)
-        late.cancel()
-        with pytest.raises(asyncio.CancelledError):
-            await late
-        return label, text, pieces
-
-    label, text, pieces = asyncio.run(talk())
-    assert label.label == runtime.classify("the film", prompt="words").label
-    assert "".join(pieces) == text.text
-
-
 def test_wrong_options_are_named(runtime: Runtime) -> None:
     with pytest.raises(InputError, match="unknown option 'max_tokens'; known: max_new_tokens"):
         runtime.generate("a", max_tokens=3)
@@ -245,167 +129,6 @@ def test_wrong_options_are_named(runtime: Runtime) -> None:
         runtime.classify({"question": "a"}, prompt="words")
     with pytest.raises(InputError, match="list of texts"):
         runtime.embed("a")
-
-
-def test_a_prompt_of_another_base_is_refused(runtime: Runtime) -> None:
-    other = dataclasses.replace(make_prompt(runtime.manifest, "other"), base=Base("gpt9", "sha256:9"))
-    with pytest.raises(BaseMismatchError, match="gpt9"):
-        runtime.add_prompt(other)
-    assert "other" not in runtime.prompts
-    runtime.add_prompt(other, allow_base_mismatch=True)
-    runtime.remove_prompt("other")
-
-
-def test_a_prompt_file_that_changes_or_goes(runtime: Runtime, tmp_path: Path) -> None:
-    path = tmp_path / "p.safetensors"
-    save_prompt(make_prompt(runtime.manifest, "file"), path)
-    assert runtime.add_prompt(path) == "file"
-    assert runtime.prompt("file").num_virtual_tokens == 4
-    before = runtime.logits("a", prompt="file")
-    save_prompt(make_prompt(runtime.manifest, "file", seed=5), path)
-    assert (runtime.logits("a", prompt="file") == before).all()  # its prefix is resident
-    runtime._engine._prefixes.remove(runtime._engine._prompts["file"])
-    with pytest.raises(PromptFileError, match="has changed since it was added; add it again"):
-        runtime.logits("a", prompt="file")
-    path.unlink()
-    with pytest.raises(PromptFileError, match="cannot read prompt file"):
-        runtime.logits("a", prompt="file")
-    assert runtime.classify("a", prompt="words").label in WORDS
-    runtime.remove_prompt("file")
-
-
-def test_a_folder_of_prompts_is_read_on_demand(tiny_llama_package: Path, tmp_path: Path) -> None:
-    with edgeprompt.load(tiny_llama_package, options=QUIET) as runtime:
-        for index in range(30):
-            save_prompt(make_prompt(runtime.manifest, "any", seed=index), tmp_path / f"task{index}.safetensors")
-        runtime.add_folder(tmp_path)
-        assert len(runtime.prompts) == 30
-        assert not runtime._prompts
-        first = runtime.logits("a", prompt="task7")
-        assert list(runtime._prompts) == ["task7"]
-        save_prompt(make_prompt(runtime.manifest, "any", seed=99), tmp_path / "task7.safetensors")
-        assert (runtime.logits("a", prompt="task7") != first).any()  # the new file is served
-        for name in ("task30", "../task1", "", ".hidden"):
-            with pytest.raises(PromptNotFoundError):
-                runtime.logits("a", prompt=name)
-        (tmp_path / "task7.safetensors").write_bytes(b"broken")
-        with pytest.raises(PromptFileError, match="task7"):
-            runtime.logits("a", prompt="task7")
-        (tmp_path / "task7.safetensors").unlink()
-        with pytest.raises(PromptNotFoundError):
-            runtime.logits("a", prompt="task7")
-        with pytest.raises(InputError, match="no folder"):
-            runtime.add_folder(tmp_path / "nothing")
-
-
-def test_a_prompt_that_many_ask_for_first_is_read_once(
-    tiny_llama_package: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    with edgeprompt.load(tiny_llama_package, options=QUIET) as runtime:
-        save_prompt(make_prompt(runtime.manifest, "any"), tmp_path / "task.safetensors")
-        runtime.add_folder(tmp_path)
-        added: list[str] = []
-        real = runtime.add_prompt
-        monkeypatch.setattr(
-            runtime, "add_prompt", lambda path, **keywords: (added.append(str(path)), real(path, **keywords))[1]
-        )
-        threads = [threading.Thread(target=runtime.logits, args=("a",), kwargs={"prompt": "task"}) for _ in range(16)]
-        for thread in threads:
-            thread.start()
-        for thread in threads:
-            thread.join()
-        assert len(added) == 1
-
-
-def test_prompts_of_files_take_little_memory(tiny_llama_package: Path, tmp_path: Path) -> None:
-    options = dataclasses.replace(QUIET, prefix_budget=0)
-    with edgeprompt.load(tiny_llama_package, options=options) as runtime:
-        for index in range(100):
-            prompt = make_prompt(runtime.manifest, f"p{index}", count=200, seed=index, verbalizer=WORDS)
-            save_prompt(prompt, tmp_path / f"p{index}.safetensors")
-        runtime.add_prompt(tmp_path / "p0.safetensors")
-        tracemalloc.start()
-        try:
-            for index in range(1, 100):
-                runtime.add_prompt(tmp_path / f"p{index}.safetensors")
-            gc.collect()
-            kept, _ = tracemalloc.get_traced_memory()
-        finally:
-            tracemalloc.stop()
-        assert kept / 99 < 10_000  # the file has 51,200 bytes of rows
-        assert runtime.classify("the film", prompt="p50").label in WORDS
-
-
-def test_golden_examples(runtime: Runtime) -> None:
-    story = runtime.generate("the film", prompt="story", max_new_tokens=4)
-    golden = Golden({"text": "the film"}, token_ids=story.token_ids)
-    runtime.add_prompt(_with(runtime.prompt("story"), "golden", golden))
-    assert runtime.check("golden").passed
-    runtime.add_prompt(_with(runtime.prompt("story"), "golden", dataclasses.replace(golden, token_ids=(1, 2))))
-    failed = runtime.check("golden")
-    assert not failed.passed
-    assert (failed.expected, failed.found) == ((1, 2), story.token_ids[:2])
-    label = runtime.classify("the film", prompt="words")
-    golden = Golden({"text": "the film"}, label.label, logits={"x": label.logits["x"] + 0.25})
-    runtime.add_prompt(_with(runtime.prompt("words"), "golden", golden))
-    checked = runtime.check("golden")
-    assert checked.passed
-    assert checked.max_logit_difference == pytest.approx(0.25)
-    for broken, match in (
-        (Golden({"text": "a"}), "neither a label nor tokens"),
-        (Golden({"text": "a"}, token_ids=(1,), logits={"512": 1.0}), "names token 512; the base has 512"),
-    ):
-        runtime.add_prompt(_with(runtime.prompt("story"), "golden", broken))
-        with pytest.raises(InputError, match=match):
-            runtime.check("golden")
-    runtime.remove_prompt("golden")
-    with pytest.raises(InputError, match="no golden example"):
-        runtime.check("words")
-
-
-def _with(prompt: PromptFile, name: str, golden: Golden) -> PromptFile:
-    return dataclasses.replace(prompt, name=name, golden=golden)
-
-
-def test_contextual_calibration_levels_texts_without_content(runtime: Runtime) -> None:
-    prior = runtime.calibration("words", ["", "N/A"])
-    runtime.add_prompt(dataclasses.replace(runtime.prompt("words"), name="level", calibration=prior))
-    plain = runtime.classify("the film", prompt="words")
-    level = runtime.classify("the film", prompt="level")
-    ratio = (level.scores["x"] / level.scores["y"]) / (plain.scores["x"] / plain.scores["y"])
-    assert ratio == pytest.approx(2.718281828 ** (prior[1] - prior[0]), rel=1e-4)
-    runtime.remove_prompt("level")
-
-
-def test_prefixes_on_disk(tiny_llama_package: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
-    options = dataclasses.replace(QUIET, cache_folder=tmp_path / "prefixes")
-
-    def logits() -> tuple[list[float], int]:
-        with edgeprompt.load(tiny_llama_package, options=options) as runtime:
-            computed = 0
-            real = runtime._engine._compute
-
-            def compute(*arguments: object) -> object:
-                nonlocal computed
-                computed += 1
-                return real(*arguments)
-
-            runtime._engine._compute = compute
-            runtime.add_prompt(make_prompt(runtime.manifest, "p"))
-            return runtime.logits("the film", prompt="p").tolist(), computed
-
-    first, computed = logits()
-    assert computed == 1
-    assert logits() == (first, 0)
-    (file,) = (tmp_path / "prefixes").glob("*.safetensors")
-    data = bytearray(file.read_bytes())
-    data[-3] ^= 0x40
-    for broken in (bytes(data), data[:100], b""):
-        file.write_bytes(broken)
-        assert logits() == (first, 1)
-        assert "is not used and is computed again" in caplog.text
-        caplog.clear()
-        assert logits() == (first, 0)
 
 
 def test_a_package_that_moves_away_keeps_running(tiny_llama_package: Path, tmp_path: Path) -> None:

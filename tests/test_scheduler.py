@@ -16,8 +16,8 @@ import edgeprompt
 from edgeprompt import CapacityError, EngineOptions, Request, RequestCancelledError, RequestTimeoutError, Runtime
 from edgeprompt.request import GenerationOptions
 from tests.prompts import make_prompt
+from tests.runtimes import QUIET
 
-QUIET = EngineOptions(provider="cpu", threads=1, spinning=False)
 Load = Callable[..., Runtime]
 
 

@@ -10,12 +10,12 @@ import numpy as np
 import numpy.typing as npt
 
 from edgeprompt import names
-from edgeprompt.encoder_text import EncodedText, encode_text, located_slot
+from edgeprompt.encoder_text import EncodedText, encode_text, fields_of, located_slot
 from edgeprompt.engines.decoder_graph import DecoderGraph
 from edgeprompt.engines.decoder_prompts import Loaded
 from edgeprompt.engines.encoder_checks import GraphFacts, check_head
 from edgeprompt.engines.encoder_tasks import answer, classify_head, tag, token_logits
-from edgeprompt.errors import InputError, UnsupportedError
+from edgeprompt.errors import UnsupportedError
 from edgeprompt.manifest import Manifest
 from edgeprompt.prompt_file import PromptFile
 from edgeprompt.request import Answer, Classification, Request, Tagging
@@ -70,13 +70,11 @@ def encode_words(
         InputError: it has ids instead of a text, or is too long.
         TemplateError: virtual tokens stand inside the text.
     """
-    if request.input_ids is not None:
-        raise InputError("words can only be found in a text; give text instead of input_ids")
     prompt = loaded.prompt
     return encode_text(
         prompt.template,
         tokenizer,
-        as_fields(request.text),
+        fields_of(request),
         num_virtual_tokens=0 if loaded.as_prefix else loaded.count,
         first_virtual_id=first_virtual_id,
         max_length=limit - (loaded.count if loaded.as_prefix else 0) if limit else None,

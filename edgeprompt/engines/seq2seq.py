@@ -16,7 +16,7 @@ import numpy.typing as npt
 
 from edgeprompt import names
 from edgeprompt.beam_search import BeamSearch
-from edgeprompt.encoder_text import located_slot
+from edgeprompt.encoder_text import fields_of, located_slot
 from edgeprompt.engines import EngineOptions, side_by_side
 from edgeprompt.engines.encoder_tasks import tag, token_logits
 from edgeprompt.engines.seq2seq_graphs import Seq2SeqGraphs, Source, SourceRow
@@ -174,10 +174,8 @@ class Seq2SeqEngine:
         prompt = self._prompt(request)
         if prompt is None or prompt.file.task != "tag":
             raise InputError("task 'tag' needs a prompt that was trained for it")
-        if request.input_ids is not None:
-            raise InputError("words can only be found in a text; give text instead of input_ids")
+        fields = fields_of(request)
         self._check_open()
-        fields = as_fields(request.text)
         encoded = self._prompts.words(prompt, fields, self._geometry.max_positions or None, truncate=request.truncate)
         table = self._prompts.tensor(prompt, names.PROMPT_EMBEDDINGS) if prompt.rows else None
         prefix = self._prompts.tensor(prompt, ENCODER_PAST) if prompt.source.has_encoder_prefix else None

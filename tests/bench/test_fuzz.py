@@ -8,7 +8,8 @@ from pathlib import Path
 
 import pytest
 
-from benchmarks.fuzz import Targets, run
+from benchmarks.fuzz import run
+from benchmarks.fuzz_targets import Targets
 
 NAMES = ("prompt_file", "prompt_bytes", "manifest", "template", "text", "sampler", "requests", "scheduler")
 INPUTS = int(os.environ.get("EDGEPROMPT_FUZZ", "60"))

@@ -12,15 +12,15 @@ import numpy as np
 import pytest
 
 import edgeprompt
-from edgeprompt import EngineOptions, Generation, PromptFile, Request, Runtime
+from edgeprompt import Generation, PromptFile, Request, Runtime
 from edgeprompt.errors import CapacityError, InputError, PromptNotFoundError, TemplateError, UnsupportedError
 from edgeprompt.prompt_file import Head, HeadStep
 from edgeprompt.request import GenerationOptions
 from edgeprompt.template import Template
 from tests.prompts import make_prompt
+from tests.runtimes import QUIET
 
 WORDS = ["the", "a", "film", "was", "good", "bad", "very", "story", "actors", "music", "long", "short", "never", "made"]
-QUIET = EngineOptions(provider="cpu", threads=1, spinning=False)
 
 
 @pytest.fixture(scope="module")

@@ -12,8 +12,8 @@ from edgeprompt.engines import decoder_graph
 from edgeprompt.engines.decoder_graph import GrowingGraph, SharedGraph
 from edgeprompt.request import GenerationOptions
 from tests.prompts import make_prompt
+from tests.runtimes import QUIET
 
-QUIET = EngineOptions(provider="cpu", threads=1, spinning=False)
 WORDS = {"x": (" good", " good story", " very good actors"), "y": (" bad", " never ever made")}
 
 

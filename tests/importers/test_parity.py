@@ -16,22 +16,17 @@ from typing import Any
 import numpy as np
 import pytest
 
-from edgeprompt import EngineOptions, PromptFile, Request, load_prompt, names
-from edgeprompt.engines.encoder_batch import make_feeds, make_row
-from edgeprompt.engines.encoder_tasks import answer, tag, token_logits
-from edgeprompt.engines.seq2seq_graphs import Seq2SeqGraphs, SourceRow
+from edgeprompt import Request, load_prompt
 from edgeprompt.errors import UnsupportedError
-from edgeprompt.manifest import Manifest
-from edgeprompt.package import open_package
-from edgeprompt.session import graph_inputs, open_session
 from exporters import convert_prompt
+from tests.importers.comparison import IDS, difference, token_scores
+from tests.importers.peft_adapters import open_base, take_base, tuned
 
 ROOT = Path(__file__).resolve().parents[2]
 DOC = ROOT / "docs/parity-formats.md"
 TOLERANCE = 1e-4
 MEASURED: dict[tuple[str, str, str], float] = {}
 
-IDS = ([5, 9, 21, 7, 30], [11, 3], [2, 8, 33, 14, 29, 6, 17])
 DECODER_METHODS = (
     "prompt tuning",
     "P-tuning, MLP",
@@ -60,7 +55,7 @@ HEAD_CASES = [
         ("t5", "TOKEN_CLS"),
     )
     for method in ("prompt tuning", "prefix tuning")
-    if (base, method) != ("t5", "prefix tuning")  # see test_what_peft_cannot_run
+    if (base, method) != ("t5", "prefix tuning")  # see test_peft_limits.py
 ]
 OPENPROMPT = [
     "openprompt-soft-gpt2",
@@ -84,64 +79,10 @@ P_TUNING_V2 = [
 ]
 
 
-def peft_config(method: str, task_type: str) -> Any:
-    import peft
-
-    common = {"task_type": task_type, "num_virtual_tokens": 4}
-    match method:
-        case "prompt tuning":
-            return peft.PromptTuningConfig(**common)
-        case "P-tuning, MLP" | "P-tuning, LSTM":
-            return peft.PromptEncoderConfig(
-                **common, encoder_reparameterization_type=method[-4:].strip(), encoder_hidden_size=16
-            )
-        case "prefix tuning" | "prefix tuning, projected":
-            return peft.PrefixTuningConfig(
-                **common, prefix_projection=method.endswith("projected"), encoder_hidden_size=16
-            )
-        case "multitask prompt tuning":
-            return peft.MultitaskPromptTuningConfig(**common, num_tasks=3, num_ranks=2)
-        case "CPT":
-            marks = [1, 2, 3, 4]
-            return peft.CPTConfig(
-                task_type=task_type, cpt_token_ids=[7, 8, 9, 10], cpt_mask=[1] * 4, cpt_tokens_type_mask=marks
-            )
-        case "Cartridge":
-            return peft.CartridgeConfig(**common)
-        case "trainable tokens":
-            return peft.TrainableTokensConfig(token_indices=[3, 7, 12], task_type=task_type)
-    raise ValueError(method)
-
-
-def tuned(folder: Path, base: Path, auto: str, method: str, task_type: str, **options: Any) -> Any:
-    """A PEFT adapter with random parameters, saved, and loaded again as a user would."""
-    import peft
-    import torch
-    import transformers
-
-    torch.manual_seed(1)
-    kind = getattr(transformers, auto)
-    model = peft.get_peft_model(kind.from_pretrained(base, **options), peft_config(method, task_type))
-    with torch.no_grad():
-        for name, parameter in model.named_parameters():
-            if parameter.requires_grad:
-                parameter.copy_(torch.randn_like(parameter) * (0.5 if "prompt" in name else 0.3))
-    model.save_pretrained(folder)
-    torch.manual_seed(1)
-    return peft.PeftModel.from_pretrained(kind.from_pretrained(base, **options), folder).eval()
-
-
 def record(tool: str, base: str, method: str, differences: list[float]) -> None:
     worst = max(differences)
     MEASURED[tool, base, method] = worst
     assert worst <= TOLERANCE, f"{tool} {base} {method}: differs by {worst}"
-
-
-def difference(got: Any, want: Any) -> float:
-    """The largest, as a share of the largest value where that is above 1."""
-    got, want = np.asarray(got, np.float64), np.asarray(want, np.float64)
-    assert got.shape == want.shape
-    return float(np.abs(got - want).max() / max(1.0, np.abs(want).max()))
 
 
 @pytest.mark.parametrize("method", DECODER_METHODS)
@@ -244,37 +185,6 @@ def test_peft_heads(
     record("PEFT", base, f"{method}, {kind}", differences)
 
 
-@pytest.mark.parametrize("method", ["prompt tuning", "prefix tuning"])
-@pytest.mark.parametrize("base", ["bert", "llama", "gpt2"])
-def test_peft_answers_from_text(
-    base: str, method: str, bases: dict[str, Path], package: Any, runtime: Any, tmp_path: Path
-) -> None:
-    """The span that PEFT's scores give, read as PEFT trains them."""
-    import torch
-    from transformers import AutoTokenizer
-
-    model = tuned(tmp_path / "adapter", bases[base], "AutoModelForQuestionAnswering", method, "QUESTION_ANS")
-    if base == "llama":
-        take_base(model, bases[base])
-    convert_prompt(tmp_path / "adapter", tmp_path / "qa.safetensors", base=package(base), name=f"answers {method}")
-    served = runtime(base)
-    name = served.add_prompt(tmp_path / "qa.safetensors")
-    question, context = "was it great ?", "the film is great , the story was bad and the music terrible ."
-    encoded = AutoTokenizer.from_pretrained(bases[base])(question, context, return_offsets_mapping=True)
-    given = {
-        key: torch.tensor([encoded[key]]) for key in ("input_ids", "attention_mask", "token_type_ids") if key in encoded
-    }
-    ids = given["input_ids"]
-    with torch.no_grad():
-        out = model(**given)
-    scores = torch.stack([out.start_logits[0], out.end_logits[0]], -1)[: ids.shape[1]].numpy()
-    places = zip(encoded["offset_mapping"], encoded.sequence_ids(), strict=True)
-    want = answer(scores, [span if part == 1 else None for span, part in places], context)
-    found = served.run([Request({"question": question, "context": context}, prompt=name)])[0]
-    assert (found.text, found.start, found.end) == (want.text, want.start, want.end)
-    assert abs(found.score - want.score) < 1e-4
-
-
 @pytest.mark.parametrize(
     ("base", "method"),
     [
@@ -305,129 +215,6 @@ def test_peft_embeddings(
         pooling = "last" if base == "llama" else "cls"
         differences.append(difference(served.embed([""], input_ids=[ids], prompt=name, pooling=pooling)[0], want))
     record("PEFT", base, f"{method}, FEATURE_EXTRACTION", differences)
-
-
-@pytest.mark.parametrize(
-    ("base", "method"), [("llama", "prefix tuning"), ("gpt2", "prompt tuning"), ("t5", "prompt tuning")]
-)
-def test_peft_tags_from_text(
-    base: str, method: str, bases: dict[str, Path], package: Any, runtime: Any, tmp_path: Path
-) -> None:
-    """Labels of words, where the text comes in pieces."""
-    import torch
-    from transformers import AutoTokenizer
-
-    model = tuned(
-        tmp_path / "adapter", bases[base], "AutoModelForTokenClassification", method, "TOKEN_CLS", num_labels=3
-    )
-    file = tmp_path / "tags.safetensors"
-    convert_prompt(tmp_path / "adapter", file, base=package(base), name=f"tags {method}")
-    served = runtime(base)
-    name = served.add_prompt(file)
-    text = "the film is great , the story was bad"
-    encoded = AutoTokenizer.from_pretrained(bases[base])(text, return_offsets_mapping=True)
-    ids = torch.tensor([encoded["input_ids"]])
-    with torch.no_grad():
-        logits = model(input_ids=ids, attention_mask=torch.ones_like(ids)).logits[0, -ids.shape[1] :]
-    places = [span if span[1] > span[0] else None for span in encoded["offset_mapping"]]
-    want = tag(load_prompt(file), logits.numpy(), places, text)
-    found = served.run([Request(text, prompt=name)])[0]
-    assert [(word.label, word.text) for word in found.words] == [(word.label, word.text) for word in want.words]
-    assert len(found.words) == 9
-    for word, expected in zip(found.words, want.words, strict=True):
-        assert abs(word.score - expected.score) < 1e-4
-
-
-@pytest.mark.parametrize(
-    ("base", "kind", "method"),
-    [
-        ("t5", "SEQ_CLS", "prompt tuning"),
-        ("t5", "SEQ_CLS", "prefix tuning"),
-        ("t5", "QUESTION_ANS", "prompt tuning"),
-        ("t5", "TOKEN_CLS", "prefix tuning"),
-    ],
-)
-def test_what_peft_cannot_run(base: str, kind: str, method: str, bases: dict[str, Path], tmp_path: Path) -> None:
-    """Heads on encoder-decoders: why they are refused."""
-    import torch
-
-    autos = {
-        "SEQ_CLS": "AutoModelForSequenceClassification",
-        "QUESTION_ANS": "AutoModelForQuestionAnswering",
-        "TOKEN_CLS": "AutoModelForTokenClassification",
-    }
-    text = torch.tensor([[*IDS[0], 1]])
-    with pytest.raises((NotImplementedError, ValueError, TypeError, IndexError)):
-        model = tuned(tmp_path / "adapter", bases[base], autos[kind], method, kind)
-        model(input_ids=text, attention_mask=torch.ones_like(text))
-
-
-def test_peft_ignores_a_prefix_for_questions_to_an_encoder_decoder(bases: dict[str, Path], tmp_path: Path) -> None:
-    import torch
-
-    model = tuned(tmp_path / "adapter", bases["t5"], "AutoModelForQuestionAnswering", "prefix tuning", "QUESTION_ANS")
-    text = torch.tensor([[*IDS[0], 1]])
-    scores = []
-    with torch.no_grad():
-        for _ in range(2):
-            scores.append(model(input_ids=text, attention_mask=torch.ones_like(text)).start_logits)
-            model.prompt_encoder["default"].embedding.weight.mul_(5)
-    assert torch.equal(*scores)
-
-
-def take_base(model: Any, folder: Path) -> None:
-    """Give a PEFT model the base's weights where transformers 5 loads none: LlamaForQuestionAnswering names its
-    base otherwise than the checkpoint does."""
-    inner = model.get_base_model()
-    inner.transformer.load_state_dict(open_base(folder).state_dict())
-
-
-def open_base(folder: Path) -> Any:
-    from transformers import AutoModel
-
-    return AutoModel.from_pretrained(folder)
-
-
-def token_scores(folder: Path, file: Path, ids: list[int]) -> Any:
-    """The head's output for every text position, by the runtime's own parts: answers show only the best."""
-    opened, prompt = open_package(folder), load_prompt(file)
-    vocab = opened.manifest.geometry.vocab_size
-    rows = prompt.prompt_embeddings
-    virtual = [] if rows is None else range(vocab, vocab + len(rows))
-    if opened.manifest.architecture == names.ENCODER_DECODER:
-        source = SourceRow(np.array([*virtual, *ids]), rows)
-        states = Seq2SeqGraphs(opened, EngineOptions(provider="cpu", threads=1)).encode([source]).states[0]
-        return token_logits(prompt, states, len(virtual))[-len(ids) :]
-    session = open_session(opened.graph("model"), provider="cpu", threads=1).ort
-    if opened.manifest.architecture == names.DECODER_ONLY:
-        feeds = decoder_feeds(opened.manifest, prompt, [*virtual, *ids])
-        feeds = {name: value for name, value in feeds.items() if name in {v.name for v in graph_inputs(session)}}
-        states = session.run(["hidden_states"], feeds)[0][0]
-        return token_logits(prompt, states, len(virtual))[-len(ids) :]
-    row = make_row([*virtual, *ids], vocab, embeddings=rows, prefix=prompt.past_key_values)
-    feeds = make_feeds([row], opened.manifest, [value.name for value in graph_inputs(session)])
-    states = session.run(["last_hidden_state"], feeds)[0][0]
-    return token_logits(prompt, states, len(virtual))[-len(ids) :]
-
-
-def decoder_feeds(manifest: Manifest, prompt: PromptFile, ids: list[int]) -> dict[str, Any]:
-    """All inputs of a decoder's graph for one row."""
-    size, past = manifest.geometry, prompt.past_key_values
-    length = 0 if past is None else past.shape[3]
-    total = length + len(ids)
-    feeds = {
-        "input_ids": np.array([ids]),
-        "attention_mask": np.ones((1, total), np.int64),
-        "position_ids": np.arange(length, total)[None],
-        "prompt_embeddings": np.zeros((1, size.hidden_size), np.float32)
-        if prompt.prompt_embeddings is None
-        else prompt.prompt_embeddings,
-    }
-    empty = np.zeros((1, size.num_key_value_heads, 0, size.head_size), np.float32)
-    for layer in range(size.num_layers):
-        for at, part in enumerate(("key", "value")):
-            feeds[names.past(layer, part)] = empty if past is None else past[layer, at][None]
-    return feeds
 
 
 @pytest.mark.parametrize("case", OPENPROMPT)
