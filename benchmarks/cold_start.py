@@ -55,7 +55,7 @@ def start(package: str, folder: str, started: float) -> None:
     stage()
     runtime = Runtime(opened, EngineOptions(provider="cpu", threads=2, cache_folder=Path(folder) / "packed"))
     stage()
-    runtime.add_prompt(Path(folder) / "sentiment.safetensors")
+    runtime.add_prompt(Path(folder) / "prompt-16/sentiment.safetensors")
     stage()
     with (ROOT / "examples/data/movie.test.csv").open(encoding="utf-8", newline="") as file:
         text = next(csv.DictReader(file))["text"]

@@ -27,6 +27,7 @@ class Peer:
 PEERS = (
     Peer("edgeprompt", "edgeprompt, int4, genai route", "ours", "int4-genai", None, ours=True),
     Peer("edgeprompt-torch", "edgeprompt, int4, torch route", "ours", "int4-torch", None, ours=True),
+    Peer("edgeprompt-int4-128", "edgeprompt, int4, blocks of 128", "ours", "int4-128-genai", None, ours=True),
     Peer("edgeprompt-int8", "edgeprompt, int8", "ours", "int8-genai", None, ours=True),
     Peer("llamacpp", "llama.cpp, Q4_1", "llamacpp", "", "llamacpp"),
     Peer("genai", "onnxruntime-genai, int4", "genai", "genai", "genai"),

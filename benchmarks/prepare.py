@@ -8,15 +8,18 @@ import json
 import subprocess
 import sys
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+if TYPE_CHECKING:
+    from edgeprompt.package import Package
+
 ROOT = Path(__file__).resolve().parent.parent
 HARD_PROMPT = "Read this review of a film and say whether it is positive or negative, in one word:\n"
-VIRTUAL_TOKENS = 16
-TEXT_TOKENS = 32
-NEW_TOKENS = 64
+VIRTUAL_TOKENS, TEXT_TOKENS = 16, 32
+"""Of the main measurements."""
+NEW_TOKENS, CONTEXT = 64, 512
 SNIPPETS = 256
 LABELS = {"negative": " negative", "positive": " positive"}
 PACKAGES: dict[str, dict[str, Any]] = {
@@ -31,8 +34,16 @@ GENAI = {"genai": (), "genai-pruned": ("prune_lm_head=true",)}
 SUFFIX = "\nSentiment:"
 
 
-def prepare(folder: Path, gguf: Path, *, threads: int, lengths: tuple[int, ...]) -> Path:
-    """Make what is missing under `folder`; the path of `work.json`, which tells every worker what to do."""
+def prepare(folder: Path, gguf: Path, *, threads: int, prompts: tuple[int, ...], texts: tuple[int, ...]) -> Path:
+    """Make what is missing under `folder`; the path of `work.json`, which tells every worker what to do.
+
+    Args:
+        folder: where models and prompts are kept.
+        gguf: the model.
+        threads: that each peer may use.
+        prompts: lengths of the prompt in the sweep, tokens.
+        texts: lengths of the text in the sweep, tokens.
+    """
     folder.mkdir(parents=True, exist_ok=True)
     hf = folder / "hf"
     if not hf.exists():
@@ -43,7 +54,7 @@ def prepare(folder: Path, gguf: Path, *, threads: int, lengths: tuple[int, ...])
     for name, options in GENAI.items():
         if not (folder / name).exists():
             _build_genai(hf, folder / name, options)
-    work = _describe(folder, hf, gguf, threads, lengths)
+    work = _describe(folder, hf, gguf, threads, prompts, texts)
     path = folder / "work.json"
     path.write_text(json.dumps(work, indent=1) + "\n", encoding="utf-8")
     return path
@@ -86,18 +97,44 @@ def _build_genai(hf: Path, out: Path, more: tuple[str, ...]) -> None:
     scratch.replace(out)
 
 
-def _describe(folder: Path, hf: Path, gguf: Path, threads: int, lengths: tuple[int, ...]) -> dict[str, Any]:
+def _describe(
+    folder: Path, hf: Path, gguf: Path, threads: int, prompts: tuple[int, ...], texts: tuple[int, ...]
+) -> dict[str, Any]:
     from edgeprompt.bench.workload import text_of
     from edgeprompt.package import open_package
-    from edgeprompt.prompt_file import PromptFile, save_prompt
-    from edgeprompt.template import Template
 
     package = open_package(folder / "int4-genai")
     tokenizer = package.tokenizer
-    prefix = tokenizer.encode(HARD_PROMPT, add_special_tokens=False)[:VIRTUAL_TOKENS]
-    prefix = [*prefix, *[prefix[-1]] * (VIRTUAL_TOKENS - len(prefix))]
-    rows = _embedding_rows(hf, prefix)
-    np.save(folder / "rows.npy", rows)
+
+    def texts_of(lengths: tuple[int, ...]) -> dict[str, list[str]]:
+        return {str(count): [text_of(tokenizer, count, shift=7 * i) for i in range(6)] for count in lengths}
+
+    return {
+        "folder": str(folder),
+        "hf": str(hf),
+        "gguf": str(gguf),
+        "threads": threads,
+        "prompt": _prompt(folder, hf, package, VIRTUAL_TOKENS),
+        "new_tokens": NEW_TOKENS,
+        "context": CONTEXT,
+        "texts": texts_of((TEXT_TOKENS,)),
+        "sweep": {"prompts": [_prompt(folder, hf, package, count) for count in prompts], "texts": texts_of(texts)},
+        "snippets": [text + SUFFIX for text in _snippets()],
+        "suffix": SUFFIX,
+        "labels": [tokenizer.encode(word, add_special_tokens=False)[0] for word in LABELS.values()],
+    }
+
+
+def _prompt(folder: Path, hf: Path, package: Package, count: int) -> dict[str, Any]:
+    """A prompt of `count` tokens: its ids, its embeddings, and prompt files that hold those."""
+    from edgeprompt.prompt_file import PromptFile, save_prompt
+    from edgeprompt.template import Template
+
+    ids: list[int] = package.tokenizer.encode(HARD_PROMPT * count, add_special_tokens=False)[:count]
+    rows = _embedding_rows(hf, ids)
+    home = folder / f"prompt-{count}"
+    home.mkdir(exist_ok=True)
+    np.save(home / "rows.npy", rows)
     # The soft prompt holds the hard prompt's embeddings: all peers compute the same, so that answers can be compared.
     plain = PromptFile(
         name="plain",
@@ -116,19 +153,8 @@ def _describe(folder: Path, hf: Path, gguf: Path, threads: int, lengths: tuple[i
         verbalizer={label: (word,) for label, word in LABELS.items()},
     )
     for prompt in (plain, sentiment):
-        save_prompt(prompt, folder / f"{prompt.name}.safetensors")
-    return {
-        "folder": str(folder),
-        "hf": str(hf),
-        "gguf": str(gguf),
-        "threads": threads,
-        "prefix": prefix,
-        "new_tokens": NEW_TOKENS,
-        "texts": {str(count): [text_of(tokenizer, count, shift=7 * i) for i in range(6)] for count in lengths},
-        "snippets": [text + SUFFIX for text in _snippets()],
-        "suffix": SUFFIX,
-        "labels": [tokenizer.encode(word, add_special_tokens=False)[0] for word in LABELS.values()],
-    }
+        save_prompt(prompt, home / f"{prompt.name}.safetensors")
+    return {"ids": ids, "folder": str(home)}
 
 
 def _embedding_rows(hf: Path, ids: list[int]) -> np.ndarray:

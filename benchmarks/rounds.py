@@ -8,6 +8,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -27,6 +28,7 @@ def run_rounds(
     work: Path,
     *,
     rounds: int,
+    sweeps: int,
     chosen: tuple[Peer, ...] = PEERS,
     pythons: dict[str, Path],
     environments: Path,
@@ -34,8 +36,13 @@ def run_rounds(
     quick: bool = False,
     tell: Callable[[str], None],
 ) -> dict[str, Any]:
-    """Measure; peer name -> {"title", "rounds": [...]} or {"title", "absent": why}, and the machine's ceiling."""
-    found: dict[str, Any] = {peer.name: {"title": peer.title, "ours": peer.ours, "rounds": []} for peer in chosen}
+    """Measure; peer name -> {"title", "rounds": [...]} or {"title", "absent": why}, and the machine's ceiling.
+
+    The first `sweeps` rounds measure other lengths of prompt and text as well.
+    """
+    found: dict[str, Any] = {
+        peer.name: {"title": peer.title, "ours": peer.ours, "rounds": [], "sweeps": []} for peer in chosen
+    }
     ready: list[tuple[Peer, Path]] = []
     for peer in chosen:
         tell(f"{peer.name}: environment")
@@ -54,7 +61,10 @@ def run_rounds(
         for peer, python in [*ready[turn:], *ready[:turn]]:
             tell(f"round {number + 1} of {rounds}: {peer.name}")
             try:
-                found[peer.name]["rounds"].append(_undisturbed(peer, python, work, quick, trips))
+                found[peer.name]["rounds"].append(_undisturbed(partial(_measure, peer, python, work, quick), trips))
+                if number < sweeps:
+                    sweep = _undisturbed(partial(_sweep, peer, python, work, quick), trips)
+                    found[peer.name]["sweeps"].append(sweep)
             except (RuntimeError, subprocess.SubprocessError) as error:
                 found[peer.name]["absent"] = str(error)
                 tell(f"{peer.name}: failed, {error}")
@@ -81,11 +91,11 @@ def _slower_variant(peer: Peer, found: dict[str, Any], tell: Callable[[str], Non
     return slower
 
 
-def _undisturbed(peer: Peer, python: Path, work: Path, quick: bool, trips: list[float]) -> dict[str, Any]:
+def _undisturbed(measure: Callable[[], dict[str, Any]], trips: list[float]) -> dict[str, Any]:
     """A measurement with cores together before and after it, or the last of `TRIES`; `trips` grows."""
     for tries in range(1, TRIES + 1):
         before = round_trip()
-        result = _measure(peer, python, work, quick)
+        result = measure()
         after = round_trip()
         result |= {"core_round_trip_ns": [before, after], "tries": tries}
         if before is None or after is None:
@@ -105,6 +115,10 @@ def _measure(peer: Peer, python: Path, work: Path, quick: bool) -> dict[str, Any
     memory = _lines(process)
     result = _lines(_start(peer, python, work, "full", *(("quick",) if quick else ())))[-1]
     return {**result, "cold_start": cold, "peak_rss": memory[-1]["peak_rss"]}
+
+
+def _sweep(peer: Peer, python: Path, work: Path, quick: bool) -> dict[str, Any]:
+    return _lines(_start(peer, python, work, "sweep", *(("quick",) if quick else ())))[-1]
 
 
 def _start(peer: Peer, python: Path, work: Path, mode: str, *more: str) -> subprocess.Popen[str]:

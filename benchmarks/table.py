@@ -1,4 +1,4 @@
-"""From a result file to the README's table: `python -m benchmarks.table`."""
+"""From a result file to the tables of README.md and docs/benchmarks.md: `python -m benchmarks.table`."""
 
 from __future__ import annotations
 
@@ -12,6 +12,8 @@ from typing import Any
 ROOT = Path(__file__).resolve().parent.parent
 RESULTS = Path(__file__).resolve().parent / "results"
 BEGIN, END = "<!-- benchmarks: begin -->", "<!-- benchmarks: end -->"
+OURS = ("edgeprompt", "edgeprompt-int4-128", "edgeprompt-int8")
+"""Packages of ours that are compared with every peer."""
 
 MEASURES = (
     ("TTFT, prompt resident (ms)", lambda r: statistics.median(r["ttft_cached"]["32"]) * 1e3, False),
@@ -43,7 +45,7 @@ def to_markdown(result: dict[str, Any]) -> str:
             cells = ["absent"] * len(MEASURES)
         lines.append(f"| {peer['title']} | " + " | ".join(cells) + " |")
     head = lines[:2]
-    for name in ("edgeprompt", "edgeprompt-int8"):
+    for name in OURS:
         ours = peers.get(name, {}).get("rounds")
         others = [peer for other, peer in peers.items() if peer["rounds"] and other != name and not _twin(other, name)]
         if not ours or not others:
@@ -55,6 +57,51 @@ def to_markdown(result: dict[str, Any]) -> str:
             lines.append(f"| {peer['title']} | " + " | ".join(cells) + " |")
     lines += ["", *_notes(result)]
     return "\n".join(lines) + "\n"
+
+
+def sweep_to_markdown(result: dict[str, Any]) -> str:
+    """First token and decoding for every length of prompt and text, ours and the best of the peers."""
+    peers = result["peers"]
+    medians = {name: _cells(peer["sweeps"]) for name, peer in peers.items() if peer.get("sweeps")}
+    ours = [name for name in OURS if name in medians]
+    others = [name for name in medians if not name.startswith("edgeprompt")]
+    short = [peers[name]["title"].removeprefix("edgeprompt, ") for name in ours]
+    lines = [
+        f"| prompt, text (tokens) | {' | '.join(f'TTFT, {title} (ms)' for title in short)} | best peer | "
+        f"{' | '.join(f'decode, {title} (tokens/s)' for title in short)} | best peer |",
+        "|" + " --- |" * (2 * len(ours) + 3),
+    ]
+    for cell in medians[ours[0]] if ours else ():
+        first = [medians[name][cell][0] for name in ours]
+        speed = [medians[name][cell][1] for name in ours]
+        quick = min(others, key=lambda name: medians[name][cell][0])
+        fast = max(others, key=lambda name: medians[name][cell][1])
+        best_first, best_speed = medians[quick][cell][0], medians[fast][cell][1]
+        lines.append(
+            f"| {cell[0]}, {cell[1]} | "
+            + " | ".join(f"{1e3 * value:.1f} ({value / best_first:.2f})" for value in first)
+            + f" | {1e3 * best_first:.1f} ({peers[quick]['title']}) | "
+            + " | ".join(f"{value:.0f} ({value / best_speed:.2f})" for value in speed)
+            + f" | {best_speed:.0f} ({peers[fast]['title']}) |"
+        )
+    rounds = max((len(peer.get("sweeps", ())) for peer in peers.values()), default=0)
+    note = f"Medians of three texts in each of {rounds} rounds; in brackets the ratio to the best peer."
+    return "\n".join([*lines, "", note]) + "\n"
+
+
+def _cells(sweeps: list[dict[str, Any]]) -> dict[tuple[int, int], tuple[float, float]]:
+    """(prompt, text) -> medians of seconds to the first token and of tokens/s."""
+    found: dict[tuple[int, int], list[dict[str, Any]]] = {}
+    for sweep in sweeps:
+        for cell in sweep["sweep"]:
+            found.setdefault((cell["prompt"], cell["text"]), []).append(cell)
+    return {
+        key: (
+            statistics.median(value for cell in cells for value in cell["ttft"]),
+            statistics.median(value for cell in cells for value in cell["decode"]),
+        )
+        for key, cells in found.items()
+    }
 
 
 def _twin(other: str, name: str) -> bool:
@@ -128,16 +175,23 @@ def newest() -> Path:
     return max(peers, key=lambda path: str(found[path]["time"]))
 
 
-def write_readme(readme: Path, result: Path) -> None:
-    """Put the table of a result between the README's markers."""
-    text = readme.read_text(encoding="utf-8")
+def write_table(document: Path, table: str) -> None:
+    """Put a table between a document's markers."""
+    text = document.read_text(encoding="utf-8")
     before, _, rest = text.partition(BEGIN)
     _, found, after = rest.partition(END)
     if not found:
-        raise SystemExit(f"{readme.name} lacks the markers {BEGIN} and {END}")
-    table = to_markdown(json.loads(result.read_text(encoding="utf-8")))
-    readme.write_text(f"{before}{BEGIN}\n\n{table}\n{END}{after}", encoding="utf-8")
+        raise SystemExit(f"{document.name} lacks the markers {BEGIN} and {END}")
+    document.write_text(f"{before}{BEGIN}\n\n{table}\n{END}{after}", encoding="utf-8")
+
+
+def main() -> None:
+    """Write the tables of the result that is named, or of the newest."""
+    file = Path(sys.argv[1]) if len(sys.argv) > 1 else newest()
+    result = json.loads(file.read_text(encoding="utf-8"))
+    write_table(ROOT / "README.md", to_markdown(result))
+    write_table(ROOT / "docs/benchmarks.md", sweep_to_markdown(result))
 
 
 if __name__ == "__main__":
-    write_readme(ROOT / "README.md", Path(sys.argv[1]) if len(sys.argv) > 1 else newest())
+    main()

@@ -24,10 +24,11 @@ class Peer:
         config.overlay(json.dumps({"model": {"decoder": {"session_options": sessions}}}))
         self._model = og.Model(config)
         self._tokenizer = og.Tokenizer(self._model)
-        self._prefix = np.asarray(work["prefix"], np.int32)
+        self._prefix = np.asarray(work["prompt"]["ids"], np.int32)
         self._labels = np.asarray(work["labels"])
         parameters = og.GeneratorParams(self._model)
-        parameters.set_search_options(do_sample=False, max_length=512, min_length=511, batch_size=1)
+        context = work["context"]
+        parameters.set_search_options(do_sample=False, max_length=context, min_length=context - 1, batch_size=1)
         self._generator = og.Generator(self._model, parameters)
         self._generator.append_tokens(self._prefix)
 

@@ -35,7 +35,7 @@ class Peer:
         self._size = lib.llama_vocab_n_tokens(self._vocab)
         self._memory = lib.llama_get_memory(self._context)
         self._batch = lib.llama_batch_init(BATCH, 0, 1)
-        self._prefix = work["prefix"]
+        self._prefix = work["prompt"]["ids"]
         self._warm = False
 
     def _tokens(self, text: str) -> list[int]:

@@ -35,7 +35,7 @@ class Peer:
         folder = Path(work["folder"]) / "optimum"
         self._model = ORTModelForCausalLM.from_pretrained(folder, session_options=options)
         self._tokenizer = AutoTokenizer.from_pretrained(folder)
-        self._prefix_ids = torch.tensor([work["prefix"]])
+        self._prefix_ids = torch.tensor([work["prompt"]["ids"]])
         self._prefix = self._run(self._prefix_ids, None).past_key_values
 
     def _run(self, ids: torch.Tensor, past: object) -> object:

@@ -11,10 +11,12 @@ from edgeprompt.engines import EngineOptions
 from edgeprompt.package import Package, open_package
 from edgeprompt.runtime import Runtime
 
+VARIANTS = ("int4-genai", "int4-torch", "int4-128-genai", "int8-genai")
+
 
 def prepare(work: dict) -> None:
     """Pack the weights for this processor once, as every later start finds them."""
-    for variant in ("int4-genai", "int4-torch", "int8-genai"):
+    for variant in VARIANTS:
         Peer(work, variant).close()
 
 
@@ -28,7 +30,8 @@ class Peer:
         package = open_package(folder / variant)
         tokens = dataclasses.replace(package.manifest.tokens, eos=())  # all generate the same number of tokens
         self._package = Package(package.path, dataclasses.replace(package.manifest, tokens=tokens))
-        self._folder, self._suffix, self._threads = folder, work["suffix"], work["threads"]
+        self._folder, self._prompts = folder, Path(work["prompt"]["folder"])
+        self._suffix, self._threads = work["suffix"], work["threads"]
         self._runtime = self._open()
         self._fresh: Runtime | None = None
         self._lanes: Runtime | None = None
@@ -46,7 +49,7 @@ class Peer:
             ),
         )
         for name in ("sentiment", "plain"):
-            runtime.add_prompt(self._folder / f"{name}.safetensors")
+            runtime.add_prompt(self._prompts / f"{name}.safetensors")
         return runtime
 
     def close(self) -> None:

@@ -27,7 +27,7 @@ class Peer:
         if variant == "int8":
             self._model = torch.ao.quantization.quantize_dynamic(self._model, {torch.nn.Linear}, torch.qint8)
         self._tokenizer = AutoTokenizer.from_pretrained(work["hf"])
-        rows = np.load(Path(work["folder"]) / "rows.npy")
+        rows = np.load(Path(work["prompt"]["folder"]) / "rows.npy")
         self._rows = torch.from_numpy(rows).to(dtype)
         self._prefix = self._model.model(inputs_embeds=self._rows[None], use_cache=True).past_key_values
         self._peft = None

@@ -1,6 +1,7 @@
 """One peer, one process: load, do the work, print one JSON object a line. Standard library only.
 
-`worker.py MODULE VARIANT WORK cold`: the first label, then what it took in memory; `... full`: every timing;
+`worker.py MODULE VARIANT WORK cold`: the first label, then what it took in memory; `... full`: every timing with one
+prompt and one length of text; `... sweep`: first tokens and decoding for prompts and texts of several lengths;
 `... prepare`: what the peer must make once.
 """
 
@@ -18,6 +19,7 @@ from pathlib import Path
 
 LIBRARIES = ("edgeprompt", "onnxruntime", "onnxruntime-genai", "llama-cpp-python", "torch", "transformers", "peft",
              "optimum-onnx", "numpy")  # fmt: skip
+SWEEP_TOKENS, SWEEP_CONTEXT = 24, 1024
 PROBE = 32
 """Snippets by which the best batch size is chosen."""
 
@@ -34,6 +36,9 @@ def main() -> None:
         if hasattr(found, "prepare"):
             found.prepare(work)
         say(prepared=True)
+        return
+    if mode == "sweep":
+        say(sweep=sweep(found, variant, work))
         return
     peer = found.Peer(work, variant)
     if mode == "cold":
@@ -79,6 +84,28 @@ def measure(peer: object, work: dict) -> dict:
     found["versions"] = {"python": platform.python_version()} | {
         name: number for name in LIBRARIES if (number := version_of(name))
     }
+    return found
+
+
+def sweep(module: object, variant: str, work: dict) -> list[dict]:
+    """Seconds to the first token and tokens/s after it, for each length of prompt and text, the prompt resident."""
+    found = []
+    count = SWEEP_TOKENS
+    for prompt in work["sweep"]["prompts"]:
+        peer = module.Peer({**work, "prompt": prompt, "context": SWEEP_CONTEXT}, variant)
+        for length, texts in work["sweep"]["texts"].items():
+            peer.generate(texts[-1], 2)
+            runs = [peer.generate(text, count) for text in texts[: 1 if work["quick"] else 3]]
+            found.append(
+                {
+                    "prompt": len(prompt["ids"]),
+                    "text": int(length),
+                    "ttft": [first for first, _, _ in runs],
+                    "decode": [(count - 1) / (total - first) for first, total, _ in runs],
+                }
+            )
+        if hasattr(peer, "close"):
+            peer.close()
     return found
 
 

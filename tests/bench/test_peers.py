@@ -1,12 +1,11 @@
 """The comparison's table, from a result of known numbers."""
 
-import json
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-from benchmarks.table import BEGIN, END, to_markdown, write_readme
+from benchmarks.table import BEGIN, END, sweep_to_markdown, to_markdown, write_table
 
 
 def _round(speed: float, **changes: Any) -> dict[str, Any]:
@@ -60,12 +59,24 @@ def test_labels_are_compared_with_full_precision(result: dict[str, Any]):
     assert "Labels equal to those of PyTorch in fp32: ours 75%, other 75%." in to_markdown(result)
 
 
-def test_readme_is_replaced_between_its_markers(result: dict[str, Any], tmp_path: Path):
-    readme, file = tmp_path / "README.md", tmp_path / "result.json"
-    file.write_text(json.dumps(result), encoding="utf-8")
+def test_a_sweep_names_the_best_peer_of_every_length(result: dict[str, Any]):
+    def cell(prompt: int, first: float, speed: float) -> dict[str, Any]:
+        return {"prompt": prompt, "text": 32, "ttft": [first, 9, first], "decode": [speed, speed, 0]}
+
+    peers = result["peers"]
+    peers["edgeprompt"]["sweeps"] = [{"sweep": [cell(4, 0.01, 100), cell(16, 0.02, 100)]}]
+    peers["other"]["sweeps"] = [{"sweep": [cell(4, 0.02, 50), cell(16, 0.01, 50)]}]
+    peers["third"] = {"title": "third", "rounds": [], "sweeps": [{"sweep": [cell(4, 0.04, 80), cell(16, 0.08, 80)]}]}
+    lines = sweep_to_markdown(result).splitlines()
+    assert lines[2] == "| 4, 32 | 10.0 (0.50) | 20.0 (other) | 100 (1.25) | 80 (third) |"
+    assert lines[3] == "| 16, 32 | 20.0 (2.00) | 10.0 (other) | 100 (1.25) | 80 (third) |"
+
+
+def test_a_table_is_replaced_between_its_markers(result: dict[str, Any], tmp_path: Path):
+    readme = tmp_path / "README.md"
     readme.write_text(f"before\n{BEGIN}\nlast year\n{END}\nafter\n", encoding="utf-8")
-    write_readme(readme, file)
-    write_readme(readme, file)
+    for _ in range(2):
+        write_table(readme, to_markdown(result))
     text = readme.read_text(encoding="utf-8")
     assert text.startswith("before\n")
     assert text.endswith("\nafter\n")
