@@ -10,7 +10,7 @@ from pathlib import Path
 import click
 
 from benchmarks.peers import PEERS
-from benchmarks.table import RESULTS, ROOT, to_markdown
+from benchmarks.table import RESULTS, ROOT, ratios_to_markdown, sweep_to_markdown, to_markdown
 from edgeprompt.cli.console import note
 
 GGUF = "SmolLM2-135M-Instruct.Q4_1.gguf"
@@ -79,7 +79,8 @@ def main(
         "weight_bytes": sum((package.path / name).stat().st_size for name in graph.data),
         **measured,
     }
-    click.echo(to_markdown(result))
+    for part in (to_markdown, ratios_to_markdown, sweep_to_markdown):
+        click.echo(part(result))
     if output is None and not quick:
         output = RESULTS / f"{result['time'].replace(':', '')}.json"
     if output is not None:

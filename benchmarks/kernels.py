@@ -93,11 +93,13 @@ def build(kind: str) -> bytes:
                     graph.block(f"f{columns + more}", columns + more, rows, 4)
                 case "int4, blocks of 64":
                     graph.block(f"f{columns}", columns, rows, 4, 64)
+                case "int4, blocks of 128" | "int4, blocks of 128, output layer too":
+                    graph.block(f"f{columns}", columns, rows, 4, 64 if columns % 128 else 128)
                 case "8 bits in blocks":
                     graph.block(f"f{columns}", columns, rows, 8)
                 case _:
                     graph.block(f"f{columns}", columns, rows, 4)
-    graph.block("last", HIDDEN, VOCAB, 4 if kind == "int4, output layer too" else 8)
+    graph.block("last", HIDDEN, VOCAB, 4 if kind.endswith("output layer too") else 8)
     used = {name for node in graph.nodes for name in node.input}
     widths = {f"f{HIDDEN}": HIDDEN, f"f{INNER}": INNER, f"u{HIDDEN}": HIDDEN, f"u{INNER}": INNER}
     widths |= {f"f{HIDDEN + BLOCK}": HIDDEN + BLOCK, f"f{INNER + 2 * BLOCK}": INNER + 2 * BLOCK, "last": HIDDEN}
@@ -153,6 +155,8 @@ def main() -> None:
         "int4",
         "int4 with offsets",
         "int4, blocks of 64",
+        "int4, blocks of 128",
+        "int4, blocks of 128, output layer too",
         "8 bits in blocks",
         "int8",
     )

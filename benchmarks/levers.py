@@ -1,12 +1,13 @@
 """What each remedy for 4-bit weights gives back of a sentiment prompt's accuracy.
 
-    python -m benchmarks.levers [--limit 150] [--steps 60]
+    python -m benchmarks.levers [--limit 150] [--steps 70] [--way NAME ...]
 
 Rows are ways to quantise SmolLM2's weights, each a package that ONNX Runtime serves: onnxruntime-genai's builder as it
 is (round to nearest, the embedding too), the same with 8 bits for embedding and output layer, and edgeprompt's int4
 (float block offsets as well; larger blocks without them). Columns are prompts of one recipe and seed: tuned on the
 float32 weights, or on the row's own; each as it is and with its verbalizer calibrated on the row's package. Accuracy
-is the mean over the first sentences of the four test sets. What exists under work/levers already is taken from there.
+is the mean over the first sentences of the four test sets. What exists under work/levers already is taken from there;
+with --way, the other rows are those of the last result.
 """
 
 from __future__ import annotations
@@ -148,28 +149,36 @@ def main() -> None:
     """Run what is missing, write the result, print the table."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--limit", type=int, default=150, help="sentences of each test set (news has 134)")
-    parser.add_argument("--steps", type=int, default=60)
+    parser.add_argument("--steps", type=int, default=70)
+    parser.add_argument("--way", action="append", choices=WAYS, help="only this row (may be repeated)")
     options = parser.parse_args()
     FOLDER.mkdir(parents=True, exist_ok=True)
-    plain = load_prompt(tuned("fp32", options.steps))
+    machine = describe()
+    recipe = {"steps": options.steps, "sentences_of_each_set": options.limit}
     rows: dict[str, dict[str, Any]] = {}
-    for name in WAYS:
+    if options.way:
+        last = json.loads(RESULT.read_text(encoding="utf-8"))
+        if recipe != {key: last[key] for key in recipe}:
+            raise SystemExit(f"{RESULT.name} has other steps or sentences; leave out --way")
+        rows = last["ways"]
+    plain = load_prompt(tuned("fp32", options.steps))
+    for name in options.way or WAYS:
         own = load_prompt(tuned(name, options.steps))
         prompts = {"zero-shot": hard_prompt(plain, "", name="zero-shot"), "tuned on float32": plain, "tuned on it": own}
         with load(served(name)) as runtime:
-            rows[name] = {title: accuracy(runtime, prompt, options.limit) for title, prompt in prompts.items()}
+            found = {title: accuracy(runtime, prompt, options.limit) for title, prompt in prompts.items()}
+        rows[name] = {"day": machine["day"], **found}
         if WAYS[name].layers is not None:
             rows[name]["training follows the graph"] = closeness(name, own)
         print(name, rows[name], flush=True)
-    machine = describe()
-    facts = {"machine": machine, "steps": options.steps, "sentences_of_each_set": options.limit, "ways": rows}
+    facts: dict[str, Any] = {"machine": machine, **recipe, "ways": {name: rows[name] for name in WAYS if name in rows}}
     RESULT.write_text(json.dumps(facts, indent=1) + "\n", encoding="utf-8")
     columns = [
         (title, how) for title in ("zero-shot", "tuned on float32", "tuned on it") for how in ("plain", "calibrated")
     ]
     heads = [title if how == "plain" else "calibrated" for title, how in columns]
     print(f"| weights | {' | '.join(heads)} |\n|---|" + "---|" * len(heads))
-    for name, row in rows.items():
+    for name, row in facts["ways"].items():
         cells = [f"{100 * np.mean([row[title][data][how] for data in SETS]):.1f}" for title, how in columns]
         print(f"| {WAYS[name].title} | {' | '.join(cells)} |")
     print(f"\n{line(machine)}")

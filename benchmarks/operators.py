@@ -70,16 +70,16 @@ def open_step(path: Path, size: Geometry, threads: int, profile: str | None) -> 
     return session, runs
 
 
-def turn(graph: DecoderGraph, seed: int, steps: int) -> tuple[float, list[float]]:
-    """Seconds of a prefill of `TEXT` tokens behind `PREFIX`, and of every decode step after it."""
-    ids: npt.NDArray[np.int64] = np.random.default_rng(seed).integers(1000, 20000, PREFIX + TEXT + steps)
-    graph.place(0, None, PREFIX + TEXT + steps, 0)
+def turn(graph: DecoderGraph, vocab_size: int, seed: int) -> tuple[float, list[float]]:
+    """Seconds of a prefill of `TEXT` random tokens behind `PREFIX`, and of each of `STEPS` decode steps after it."""
+    ids: npt.NDArray[np.int64] = np.random.default_rng(seed).integers(0, vocab_size, PREFIX + TEXT + STEPS)
+    graph.place(0, None, PREFIX + TEXT + STEPS, 0)
     graph.prefill(0, ids[:PREFIX].tolist(), 0, None)
     started = time.perf_counter()
     graph.prefill(0, ids[PREFIX : PREFIX + TEXT].tolist(), PREFIX, None)
     prefill = time.perf_counter() - started
     found = []
-    for length in range(PREFIX + TEXT, PREFIX + TEXT + steps):
+    for length in range(PREFIX + TEXT, PREFIX + TEXT + STEPS):
         started = time.perf_counter()
         graph.decode_one(0, int(ids[length]), length)
         found.append(time.perf_counter() - started)
@@ -91,7 +91,7 @@ def profile(path: Path, size: Geometry, threads: int) -> dict[str, dict[str, Any
     with tempfile.TemporaryDirectory() as folder:
         session, graph = open_step(path, size, threads, str(Path(folder) / "profile"))
         for seed in range(4):
-            turn(graph, seed, STEPS)
+            turn(graph, size.vocab_size, seed)
         events = json.loads(Path(session.end_profiling()).read_text(encoding="utf-8"))
     runs: list[list[dict[str, Any]]] = []
     kernels: list[dict[str, Any]] = []
@@ -141,7 +141,7 @@ def main() -> None:
     samples: dict[str, dict[str, list[float]]] = {title: {"prefill": [], "decode": []} for title in paths}
     for number in range(1 + TURNS):
         for title, graph in graphs.items():
-            prefill, steps = turn(graph, number, STEPS)
+            prefill, steps = turn(graph, size.vocab_size, number)
             if number:  # the first turn warms up
                 samples[title]["prefill"].append(1e3 * prefill)
                 samples[title]["decode"].append(1e3 * statistics.median(steps))

@@ -12,14 +12,12 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from benchmarks.cores import round_trip
+from benchmarks.cores import APART, round_trip
 from benchmarks.peers import HERE, PEERS, Peer, python_of
 
 WORKER = HERE / "workers/worker.py"
 LIMIT = 900
 """Seconds that one worker may take."""
-APART = 1.6
-"""Cores are apart where a message between them takes this many times as long as it did at best."""
 TRIES = 3
 """How often one measurement is made, at most, for one during which the cores stay together."""
 

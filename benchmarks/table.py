@@ -6,12 +6,17 @@ import json
 import math
 import statistics
 import sys
+from itertools import product
 from pathlib import Path
 from typing import Any
+
+from benchmarks.cores import APART
 
 ROOT = Path(__file__).resolve().parent.parent
 RESULTS = Path(__file__).resolve().parent / "results"
 BEGIN, END = "<!-- benchmarks: begin -->", "<!-- benchmarks: end -->"
+GUESSING = 0.6
+"""A peer whose labels agree less with those of PyTorch in fp32 does not do the work: of two labels, half are right."""
 OURS = ("edgeprompt", "edgeprompt-int4-128", "edgeprompt-int8")
 """Packages of ours that are compared with every peer."""
 
@@ -31,40 +36,62 @@ def _median(seconds: list[float] | None) -> float:
     return statistics.median(seconds) * 1e3 if seconds else math.nan
 
 
+RATIO = "ratio of medians (lowest to highest of any two rounds)"
+HEAD = ["| | " + " | ".join(title for title, _, _ in MEASURES) + " |", "|" + " --- |" * (len(MEASURES) + 1)]
+
+
+def undisturbed(result: dict[str, Any]) -> dict[str, Any]:
+    """A result with the rounds and sweeps of every peer during which cores stayed together, or all where none did."""
+    measured = [one for peer in result["peers"].values() for one in (*peer["rounds"], *peer.get("sweeps", ()))]
+    trips = [trip for one in measured for trip in one.get("core_round_trip_ns", ()) if trip is not None]
+    limit = APART * min(trips, default=0)
+
+    def kept(made: list[dict[str, Any]]) -> list[dict[str, Any]]:
+        return [one for one in made if max(one.get("core_round_trip_ns") or [0]) <= limit] or made
+
+    peers = {
+        name: {**peer, "rounds": kept(peer["rounds"]), "sweeps": kept(peer.get("sweeps", []))}
+        for name, peer in result["peers"].items()
+    }
+    return {**result, "peers": peers}
+
+
 def to_markdown(result: dict[str, Any]) -> str:
-    """Medians of rounds, ratios to edgeprompt with their spread over rounds, and where and how it was measured."""
-    peers = result["peers"]
-    lines = [
-        "| | " + " | ".join(title for title, _, _ in MEASURES) + " |",
-        "|" + " --- |" * (len(MEASURES) + 1),
-    ]
-    for peer in peers.values():
+    """Medians of rounds, and where and how it was measured."""
+    lines, rounds = [*HEAD], max(len(peer["rounds"]) for peer in result["peers"].values())
+    result = undisturbed(result)
+    for peer in result["peers"].values():
         if peer["rounds"]:
             cells = [_shown(statistics.median(value(r) for r in peer["rounds"])) for _, value, _ in MEASURES]
         else:
             cells = ["absent"] * len(MEASURES)
         lines.append(f"| {peer['title']} | " + " | ".join(cells) + " |")
-    head = lines[:2]
+    return "\n".join([*lines, "", *_notes(result, rounds)]) + "\n"
+
+
+def ratios_to_markdown(result: dict[str, Any]) -> str:
+    """Ratios of medians to each package of ours, with the lowest and highest of any two rounds."""
+    peers, lines = undisturbed(result)["peers"], []
     for name in OURS:
         ours = peers.get(name, {}).get("rounds")
         others = [peer for other, peer in peers.items() if peer["rounds"] and other != name and not _twin(other, name)]
         if not ours or not others:
             continue
-        title = f"How many times better {peers[name]['title']}, is: ratio of medians (lowest to highest round)"
-        lines += ["", f"{title}.", "", *head]
+        lines += [f"How many times better {peers[name]['title']}, is: {RATIO}.", "", *HEAD]
         for peer in others:
             cells = [_ratio(ours, peer["rounds"], value, more) for _, value, more in MEASURES]
             lines.append(f"| {peer['title']} | " + " | ".join(cells) + " |")
-    lines += ["", *_notes(result)]
-    return "\n".join(lines) + "\n"
+        lines.append("")
+    return "\n".join(lines)
 
 
 def sweep_to_markdown(result: dict[str, Any]) -> str:
     """First token and decoding for every length of prompt and text, ours and the best of the peers."""
-    peers = result["peers"]
+    peers = undisturbed(result)["peers"]
     medians = {name: _cells(peer["sweeps"]) for name, peer in peers.items() if peer.get("sweeps")}
     ours = [name for name in OURS if name in medians]
-    others = [name for name in medians if not name.startswith("edgeprompt")]
+    guess = {name for name, share in _agreement(peers).items() if share < GUESSING}
+    others = [name for name in medians if not name.startswith("edgeprompt") and name not in guess]
     short = [peers[name]["title"].removeprefix("edgeprompt, ") for name in ours]
     lines = [
         f"| prompt, text (tokens) | {' | '.join(f'TTFT, {title} (ms)' for title in short)} | best peer | "
@@ -84,8 +111,11 @@ def sweep_to_markdown(result: dict[str, Any]) -> str:
             + " | ".join(f"{value:.0f} ({value / best_speed:.2f})" for value in speed)
             + f" | {best_speed:.0f} ({peers[fast]['title']}) |"
         )
-    rounds = max((len(peer.get("sweeps", ())) for peer in peers.values()), default=0)
-    note = f"Medians of three texts in each of {rounds} rounds; in brackets the ratio to the best peer."
+    rounds = max((len(peer.get("sweeps", ())) for peer in result["peers"].values()), default=0)
+    note = f"Medians of three texts, {rounds} rounds; in brackets the ratio to the best peer."
+    if guess:
+        left_out = ", ".join(peers[name]["title"] for name in medians if name in guess)
+        note += f" Left out, since its labels are not better than a guess: {left_out}."
     return "\n".join([*lines, "", note]) + "\n"
 
 
@@ -109,14 +139,13 @@ def _twin(other: str, name: str) -> bool:
     return name != "edgeprompt" and other.startswith("edgeprompt")
 
 
-def _notes(result: dict[str, Any]) -> list[str]:
+def _notes(result: dict[str, Any], rounds: int) -> list[str]:
     device, peers = result["device"], result["peers"]
-    rounds = max(len(peer["rounds"]) for peer in peers.values())
     notes = [
         f"{result['model']}, {result['threads']} threads, one sequence at a time, 16-token prompt, 32-token text, 64 "
         "new tokens, 256 review snippets (each peer at its best batch size, edgeprompt with a lane for each thread); "
-        f"{rounds} rounds in turn, every measurement in a process of its own, made again (at most twice) where the "
-        "host had moved the cores apart. "
+        f"{rounds} rounds in turn, every measurement in a process of its own; those during which the host had moved "
+        "the cores apart were made again, at most twice, and are left out where a peer has others. "
         f"{device['cpu']} ({', '.join(device['isa'])}), {result['time'][:10]}.",
         "",
     ]
@@ -129,24 +158,25 @@ def _notes(result: dict[str, Any]) -> list[str]:
             f"token bound decoding at {bound:.0f} tokens/s, of which edgeprompt reaches {decode / bound:.0%}.",
             "",
         ]
-    notes += _agreement(peers)
+    shares = [f"{peers[name]['title']} {share:.0%}" for name, share in _agreement(peers).items()]
+    if shares:
+        notes += [f"Labels equal to those of PyTorch in fp32: {', '.join(shares)}.", ""]
     notes += [f"{peer['title']}: absent ({peer['absent']})" for peer in peers.values() if peer.get("absent")]
     notes += [f"{peer['title']}: {peer['note']}" for peer in peers.values() if peer.get("note")]
     return notes
 
 
-def _agreement(peers: dict[str, Any]) -> list[str]:
+def _agreement(peers: dict[str, Any]) -> dict[str, float]:
     """How often each peer's label is that of PyTorch in fp32 (a fast wrong answer shows)."""
     reference = peers.get("pytorch", {}).get("rounds")
     if not reference:
-        return []
+        return {}
     truth = reference[0]["labels"]
-    shares = []
-    for peer in peers.values():
-        if peer["rounds"] and peer is not peers["pytorch"]:
-            pairs = zip(peer["rounds"][0]["labels"], truth, strict=True)
-            shares.append(f"{peer['title']} {statistics.fmean(ours == theirs for ours, theirs in pairs):.0%}")
-    return [f"Labels equal to those of PyTorch in fp32: {', '.join(shares)}.", ""]
+    return {
+        name: statistics.fmean(a == b for a, b in zip(peer["rounds"][0]["labels"], truth, strict=True))
+        for name, peer in peers.items()
+        if peer["rounds"] and name != "pytorch"
+    }
 
 
 def _ratio(ours: list[Any], theirs: list[Any], value: Any, more: bool) -> str:
@@ -156,7 +186,7 @@ def _ratio(ours: list[Any], theirs: list[Any], value: Any, more: bool) -> str:
     if any(math.isnan(value(r)) for r in (*ours, *theirs)):
         return "not measured"
     middle = better(statistics.median(value(r) for r in ours), statistics.median(value(r) for r in theirs))
-    pairs = [better(value(a), value(b)) for a, b in zip(ours, theirs, strict=False)]
+    pairs = [better(value(a), value(b)) for a, b in product(ours, theirs)]
     return f"{middle:.2f} ({min(pairs):.2f} to {max(pairs):.2f})"
 
 
@@ -190,7 +220,7 @@ def main() -> None:
     file = Path(sys.argv[1]) if len(sys.argv) > 1 else newest()
     result = json.loads(file.read_text(encoding="utf-8"))
     write_table(ROOT / "README.md", to_markdown(result))
-    write_table(ROOT / "docs/benchmarks.md", sweep_to_markdown(result))
+    write_table(ROOT / "docs/benchmarks.md", f"{ratios_to_markdown(result)}\n{sweep_to_markdown(result)}")
 
 
 if __name__ == "__main__":
