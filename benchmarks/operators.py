@@ -23,6 +23,7 @@ import numpy as np
 import numpy.typing as npt
 
 from benchmarks.machine import describe, line
+from benchmarks.peers import PEERS
 from edgeprompt.engines.decoder_graph import DecoderGraph, open_graph
 from edgeprompt.kv_cache import KVShape
 from edgeprompt.manifest import Geometry
@@ -31,13 +32,8 @@ from edgeprompt.session import Session, import_onnxruntime
 
 ROOT = Path(__file__).resolve().parent.parent
 RESULT = Path(__file__).resolve().parent / "results" / "operators.json"
-GRAPHS = {
-    "edgeprompt, int4, genai route": "int4-genai",
-    "edgeprompt, int4, torch route": "int4-torch",
-    "edgeprompt, int4, blocks of 128": "int4-128-genai",
-    "edgeprompt, int8": "int8-genai",
-    "onnxruntime-genai, int4, prune_lm_head": "genai-pruned",
-}
+GRAPHS = {peer.title: peer.variant for peer in PEERS if peer.ours or peer.name == "genai-pruned"}
+"""Folder of each graph, by title."""
 PREFIX, TEXT = 16, 32
 STEPS, TURNS = 32, 12
 """Decode steps of a turn, behind prefix and text, and how often every graph has its turn."""
@@ -52,7 +48,7 @@ GROUPS = {
 
 
 def open_step(path: Path, size: Geometry, threads: int, profile: str | None) -> tuple[Any, DecoderGraph]:
-    """A graph file as the runtime runs it, its session first."""
+    """A graph file on the runtime's caches, its session first, with ONNX Runtime's own settings for every graph."""
     ort = import_onnxruntime()
     options = ort.SessionOptions()
     options.intra_op_num_threads = threads
@@ -94,19 +90,15 @@ def profile(path: Path, size: Geometry, threads: int) -> dict[str, dict[str, Any
             turn(graph, size.vocab_size, seed)
         events = json.loads(Path(session.end_profiling()).read_text(encoding="utf-8"))
     runs: list[list[dict[str, Any]]] = []
-    kernels: list[dict[str, Any]] = []
     for event in sorted(events, key=lambda event: (event["ts"], -event["dur"])):
         if event["name"] == "model_run":
             runs.append([])
         elif event["cat"] == "Node" and event["name"].endswith("_kernel_time") and runs:
-            kernels = runs[-1]
-            kernels.append(event)
+            runs[-1].append(event)
     warm = runs[len(runs) // 2 :]
-    by_kind: dict[str, list[list[dict[str, Any]]]] = {"prefill": [], "decode": []}
-    for run in warm:
-        by_kind["decode" if _rows(run) == 1 else "prefill"].append(run)
-    by_kind["prefill"] = [run for run in by_kind["prefill"] if _rows(run) == TEXT]
-    return {kind: _medians(found) for kind, found in by_kind.items()}
+    return {
+        kind: _medians([run for run in warm if _rows(run) == rows]) for kind, rows in (("prefill", TEXT), ("decode", 1))
+    }
 
 
 def _rows(run: list[dict[str, Any]]) -> int:
@@ -160,17 +152,17 @@ def to_markdown(facts: dict[str, Any]) -> str:
     """A table for decode steps and one for prefills: time without the profiler, and what it says of the parts."""
     lines: list[str] = []
     for kind, title in (("decode", "decode step"), ("prefill", f"prefill of {facts['text']} tokens")):
-        names_ = [*GROUPS, "other"]
+        groups = [*GROUPS, "other"]
         lines += [
-            f"| {title} | ms (lowest to highest turn) | operators | {' | '.join(names_)} |",
-            f"| --- | --- | --- |{' --- |' * len(names_)}",
+            f"| {title} | ms (lowest to highest turn) | operators | {' | '.join(groups)} |",
+            f"| --- | --- | --- |{' --- |' * len(groups)}",
         ]
         for graph, found in facts["graphs"].items():
             times, operators = found["milliseconds"][kind], found["operators"][kind]
-            parts = dict.fromkeys(names_, 0.0)
+            parts = dict.fromkeys(groups, 0.0)
             for name, (milliseconds, _) in operators.items():
                 parts[next((group for group, there in GROUPS.items() if name in there), "other")] += milliseconds
-            cells = [f"{parts[name]:.2f}" for name in names_]
+            cells = [f"{parts[name]:.2f}" for name in groups]
             count = sum(int(calls) for _, calls in operators.values())
             lines.append(
                 f"| {graph} | {statistics.median(times):.2f} ({min(times):.2f} to {max(times):.2f}) | {count} | "

@@ -11,7 +11,7 @@ from optimum.onnxruntime import ORTModelForCausalLM
 from transformers import AutoTokenizer
 
 
-def prepare(work: dict) -> None:
+def prepare(work: dict, variant: str) -> None:
     """Export once."""
     folder = Path(work["folder"]) / "optimum"
     if not folder.exists():

@@ -11,13 +11,10 @@ from edgeprompt.engines import EngineOptions
 from edgeprompt.package import Package, open_package
 from edgeprompt.runtime import Runtime
 
-VARIANTS = ("int4-genai", "int4-torch", "int4-128-genai", "int8-genai")
 
-
-def prepare(work: dict) -> None:
+def prepare(work: dict, variant: str) -> None:
     """Pack the weights for this processor once, as every later start finds them."""
-    for variant in VARIANTS:
-        Peer(work, variant).close()
+    Peer(work, variant).close()
 
 
 class Peer:

@@ -34,7 +34,7 @@ def main() -> None:
     found = importlib.import_module(module)
     if mode == "prepare":
         if hasattr(found, "prepare"):
-            found.prepare(work)
+            found.prepare(work, variant)
         say(prepared=True)
         return
     if mode == "sweep":
