@@ -28,6 +28,11 @@ class _Failed(click.ClickException):
         click.echo(f"error: {' '.join(self.message.split())}", file=file, err=file is None)
 
 
+class _Interrupted(KeyboardInterrupt):
+    """Ctrl-C. CPython ends a process by the signal if a plain KeyboardInterrupt passed through `exec`, even one that
+    was caught; dataclasses are made by `exec`, so that would depend on the moment."""
+
+
 class _Commands(click.Group):
     """Commands by file name, loaded late, and the one place where errors become an exit code."""
 
@@ -74,7 +79,7 @@ def _missing(error: ModuleNotFoundError) -> Exception:
 
 @contextmanager
 def _terminable() -> Iterator[None]:
-    """Let a polite kill (SIGTERM) unwind like Ctrl-C does, so that half-written outputs are removed."""
+    """Let Ctrl-C and a polite kill (SIGTERM) unwind, so that half-written outputs are removed."""
     if threading.current_thread() is not threading.main_thread():
         yield
         return
@@ -83,11 +88,18 @@ def _terminable() -> Iterator[None]:
         click.echo(f"error: stopped by {signal.Signals(number).name}", err=True)
         raise SystemExit(128 + number)
 
-    before = signal.signal(signal.SIGTERM, leave)
+    def interrupt(number: int, frame: Any) -> None:
+        raise _Interrupted
+
+    handlers: dict[signal.Signals, Any] = {signal.SIGTERM: leave}
+    if signal.getsignal(signal.SIGINT) is signal.default_int_handler:  # not where Ctrl-C is ignored
+        handlers[signal.SIGINT] = interrupt
+    before = {number: signal.signal(number, handler) for number, handler in handlers.items()}
     try:
         yield
     finally:
-        signal.signal(signal.SIGTERM, before)
+        for number, handler in before.items():
+            signal.signal(number, handler)
 
 
 @click.group(cls=_Commands, context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 100})

@@ -80,3 +80,18 @@ def test_ctrl_c_ends_a_run_and_leaves_no_output(texts, tiny_llama_package, tmp_p
     assert process.returncode == 1
     assert "Traceback" not in error
     assert [path.name for path in tmp_path.iterdir()] == [texts.name]
+
+
+def test_ctrl_c_inside_exec_is_an_ordinary_end():
+    """CPython would end the process by the signal, although the interrupt was caught (dataclasses are made by exec)."""
+    code = (
+        "import signal, sys\n"
+        "from edgeprompt.cli import _terminable\n"
+        "signal.signal(signal.SIGINT, signal.default_int_handler)\n"
+        "try:\n"
+        "    with _terminable():\n"
+        "        exec('import signal; signal.raise_signal(signal.SIGINT)')\n"
+        "except KeyboardInterrupt:\n"
+        "    sys.exit(1)\n"
+    )
+    assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 1
