@@ -28,12 +28,15 @@ PACKAGES = {
     "int4, blocks of 128": "int4-128-genai",
     "int8": "int8-genai",
 }
-STAGES = ("Python", "numpy", "edgeprompt", "ONNX Runtime", "tokenizer", "session", "prompt", "first label")
-"""What lies between two readings of the clock; "edgeprompt" includes safetensors, "tokenizer" tokenizers' import."""
+STAGES = ("Python", "numpy", "edgeprompt", "ONNX Runtime", "session and tokenizer", "prompt", "first label")
+"""What lies between two readings of the clock; "edgeprompt" includes the imports of safetensors and tokenizers. The
+tokenizer is read beside the session."""
+ALONE = ("session alone", "tokenizer alone")
+"""Measured one after the other behind all that."""
 
 
 def start(package: str, folder: str, started: float) -> None:
-    """The child: one start, stage by stage; prints seconds a stage."""
+    """The child: one start, stage by stage, then session and tokenizer alone; prints seconds of each."""
     times = [time.monotonic()]
 
     def stage() -> None:
@@ -42,7 +45,8 @@ def start(package: str, folder: str, started: float) -> None:
     import numpy  # noqa: F401
 
     stage()
-    from edgeprompt.engines import EngineOptions
+    import edgeprompt.engines.decoder  # noqa: F401
+    from edgeprompt.engines import EngineOptions, open_engine_session
     from edgeprompt.package import open_package
     from edgeprompt.runtime import Runtime
 
@@ -50,10 +54,8 @@ def start(package: str, folder: str, started: float) -> None:
     import onnxruntime  # noqa: F401
 
     stage()
-    opened = open_package(Path(folder) / package)
-    _ = opened.tokenizer
-    stage()
-    runtime = Runtime(opened, EngineOptions(provider="cpu", threads=2, cache_folder=Path(folder) / "packed"))
+    options = EngineOptions(provider="cpu", threads=2, cache_folder=Path(folder) / "packed")
+    runtime = Runtime(open_package(Path(folder) / package), options)
     stage()
     runtime.add_prompt(Path(folder) / "prompt-16/sentiment.safetensors")
     stage()
@@ -61,12 +63,19 @@ def start(package: str, folder: str, started: float) -> None:
         text = next(csv.DictReader(file))["text"]
     runtime.classify(text, prompt="sentiment")
     stage()
-    print(json.dumps([times[0] - started, *(after - before for before, after in pairwise(times))]))
     runtime.close()
+    alone = open_package(Path(folder) / package)
+    _ = alone.tokenizer
+    before = time.monotonic()
+    open_engine_session(alone, "model", options)
+    opened = time.monotonic()
+    _ = open_package(Path(folder) / package).tokenizer
+    more = [opened - before, time.monotonic() - opened]
+    print(json.dumps([times[0] - started, *(after - before for before, after in pairwise(times)), *more]))
 
 
 def measure(package: str, folder: Path) -> list[float]:
-    """Seconds of every stage of one process."""
+    """Seconds of every stage of one process, then of `ALONE`."""
     environment = {**os.environ, "TOKENIZERS_PARALLELISM": "false", "OPENBLAS_NUM_THREADS": "2"}
     command = [sys.executable, "-m", "benchmarks.cold_start", "--child", package, str(folder), repr(time.monotonic())]
     done = subprocess.run(command, capture_output=True, text=True, check=True, env=environment, cwd=ROOT)
@@ -92,7 +101,7 @@ def main() -> None:
                 samples[title].append(found)
     from benchmarks.machine import describe
 
-    facts = {"machine": describe(), "stages": STAGES, "seconds": samples}
+    facts = {"machine": describe(), "stages": STAGES + ALONE, "seconds": samples}
     RESULT.write_text(json.dumps(facts, indent=1) + "\n", encoding="utf-8")
     print(to_markdown(facts))
 
@@ -101,13 +110,13 @@ def to_markdown(facts: dict[str, Any]) -> str:
     """Medians of the stages and of the whole, in milliseconds, with the range that holds eight of ten starts."""
     from benchmarks.machine import line
 
-    lines = [f"| package | {' | '.join(facts['stages'])} | all (10th to 90th percentile) |"]
+    lines = [f"| package | {' | '.join([*STAGES, 'all (10th to 90th percentile)', *ALONE])} |"]
     lines.append(f"| --- |{' --- |' * (len(facts['stages']) + 1)}")
     for title, starts in facts["seconds"].items():
         cells = [f"{1e3 * statistics.median(values):.0f}" for values in zip(*starts, strict=True)]
-        whole = sorted(1e3 * sum(values) for values in starts)
+        whole = sorted(1e3 * sum(values[: len(STAGES)]) for values in starts)
         tenths = statistics.quantiles(whole, n=10)
-        cells.append(f"{statistics.median(whole):.0f} ({tenths[0]:.0f} to {tenths[-1]:.0f})")
+        cells.insert(len(STAGES), f"{statistics.median(whole):.0f} ({tenths[0]:.0f} to {tenths[-1]:.0f})")
         lines.append(f"| {title} | {' | '.join(cells)} |")
     return "\n".join([*lines, "", f"Milliseconds. {line(facts['machine'])}"])
 

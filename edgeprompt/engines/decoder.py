@@ -40,10 +40,10 @@ class DecoderEngine:
 
     def __init__(self, package: Package, options: EngineOptions) -> None:
         self._package, self._manifest = package, package.manifest
-        self._tokenizer = package.tokenizer
         size = self._manifest.geometry
         self._vocab, self._limit = size.vocab_size, size.max_positions
         session = open_engine_session(package, "model", options)
+        self._tokenizer = package.tokenizer
         self.provider = session.provider
         self._shape = KVShape(size.num_layers, size.num_key_value_heads, size.head_size, self._manifest.kv_dtype)
         self._shape.check(graph_inputs(session.ort))

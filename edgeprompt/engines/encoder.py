@@ -106,8 +106,8 @@ class EncoderEngine:
     """Serves an encoder-only package."""
 
     def __init__(self, package: Package, options: EngineOptions) -> None:
-        self._manifest, self._tokenizer = package.manifest, package.tokenizer
         session = open_engine_session(package, "model", options)
+        self._manifest, self._tokenizer = package.manifest, package.tokenizer
         self.provider = session.provider
         self._session = session.ort
         self._inputs = {value.name for value in graph_inputs(self._session)}

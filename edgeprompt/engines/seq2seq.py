@@ -67,8 +67,8 @@ class Seq2SeqEngine:
             raise PackageError("the manifest names no decoder_start token; export the base again")
         self._start: int = start
         self._manifest, self._geometry = manifest, manifest.geometry
-        self._tokenizer = package.tokenizer
         self._graphs = Seq2SeqGraphs(package, options)
+        self._tokenizer = package.tokenizer
         self.provider = self._graphs.provider
         # Dynamic quantisation takes one scale per tensor: rows of one batch would change each other's results.
         self._max_rows = 1 if manifest.precision == "int8" else options.max_batch

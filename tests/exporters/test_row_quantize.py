@@ -1,4 +1,4 @@
-"""int8: weights whose products no processor saturates, and what tuning for the package gets to see."""
+"""int8: rows with scales of their own, weights whose products no processor saturates, and what tuning gets to see."""
 
 from __future__ import annotations
 
@@ -7,12 +7,62 @@ from pathlib import Path
 
 import numpy as np
 import onnx
+import onnx_ir as ir
+import onnxruntime
+import pytest
 import torch
-from onnx import numpy_helper
+from onnx import TensorProto, helper, numpy_helper
 
 from exporters.dequantize import load_package_weights
 from exporters.load import load_base
 from exporters.quantize import SIGNED_7
+from exporters.row_quantize import quantize_rows
+
+WIDTH, OUT = 4, 6
+
+
+def row_quantized(opset: int, rows: str | None) -> tuple[onnx.ModelProto, np.ndarray, np.ndarray]:
+    """x and z, each in a product of its own with the same weight and bias; the weight in float, the bias."""
+    codes = np.random.default_rng(1).integers(-127, 128, (WIDTH, OUT)).astype(np.int8)
+    tensors = {"w": codes, "s": np.full(OUT, 0.01, np.float32), "o": np.zeros(OUT, np.int8)}
+    tensors["bias"] = np.arange(OUT, dtype=np.float32)
+    nodes = [
+        helper.make_node("DynamicQuantizeMatMul", [name, "w", "s", "o", "bias"], [f"{name}_y"], domain="com.microsoft")
+        for name in ("x", "z")
+    ]
+    graph = helper.make_graph(
+        nodes,
+        "g",
+        [
+            helper.make_tensor_value_info("x", TensorProto.FLOAT, [rows, WIDTH]),
+            helper.make_tensor_value_info("z", TensorProto.FLOAT, ["others", "more", WIDTH]),
+        ],
+        [helper.make_tensor_value_info(f"{name}_y", TensorProto.FLOAT, None) for name in ("x", "z")],
+        [numpy_helper.from_array(value, name) for name, value in tensors.items()],
+    )
+    opsets = [helper.make_opsetid("", opset), helper.make_opsetid("com.microsoft", 1)]
+    model = ir.serde.deserialize_model(helper.make_model(graph, opset_imports=opsets, ir_version=10))
+    quantize_rows(model)
+    return ir.serde.serialize_model(model), codes * 0.01, tensors["bias"]
+
+
+@pytest.mark.parametrize(
+    ("opset", "rows", "divides"), [(21, "rows", False), (21, None, True), (20, "rows", True)], ids=str
+)
+def test_every_row_has_a_scale_of_its_own(opset: int, rows: str | None, divides: bool) -> None:
+    model, weight, bias = row_quantized(opset, rows)
+    assert ("Div" in {node.op_type for node in model.graph.node}) is divides
+    session = onnxruntime.InferenceSession(model.SerializeToString())
+    given = np.array([[0, 0, 0, 0], [1, -2, 0.5, 4], [1e4, -2e4, 5e3, 4e4], [1e-6, -2e-6, 5e-7, 4e-6]], np.float32)
+    other = np.random.default_rng(2).normal(size=(2, 3, WIDTH)).astype(np.float32)
+    found, others = session.run(None, {"x": given, "z": other})
+    assert np.array_equal(found[0], bias)
+    error = np.abs(found - bias - given @ weight)
+    steps = np.abs(given).max(1, keepdims=True) / 127 * np.abs(weight).sum(0) + 1e-5
+    assert (error <= steps).all()
+    assert np.allclose(others, other @ weight + bias, atol=0.1)
+    (alone, _) = session.run(None, {"x": given[3:], "z": other})
+    assert np.array_equal(alone[0], found[3])
 
 
 def test_two_products_fit_the_sixteen_bits_that_avx2_adds_them_in(encoder_package: Callable[..., Path]) -> None:
