@@ -1,9 +1,9 @@
-"""Whether a sentiment prompt keeps its accuracy on the int4 package.
+"""Whether a sentiment prompt keeps its accuracy on a 4-bit package.
 
-    python -m benchmarks.accuracy [--seeds 3] [--limit N] [--out benchmarks/results/accuracy.json]
+    python -m benchmarks.accuracy [--package int4] [--steps N] [--seeds 3] [--limit N] [--out FILE]
 
-Tunes the shipped sentiment recipe with several seeds for the int4 package (the first is the shipped prompt itself) and
-serves every prompt on the int4 and on the fp32 package, on all four test sets, beside zero-shot. Both packages see the
+Tunes the shipped sentiment recipe with several seeds for the package (the first for int4 is the shipped prompt itself)
+and serves every prompt on it and on the fp32 package, on all four test sets, beside zero-shot. Both packages see the
 same sentences, so the error of the difference is that of pairs. Prompts and answers that exist under work/ already are
 taken from there, so an interrupted run goes on.
 """
@@ -11,6 +11,7 @@ taken from there, so an interrupted run goes on.
 from __future__ import annotations
 
 import argparse
+import dataclasses
 import json
 import statistics
 import sys
@@ -34,30 +35,35 @@ from models import WORK, edgeprompt, package  # noqa: E402
 SETS = ("movie", "product", "tweets", "news")
 RECIPE = RECIPES["sentiment"]
 SHIPPED = ROOT / "examples" / "prompts" / "sentiment.safetensors"
-SERVED = ("fp32", "int4")
+PLAIN, SHIPPED_FOR = "fp32", "int4"
 ZERO_SHOT = "zero-shot"
 FOLDER = WORK / "accuracy"
 
 
-def prompt(seed: int) -> Path:
+def prompt(seed: int, tuned_for: str, steps: int | None) -> Path:
     """The prompt of one seed, tuned if it is not there yet."""
-    path = FOLDER / f"seed-{seed}.safetensors" if seed else SHIPPED
+    if seed == 0 and steps is None and tuned_for == SHIPPED_FOR:
+        return SHIPPED
+    stem = f"seed-{seed}"
+    if (tuned_for, steps) != (SHIPPED_FOR, None):
+        stem = f"{tuned_for}-{steps or 'recipe'}-{stem}"
+    path = FOLDER / f"{stem}.safetensors"
     if not path.exists():
-        edgeprompt(*RECIPE.command(path, seed=seed), "--log", FOLDER / f"seed-{seed}.log")
+        command = dataclasses.replace(RECIPE, precision=tuned_for).command(path, seed=seed)
+        more = () if steps is None else ("--steps", steps)
+        edgeprompt(*command, *more, "--log", FOLDER / f"{stem}.log")
     return path
 
 
-def answers(served: str, seeds: int, limit: int | None) -> dict[str, dict[str, list[int]]]:
+def answers(served: str, prompts: list[Path], limit: int | None) -> dict[str, dict[str, list[int]]]:
     """Prompt -> test set -> for each of its sentences whether the package's answer is right (1) or not (0)."""
     folder = package(served)
     version = open_package(folder).manifest.weights_hash.removeprefix("sha256:")[:12]
     found: dict[str, dict[str, list[int]]] = {}
     with load(folder) as runtime:
-        zero = hard_prompt(load_prompt(prompt(0)), "", name=ZERO_SHOT)
-        wanted: dict[str, Any] = {
-            ZERO_SHOT: zero,
-            **{f"seed {seed}": load_prompt(prompt(seed)) for seed in range(seeds)},
-        }
+        zero = hard_prompt(load_prompt(prompts[0]), "", name=ZERO_SHOT)
+        wanted: dict[str, Any] = {ZERO_SHOT: zero}
+        wanted |= {f"seed {seed}": load_prompt(path) for seed, path in enumerate(prompts)}
         for name, file in wanted.items():
             content = name if name == ZERO_SHOT else file.sha256[:12]
             path = FOLDER / f"{served}-{version}-{content}-{limit}.json"
@@ -87,18 +93,24 @@ def summary(rows: list[list[int]]) -> dict[str, Any]:
 def main() -> None:
     """Run what is missing, write the result, print the table."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument(
+        "--package", default=SHIPPED_FOR, help='as "int4-128" (blocks of 128); prompts are tuned for it'
+    )
+    parser.add_argument("--steps", type=int, help="instead of the recipe's")
     parser.add_argument("--seeds", type=int, default=3)
     parser.add_argument("--limit", type=int, help="first sentences of each set alone (the sets are in random order)")
-    parser.add_argument("--out", type=Path, default=ROOT / "benchmarks" / "results" / "accuracy.json")
+    parser.add_argument("--out", type=Path, help="default: benchmarks/results/accuracy[-PACKAGE].json")
     options = parser.parse_args()
     FOLDER.mkdir(parents=True, exist_ok=True)
-    found = {served: answers(served, options.seeds, options.limit) for served in SERVED}
+    pair = (PLAIN, options.package)
+    prompts = [prompt(seed, options.package, options.steps) for seed in range(options.seeds)]
+    found = {served: answers(served, prompts, options.limit) for served in pair}
     seeds = [f"seed {seed}" for seed in range(options.seeds)]
     rows: dict[str, dict[str, Any]] = {}
     for title, names in (("zero-shot", [ZERO_SHOT]), ("soft prompt", seeds)):
-        for served in SERVED:
+        for served in pair:
             rows[f"{title}, {served}"] = {data: summary([found[served][n][data] for n in names]) for data in SETS}
-        first, second = SERVED
+        first, second = pair
         rows[f"{title}, {second} less {first}"] = {
             data: summary([np.subtract(found[second][n][data], found[first][n][data]).tolist() for n in names])
             for data in SETS
@@ -106,11 +118,13 @@ def main() -> None:
     machine = describe()
     facts = {
         "machine": machine,
-        "steps": [load_prompt(prompt(seed)).training["steps"] for seed in range(options.seeds)],
+        "steps": [load_prompt(path).training["steps"] for path in prompts],
         "sentences": {data: len(found["fp32"][ZERO_SHOT][data]) for data in SETS},
     }
-    options.out.parent.mkdir(parents=True, exist_ok=True)
-    options.out.write_text(json.dumps({**facts, "accuracy": rows}, indent=1) + "\n")
+    suffix = "" if options.package == SHIPPED_FOR else f"-{options.package}"
+    out = options.out or ROOT / "benchmarks" / "results" / f"accuracy{suffix}.json"
+    out.parent.mkdir(parents=True, exist_ok=True)
+    out.write_text(json.dumps({**facts, "accuracy": rows}, indent=1) + "\n")
     heads = [f"{data} (n = {facts['sentences'][data]})" for data in SETS]
     print(f"| prompt | {' | '.join(heads)} | mean |\n|---|" + "---|" * (len(SETS) + 1))
     for title, sets in rows.items():

@@ -3,8 +3,9 @@
     python -m benchmarks.kernels [--threads 2] [--rows 1,32]
 
 A graph with nothing but the products of SmolLM2-135M (30 layers and the output layer, random weights) is run for
-several formats in turn. Rows of 1 are a decode step, 32 a prefill; the output layer has one row. What a package's step
-takes beyond this is attention, norms, activations and the time between operators.
+several formats in turn: those of our packages, of GenAI's, and what was tried and left out. Rows of 1 are a decode
+step, 32 a prefill; the output layer has one row. What a package's step takes beyond this is attention, norms,
+activations and the time between operators.
 """
 
 from __future__ import annotations
@@ -14,6 +15,7 @@ import json
 import statistics
 import time
 from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -28,8 +30,37 @@ RESULT = Path(__file__).resolve().parent / "results" / "kernels.json"
 LAYERS, HIDDEN, INNER, QKV, VOCAB = 30, 576, 1536, 960, 49152
 SHAPES = ((HIDDEN, QKV), (HIDDEN, HIDDEN), (HIDDEN, INNER), (HIDDEN, INNER), (INNER, HIDDEN))
 """(columns, rows) of a layer's weights: qkv, output, gate, up, down."""
-BLOCK = 32
 REPEATS = 40
+
+
+@dataclass(frozen=True)
+class Format:
+    """How the weights of layers and output layer are stored."""
+
+    bits: int = 4
+    block: int = 32
+    """Columns that share a scale, or half of it where it does not divide them. 0: int8, each row has one scale."""
+    head_bits: int = 8
+    offsets: bool = False
+    """Columns more for the blocks' float offsets (`exporters.quantize`)."""
+    float_zero_points: bool = False
+    gate_and_up: bool = False
+    """One product for both."""
+
+
+FORMATS = {
+    "int4, output layer too": Format(head_bits=4),
+    "int4": Format(),
+    "int4 with offsets": Format(offsets=True),
+    "int4, blocks of 64": Format(block=64),
+    "int4, blocks of 128": Format(block=128),
+    "int4, blocks of 128, output layer too": Format(block=128, head_bits=4),
+    "int4, blocks of 128, gate and up in one": Format(block=128, gate_and_up=True),
+    "int4, float zero points": Format(float_zero_points=True),
+    "2 bits, blocks of 128": Format(bits=2, block=128),
+    "8 bits in blocks": Format(bits=8),
+    "int8": Format(bits=8, block=0),
+}
 
 
 class _Graph:
@@ -50,15 +81,21 @@ class _Graph:
         self.nodes.append(helper.make_node(op, inputs, [name], domain="com.microsoft", **attributes))
         self.outputs.append(name)
 
-    def block(self, source: str, columns: int, rows: int, bits: int, size: int = BLOCK) -> None:
+    def block(
+        self, source: str, columns: int, rows: int, bits: int, size: int, *, float_zero_points: bool = False
+    ) -> None:
         count = -(-columns // size)
-        codes = self._random.integers(0, 256, (rows, count, size * bits // 8), np.uint8)
-        scales = np.full(rows * count, 0.01, np.float32)
+        tensors = {
+            "codes": self._random.integers(0, 256, (rows, count, size * bits // 8), np.uint8),
+            "scales": np.full(rows * count, 0.01, np.float32),
+        }
+        if float_zero_points:
+            tensors["zeros"] = np.full(rows * count, 7.5, np.float32)
         self.add(
             "MatMulNBits",
             source,
-            {"codes": codes, "scales": scales},
-            ("x", "codes", "scales"),
+            tensors,
+            ("x", *tensors),
             K=columns,
             N=rows,
             bits=bits,
@@ -80,29 +117,24 @@ class _Graph:
         )
 
 
-def build(kind: str) -> bytes:
+def build(form: Format) -> bytes:
     """The products of one format as a model."""
     graph = _Graph()
+    shapes = SHAPES
+    if form.gate_and_up:
+        shapes = tuple((columns, 2 * INNER if rows == INNER else rows) for columns, rows in dict.fromkeys(SHAPES))
     for _ in range(LAYERS):
-        for columns, rows in SHAPES:
-            match kind:
-                case "int8":
-                    graph.signed(f"u{columns}", columns, rows)
-                case "int4 with offsets":
-                    more = -(-columns // BLOCK // BLOCK) * BLOCK
-                    graph.block(f"f{columns + more}", columns + more, rows, 4)
-                case "int4, blocks of 64":
-                    graph.block(f"f{columns}", columns, rows, 4, 64)
-                case "int4, blocks of 128" | "int4, blocks of 128, output layer too":
-                    graph.block(f"f{columns}", columns, rows, 4, 64 if columns % 128 else 128)
-                case "8 bits in blocks":
-                    graph.block(f"f{columns}", columns, rows, 8)
-                case _:
-                    graph.block(f"f{columns}", columns, rows, 4)
-    graph.block("last", HIDDEN, VOCAB, 4 if kind.endswith("output layer too") else 8)
+        for columns, rows in shapes:
+            if not form.block:
+                graph.signed(f"u{columns}", columns, rows)
+                continue
+            size = form.block if columns % form.block == 0 else form.block // 2
+            wide = columns + (-(-columns // size // size) * size if form.offsets else 0)
+            graph.block(f"f{wide}", wide, rows, form.bits, size, float_zero_points=form.float_zero_points)
+    graph.block("last", HIDDEN, VOCAB, form.head_bits, 64 if form.head_bits == 8 else 32)
     used = {name for node in graph.nodes for name in node.input}
     widths = {f"f{HIDDEN}": HIDDEN, f"f{INNER}": INNER, f"u{HIDDEN}": HIDDEN, f"u{INNER}": INNER}
-    widths |= {f"f{HIDDEN + BLOCK}": HIDDEN + BLOCK, f"f{INNER + 2 * BLOCK}": INNER + 2 * BLOCK, "last": HIDDEN}
+    widths |= {f"f{HIDDEN + 32}": HIDDEN + 32, f"f{INNER + 64}": INNER + 64, "last": HIDDEN}
     inputs = [
         helper.make_tensor_value_info(
             name,
@@ -113,7 +145,7 @@ def build(kind: str) -> bytes:
         if name in used
     ]
     outputs = [helper.make_tensor_value_info(name, TensorProto.FLOAT, None) for name in graph.outputs]
-    made = helper.make_graph(graph.nodes, kind, inputs, outputs, graph.weights)
+    made = helper.make_graph(graph.nodes, "products", inputs, outputs, graph.weights)
     opsets = [helper.make_opsetid("", 21), helper.make_opsetid("com.microsoft", 1)]
     content: bytes = helper.make_model(made, opset_imports=opsets, ir_version=10).SerializeToString()
     return content
@@ -150,18 +182,10 @@ def main() -> None:
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--rows", default="1,32")
     options = parser.parse_args()
-    kinds = (
-        "int4, output layer too",
-        "int4",
-        "int4 with offsets",
-        "int4, blocks of 64",
-        "int4, blocks of 128",
-        "int4, blocks of 128, output layer too",
-        "8 bits in blocks",
-        "int8",
-    )
     rows = [int(count) for count in options.rows.split(",")]
-    calls = {(kind, count): runner(build(kind), count, options.threads) for kind in kinds for count in rows}
+    calls = {
+        (kind, count): runner(build(form), count, options.threads) for kind, form in FORMATS.items() for count in rows
+    }
     samples: dict[tuple[str, int], list[float]] = {key: [] for key in calls}
     for _ in range(REPEATS):
         for key, call in calls.items():
@@ -169,7 +193,7 @@ def main() -> None:
             call()
             samples[key].append(time.perf_counter() - started)
     found = {
-        kind: {str(count): [1e3 * value for value in samples[kind, count][2:]] for count in rows} for kind in kinds
+        kind: {str(count): [1e3 * value for value in samples[kind, count][2:]] for count in rows} for kind in FORMATS
     }
     machine = describe()
     facts = {"machine": machine, "threads": options.threads, "milliseconds": found}

@@ -16,6 +16,7 @@ import statistics
 import tempfile
 import time
 from collections import Counter
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -47,8 +48,14 @@ GROUPS = {
 """What operators are for; those that stand nowhere are "other"."""
 
 
-def open_step(path: Path, size: Geometry, threads: int, profile: str | None) -> tuple[Any, DecoderGraph]:
-    """A graph file on the runtime's caches, its session first, with ONNX Runtime's own settings for every graph."""
+def open_step(
+    path: Path,
+    size: Geometry,
+    threads: int,
+    profile: str | None = None,
+    change: Callable[[Any], None] = lambda options: None,
+) -> tuple[Any, DecoderGraph]:
+    """A graph file on the runtime's caches, its session first, with ONNX Runtime's own settings but for `change`."""
     ort = import_onnxruntime()
     options = ort.SessionOptions()
     options.intra_op_num_threads = threads
@@ -58,6 +65,7 @@ def open_step(path: Path, size: Geometry, threads: int, profile: str | None) -> 
     if profile is not None:
         options.enable_profiling = True
         options.profile_file_prefix = profile
+    change(options)
     session = ort.InferenceSession(str(path), options, providers=["CPUExecutionProvider"])
     shape = KVShape(size.num_layers, size.num_key_value_heads, size.head_size, "float32")
     runs = open_graph(
@@ -129,7 +137,7 @@ def main() -> None:
     if missing:
         raise SystemExit(f"{options.folder} lacks {', '.join(missing)}; python -m benchmarks --quick makes them")
     size = open_package(options.folder / GRAPHS["edgeprompt, int4, genai route"]).manifest.geometry
-    graphs = {title: open_step(path, size, options.threads, None)[1] for title, path in paths.items()}
+    graphs = {title: open_step(path, size, options.threads)[1] for title, path in paths.items()}
     samples: dict[str, dict[str, list[float]]] = {title: {"prefill": [], "decode": []} for title in paths}
     for number in range(1 + TURNS):
         for title, graph in graphs.items():

@@ -92,10 +92,14 @@ def sha256_file(path: str | os.PathLike[str]) -> str:
 
 
 def fingerprint_tokenizer(tokenizer_json: bytes) -> str:
-    """Fingerprint of a `tokenizer.json`: vocabulary and rules, whatever its padding, truncation or key order."""
+    """Fingerprint of a `tokenizer.json`: vocabulary and rules, whatever its padding, truncation, key order, or way to
+    write merges ("a b" or ["a", "b"])."""
     data = json.loads(tokenizer_json)
     for key in ("padding", "truncation", "version"):
         data.pop(key, None)
+    model = data.get("model")
+    if isinstance(model, dict) and isinstance(model.get("merges"), list):
+        model["merges"] = [merge.split(" ", 1) if isinstance(merge, str) else merge for merge in model["merges"]]
     return "sha256:" + hashlib.sha256(strict_json.dumps(data).encode()).hexdigest()
 
 

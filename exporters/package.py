@@ -40,7 +40,10 @@ def write_tokenizer(tokenizer: Any | None, folder: Path, scratch: Path) -> str |
         if (home / name).exists():
             (home / name).replace(folder / name)
     data = json.loads((folder / names.TOKENIZER).read_bytes())
-    # Written without its indentation a tokenizer takes half the bytes and loads faster.
+    # Without indentation, and with merges as "a b", a tokenizer takes half the bytes and loads in less time.
+    merges = data["model"].get("merges")
+    if merges and all(isinstance(merge, list) and " " not in "".join(merge) for merge in merges):
+        data["model"]["merges"] = [" ".join(merge) for merge in merges]
     (folder / names.TOKENIZER).write_text(json.dumps(data, ensure_ascii=False, separators=(",", ":")), "utf-8")
     return fingerprint_tokenizer((folder / names.TOKENIZER).read_bytes())
 

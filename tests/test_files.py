@@ -1,12 +1,13 @@
 """Files and folders that appear whole or not at all."""
 
+import json
 import subprocess
 import sys
 
 import pytest
 
 from edgeprompt.errors import InputError
-from edgeprompt.files import atomic_file, atomic_folder, sha256_file, write_atomic
+from edgeprompt.files import atomic_file, atomic_folder, fingerprint_tokenizer, sha256_file, write_atomic
 
 
 def test_write_atomic_replaces(tmp_path):
@@ -71,3 +72,13 @@ def test_what_a_killed_process_left_is_removed_by_the_next(tmp_path, kind):
         with atomic_folder(tmp_path / "out"):
             pass
     assert [path.name for path in tmp_path.iterdir()] == ["out"]
+
+
+def test_a_tokenizers_fingerprint_is_of_what_it_does():
+    def fingerprint(merges, **more):
+        return fingerprint_tokenizer(json.dumps({"model": {"vocab": {"a": 0}, "merges": merges}, **more}).encode())
+
+    pairs = fingerprint([["a", "b"], ["ab", "c"]])
+    assert fingerprint(["a b", "ab c"], padding={"length": 3}, version="1.0") == pairs
+    assert fingerprint(["a b", "a bc"]) != pairs
+    assert fingerprint(["ab c", "a b"]) != pairs

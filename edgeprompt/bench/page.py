@@ -10,7 +10,7 @@ from string import Template
 from typing import Any
 
 from edgeprompt.bench.plots import line_plot, strip_plot
-from edgeprompt.bench.report import DEFINITIONS, EXCLUDED, Report, Result, readable
+from edgeprompt.bench.report import DEFINITIONS, EXCLUDED, Report, Result, readable, weights
 
 GROUPS = {
     "Loading": ("cold_start", "warm_load", "add_prompt", "swap"),
@@ -41,7 +41,7 @@ def to_html(report: Report) -> str:
         "or did other work. Do not trust these figures."
     )
     return page.substitute(
-        title=html.escape(f"{package['model']}, {package['precision']}: edgeprompt bench"),
+        title=html.escape(f"{package['model']}, {weights(package)}: edgeprompt bench"),
         device_line=html.escape(
             f"{device['cpu']}, {device['cores_usable']} cores ({', '.join(device['isa']) or 'no known extensions'}), "
             f"{readable(device['memory_bytes'], 'bytes')} memory, {', '.join(device['gpu']) or 'no GPU'}"

@@ -240,11 +240,17 @@ def _literal(value: Any) -> str:
     return "'" + text.replace("'", "''") + "'"
 
 
+def weights(package: Mapping[str, Any]) -> str:
+    """How a package's weights are stored, as "int4, blocks of 128"."""
+    block = package.get("block_size")
+    return f"{package['precision']}, blocks of {block}" if block else str(package["precision"])
+
+
 def to_md(report: Report) -> str:
     """Tables for people."""
     device, package = report.device, report.package
     lines = [
-        f"# edgeprompt bench: {package['model']} ({package['precision']})",
+        f"# edgeprompt bench: {package['model']} ({weights(package)})",
         "",
         f"- {report.test_time}, edgeprompt {device['edgeprompt']}, "
         + ", ".join(f"{name} {number}" for name, number in device["versions"].items()),

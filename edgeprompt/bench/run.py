@@ -74,6 +74,7 @@ def run_bench(
             "base": manifest.base.fingerprint,
             "architecture": manifest.architecture,
             "precision": manifest.precision,
+            "block_size": manifest.extra.get("block_size"),
             "route": manifest.route,
             "hash": manifest.weights_hash,
             "size_bytes": sum(

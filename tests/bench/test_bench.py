@@ -189,10 +189,17 @@ def test_html_is_self_contained_with_plots(report: Report):
     parser = _Links()
     parser.feed(page)
     assert parser.tags.count("figure") == 4
+    assert "blocks of" not in page
     assert 'viewBox="0 0' in page
     assert parser.outside == []
     assert "script" not in parser.tags
     assert "url(http" not in page
+
+
+def test_the_title_tells_how_weights_are_stored(report: Report):
+    blocks = dataclasses.replace(report, package={**report.package, "precision": "int4", "block_size": 128})
+    assert to_md(blocks).splitlines()[0].endswith(" (int4, blocks of 128)")
+    assert "int4, blocks of 128: edgeprompt bench" in to_html(blocks)
 
 
 def _shifted(report: Report, factor: float, **changes: Any) -> Report:

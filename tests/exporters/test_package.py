@@ -1,0 +1,42 @@
+"""A package's tokenizer: written to load quickly, and the same tokenizer."""
+
+import json
+from pathlib import Path
+
+import pytest
+import tokenizers
+from transformers import PreTrainedTokenizerFast
+
+from edgeprompt.files import fingerprint_tokenizer
+from exporters.package import write_tokenizer
+
+VOCAB = {"a": 0, "b": 1, "c": 2, "ab": 3, "abc": 4, " ": 5, " a": 6}
+
+
+@pytest.mark.parametrize(
+    ("merges", "written"),
+    [
+        ([("a", "b"), ("ab", "c")], ["a b", "ab c"]),
+        ([("a", "b"), (" ", "a")], [["a", "b"], [" ", "a"]]),  # a blank in a piece: the short form cannot hold it
+    ],
+    ids=["short", "with a blank"],
+)
+def test_merges_are_written_short_where_that_is_the_same(
+    tmp_path: Path, merges: list[tuple[str, str]], written: list[object]
+) -> None:
+    plain = tokenizers.Tokenizer(tokenizers.models.BPE(vocab=VOCAB, merges=merges))
+    (tmp_path / "scratch").mkdir()
+    found = write_tokenizer(PreTrainedTokenizerFast(tokenizer_object=plain), tmp_path, tmp_path / "scratch")
+    content = (tmp_path / "tokenizer.json").read_bytes()
+    assert json.loads(content)["model"]["merges"] == written
+    assert found == fingerprint_tokenizer(content)
+    again = tokenizers.Tokenizer.from_buffer(content)
+    for text in ("abc", "cab ab", "a b c"):
+        assert again.encode(text).ids == plain.encode(text).ids
+
+
+def test_a_model_without_merges_gets_none(tmp_path: Path) -> None:
+    words = tokenizers.Tokenizer(tokenizers.models.WordLevel(vocab={"a": 0, "[UNK]": 1}, unk_token="[UNK]"))
+    (tmp_path / "scratch").mkdir()
+    write_tokenizer(PreTrainedTokenizerFast(tokenizer_object=words), tmp_path, tmp_path / "scratch")
+    assert "merges" not in json.loads((tmp_path / "tokenizer.json").read_bytes())["model"]
