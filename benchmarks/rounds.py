@@ -6,7 +6,6 @@ import json
 import os
 import subprocess
 import sys
-import time
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
@@ -46,7 +45,7 @@ def run_rounds(
         tell(f"{peer.name}: environment")
         try:
             python = python_of(peer, environments, pythons)
-            _lines(_start(peer, python, work, "prepare"))
+            _lines(start_worker(peer, python, work, "prepare"))
             ready.append((peer, python))
         except (RuntimeError, OSError, subprocess.SubprocessError) as error:
             found[peer.name]["absent"] = str(error)
@@ -105,21 +104,17 @@ def _undisturbed(measure: Callable[[], dict[str, Any]], trips: list[float]) -> d
 
 
 def _measure(peer: Peer, python: Path, work: Path, quick: bool) -> dict[str, Any]:
-    started = time.perf_counter()
-    process = _start(peer, python, work, "cold")
-    assert process.stdout is not None
-    process.stdout.readline()
-    cold = time.perf_counter() - started
-    memory = _lines(process)
-    result = _lines(_start(peer, python, work, "full", *(("quick",) if quick else ())))[-1]
-    return {**result, "cold_start": cold, "peak_rss": memory[-1]["peak_rss"]}
+    memory = _lines(start_worker(peer, python, work, "cold"))
+    result = _lines(start_worker(peer, python, work, "full", *(("quick",) if quick else ())))[-1]
+    return {**result, "peak_rss": memory[-1]["peak_rss"]}
 
 
 def _sweep(peer: Peer, python: Path, work: Path, quick: bool) -> dict[str, Any]:
-    return _lines(_start(peer, python, work, "sweep", *(("quick",) if quick else ())))[-1]
+    return _lines(start_worker(peer, python, work, "sweep", *(("quick",) if quick else ())))[-1]
 
 
-def _start(peer: Peer, python: Path, work: Path, mode: str, *more: str) -> subprocess.Popen[str]:
+def start_worker(peer: Peer, python: Path, work: Path, mode: str, *more: str) -> subprocess.Popen[str]:
+    """A peer's process, which prints a JSON object a line; `mode` and what it says stand in `workers/worker.py`."""
     environment = {name: value for name, value in os.environ.items() if not name.startswith("PYTHON")}
     environment |= {"HF_HUB_OFFLINE": "1", "TOKENIZERS_PARALLELISM": "false"}
     if peer.ours:

@@ -10,6 +10,7 @@ from itertools import product
 from pathlib import Path
 from typing import Any
 
+from benchmarks import starts as cold
 from benchmarks.cores import APART
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -25,7 +26,6 @@ MEASURES = (
     ("TTFT, prompt run again (ms)", lambda r: _median(r.get("ttft_uncached", {}).get("32")), False),
     ("decode (tokens/s)", lambda r: statistics.median(r["decode"]), True),
     ("classification (texts/s)", lambda r: r["classify"], True),
-    ("cold start (s)", lambda r: r["cold_start"], False),
     ("peak RSS (MB)", lambda r: r["peak_rss"] / 1e6, False),
 )
 """(title, value of one round, whether more is better)"""
@@ -56,15 +56,20 @@ def undisturbed(result: dict[str, Any]) -> dict[str, Any]:
     return {**result, "peers": peers}
 
 
-def to_markdown(result: dict[str, Any]) -> str:
-    """Medians of rounds, and where and how it was measured."""
+def to_markdown(result: dict[str, Any], starts: dict[str, Any] | None = None) -> str:
+    """Medians of rounds, and where and how it was measured; `starts`, of `benchmarks.starts`, adds a column."""
     lines, rounds = [*HEAD], max(len(peer["rounds"]) for peer in result["peers"].values())
+    if starts is not None:
+        lines = [HEAD[0] + " cold start (s) |", HEAD[1] + " --- |"]
     result = undisturbed(result)
     for peer in result["peers"].values():
         if peer["rounds"]:
             cells = [_shown(statistics.median(value(r) for r in peer["rounds"])) for _, value, _ in MEASURES]
         else:
             cells = ["absent"] * len(MEASURES)
+        if starts is not None:
+            seconds = starts["seconds"].get(peer["title"], {}).get(cold.STATES[0])
+            cells.append(_shown(statistics.median(seconds)) if seconds else "absent")
         lines.append(f"| {peer['title']} | " + " | ".join(cells) + " |")
     return "\n".join([*lines, "", *_notes(result, rounds)]) + "\n"
 
@@ -219,7 +224,8 @@ def main() -> None:
     """Write the tables of the result that is named, or of the newest."""
     file = Path(sys.argv[1]) if len(sys.argv) > 1 else newest()
     result = json.loads(file.read_text(encoding="utf-8"))
-    write_table(ROOT / "README.md", to_markdown(result))
+    starts = json.loads(cold.RESULT.read_text(encoding="utf-8")) if cold.RESULT.exists() else None
+    write_table(ROOT / "README.md", to_markdown(result, starts))
     write_table(ROOT / "docs/benchmarks.md", f"{ratios_to_markdown(result)}\n{sweep_to_markdown(result)}")
 
 

@@ -14,7 +14,6 @@ def _round(speed: float, **changes: Any) -> dict[str, Any]:
         "ttft_uncached": {"32": [0.2 / speed] * 3},
         "decode": [50 * speed] * 3,
         "classify": 10 * speed,
-        "cold_start": 1 / speed,
         "peak_rss": 2e8,
         "labels": [1, 0, 1, 0],
         **changes,
@@ -44,7 +43,7 @@ def test_ratios_of_medians_with_their_spread(result: dict[str, Any]):
     cells = [cell.strip() for cell in ratio.split("|")[2:-1]]
     assert cells[2] == "2.67 (2.00 to 4.00)"  # 100 tokens/s beside a median of 37.5
     assert cells[0] == "3.00 (2.00 to 4.00)"
-    assert cells[5] == "1.00 (1.00 to 1.00)"
+    assert cells[4] == "1.00 (1.00 to 1.00)"
 
 
 def test_absent_peers_and_the_ceiling_are_said(result: dict[str, Any]):
@@ -52,6 +51,13 @@ def test_absent_peers_and_the_ceiling_are_said(result: dict[str, Any]):
     assert "gone: absent (no wheel)" in text
     assert "| gone | absent |" in text
     assert "bound decoding at 200 tokens/s, of which edgeprompt reaches 50%" in text
+
+
+def test_starts_are_a_column_of_their_own(result: dict[str, Any]):
+    starts = {"seconds": {"ours": {"files in memory": [0.3, 0.5, 0.4], "files on disk": [9]}, "gone": {"absent": "?"}}}
+    lines = to_markdown(result, starts).splitlines()
+    assert lines[0].endswith("| cold start (s) |")
+    assert [line.split("|")[-2].strip() for line in lines[2:5]] == ["0.4", "absent", "absent"]
 
 
 def test_labels_are_compared_with_full_precision(result: dict[str, Any]):
