@@ -58,7 +58,7 @@ class Package:
             except BaseException as error:  # whoever asks for the tokenizer gets it
                 found.set_exception(error)
 
-        threading.Thread(target=read, name="edgeprompt-tokenizer", daemon=True).start()
+        threading.Thread(target=read, name="edgeprompt-tokenizer").start()
         return wanted, found
 
     def _read_tokenizer(self) -> Tokenizer:
