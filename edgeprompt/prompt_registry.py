@@ -47,6 +47,7 @@ class PromptRegistry(Mapping[str, PromptSource]):
         """Make a prompt ready, replacing one of the same name."""
         with self._lock:
             self._engine.add_prompt(name, source)
+            source.release()
             self._ready[name] = source
             self._stamps.pop(name, None)
 

@@ -12,14 +12,15 @@ from edgeprompt.prompt_file import MAX_FILE_BYTES, PromptFile, from_bytes
 
 
 class PromptSource:
-    """A checked prompt. From a file, its tensors are read again when they are needed, and the file must not change."""
+    """A checked prompt. From a file, its tensors are kept until it has been added (`release`), then read again when
+    they are needed, and the file must not change."""
 
     def __init__(self, prompt: PromptFile, path: Path | None = None, sha256: str | None = None) -> None:
         self.num_virtual_tokens = prompt.num_virtual_tokens
         self.has_past = prompt.past_key_values is not None
         self.has_encoder_prefix = prompt.encoder_past_key_values is not None
         self._path, self._sha256 = path, sha256
-        self._whole = prompt if path is None else None
+        self._whole: PromptFile | None = prompt
         self.prompt = dataclasses.replace(
             prompt, prompt_embeddings=None, past_key_values=None, encoder_past_key_values=None
         )
@@ -27,7 +28,7 @@ class PromptSource:
 
     @staticmethod
     def open(path: str | os.PathLike[str]) -> PromptSource:
-        """Read and check a file; its path and hash are kept, its tensors are not.
+        """Read and check a file, once: what is added is what was checked, whoever replaces the file meanwhile.
 
         Raises:
             PromptFileError: missing, too large, broken, or breaking the format.
@@ -44,14 +45,20 @@ class PromptSource:
         """Hash of the prompt's file."""
         return self._sha256 or self.tensors().sha256
 
+    def release(self) -> None:
+        """Keep the path and the hash of a prompt that came from a file, and its tensors no longer."""
+        if self._path is not None:
+            self._whole = None
+
     def tensors(self) -> PromptFile:
         """The prompt with its tensors.
 
         Raises:
             PromptFileError: the file is gone, or another than the one that was added.
         """
-        if self._whole is not None:
-            return self._whole
+        whole = self._whole
+        if whole is not None:
+            return whole
         assert self._path is not None
         data = _read(self._path)
         if hashlib.sha256(data).hexdigest() != self._sha256:

@@ -45,6 +45,26 @@ def test_a_prompt_file_that_changes_or_goes(runtime: Runtime, tmp_path: Path) ->
     runtime.remove_prompt("file")
 
 
+def test_a_prompt_file_that_is_replaced_while_it_is_added(
+    runtime: Runtime, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path, (first, second) = tmp_path / "p.safetensors", [make_prompt(runtime.manifest, "p", seed=n) for n in (1, 2)]
+    save_prompt(first, path)
+    check = PromptFile.check_base
+
+    def check_slowly(prompt: PromptFile, *args: object) -> None:
+        save_prompt(second, path)
+        check(prompt, *args)  # type: ignore[arg-type]
+
+    runtime.add_prompt(first, name="first")
+    with monkeypatch.context() as patch:
+        patch.setattr(PromptFile, "check_base", check_slowly)
+        runtime.add_prompt(path)
+    assert (runtime.logits("a", prompt="p") == runtime.logits("a", prompt="first")).all()
+    runtime.remove_prompt("p")
+    runtime.remove_prompt("first")
+
+
 def test_a_folder_of_prompts_is_read_on_demand(tiny_llama_package: Path, tmp_path: Path) -> None:
     with edgeprompt.load(tiny_llama_package, options=QUIET) as runtime:
         for index in range(30):
