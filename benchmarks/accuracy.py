@@ -42,11 +42,9 @@ FOLDER = WORK / "accuracy"
 
 def prompt(seed: int, tuned_for: str, steps: int | None) -> Path:
     """The prompt of one seed, tuned if it is not there yet."""
-    if seed == 0 and steps is None and tuned_for == SHIPPED_FOR:
+    if (seed, tuned_for, steps) == (0, SHIPPED_FOR, None):
         return SHIPPED
-    stem = f"seed-{seed}"
-    if (tuned_for, steps) != (SHIPPED_FOR, None):
-        stem = f"{tuned_for}-{steps or 'recipe'}-{stem}"
+    stem = f"{tuned_for}-{steps or 'recipe'}-seed-{seed}"
     path = FOLDER / f"{stem}.safetensors"
     if not path.exists():
         command = dataclasses.replace(RECIPE, precision=tuned_for).command(path, seed=seed)

@@ -85,18 +85,18 @@ def main() -> None:
         raise SystemExit(f"{options.folder} is not ready; python -m benchmarks --quick makes it")
     os.sync()  # only what is written can be dropped
     found: dict[str, dict[str, Any]] = {}
-    ready: list[tuple[Peer, Path]] = []
+    ready: list[tuple[Peer, Path, list[Path]]] = []
     for peer in PEERS:
         try:
             python = python_of(peer, work.parent / "environments", {})
             first_label(peer, python, work)
-            ready.append((peer, python))
+            ready.append((peer, python, files_of(work, python)))
             found[peer.title] = {state: [] for state in STATES}
         except (RuntimeError, OSError, subprocess.SubprocessError) as error:
             found[peer.title] = {"absent": str(error)}
     for _ in range(options.starts):
-        for peer, python in ready:
-            drop_from_memory(files_of(work, python))
+        for peer, python, files in ready:
+            drop_from_memory(files)
             for state in reversed(STATES):
                 found[peer.title][state].append(first_label(peer, python, work))
     facts = {"machine": describe(), "seconds": found}

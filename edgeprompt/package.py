@@ -45,7 +45,8 @@ class Package:
 
     def read_ahead(self) -> None:
         """Read the tokenizer in a thread, beside the session that is about to be opened; `tokenizer` waits for it."""
-        _ = self._ahead
+        if "tokenizer" not in self.__dict__:
+            _ = self._ahead
 
     @cached_property
     def _ahead(self) -> tuple[threading.Event, Future[Tokenizer]]:

@@ -48,9 +48,10 @@ class _Rows:
         source, codes, scales, zeros, *bias = node.inputs
         assert source is not None
         assert codes is not None
+        assert codes.shape is not None
         if source not in self.parts:
             factor = self._take_factor(source)
-            integers, scale = self._quantized(node, source, int(codes.shape.numpy()[0]) if codes.shape else 0)
+            integers, scale = self._quantized(node, source, columns=int(codes.shape.numpy()[0]))
             if factor is not None:
                 scale = self._node(node, "Mul", [scale, factor], f"{source.name}_rows_factor")
             self.parts[source] = integers, scale
@@ -79,7 +80,7 @@ class _Rows:
         largest = self._node(at, "ReduceMax", [largest, axis], f"{stem}_magnitude", keepdims=1)
         level = self._constant("level", np.array(1 / _LEVELS, np.float32))
         scale = self._node(at, "Mul", [largest, level], f"{stem}_scale")
-        zeros = self._zero_points(at, source) if self.blocked and columns else None
+        zeros = self._zero_points(at, source) if self.blocked else None
         if zeros is not None:
             row: dict[str, Any] = {"axis": -1, "block_size": columns}
             return self._node(at, "QuantizeLinear", [source, scale, zeros], f"{stem}_u8", **row), scale

@@ -15,6 +15,8 @@ def test_a_tokenizer_read_ahead_is_the_tokenizer(tiny_llama_package):
     ahead.read_ahead()
     assert ahead.tokenizer is ahead.tokenizer
     assert ahead.tokenizer.encode("Once upon a time") == plain.tokenizer.encode("Once upon a time")
+    plain.read_ahead()
+    assert "_ahead" not in vars(plain), "one that is there is not read again"
 
 
 def test_a_broken_tokenizer_read_ahead_is_told_to_whoever_asks(tiny_llama_package, tmp_path, capfd):

@@ -104,7 +104,7 @@ def open_engine_session(package: Package, key: str, options: EngineOptions) -> S
         version = import_onnxruntime().__version__
         cache = GraphCache(Path(options.cache_folder), package.manifest.graphs[key], ort_version=version)
     threads = options.threads if options.lanes is None else 1
-    import_onnxruntime()
+    import_onnxruntime()  # before the tokenizer's head start begins, which is the session's
     package.read_ahead()
     return open_session(path, provider=options.provider, threads=threads, spinning=options.spinning, cache=cache)
 
