@@ -117,8 +117,6 @@ def start_worker(peer: Peer, python: Path, work: Path, mode: str, *more: str) ->
     """A peer's process, which prints a JSON object a line; `mode` and what it says stand in `workers/worker.py`."""
     environment = {name: value for name, value in os.environ.items() if not name.startswith("PYTHON")}
     environment |= {"HF_HUB_OFFLINE": "1", "TOKENIZERS_PARALLELISM": "false"}
-    if peer.ours:
-        environment["PYTHONPATH"] = str(HERE.parent)
     return subprocess.Popen(
         [python, WORKER, peer.module, peer.variant, work, mode, *more],
         stdout=subprocess.PIPE,

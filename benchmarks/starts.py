@@ -62,7 +62,7 @@ def drop_from_memory(folders: list[Path]) -> None:
 
 
 def files_of(work: Path, python: Path) -> list[Path]:
-    """What a start reads: models and prompts, the libraries of its environment, edgeprompt itself."""
+    """What a start reads: models and prompts, the libraries of its environment."""
     told = json.loads(work.read_text(encoding="utf-8"))
     paths = subprocess.run(
         [python, "-c", "import sysconfig; print(sysconfig.get_path('platlib'))"],
@@ -71,7 +71,7 @@ def files_of(work: Path, python: Path) -> list[Path]:
         check=True,
     )
     models = [path for path in work.parent.iterdir() if path.name != "environments"]
-    return [*models, Path(told["gguf"]), Path(paths.stdout.strip()), ROOT / "edgeprompt"]
+    return [*models, Path(told["gguf"]), Path(paths.stdout.strip())]
 
 
 def main() -> None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from edgeprompt.engines import EngineOptions
+    from edgeprompt.engine_options import EngineOptions
     from edgeprompt.errors import (
         BaseMismatchError,
         CapacityError,
@@ -27,6 +27,7 @@ if TYPE_CHECKING:
         ValidationError,
     )
     from edgeprompt.golden import GoldenCheck
+    from edgeprompt.loading import load
     from edgeprompt.prompt_file import PromptFile, load_prompt, save_prompt
     from edgeprompt.request import (
         Answer,
@@ -38,7 +39,7 @@ if TYPE_CHECKING:
         Tagging,
         Timings,
     )
-    from edgeprompt.runtime import Runtime, load
+    from edgeprompt.runtime import Runtime
 
 __version__ = "0.1.0"
 
@@ -78,7 +79,7 @@ __all__ = [
     "save_prompt",
 ]
 
-_MODULES = ("errors", "request", "prompt_file", "engines", "golden", "runtime")
+_MODULES = ("errors", "engine_options", "loading", "request", "prompt_file", "golden", "runtime")
 """Where the public names are defined, the lightest first."""
 
 

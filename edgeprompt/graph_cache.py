@@ -23,11 +23,11 @@ _LOG = logging.getLogger("edgeprompt")
 _GRAPH, _DATA, _SIZES = "graph.onnx", "graph.onnx.data", "sizes.json"
 _CONFIG = {
     "session.optimized_model_external_initializers_file_name": _DATA,
-    "session.optimized_model_external_initializers_min_size_in_bytes": "1024",
+    "session.optimized_model_external_initializers_min_size_in_bytes": "16384",
     "session.save_external_prepacked_constant_initializers": "1",
 }
-"""ONNX Runtime's settings for writing an optimised graph with its packed weights."""
-
+"""ONNX Runtime's settings for writing an optimised graph with its packed weights. It opens the file of data once for
+every tensor that is not in the graph's file, so the small ones stay in that."""
 
 SLOWER_FUSIONS = ["SkipLayerNormFusion", "BiasGeluFusion"]
 """Fusions that are switched off on the CPU, whose kernels for them are slower than for what they replace: at 2,048 rows
@@ -39,11 +39,12 @@ class GraphCache:
     """The place of one graph in a cache folder.
 
     An entry is bound to the graph's and its weights' hashes, the version of ONNX Runtime, the fusions that are switched
-    off and the processor: any other finds none. It is written whole or not at all.
+    off, how it is written and the processor: any other finds none. It is written whole or not at all.
     """
 
     def __init__(self, folder: Path, graph: GraphFile, *, ort_version: str) -> None:
-        key = [graph.sha256, *sorted(graph.data.values()), ort_version, *SLOWER_FUSIONS, processor.describe()]
+        settings = [*SLOWER_FUSIONS, *_CONFIG.values(), processor.describe()]
+        key = [graph.sha256, *sorted(graph.data.values()), ort_version, *settings]
         self._entry = folder / f"graph-{hashlib.sha256(json.dumps(key).encode()).hexdigest()[:40]}"
 
     def find(self) -> Path | None:

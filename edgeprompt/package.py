@@ -3,24 +3,21 @@
 from __future__ import annotations
 
 import os
-import threading
-from concurrent.futures import Future
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from edgeprompt import names
 from edgeprompt.errors import PackageError
 from edgeprompt.files import sha256_file
 from edgeprompt.manifest import MAX_BYTES, Manifest
-from edgeprompt.tokenizer import Tokenizer
+
+if TYPE_CHECKING:
+    from edgeprompt.tokenizer import Tokenizer
 
 HASHED_AT_LOAD = 16 << 20
 """Bytes; a larger graph file holds weights, whose hash would cost a noticeable part of a cold start."""
-
-HEAD_START = 0.02
-"""Seconds that a session has before the tokenizer is read beside it: ONNX Runtime keeps Python's lock while it reads
-the graph's file and lets go of it while it makes the session; the tokenizers library keeps it all the time."""
 
 
 @dataclass(frozen=True)
@@ -37,32 +34,8 @@ class Package:
         Raises:
             PackageError: missing, broken, or another than the manifest names.
         """
-        if "_ahead" not in self.__dict__:
-            return self._read_tokenizer()
-        wanted, tokenizer = self._ahead
-        wanted.set()
-        return tokenizer.result()
+        from edgeprompt.tokenizer import Tokenizer  # here: its library is imported beside the sessions
 
-    def read_ahead(self) -> None:
-        """Read the tokenizer in a thread, beside the session that is about to be opened; `tokenizer` waits for it."""
-        if "tokenizer" not in self.__dict__:
-            _ = self._ahead
-
-    @cached_property
-    def _ahead(self) -> tuple[threading.Event, Future[Tokenizer]]:
-        wanted, found = threading.Event(), Future[Tokenizer]()
-
-        def read() -> None:
-            wanted.wait(HEAD_START)
-            try:
-                found.set_result(self._read_tokenizer())
-            except BaseException as error:  # whoever asks for the tokenizer gets it
-                found.set_exception(error)
-
-        threading.Thread(target=read, name="edgeprompt-tokenizer").start()
-        return wanted, found
-
-    def _read_tokenizer(self) -> Tokenizer:
         tokenizer = Tokenizer(self.path)
         expected = self.manifest.tokenizer_fingerprint
         # The file's hash is quick; where it differs, the fingerprint says whether it is the same tokenizer after all.

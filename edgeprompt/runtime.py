@@ -4,25 +4,25 @@ from __future__ import annotations
 
 import os
 import weakref
-from collections.abc import AsyncIterator, Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import AsyncIterator, Callable, Iterator, Mapping, Sequence
 from concurrent.futures import Future
-from dataclasses import replace
 from functools import partial
-from pathlib import Path
 from typing import Any, overload
 
 import numpy as np
 import numpy.typing as npt
 
 from edgeprompt.batcher import Batcher
-from edgeprompt.engines import Engine, EngineOptions, create_engine
+from edgeprompt.engine_options import EngineOptions
+from edgeprompt.engines import Engine, create_engine
 from edgeprompt.errors import EdgePromptError, InputError
 from edgeprompt.golden import GoldenCheck, check_golden
 from edgeprompt.manifest import Manifest
-from edgeprompt.package import Package, open_package
+from edgeprompt.package import Package
 from edgeprompt.prompt_file import PromptFile
 from edgeprompt.prompt_registry import PromptRegistry, open_prompt
 from edgeprompt.request import Classification, Generation, GenerationOptions, Request, Result, Text
+from edgeprompt.session import Sessions
 from edgeprompt.verbalizer import CONTENT_FREE, contextual_calibration
 
 Ids = Sequence[int]
@@ -34,9 +34,9 @@ _OPTIONS = tuple(GenerationOptions.__dataclass_fields__)
 class Runtime:
     """Serves one package. Every method may be called from any thread; make one with `load`."""
 
-    def __init__(self, package: Package, options: EngineOptions) -> None:
+    def __init__(self, package: Package, options: EngineOptions, sessions: Sessions | None = None) -> None:
         self._package = package
-        self._engine: Engine = create_engine(package, options)
+        self._engine: Engine = create_engine(package, options, sessions or Sessions(package, options))
         self._prompts = PromptRegistry(self._engine, sorted({path.parent for path in package.prompt_paths}))
         run = partial(self._engine.run, return_errors=True)
         self._batcher = Batcher(run, max_batch=options.max_batch, max_queue=options.max_queue)
@@ -343,43 +343,6 @@ class Runtime:
         if isinstance(text, list | tuple):
             return self.run([ask(one) for one in text])
         return self.run([ask(text)])[0]  # type: ignore[arg-type]
-
-
-def load(
-    path: str | os.PathLike[str],
-    *,
-    provider: str = "auto",
-    threads: int | None = None,
-    prompts: Iterable[str | os.PathLike[str] | PromptFile] = (),
-    options: EngineOptions | None = None,
-) -> Runtime:
-    """Open a package.
-
-    Args:
-        path: the folder that `edgeprompt export` made.
-        provider: "auto" (CUDA where it is there, else the CPU), "cpu", "cuda", or another by name.
-        threads: intra-op threads; None: one per physical core.
-        prompts: prompts to add.
-        options: budgets and limits; its provider and threads are used where those here are not given.
-
-    Raises:
-        PackageError: no package, or a broken one.
-        ProviderError: the provider is not there.
-    """
-    chosen = options or EngineOptions()
-    chosen = replace(
-        chosen,
-        provider=chosen.provider if provider == "auto" else provider,
-        threads=chosen.threads if threads is None else threads,
-    )
-    runtime = Runtime(open_package(Path(path)), chosen)
-    try:
-        for prompt in prompts:
-            runtime.add_prompt(prompt)
-    except BaseException:
-        runtime.close()
-        raise
-    return runtime
 
 
 def _options(options: GenerationOptions | None, settings: Mapping[str, Any]) -> GenerationOptions:

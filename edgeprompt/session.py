@@ -1,15 +1,19 @@
-"""ONNX Runtime sessions: which provider, how many threads."""
+"""ONNX Runtime sessions: which provider, how many threads, and beside what they are opened."""
 
 from __future__ import annotations
 
 import os
+import time
+from concurrent.futures import Future, ThreadPoolExecutor, wait
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from edgeprompt import processor
+from edgeprompt.engine_options import EngineOptions
 from edgeprompt.errors import InputError, MissingDependencyError, PackageError, ProviderError
 from edgeprompt.graph_cache import SLOWER_FUSIONS, GraphCache
+from edgeprompt.package import Package
 
 _PROVIDERS = {
     "cpu": "CPUExecutionProvider",
@@ -33,6 +37,14 @@ _INSTALL = {
     "qnn": "onnxruntime-qnn",
 }
 
+HEAD_START = 0.02
+"""Seconds that sessions have before a tokenizer is read beside them: ONNX Runtime keeps Python's lock while it reads a
+graph's file and lets go of it while it makes the session; the tokenizers library keeps it all the time."""
+
+SPIN_MICROSECONDS = 1000
+"""How long idle threads spin between operators and steps before they sleep; ONNX Runtime's default is some ten times
+that, on which whatever runs after an answer waits for a core."""
+
 
 @dataclass(frozen=True)
 class Session:
@@ -41,6 +53,45 @@ class Session:
     ort: Any
     provider: str
     device: str
+
+
+class Sessions:
+    """The sessions of a package's graphs, each opened in a thread of its own while the caller does something else."""
+
+    def __init__(self, package: Package, options: EngineOptions) -> None:
+        """Begin.
+
+        Raises:
+            MissingDependencyError: neither onnxruntime nor onnxruntime-gpu is installed.
+        """
+        import_onnxruntime()
+        self._begun = time.monotonic()
+        pool = ThreadPoolExecutor(len(package.manifest.graphs), "edgeprompt-session")
+        self._found: dict[str, Future[Session]] = {
+            key: pool.submit(_open_graph, package, key, options) for key in package.manifest.graphs
+        }
+        pool.shutdown(wait=False)
+
+    def __getitem__(self, key: str) -> Session:
+        """The session of the graph "model", "encoder" or "decoder"; waits until it is open.
+
+        Raises:
+            PackageError, ProviderError, InputError: as `open_session`.
+        """
+        return self._found[key].result()
+
+    def give_head_start(self) -> None:
+        """Wait until `HEAD_START` is over."""
+        wait(self._found.values(), timeout=max(0.0, self._begun + HEAD_START - time.monotonic()))
+
+
+def _open_graph(package: Package, key: str, options: EngineOptions) -> Session:
+    path, cache = package.graph(key), None
+    if options.cache_folder is not None:
+        version = import_onnxruntime().__version__
+        cache = GraphCache(Path(options.cache_folder), package.manifest.graphs[key], ort_version=version)
+    threads = options.threads if options.lanes is None else 1
+    return open_session(path, provider=options.provider, threads=threads, spinning=options.spinning, cache=cache)
 
 
 def graph_inputs(session: Any) -> list[Any]:
@@ -138,6 +189,7 @@ def _options(threads: int | None, spinning: bool) -> Any:
         options.intra_op_num_threads = threads
     options.inter_op_num_threads = 1
     options.add_session_config_entry("session.intra_op.allow_spinning", "1" if spinning else "0")
+    options.add_session_config_entry("session.intra_op.spin_duration_us", str(SPIN_MICROSECONDS if spinning else 0))
     # Signed 8-bit weights are the quickest with VNNI and saturate on x86 without it, where this makes them unsigned.
     options.add_session_config_entry("session.x64quantprecision", "1" if processor.saturates() else "0")
     return options

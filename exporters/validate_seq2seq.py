@@ -14,12 +14,13 @@ import torch
 from transformers import AttentionInterface, DynamicCache, EncoderDecoderCache
 from transformers.masking_utils import AttentionMaskInterface, eager_mask
 
-from edgeprompt.engines import EngineOptions
+from edgeprompt.engine_options import EngineOptions
 from edgeprompt.engines.seq2seq_graphs import Seq2SeqGraphs, SourceRow
 from edgeprompt.errors import ValidationError
 from edgeprompt.manifest import Manifest
 from edgeprompt.package import Package
 from edgeprompt.prompt_file import PromptFile
+from edgeprompt.session import Sessions
 from exporters.load import LoadedBase
 from exporters.validate import LEAST_CORRELATION, TOLERANCE
 
@@ -50,7 +51,8 @@ def validate_seq2seq(
     Raises:
         ValidationError: values or greedy tokens differ by more than the precision allows.
     """
-    graphs = Seq2SeqGraphs(Package(folder, manifest), EngineOptions(provider="cpu"))
+    package = Package(folder, manifest)
+    graphs = Seq2SeqGraphs(package, Sessions(package, EngineOptions(provider="cpu")))
     plain, virtual, deep, encoder_deep = _rows(loaded, manifest, graphs.has_encoder_prefix)
     mixed = [plain, virtual, deep, *([encoder_deep] if encoder_deep else [])]
     alone = [[row] for row in mixed]

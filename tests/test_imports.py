@@ -30,6 +30,11 @@ def test_import():
     assert not found & {"rich", "onnxruntime", "numpy", "tokenizers"}
 
 
+def test_what_loads_a_package_waits_for_nothing_heavy():
+    found, _ = modules_after("import edgeprompt\nedgeprompt.load, edgeprompt.EngineOptions")
+    assert not found & {*HEAVY, "rich", "onnxruntime", "numpy", "tokenizers", "safetensors"}
+
+
 def test_public_names_come_on_first_use():
     found, _ = modules_after(
         "import edgeprompt\nassert all(hasattr(edgeprompt, name) for name in edgeprompt.__all__)\n"

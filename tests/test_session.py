@@ -1,13 +1,18 @@
 from __future__ import annotations
 
+import shutil
+import threading
+import time
 from pathlib import Path
 
 import onnxruntime
 import pytest
 
-from edgeprompt import processor
+import edgeprompt
+from edgeprompt import EngineOptions, processor
 from edgeprompt.errors import InputError, PackageError, ProviderError
-from edgeprompt.session import choose_provider, open_session
+from edgeprompt.package import open_package
+from edgeprompt.session import HEAD_START, Sessions, choose_provider, open_session
 
 CUDA = "CUDAExecutionProvider" in onnxruntime.get_available_providers()
 
@@ -66,3 +71,45 @@ def test_signed_weights_saturate_nowhere(
 
 def test_the_processor_is_named() -> None:
     assert processor.describe().strip()
+
+
+def test_sessions_of_every_graph_are_opened_beside_the_caller(seq2seq_package) -> None:
+    package = open_package(seq2seq_package("T5"))
+    sessions = Sessions(package, EngineOptions(provider="cpu", threads=1))
+    assert [sessions[key].provider for key in ("encoder", "decoder")] == ["cpu", "cpu"]
+    assert sessions["encoder"] is sessions["encoder"]
+    assert sessions["encoder"].ort.get_session_options().intra_op_num_threads == 1
+
+
+def test_a_head_start_ends_with_its_time_or_with_the_sessions(tiny_llama_package: Path) -> None:
+    sessions = Sessions(open_package(tiny_llama_package), EngineOptions(provider="cpu"))
+    begun = time.monotonic()
+    sessions.give_head_start()
+    assert time.monotonic() - begun < 10 * HEAD_START
+    _ = sessions["model"]
+    sessions.give_head_start()
+
+
+@pytest.mark.parametrize(("file", "told"), [("model.onnx", "has SHA-256"), ("tokenizer.json", "cannot read the token")])
+def test_what_fails_beside_the_caller_is_told_once(
+    file: str, told: str, tiny_llama_package: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    folder = shutil.copytree(tiny_llama_package, tmp_path / "package")
+    (folder / file).write_text('{"model": 3}')
+    with pytest.raises(PackageError, match=told):
+        edgeprompt.load(folder)
+    with pytest.raises(ProviderError, match="'quantum' is not available"):
+        edgeprompt.load(tiny_llama_package, provider="quantum")
+    for thread in threading.enumerate():
+        if thread.name.startswith("edgeprompt-session"):
+            thread.join(10)
+            assert not thread.is_alive()
+    assert capfd.readouterr().err == ""
+
+
+@pytest.mark.parametrize(("spinning", "microseconds"), [(True, "1000"), (False, "0")])
+def test_idle_threads_spin_for_a_while_or_never(spinning: bool, microseconds: str, tiny_llama_package: Path) -> None:
+    session = open_session(tiny_llama_package / "model.onnx", provider="cpu", spinning=spinning)
+    options = session.ort.get_session_options()
+    assert options.get_session_config_entry("session.intra_op.spin_duration_us") == microseconds
+    assert options.get_session_config_entry("session.intra_op.allow_spinning") == str(int(spinning))

@@ -5,11 +5,14 @@ from __future__ import annotations
 import dataclasses
 import time
 from pathlib import Path
+from typing import TYPE_CHECKING
 
-from edgeprompt import GenerationOptions, Request
-from edgeprompt.engines import EngineOptions
+from edgeprompt.engine_options import EngineOptions
 from edgeprompt.package import Package, open_package
-from edgeprompt.runtime import Runtime
+from edgeprompt.session import Sessions
+
+if TYPE_CHECKING:
+    from edgeprompt.runtime import Runtime
 
 
 def prepare(work: dict, variant: str) -> None:
@@ -34,17 +37,18 @@ class Peer:
         self._lanes: Runtime | None = None
 
     def _open(self, prefix_budget: int | None = None, *, lanes: int | None = None) -> Runtime:
-        runtime = Runtime(
-            self._package,
-            EngineOptions(
-                provider="cpu",
-                threads=None if lanes else self._threads,
-                lanes=lanes,
-                prefix_budget=prefix_budget,
-                # The folder keeps prefixes too: a prompt that is to be run again must not be found there.
-                cache_folder=self._folder / "packed" if prefix_budget is None else None,
-            ),
+        options = EngineOptions(
+            provider="cpu",
+            threads=None if lanes else self._threads,
+            lanes=lanes,
+            prefix_budget=prefix_budget,
+            # The folder keeps prefixes too: a prompt that is to be run again must not be found there.
+            cache_folder=self._folder / "packed" if prefix_budget is None else None,
         )
+        sessions = Sessions(self._package, options)
+        from edgeprompt.runtime import Runtime  # beside the sessions, as `edgeprompt.load` does
+
+        runtime = Runtime(self._package, options, sessions)
         for name in ("sentiment", "plain"):
             runtime.add_prompt(self._prompts / f"{name}.safetensors")
         return runtime
@@ -74,6 +78,8 @@ class Peer:
         if batch > 1 and self._lanes is None:
             self._lanes = self._open(lanes=self._threads)
         runtime = self._lanes if batch > 1 else self._runtime
+        from edgeprompt import GenerationOptions, Request
+
         options = GenerationOptions()
         requests = [Request(text.removesuffix(self._suffix), "sentiment", options=options) for text in texts]
         found: list[int] = []

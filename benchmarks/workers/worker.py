@@ -7,14 +7,11 @@ prompt and one length of text; `... sweep`: first tokens and decoding for prompt
 
 from __future__ import annotations
 
-import hashlib
 import importlib
 import json
 import os
-import platform
 import sys
 import time
-from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
 LIBRARIES = ("edgeprompt", "onnxruntime", "onnxruntime-genai", "llama-cpp-python", "torch", "transformers", "peft",
@@ -29,8 +26,9 @@ def main() -> None:
     module, variant, file, mode = sys.argv[1:5]
     work = json.loads(Path(file).read_text(encoding="utf-8"))
     work["quick"] = len(sys.argv) > 5
-    for name in ("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS"):
+    for name in ("OMP_NUM_THREADS", "MKL_NUM_THREADS"):
         os.environ[name] = str(work["threads"])
+    os.environ["OPENBLAS_NUM_THREADS"] = "1"  # numpy's: no peer computes with it, and its threads spin on import
     found = importlib.import_module(module)
     if mode == "prepare":
         if hasattr(found, "prepare"):
@@ -72,6 +70,9 @@ def measure(peer: object, work: dict) -> dict:
         digests.append([int(token) for token in ids])
     found["decode"] = speeds
     found["tokens"] = digests
+    import hashlib  # here, as below: what a start does not need is not part of it
+    import platform
+
     found["tokens_hash"] = hashlib.sha256(json.dumps(digests).encode()).hexdigest()[:16]
     snippets = work["snippets"][: 16 if quick else None]
     probe = {batch: timed(lambda b=batch: peer.classify(snippets[:PROBE], b)) for batch in peer.batches}
@@ -130,6 +131,8 @@ def peak_rss() -> int:
 
 def version_of(name: str) -> str | None:
     """Installed version, if any."""
+    from importlib.metadata import PackageNotFoundError, version
+
     try:
         return version(name)
     except PackageNotFoundError:

@@ -25,7 +25,7 @@ def command(package: Path, base: str, prompts: tuple[Path, ...], as_json: bool) 
     """Check PACKAGE's files, compare it with its base in PyTorch, and ask its prompts their golden examples."""
     console.quiet_libraries()
     from edgeprompt.golden import check_all
-    from edgeprompt.runtime import load
+    from edgeprompt.loading import load
     from exporters import validate_package
 
     with console.stages("validate") as tell:

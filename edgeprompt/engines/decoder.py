@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 
 from edgeprompt import names
-from edgeprompt.engines import EngineOptions, open_engine_session
+from edgeprompt.engine_options import EngineOptions
 from edgeprompt.engines.decoder_graph import DecoderGraph, open_graph
 from edgeprompt.engines.decoder_head import ClassWork, StateWork, WordWork, check_head_of, check_states, encode_words
 from edgeprompt.engines.decoder_prompts import Loaded, PromptStart, Rows
@@ -24,7 +24,7 @@ from edgeprompt.prompt_source import PromptSource
 from edgeprompt.request import Request
 from edgeprompt.sampling import DEFAULT_NEW_TOKENS, Sampling, resolve
 from edgeprompt.scheduler import Job, Scheduler, Work
-from edgeprompt.session import graph_inputs, import_onnxruntime
+from edgeprompt.session import Sessions, graph_inputs, import_onnxruntime
 from edgeprompt.template import Literal, Slot, Template, VirtualTokens, as_fields
 from edgeprompt.verbalizer import Verbalizer
 from edgeprompt.work import Clock, GenerateWork, LogitsWork, PrefixWork, ScoreWork
@@ -38,11 +38,11 @@ _TEXT_ALONE = Template((Slot(),))
 class DecoderEngine:
     """Serves a decoder-only package."""
 
-    def __init__(self, package: Package, options: EngineOptions) -> None:
+    def __init__(self, package: Package, options: EngineOptions, sessions: Sessions) -> None:
         self._package, self._manifest = package, package.manifest
         size = self._manifest.geometry
         self._vocab, self._limit = size.vocab_size, size.max_positions
-        session = open_engine_session(package, "model", options)
+        session = sessions["model"]
         self._tokenizer = package.tokenizer
         self.provider = session.provider
         self._shape = KVShape(size.num_layers, size.num_key_value_heads, size.head_size, self._manifest.kv_dtype)

@@ -13,7 +13,8 @@ import numpy.typing as npt
 
 from edgeprompt import names
 from edgeprompt.encoder_text import EncodedText, encode_text, located_slot
-from edgeprompt.engines import EngineOptions, open_engine_session, side_by_side
+from edgeprompt.engine_options import EngineOptions
+from edgeprompt.engines import side_by_side
 from edgeprompt.engines.encoder_batch import Row, make_feeds, make_row, split_batches
 from edgeprompt.engines.encoder_checks import (
     NO_GENERATION,
@@ -36,7 +37,7 @@ from edgeprompt.package import Package
 from edgeprompt.prompt_file import Array, PromptFile
 from edgeprompt.prompt_source import PromptSource
 from edgeprompt.request import Classification, Request, Result
-from edgeprompt.session import graph_inputs, import_onnxruntime
+from edgeprompt.session import Sessions, graph_inputs, import_onnxruntime
 from edgeprompt.template import Slot, Template, as_fields
 from edgeprompt.verbalizer import Verbalizer
 from edgeprompt.work import Clock
@@ -105,8 +106,8 @@ class Work:
 class EncoderEngine:
     """Serves an encoder-only package."""
 
-    def __init__(self, package: Package, options: EngineOptions) -> None:
-        session = open_engine_session(package, "model", options)
+    def __init__(self, package: Package, options: EngineOptions, sessions: Sessions) -> None:
+        session = sessions["model"]
         self._manifest, self._tokenizer = package.manifest, package.tokenizer
         self.provider = session.provider
         self._session = session.ort

@@ -17,7 +17,8 @@ import numpy.typing as npt
 from edgeprompt import names
 from edgeprompt.beam_search import BeamSearch
 from edgeprompt.encoder_text import fields_of, located_slot
-from edgeprompt.engines import EngineOptions, side_by_side
+from edgeprompt.engine_options import EngineOptions
+from edgeprompt.engines import side_by_side
 from edgeprompt.engines.encoder_tasks import tag, token_logits
 from edgeprompt.engines.seq2seq_graphs import Seq2SeqGraphs, Source, SourceRow
 from edgeprompt.engines.seq2seq_jobs import Beams, Cancellation, Decision, Ending, Job, OneRow, WordScores, run_jobs
@@ -30,6 +31,7 @@ from edgeprompt.prompt_file import PromptFile
 from edgeprompt.prompt_source import PromptSource
 from edgeprompt.request import Request, Tagging
 from edgeprompt.sampling import Sampling, resolve
+from edgeprompt.session import Sessions
 from edgeprompt.template import as_fields
 from edgeprompt.work import Clock, GenerateWork, LogitsWork
 
@@ -53,8 +55,8 @@ class _Item:
 class Seq2SeqEngine:
     """The engine of encoder-decoder packages (`edgeprompt.engines.Engine`)."""
 
-    def __init__(self, package: Package, options: EngineOptions) -> None:
-        """Open both graphs.
+    def __init__(self, package: Package, options: EngineOptions, sessions: Sessions) -> None:
+        """Take both graphs.
 
         Raises:
             PackageError: a graph does not load, or the manifest names no token that the decoder starts with.
@@ -67,7 +69,7 @@ class Seq2SeqEngine:
             raise PackageError("the manifest names no decoder_start token; export the base again")
         self._start: int = start
         self._manifest, self._geometry = manifest, manifest.geometry
-        self._graphs = Seq2SeqGraphs(package, options)
+        self._graphs = Seq2SeqGraphs(package, sessions)
         self._tokenizer = package.tokenizer
         self.provider = self._graphs.provider
         # Dynamic quantisation takes one scale per tensor: rows of one batch would change each other's results.

@@ -10,8 +10,8 @@ import numpy as np
 import numpy.typing as npt
 
 from edgeprompt import names
-from edgeprompt.engines import EngineOptions, open_engine_session
 from edgeprompt.package import Package
+from edgeprompt.session import Sessions
 
 Array = npt.NDArray[Any]
 PARTS = ("key", "value")
@@ -75,11 +75,11 @@ class DecoderState:
 class Seq2SeqGraphs:
     """Encoder and decoder sessions. Stateless between calls, so any number of threads may use it."""
 
-    def __init__(self, package: Package, options: EngineOptions) -> None:
+    def __init__(self, package: Package, sessions: Sessions) -> None:
         self._geometry = package.manifest.geometry
         self._dtype = np.dtype(package.manifest.kv_dtype)
         self._pad = package.manifest.tokens.pad or 0
-        encoder, decoder = (open_engine_session(package, key, options) for key in ("encoder", "decoder"))
+        encoder, decoder = sessions["encoder"], sessions["decoder"]
         self._encoder, self._decoder = encoder.ort, decoder.ort
         self.provider = encoder.provider
         inputs = {value.name for value in self._encoder.get_inputs()}

@@ -13,7 +13,7 @@ from edgeprompt.engines.encoder_tasks import token_logits
 from edgeprompt.engines.seq2seq_graphs import Seq2SeqGraphs, SourceRow
 from edgeprompt.manifest import Manifest
 from edgeprompt.package import open_package
-from edgeprompt.session import graph_inputs, open_session
+from edgeprompt.session import Sessions, graph_inputs, open_session
 
 IDS = ([5, 9, 21, 7, 30], [11, 3], [2, 8, 33, 14, 29, 6, 17])
 
@@ -33,7 +33,8 @@ def token_scores(folder: Path, file: Path, ids: list[int]) -> Any:
     virtual = [] if rows is None else range(vocab, vocab + len(rows))
     if opened.manifest.architecture == names.ENCODER_DECODER:
         source = SourceRow(np.array([*virtual, *ids]), rows)
-        states = Seq2SeqGraphs(opened, EngineOptions(provider="cpu", threads=1)).encode([source]).states[0]
+        graphs = Seq2SeqGraphs(opened, Sessions(opened, EngineOptions(provider="cpu", threads=1)))
+        states = graphs.encode([source]).states[0]
         return token_logits(prompt, states, len(virtual))[-len(ids) :]
     session = open_session(opened.graph("model"), provider="cpu", threads=1).ort
     if opened.manifest.architecture == names.DECODER_ONLY:

@@ -1,0 +1,47 @@
+"""Limits and settings of one runtime. Imports nothing heavy: sessions begin to open before numpy's users are there."""
+
+from __future__ import annotations
+
+import os
+from dataclasses import dataclass
+
+from edgeprompt.errors import InputError
+
+
+@dataclass(frozen=True)
+class EngineOptions:
+    """Limits and settings of one runtime; sizes in bytes, None: a default that fits the package."""
+
+    provider: str = "auto"
+    threads: int | None = None
+    lanes: int | None = None
+    """Requests that are computed side by side, each on one thread, instead of one after another on `threads` threads:
+    more of them a second, each one slower. They share the weights."""
+    spinning: bool = True
+    """Whether idle threads spin between operators (faster answers, busier cores)."""
+    prefix_budget: int | None = None
+    """Most bytes of resident prefix KV."""
+    kv_budget: int | None = None
+    """Most bytes of KV cache for running requests."""
+    max_batch: int = 16
+    """Most rows of one decode step."""
+    max_queue: int = 1024
+    """Most requests waiting."""
+    batch_invariant: bool = False
+    """Give a quantised decoder's generations the same tokens whatever else runs, at a slower lone generation."""
+    cache_folder: str | os.PathLike[str] | None = None
+    """Folder that keeps, between starts, prefix KV and the graph as packed for this processor; None keeps nothing."""
+
+    def __post_init__(self) -> None:
+        """Refuse limits under which nothing could run.
+
+        Raises:
+            InputError: names the limit.
+        """
+        limits = (("max_batch", 1), ("max_queue", 1), ("prefix_budget", 0), ("kv_budget", 1), ("lanes", 1))
+        for name, least in limits:
+            value = getattr(self, name)
+            if value is not None and value < least:
+                raise InputError(f"{name} is {value}; it must be at least {least}")
+        if self.lanes is not None and self.threads is not None:
+            raise InputError(f"threads is {self.threads} and lanes {self.lanes}; give one, a lane has one thread")

@@ -1,0 +1,57 @@
+"""From a folder to a runtime, its sessions first: what else a start does goes on beside them."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterable
+from dataclasses import replace
+from typing import TYPE_CHECKING
+
+from edgeprompt.engine_options import EngineOptions
+from edgeprompt.package import open_package
+from edgeprompt.session import Sessions
+
+if TYPE_CHECKING:
+    from edgeprompt.prompt_file import PromptFile
+    from edgeprompt.runtime import Runtime
+
+
+def load(
+    path: str | os.PathLike[str],
+    *,
+    provider: str = "auto",
+    threads: int | None = None,
+    prompts: Iterable[str | os.PathLike[str] | PromptFile] = (),
+    options: EngineOptions | None = None,
+) -> Runtime:
+    """Open a package.
+
+    Args:
+        path: the folder that `edgeprompt export` made.
+        provider: "auto" (CUDA where it is there, else the CPU), "cpu", "cuda", or another by name.
+        threads: intra-op threads; None: one per physical core.
+        prompts: prompts to add.
+        options: budgets and limits; its provider and threads are used where those here are not given.
+
+    Raises:
+        PackageError: no package, or a broken one.
+        ProviderError: the provider is not there.
+    """
+    chosen = options or EngineOptions()
+    chosen = replace(
+        chosen,
+        provider=chosen.provider if provider == "auto" else provider,
+        threads=chosen.threads if threads is None else threads,
+    )
+    package = open_package(path)
+    sessions = Sessions(package, chosen)
+    from edgeprompt.runtime import Runtime  # here: imported beside the sessions
+
+    runtime = Runtime(package, chosen, sessions)
+    try:
+        for prompt in prompts:
+            runtime.add_prompt(prompt)
+    except BaseException:
+        runtime.close()
+        raise
+    return runtime
