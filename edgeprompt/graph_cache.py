@@ -42,36 +42,47 @@ class GraphCache:
     off, how it is written and the processor: any other finds none. It is written whole or not at all.
     """
 
-    def __init__(self, folder: Path, graph: GraphFile, *, ort_version: str) -> None:
+    def __init__(self, folder: Path, graph: GraphFile) -> None:
         settings = [*SLOWER_FUSIONS, *_CONFIG.values(), processor.describe()]
-        key = [graph.sha256, *sorted(graph.data.values()), ort_version, *settings]
-        self._entry = folder / f"graph-{hashlib.sha256(json.dumps(key).encode()).hexdigest()[:40]}"
+        key = [graph.sha256, *sorted(graph.data.values()), *settings]
+        self._folder = folder
+        self._name = f"graph-{hashlib.sha256(json.dumps(key).encode()).hexdigest()[:40]}"
 
-    def find(self) -> Path | None:
+    def _entry(self, ort_version: str) -> Path:
+        return self._folder / f"{self._name}-{ort_version}"
+
+    def newest_weights(self) -> Path | None:
+        """The packed weights that were written last, by whatever version of ONNX Runtime."""
+        found = self._folder.glob(f"{self._name}-*/{_DATA}")
+        return max(found, key=lambda path: path.stat().st_mtime_ns, default=None)
+
+    def find(self, ort_version: str) -> Path | None:
         """The packed graph, if it is there and whole."""
+        entry = self._entry(ort_version)
         try:
-            sizes = json.loads((self._entry / _SIZES).read_text(encoding="utf-8"))
-            found = {name: (self._entry / name).stat().st_size for name in (_GRAPH, _DATA)}
+            sizes = json.loads((entry / _SIZES).read_text(encoding="utf-8"))
+            found = {name: (entry / name).stat().st_size for name in (_GRAPH, _DATA)}
         except (OSError, ValueError):
             return None
-        return self._entry / _GRAPH if found == sizes else None
+        return entry / _GRAPH if found == sizes else None
 
-    def drop(self, reason: str) -> None:
+    def drop(self, ort_version: str, reason: str) -> None:
         """Remove an entry that does not load; where none could be written, say so."""
-        if self._entry.exists():
-            _LOG.warning("packed graph %s is not used and is made again: %s", self._entry, reason)
+        entry = self._entry(ort_version)
+        if entry.exists():
+            _LOG.warning("packed graph %s is not used and is made again: %s", entry, reason)
         else:
-            _LOG.warning("the packed graph cannot be kept in %s: %s", self._entry.parent, reason)
-        shutil.rmtree(self._entry, ignore_errors=True)
+            _LOG.warning("the packed graph cannot be kept in %s: %s", self._folder, reason)
+        shutil.rmtree(entry, ignore_errors=True)
 
     @contextmanager
-    def writing(self, options: Any) -> Iterator[None]:
+    def writing(self, ort_version: str, options: Any) -> Iterator[None]:
         """While inside, the session that `options` open writes the entry; it appears at the end.
 
         Raises:
             OSError: the folder cannot be written.
         """
-        with atomic_folder(self._entry, force=True) as folder:
+        with atomic_folder(self._entry(ort_version), force=True) as folder:
             options.optimized_model_filepath = str(folder / _GRAPH)
             for name, value in _CONFIG.items():
                 options.add_session_config_entry(name, value)

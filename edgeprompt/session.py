@@ -14,6 +14,7 @@ from edgeprompt.engine_options import EngineOptions
 from edgeprompt.errors import InputError, MissingDependencyError, PackageError, ProviderError
 from edgeprompt.graph_cache import SLOWER_FUSIONS, GraphCache
 from edgeprompt.package import Package
+from edgeprompt.read_ahead import read_ahead
 
 _PROVIDERS = {
     "cpu": "CPUExecutionProvider",
@@ -64,11 +65,20 @@ class Sessions:
         Raises:
             MissingDependencyError: neither onnxruntime nor onnxruntime-gpu is installed.
         """
+        graphs = package.manifest.graphs
+        caches: dict[str, GraphCache | None] = dict.fromkeys(graphs)
+        weights: list[Path] = []
+        for key, graph in graphs.items():
+            cache = None if options.cache_folder is None else GraphCache(Path(options.cache_folder), graph)
+            packed = None if cache is None else cache.newest_weights()
+            weights += [packed] if packed is not None else [package.path / name for name in graph.data]
+            caches[key] = cache
+        read_ahead(weights)
         import_onnxruntime()
         self._begun = time.monotonic()
-        pool = ThreadPoolExecutor(len(package.manifest.graphs), "edgeprompt-session")
+        pool = ThreadPoolExecutor(len(graphs), "edgeprompt-session")
         self._found: dict[str, Future[Session]] = {
-            key: pool.submit(_open_graph, package, key, options) for key in package.manifest.graphs
+            key: pool.submit(_open_graph, package, key, options, caches[key]) for key in graphs
         }
         pool.shutdown(wait=False)
 
@@ -85,13 +95,11 @@ class Sessions:
         wait(self._found.values(), timeout=max(0.0, self._begun + HEAD_START - time.monotonic()))
 
 
-def _open_graph(package: Package, key: str, options: EngineOptions) -> Session:
-    path, cache = package.graph(key), None
-    if options.cache_folder is not None:
-        version = import_onnxruntime().__version__
-        cache = GraphCache(Path(options.cache_folder), package.manifest.graphs[key], ort_version=version)
+def _open_graph(package: Package, key: str, options: EngineOptions, cache: GraphCache | None) -> Session:
     threads = options.threads if options.lanes is None else 1
-    return open_session(path, provider=options.provider, threads=threads, spinning=options.spinning, cache=cache)
+    return open_session(
+        package.graph(key), provider=options.provider, threads=threads, spinning=options.spinning, cache=cache
+    )
 
 
 def graph_inputs(session: Any) -> list[Any]:
@@ -198,15 +206,15 @@ def _options(threads: int | None, spinning: bool) -> Any:
 def _open_cached(cache: GraphCache, path: str | os.PathLike[str], threads: int | None, spinning: bool) -> Any:
     """A session on the packed graph, which is written first where there is none; None where neither can be done."""
     ort = import_onnxruntime()
-    packed, options = cache.find(), _options(threads, spinning)
+    packed, options = cache.find(ort.__version__), _options(threads, spinning)
     try:
         if packed is not None:
             options.graph_optimization_level = ort.GraphOptimizationLevel.ORT_DISABLE_ALL  # it is optimised
             return ort.InferenceSession(str(packed), options, providers=[_PROVIDERS["cpu"]])
-        with cache.writing(options):
+        with cache.writing(ort.__version__, options):
             return ort.InferenceSession(
                 str(path), options, providers=[_PROVIDERS["cpu"]], disabled_optimizers=SLOWER_FUSIONS
             )
     except Exception as error:  # onnxruntime raises its own family without a common base
-        cache.drop(str(error).splitlines()[0])
+        cache.drop(ort.__version__, str(error).splitlines()[0])
         return None

@@ -66,8 +66,11 @@ def test_another_graph_or_version_finds_nothing(tiny_llama_package: Path, tmp_pa
     graph = open_package(tiny_llama_package).manifest.graphs["model"]
     import onnxruntime
 
-    assert GraphCache(tmp_path, graph, ort_version=onnxruntime.__version__).find() is not None
-    assert GraphCache(tmp_path, graph, ort_version="0.0.0").find() is None
+    cache = GraphCache(tmp_path, graph)
+    found = cache.find(onnxruntime.__version__)
+    assert found is not None
+    assert cache.find("0.0.0") is None
+    assert cache.newest_weights() == found.with_name("graph.onnx.data")
 
 
 def test_a_folder_that_cannot_be_written_is_not_needed(tiny_llama_package: Path, tmp_path: Path) -> None:
