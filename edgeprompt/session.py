@@ -43,8 +43,8 @@ HEAD_START = 0.02
 graph's file and lets go of it while it makes the session; the tokenizers library keeps it all the time."""
 
 SPIN_MICROSECONDS = 1000
-"""How long idle threads spin between operators and steps before they sleep; ONNX Runtime's default is some ten times
-that, on which whatever runs after an answer waits for a core."""
+"""How long idle threads spin between operators and steps before they sleep. ONNX Runtime's default is some tens of
+milliseconds, for which a core is busy after every answer and while a session opens."""
 
 
 @dataclass(frozen=True)
