@@ -19,6 +19,7 @@ from edgeprompt import EngineOptions, GenerationOptions, Request
 from edgeprompt.engines.seq2seq_graphs import Seq2SeqGraphs, SourceRow
 from edgeprompt.errors import UnsupportedError
 from edgeprompt.package import open_package
+from edgeprompt.session import Sessions
 from tests.prompts import make_prompt
 from tests.seq2seq_models import CONFIGS, METHODS, peft_model
 
@@ -62,7 +63,8 @@ def compare(adapted: Any, package: Path, prompt: Path, task: int | None) -> None
     import torch
 
     with edgeprompt.load(package, prompts=[prompt], options=OPTIONS) as runtime:
-        graphs = Seq2SeqGraphs(open_package(package), OPTIONS)
+        opened = open_package(package)
+        graphs = Seq2SeqGraphs(opened, Sessions(opened, OPTIONS))
         for text in TEXTS:
             ids = runtime._package.tokenizer.encode(text)
             inputs = {"input_ids": torch.tensor([ids]), "attention_mask": torch.ones(1, len(ids), dtype=torch.long)}
