@@ -50,6 +50,7 @@ def run_rounds(
         except (RuntimeError, OSError, subprocess.SubprocessError) as error:
             found[peer.name]["absent"] = str(error)
             tell(f"{peer.name}: absent, {error}")
+    prompts = len(json.loads(work.read_text(encoding="utf-8"))["sweep"]["prompts"])
     ceiling: list[float] = []
     trips = [trip for _ in range(5) if (trip := round_trip()) is not None]
     for number in range(rounds):
@@ -59,8 +60,8 @@ def run_rounds(
             tell(f"round {number + 1} of {rounds}: {peer.name}")
             try:
                 found[peer.name]["rounds"].append(_undisturbed(partial(_measure, peer, python, work, quick), trips))
-                if number < sweeps:
-                    sweep = _undisturbed(partial(_sweep, peer, python, work, quick), trips)
+                for prompt in range(prompts if number < sweeps else 0):
+                    sweep = _undisturbed(partial(_sweep, peer, python, work, prompt, quick), trips)
                     found[peer.name]["sweeps"].append(sweep)
             except (RuntimeError, subprocess.SubprocessError) as error:
                 found[peer.name]["absent"] = str(error)
@@ -109,8 +110,8 @@ def _measure(peer: Peer, python: Path, work: Path, quick: bool) -> dict[str, Any
     return {**result, "peak_rss": memory[-1]["peak_rss"]}
 
 
-def _sweep(peer: Peer, python: Path, work: Path, quick: bool) -> dict[str, Any]:
-    return _lines(start_worker(peer, python, work, "sweep", *(("quick",) if quick else ())))[-1]
+def _sweep(peer: Peer, python: Path, work: Path, prompt: int, quick: bool) -> dict[str, Any]:
+    return _lines(start_worker(peer, python, work, "sweep", str(prompt), *(("quick",) if quick else ())))[-1]
 
 
 def start_worker(peer: Peer, python: Path, work: Path, mode: str, *more: str) -> subprocess.Popen[str]:

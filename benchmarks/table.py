@@ -50,10 +50,22 @@ def undisturbed(result: dict[str, Any]) -> dict[str, Any]:
         return [one for one in made if max(one.get("core_round_trip_ns") or [0]) <= limit] or made
 
     peers = {
-        name: {**peer, "rounds": kept(peer["rounds"]), "sweeps": kept(peer.get("sweeps", []))}
+        name: {
+            **peer,
+            "rounds": kept(peer["rounds"]),
+            "sweeps": [one for alike in _by_prompts(peer.get("sweeps", [])) for one in kept(alike)],
+        }
         for name, peer in result["peers"].items()
     }
     return {**result, "peers": peers}
+
+
+def _by_prompts(sweeps: list[dict[str, Any]]) -> list[list[dict[str, Any]]]:
+    """Sweeps over the same lengths of prompt together; each is one of them (results before that: all in one)."""
+    found: dict[tuple[int, ...], list[dict[str, Any]]] = {}
+    for sweep in sweeps:
+        found.setdefault(tuple(sorted({cell["prompt"] for cell in sweep["sweep"]})), []).append(sweep)
+    return list(found.values())
 
 
 def to_markdown(result: dict[str, Any], starts: dict[str, Any] | None = None) -> str:
@@ -116,7 +128,8 @@ def sweep_to_markdown(result: dict[str, Any]) -> str:
             + " | ".join(f"{value:.0f} ({value / best_speed:.2f})" for value in speed)
             + f" | {best_speed:.0f} ({peers[fast]['title']}) |"
         )
-    rounds = max((len(peer.get("sweeps", ())) for peer in result["peers"].values()), default=0)
+    made = [alike for peer in result["peers"].values() for alike in _by_prompts(peer.get("sweeps", []))]
+    rounds = max(map(len, made), default=0)
     note = f"Medians of three texts, {rounds} rounds; in brackets the ratio to the best peer."
     if guess:
         left_out = ", ".join(peers[name]["title"] for name in medians if name in guess)

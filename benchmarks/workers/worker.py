@@ -1,8 +1,8 @@
 """One peer, one process: load, do the work, print one JSON object a line. Standard library only.
 
 `worker.py MODULE VARIANT WORK cold`: the first label, then what it took in memory; `... full`: every timing with one
-prompt and one length of text; `... sweep`: first tokens and decoding for prompts and texts of several lengths;
-`... prepare`: what the peer must make once.
+prompt and one length of text; `... sweep N`: first tokens and decoding for the Nth prompt of the sweep and texts of
+several lengths; `... prepare`: what the peer must make once.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ def main() -> None:
     """Run what the command line names."""
     module, variant, file, mode = sys.argv[1:5]
     work = json.loads(Path(file).read_text(encoding="utf-8"))
-    work["quick"] = len(sys.argv) > 5
+    work["quick"] = "quick" in sys.argv[5:]
     for name in ("OMP_NUM_THREADS", "MKL_NUM_THREADS"):
         os.environ[name] = str(work["threads"])
     os.environ["OPENBLAS_NUM_THREADS"] = "1"  # numpy's: no peer computes with it, and its threads spin on import
@@ -36,7 +36,7 @@ def main() -> None:
         say(prepared=True)
         return
     if mode == "sweep":
-        say(sweep=sweep(found, variant, work))
+        say(sweep=sweep(found, variant, work, work["sweep"]["prompts"][int(sys.argv[5])]))
         return
     peer = found.Peer(work, variant)
     if mode == "cold":
@@ -88,25 +88,24 @@ def measure(peer: object, work: dict) -> dict:
     return found
 
 
-def sweep(module: object, variant: str, work: dict) -> list[dict]:
-    """Seconds to the first token and tokens/s after it, for each length of prompt and text, the prompt resident."""
+def sweep(module: object, variant: str, work: dict, prompt: dict) -> list[dict]:
+    """Seconds to the first token and tokens/s after it, for each length of text, the prompt resident."""
     found = []
     count = SWEEP_TOKENS
-    for prompt in work["sweep"]["prompts"]:
-        peer = module.Peer({**work, "prompt": prompt, "context": SWEEP_CONTEXT}, variant)
-        for length, texts in work["sweep"]["texts"].items():
-            peer.generate(texts[-1], 2)
-            runs = [peer.generate(text, count) for text in texts[: 1 if work["quick"] else 3]]
-            found.append(
-                {
-                    "prompt": len(prompt["ids"]),
-                    "text": int(length),
-                    "ttft": [first for first, _, _ in runs],
-                    "decode": [(count - 1) / (total - first) for first, total, _ in runs],
-                }
-            )
-        if hasattr(peer, "close"):
-            peer.close()
+    peer = module.Peer({**work, "prompt": prompt, "context": SWEEP_CONTEXT}, variant)
+    for length, texts in work["sweep"]["texts"].items():
+        peer.generate(texts[-1], 2)
+        runs = [peer.generate(text, count) for text in texts[: 1 if work["quick"] else 3]]
+        found.append(
+            {
+                "prompt": len(prompt["ids"]),
+                "text": int(length),
+                "ttft": [first for first, _, _ in runs],
+                "decode": [(count - 1) / (total - first) for first, total, _ in runs],
+            }
+        )
+    if hasattr(peer, "close"):
+        peer.close()
     return found
 
 

@@ -74,10 +74,11 @@ def test_rounds_with_the_cores_apart_count_only_where_there_is_no_other(result: 
     assert "| 100 |" in lines[3], "the median of both"
 
 
-def test_a_sweep_names_the_best_peer_of_every_length(result: dict[str, Any]):
-    def cell(prompt: int, first: float, speed: float) -> dict[str, Any]:
-        return {"prompt": prompt, "text": 32, "ttft": [first, 9, first], "decode": [speed, speed, 0]}
+def cell(prompt: int, first: float, speed: float) -> dict[str, Any]:
+    return {"prompt": prompt, "text": 32, "ttft": [first, 9, first], "decode": [speed, speed, 0]}
 
+
+def test_a_sweep_names_the_best_peer_of_every_length(result: dict[str, Any]):
     peers = result["peers"]
     peers["edgeprompt"]["sweeps"] = [{"sweep": [cell(4, 0.01, 100), cell(16, 0.02, 100)]}]
     peers["other"]["sweeps"] = [{"sweep": [cell(4, 0.02, 50), cell(16, 0.01, 50)]}]
@@ -85,6 +86,21 @@ def test_a_sweep_names_the_best_peer_of_every_length(result: dict[str, Any]):
     lines = sweep_to_markdown(result).splitlines()
     assert lines[2] == "| 4, 32 | 10.0 (0.50) | 20.0 (other) | 100 (1.25) | 80 (third) |"
     assert lines[3] == "| 16, 32 | 20.0 (2.00) | 10.0 (other) | 100 (1.25) | 80 (third) |"
+
+
+def test_every_length_of_prompt_has_its_undisturbed_sweeps(result: dict[str, Any]):
+    near, apart = {"core_round_trip_ns": [200, 210]}, {"core_round_trip_ns": [200, 600]}
+    peers = result["peers"]
+    peers["other"]["sweeps"] = [{"sweep": [cell(4, 0.02, 50), cell(16, 0.02, 50)], **near}]
+    peers["edgeprompt"]["sweeps"] = [
+        {"sweep": [cell(4, 0.04, 25)], **apart},
+        {"sweep": [cell(16, 0.04, 25)], **apart},
+        {"sweep": [cell(4, 0.01, 100)], **near},
+    ]
+    lines = sweep_to_markdown(result).splitlines()
+    assert lines[2].startswith("| 4, 32 | 10.0 (0.50) |")
+    assert lines[3].startswith("| 16, 32 | 40.0 (2.00) |"), "there is no other"
+    assert "2 rounds" in lines[-1]
 
 
 def test_a_table_is_replaced_between_its_markers(result: dict[str, Any], tmp_path: Path):
