@@ -54,7 +54,10 @@ class GraphCache:
     def newest_weights(self) -> Path | None:
         """The packed weights that were written last, by whatever version of ONNX Runtime."""
         found = self._folder.glob(f"{self._name}-*/{_DATA}")
-        return max(found, key=lambda path: path.stat().st_mtime_ns, default=None)
+        try:
+            return max(found, key=lambda path: path.stat().st_mtime_ns, default=None)
+        except OSError:  # another process is replacing them
+            return None
 
     def find(self, ort_version: str) -> Path | None:
         """The packed graph, if it is there and whole."""

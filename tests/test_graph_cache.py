@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 import edgeprompt
-from edgeprompt.engines import EngineOptions
+from edgeprompt import EngineOptions
 from edgeprompt.graph_cache import GraphCache
 from edgeprompt.package import open_package
 
@@ -71,6 +71,18 @@ def test_another_graph_or_version_finds_nothing(tiny_llama_package: Path, tmp_pa
     assert found is not None
     assert cache.find("0.0.0") is None
     assert cache.newest_weights() == found.with_name("graph.onnx.data")
+
+
+def test_weights_that_go_while_one_looks_are_none(
+    tiny_llama_package: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    plain = answers(tiny_llama_package, tmp_path)
+    found = entry(tmp_path) / "graph.onnx.data"
+    cache = GraphCache(tmp_path, open_package(tiny_llama_package).manifest.graphs["model"])
+    assert cache.newest_weights() == found
+    monkeypatch.setattr(Path, "glob", lambda *_: iter([found.with_name("gone")]))
+    assert cache.newest_weights() is None
+    assert answers(tiny_llama_package, tmp_path) == plain
 
 
 def test_a_folder_that_cannot_be_written_is_not_needed(tiny_llama_package: Path, tmp_path: Path) -> None:

@@ -17,7 +17,7 @@ from edgeprompt.bench.energy import EnergyMeter
 from edgeprompt.bench.options import BenchOptions
 from edgeprompt.bench.report import Result
 from edgeprompt.bench.workload import another_like, instruction_of, text_of
-from edgeprompt.engines import EngineOptions
+from edgeprompt.engine_options import EngineOptions
 from edgeprompt.errors import InputError
 from edgeprompt.hard_prompt import hard_prompt
 from edgeprompt.package import Package

@@ -75,4 +75,4 @@ def create_engine(package: Package, options: EngineOptions, sessions: Sessions) 
     return engine
 
 
-__all__ = ["Engine", "EngineOptions", "Result", "create_engine", "side_by_side"]
+__all__ = ["Engine", "Result", "create_engine", "side_by_side"]
