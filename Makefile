@@ -48,7 +48,7 @@ demo: install
 
 bench: install
 	$(BIN)/python -m benchmarks
-	$(BIN)/python -m benchmarks.starts
+	$(BIN)/python -m benchmarks.peers.starts
 
 wheel: install
 	$(BIN)/python -m build --wheel --outdir dist

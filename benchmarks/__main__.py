@@ -9,8 +9,8 @@ from pathlib import Path
 
 import click
 
-from benchmarks.peers import PEERS
-from benchmarks.table import RESULTS, ROOT, ratios_to_markdown, sweep_to_markdown, to_markdown
+from benchmarks.peers.environments import PEERS
+from benchmarks.peers.table import RESULTS, ROOT, ratios_to_markdown, sweep_to_markdown, to_markdown
 from edgeprompt.cli.console import note
 
 GGUF = "SmolLM2-135M-Instruct.Q4_1.gguf"
@@ -42,11 +42,11 @@ def main(
     output: Path | None,
 ) -> None:
     """Compare edgeprompt with its peers, side by side and in turn."""
-    from benchmarks.prepare import prepare
-    from benchmarks.rounds import run_rounds
+    from benchmarks.peers.prepare import prepare
+    from benchmarks.peers.rounds import run_rounds
     from edgeprompt.bench.device import clock, describe_device, throttling
-    from edgeprompt.files import write_atomic
-    from edgeprompt.package import open_package
+    from edgeprompt.package.files import write_atomic
+    from edgeprompt.package.folder import open_package
 
     given = {name: Path(path) for name, _, path in (item.partition("=") for item in pythons)}
     prompts, texts = (tuple(map(int, given.split(","))) for given in (virtual_tokens, input_tokens))

@@ -5,7 +5,6 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from edgeprompt.engine_options import EngineOptions
     from edgeprompt.errors import (
         BaseMismatchError,
         CapacityError,
@@ -26,9 +25,10 @@ if TYPE_CHECKING:
         UnsupportedError,
         ValidationError,
     )
-    from edgeprompt.golden import GoldenCheck
     from edgeprompt.loading import load
-    from edgeprompt.prompt_file import PromptFile, load_prompt, save_prompt
+    from edgeprompt.options import EngineOptions
+    from edgeprompt.prompts.file import PromptFile, load_prompt, save_prompt
+    from edgeprompt.prompts.golden import GoldenCheck
     from edgeprompt.request import (
         Answer,
         Classification,
@@ -79,7 +79,7 @@ __all__ = [
     "save_prompt",
 ]
 
-_MODULES = ("errors", "engine_options", "loading", "request", "prompt_file", "golden", "runtime")
+_MODULES = ("errors", "options", "loading", "request", "prompts.file", "prompts.golden", "runtime")
 """Where the public names are defined, the lightest first."""
 
 

@@ -7,12 +7,12 @@ from collections.abc import Iterable
 from dataclasses import replace
 from typing import TYPE_CHECKING
 
-from edgeprompt.engine_options import EngineOptions
-from edgeprompt.package import open_package
-from edgeprompt.session import Sessions
+from edgeprompt.options import EngineOptions
+from edgeprompt.ort.session import Sessions
+from edgeprompt.package.folder import open_package
 
 if TYPE_CHECKING:
-    from edgeprompt.prompt_file import PromptFile
+    from edgeprompt.prompts.file import PromptFile
     from edgeprompt.runtime import Runtime
 
 

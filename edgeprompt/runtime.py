@@ -12,18 +12,18 @@ from typing import Any, overload
 import numpy as np
 import numpy.typing as npt
 
-from edgeprompt.batcher import Batcher
-from edgeprompt.engine_options import EngineOptions
-from edgeprompt.engines import Engine, create_engine
+from edgeprompt.engines.base import Engine, create_engine
+from edgeprompt.engines.batcher import Batcher
 from edgeprompt.errors import EdgePromptError, InputError
-from edgeprompt.golden import GoldenCheck, check_golden
-from edgeprompt.manifest import Manifest
-from edgeprompt.package import Package
-from edgeprompt.prompt_file import PromptFile
-from edgeprompt.prompt_registry import PromptRegistry, open_prompt
+from edgeprompt.options import EngineOptions
+from edgeprompt.ort.session import Sessions
+from edgeprompt.package.folder import Package
+from edgeprompt.package.manifest import Manifest
+from edgeprompt.prompts.file import PromptFile
+from edgeprompt.prompts.golden import GoldenCheck, check_golden
+from edgeprompt.prompts.registry import PromptRegistry, open_prompt
+from edgeprompt.prompts.verbalizer import CONTENT_FREE, contextual_calibration
 from edgeprompt.request import Classification, Generation, GenerationOptions, Request, Result, Text
-from edgeprompt.session import Sessions
-from edgeprompt.verbalizer import CONTENT_FREE, contextual_calibration
 
 Ids = Sequence[int]
 Array = npt.NDArray[np.float32]

@@ -18,7 +18,7 @@ from rich.console import Console
 from rich.table import Table
 
 import edgeprompt as ep
-from edgeprompt.package import open_package
+from edgeprompt.package.folder import open_package
 
 DATA = ROOT / "examples" / "data"
 PROMPTS = ROOT / "examples" / "prompts"

@@ -14,15 +14,15 @@ from itertools import islice
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from edgeprompt.base.load import LoadedBase, load_base
 from edgeprompt.errors import ExportError, InputError, UnsupportedError, ValidationError
-from edgeprompt.files import atomic_folder, sha256_file
-from edgeprompt.prompt_file import PromptFile, load_prompt
+from edgeprompt.package.files import atomic_folder, sha256_file
+from edgeprompt.prompts.file import PromptFile, load_prompt
 from exporters.contract import Progress
 from exporters.export import ExportReport, export_model, is_onnx_folder
-from exporters.load import LoadedBase, load_base
 
 if TYPE_CHECKING:
-    from edgeprompt.metrics import Score
+    from edgeprompt.evaluation.metrics import Score
     from edgeprompt.request import Request
     from edgeprompt.runtime import Runtime
 
@@ -189,8 +189,8 @@ class _Judge:
     """What candidates are asked: all rows for the metric, the first few against the clock."""
 
     def __init__(self, files: Mapping[Path, PromptFile], data: str) -> None:
-        from edgeprompt.data import read_rows
-        from edgeprompt.evaluation import Columns, check_task
+        from edgeprompt.evaluation.data import read_rows
+        from edgeprompt.evaluation.evaluate import Columns, check_task
 
         if not files:
             raise InputError("a precision is judged with the prompts it will serve: give at least one --prompt")
@@ -211,8 +211,8 @@ class _Judge:
     def measure(self, candidates: Sequence[Candidate], provider: str) -> None:
         """Fill in scores and times."""
         import edgeprompt
-        from edgeprompt.data import read_rows
-        from edgeprompt.evaluation import evaluate
+        from edgeprompt.evaluation.data import read_rows
+        from edgeprompt.evaluation.evaluate import evaluate
         from edgeprompt.request import GenerationOptions
 
         with contextlib.ExitStack() as stack:
@@ -238,7 +238,7 @@ class _Judge:
                         found.cost.append(cost)
 
     def _requests(self) -> dict[str, list[Request]]:
-        from edgeprompt.data import read_rows
+        from edgeprompt.evaluation.data import read_rows
         from edgeprompt.request import Request
 
         rows = list(islice(read_rows(self._data), GENERATIONS if self.generates else TEXTS))

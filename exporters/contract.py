@@ -8,10 +8,10 @@ from pathlib import Path
 from typing import Any, Protocol
 
 from edgeprompt import names
+from edgeprompt.base.load import LoadedBase
 from edgeprompt.errors import InputError
-from edgeprompt.manifest import Manifest
-from edgeprompt.prompt_file import PromptFile
-from exporters.load import LoadedBase
+from edgeprompt.package.manifest import Manifest
+from edgeprompt.prompts.file import PromptFile
 
 ROUTES = ("auto", *names.ROUTES)
 PROVIDERS = ("cpu", "cuda")

@@ -10,12 +10,12 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from edgeprompt.errors import BaseMismatchError, InputError, SourceError
-from edgeprompt.manifest import Base
-from edgeprompt.prompt_file import METADATA_KEY, PromptFile, load_prompt, save_prompt
-from edgeprompt.template import Template, VirtualTokens
+from edgeprompt.package.manifest import Base
+from edgeprompt.prompts.file import METADATA_KEY, PromptFile, load_prompt, save_prompt
+from edgeprompt.prompts.template import Template, VirtualTokens
 from exporters import writers
-from exporters.base_facts import read_base_facts
 from exporters.importers import read_foreign
+from exporters.importers.base_facts import read_base_facts
 from exporters.importers.foreign import BaseFacts, ForeignPrompt, ReadOptions
 
 TARGETS = ("auto", "prompt", "onnx-adapter", "npy", "peft", "trtllm")

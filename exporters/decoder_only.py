@@ -9,16 +9,16 @@ from typing import Any
 import onnx_ir as ir
 
 from edgeprompt import names
+from edgeprompt.base.geometry import geometry_of
+from edgeprompt.base.load import LoadedBase
 from edgeprompt.errors import UnsupportedError
-from edgeprompt.manifest import Manifest
-from edgeprompt.prompt_file import PromptFile
+from edgeprompt.package.manifest import Manifest
+from edgeprompt.prompts.file import PromptFile
 from exporters.contract import BuiltGraphs, ExportOptions
-from exporters.fuse import drop_unused
-from exporters.geometry import geometry_of
-from exporters.graft import expose_hidden_states, graft_virtual_tokens
-from exporters.load import LoadedBase
-from exporters.quantize import quantize_graph
-from exporters.validate import validate_decoder
+from exporters.graft.fuse import drop_unused
+from exporters.graft.virtual_tokens import expose_hidden_states, graft_virtual_tokens
+from exporters.quantize.graph import quantize_graph
+from exporters.validate.decoder import validate_decoder
 
 GRAPH = "model.onnx"
 

@@ -6,15 +6,15 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from edgeprompt.base.geometry import geometry_of
+from edgeprompt.base.load import LoadedBase
 from edgeprompt.errors import UnsupportedError
-from edgeprompt.manifest import Manifest
-from edgeprompt.prompt_file import PromptFile
+from edgeprompt.package.manifest import Manifest
+from edgeprompt.prompts.file import PromptFile
 from exporters.contract import BuiltGraphs, ExportOptions
 from exporters.decoder_only import save_graph
-from exporters.geometry import geometry_of
-from exporters.graft import graft_virtual_tokens
-from exporters.load import LoadedBase
-from exporters.quantize import quantize_graph
+from exporters.graft.virtual_tokens import graft_virtual_tokens
+from exporters.quantize.graph import quantize_graph
 
 ENCODER = "encoder.onnx"
 DECODER = "decoder.onnx"
@@ -26,7 +26,7 @@ def build(loaded: LoadedBase, options: ExportOptions, folder: Path, scratch: Pat
     Raises:
         UnsupportedError: a route that does not build encoder-decoders.
     """
-    from exporters import seq2seq_graph
+    from exporters.routes import seq2seq_graph
 
     if options.route not in ("auto", "torch"):
         raise UnsupportedError(
@@ -65,7 +65,7 @@ def validate(
     Raises:
         ValidationError: it does not compute what the base computes.
     """
-    from exporters.validate_seq2seq import validate_seq2seq
+    from exporters.validate.seq2seq import validate_seq2seq
 
     loaded.family.prepare(loaded.model)
     return validate_seq2seq(loaded, folder, manifest, prompts)

@@ -7,17 +7,17 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from edgeprompt.base.geometry import geometry_of
+from edgeprompt.base.load import LoadedBase
 from edgeprompt.errors import UnsupportedError
-from edgeprompt.manifest import Manifest
-from edgeprompt.prompt_file import PromptFile
+from edgeprompt.package.manifest import Manifest
+from edgeprompt.prompts.file import PromptFile
 from exporters.contract import BuiltGraphs, ExportOptions
 from exporters.decoder_only import GRAPH, save_graph
-from exporters.encoder_graph import trace_graph
-from exporters.encoder_validate import validate_encoder
-from exporters.geometry import geometry_of
-from exporters.graft import graft_virtual_tokens
-from exporters.load import LoadedBase
-from exporters.quantize import SIGNED_7, quantize_graph
+from exporters.graft.virtual_tokens import graft_virtual_tokens
+from exporters.quantize.graph import SIGNED_7, quantize_graph
+from exporters.routes.encoder_graph import trace_graph
+from exporters.validate.encoder import validate_encoder
 
 
 def build(loaded: LoadedBase, options: ExportOptions, folder: Path, scratch: Path) -> BuiltGraphs:

@@ -13,13 +13,13 @@ from pathlib import Path
 from typing import Any, cast
 
 from edgeprompt import names
+from edgeprompt.base.load import LoadedBase, load_base
 from edgeprompt.errors import BaseMismatchError, ExportError, InputError
-from edgeprompt.files import atomic_folder
-from edgeprompt.manifest import Manifest
-from edgeprompt.package import open_package
-from edgeprompt.prompt_file import PromptFile, load_prompt
+from edgeprompt.package.files import atomic_folder
+from edgeprompt.package.folder import open_package
+from edgeprompt.package.manifest import Manifest
+from edgeprompt.prompts.file import PromptFile, load_prompt
 from exporters.contract import Exporter, ExportOptions, Progress
-from exporters.load import LoadedBase, load_base
 from exporters.package import make_manifest, write_prompts, write_tokenizer
 
 EXPORTERS = {

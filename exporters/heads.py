@@ -9,7 +9,7 @@ import numpy as np
 import numpy.typing as npt
 
 from edgeprompt.errors import UnsupportedError
-from edgeprompt.prompt_file import Head, HeadStep
+from edgeprompt.prompts.file import Head, HeadStep
 
 _ACTIVATIONS = {"gelu": "gelu", "relu": "relu", "silu": "silu", "swish": "silu", "tanh": "tanh"}
 _PROBLEMS = {

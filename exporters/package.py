@@ -9,13 +9,13 @@ from pathlib import Path
 from typing import Any
 
 from edgeprompt import names
+from edgeprompt.base.geometry import geometry_of, tokens_of
+from edgeprompt.base.load import LoadedBase
 from edgeprompt.errors import SourceError
-from edgeprompt.files import fingerprint_tokenizer, sha256_file
-from edgeprompt.manifest import Base, GraphFile, Manifest
-from edgeprompt.prompt_file import PromptFile, save_prompt
+from edgeprompt.package.files import fingerprint_tokenizer, sha256_file
+from edgeprompt.package.manifest import Base, GraphFile, Manifest
+from edgeprompt.prompts.file import PromptFile, save_prompt
 from exporters.contract import BuiltGraphs, ExportOptions
-from exporters.geometry import geometry_of, tokens_of
-from exporters.load import LoadedBase
 
 _TOOLS = ("torch", "transformers", "onnx", "onnxruntime", "onnxruntime-genai")
 _TOKENIZER_FILES = (names.TOKENIZER, names.TOKENIZER_CONFIG, names.CHAT_TEMPLATE)

@@ -13,8 +13,8 @@ import numpy.typing as npt
 
 from edgeprompt import names
 from edgeprompt.errors import InputError, SourceError, UnsupportedError
-from edgeprompt.files import atomic_file, atomic_folder
-from edgeprompt.prompt_file import HeadStep, PromptFile
+from edgeprompt.package.files import atomic_file, atomic_folder
+from edgeprompt.prompts.file import HeadStep, PromptFile
 from exporters.heads import sequence_head
 from exporters.importers.foreign import BaseFacts
 

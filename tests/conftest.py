@@ -200,7 +200,7 @@ def tiny_llama_package(tiny_llama_base: Path, tmp_path_factory: pytest.TempPathF
 @pytest.fixture(scope="module")
 def runtime(tiny_llama_package: Path) -> Iterator[Any]:
     """`tiny_llama_package` with the prompts "words" and "story"; each module has its own."""
-    from tests.runtimes import load_with_prompts
+    from tests.support.runtimes import load_with_prompts
 
     with load_with_prompts(tiny_llama_package) as loaded:
         yield loaded
@@ -208,10 +208,10 @@ def runtime(tiny_llama_package: Path) -> Iterator[Any]:
 
 @pytest.fixture(scope="session")
 def seq2seq_base(save_tiny: Callable[..., Path]) -> Callable[[str], Path]:
-    """`seq2seq_base(family)`: a random encoder-decoder of a family in tests/seq2seq_models.py."""
+    """`seq2seq_base(family)`: a random encoder-decoder of a family in tests/support/seq2seq_models.py."""
     from functools import cache
 
-    from tests.seq2seq_models import save_base
+    from tests.support.seq2seq_models import save_base
 
     return cache(lambda family: save_base(family, save_tiny))
 
@@ -221,7 +221,7 @@ def seq2seq_package(seq2seq_base: Callable[[str], Path], cached_package: Callabl
     """`seq2seq_package(family, precision="fp32")`: its package."""
     from functools import cache
 
-    from tests.seq2seq_models import cache_name
+    from tests.support.seq2seq_models import cache_name
 
     def make(family: str, precision: str = "fp32") -> Path:
         return cached_package(f"{cache_name(family)}-{precision}", seq2seq_base(family), precision=precision)
@@ -231,10 +231,10 @@ def seq2seq_package(seq2seq_base: Callable[[str], Path], cached_package: Callabl
 
 @pytest.fixture(scope="session")
 def encoder_base(save_tiny: Callable[..., Path]) -> Callable[[str], Path]:
-    """`encoder_base(family)`: a random encoder of a family in tests/encoder_models.py."""
+    """`encoder_base(family)`: a random encoder of a family in tests/support/encoder_models.py."""
     from functools import cache
 
-    from tests.encoder_models import save_base
+    from tests.support.encoder_models import save_base
 
     return cache(lambda family: save_base(family, save_tiny))
 
@@ -244,7 +244,7 @@ def encoder_package(encoder_base: Callable[[str], Path], cached_package: Callabl
     """`encoder_package(family, precision="fp32")`: its package."""
     from functools import cache
 
-    from tests.encoder_models import cache_name
+    from tests.support.encoder_models import cache_name
 
     def make(family: str, precision: str = "fp32") -> Path:
         return cached_package(f"{cache_name(family)}-{precision}", encoder_base(family), precision=precision)

@@ -17,12 +17,12 @@ import pytest
 
 import edgeprompt
 from edgeprompt import CapacityError, PackageError, Request
-from edgeprompt.files import sha256_file
-from edgeprompt.manifest import Manifest
-from edgeprompt.prefix_store import PrefixStore
-from edgeprompt.prompt_file import TunedFor, save_prompt
-from tests.prompts import make_prompt
-from tests.runtimes import QUIET
+from edgeprompt.ort.prefix_store import PrefixStore
+from edgeprompt.package.files import sha256_file
+from edgeprompt.package.manifest import Manifest
+from edgeprompt.prompts.file import TunedFor, save_prompt
+from tests.support.prompts import make_prompt
+from tests.support.runtimes import QUIET
 
 
 @pytest.fixture
@@ -72,7 +72,7 @@ def test_a_package_replaced_under_a_running_process(package: Path) -> None:
     manifest = Manifest.from_json((package / "edgeprompt.json").read_bytes())
     assert manifest.graphs["model"].data["model.onnx.data"] != sha256_file(package / "model.onnx.data")
     with pytest.raises(PackageError, match=r"model\.onnx\.data has SHA-256"):
-        edgeprompt.package.open_package(package).verify()
+        edgeprompt.package.folder.open_package(package).verify()
 
 
 def test_a_full_disk_leaves_nothing_and_serving_goes_on(tiny_llama_package: Path, tmp_path: Path) -> None:
@@ -82,8 +82,8 @@ from pathlib import Path
 import numpy as np
 import edgeprompt
 from edgeprompt import EngineOptions, PromptFileError, save_prompt
-from tests.prompts import make_prompt
-from tests.runtimes import QUIET
+from tests.support.prompts import make_prompt
+from tests.support.runtimes import QUIET
 
 package, folder = map(Path, sys.argv[1:])
 options = EngineOptions(provider="cpu", threads=1, spinning=False, cache_folder=folder / "cache")

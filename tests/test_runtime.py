@@ -11,7 +11,7 @@ import pytest
 import edgeprompt
 from edgeprompt import EdgePromptError, InputError, PromptNotFoundError, Request, Runtime
 from edgeprompt.request import GenerationOptions
-from tests.runtimes import QUIET, WORDS
+from tests.support.runtimes import QUIET, WORDS
 
 
 def test_one_text_or_a_list(runtime: Runtime) -> None:

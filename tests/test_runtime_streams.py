@@ -9,7 +9,7 @@ import time
 import pytest
 
 from edgeprompt import InputError, Request, RequestTimeoutError, Runtime
-from tests.runtimes import WORDS
+from tests.support.runtimes import WORDS
 
 
 def test_stream_is_generate_in_pieces(runtime: Runtime) -> None:

@@ -17,11 +17,11 @@ from edgeprompt.bench.energy import EnergyMeter
 from edgeprompt.bench.options import BenchOptions
 from edgeprompt.bench.report import Result
 from edgeprompt.bench.workload import another_like, instruction_of, text_of
-from edgeprompt.engine_options import EngineOptions
 from edgeprompt.errors import InputError
-from edgeprompt.hard_prompt import hard_prompt
-from edgeprompt.package import Package
-from edgeprompt.prompt_file import PromptFile
+from edgeprompt.options import EngineOptions
+from edgeprompt.package.folder import Package
+from edgeprompt.prompts.file import PromptFile
+from edgeprompt.prompts.hard_prompt import hard_prompt
 from edgeprompt.request import Generation, GenerationOptions, Request
 from edgeprompt.runtime import Runtime
 

@@ -16,8 +16,8 @@ from edgeprompt.bench.options import BenchOptions
 from edgeprompt.bench.report import Result
 from edgeprompt.bench.workload import another_like
 from edgeprompt.errors import EdgePromptError, InputError
-from edgeprompt.package import Package
-from edgeprompt.prompt_file import PromptFile, save_prompt
+from edgeprompt.package.folder import Package
+from edgeprompt.prompts.file import PromptFile, save_prompt
 
 TEXT = "It works."
 

@@ -16,8 +16,8 @@ from edgeprompt.bench.options import BenchOptions
 from edgeprompt.bench.report import Report, Result
 from edgeprompt.bench.workload import prompt_files
 from edgeprompt.errors import InputError
-from edgeprompt.package import open_package
-from edgeprompt.session import choose_provider
+from edgeprompt.ort.session import choose_provider
+from edgeprompt.package.folder import open_package
 
 Progress = Callable[[str, float], None]
 

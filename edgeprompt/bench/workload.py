@@ -12,10 +12,10 @@ import numpy as np
 
 from edgeprompt import names
 from edgeprompt.bench.options import SYNTHETIC_TOKENS
-from edgeprompt.package import Package
-from edgeprompt.prompt_file import Head, HeadStep, PromptFile, load_prompt, save_prompt
-from edgeprompt.template import Template
-from edgeprompt.tokenizer import Tokenizer
+from edgeprompt.package.folder import Package
+from edgeprompt.package.tokenizer import Tokenizer
+from edgeprompt.prompts.file import Head, HeadStep, PromptFile, load_prompt, save_prompt
+from edgeprompt.prompts.template import Template
 
 PASSAGE = (
     "The film opens on a quiet street and takes its time before anything happens, which some will find slow and others "

@@ -88,7 +88,7 @@ def command(
 ) -> None:
     """Measure PACKAGE on this device: cold start, time to first token, tokens/s, classification, memory, energy."""
     from edgeprompt.bench import BenchOptions, compare, load_report, run_bench
-    from edgeprompt.files import write_atomic
+    from edgeprompt.package.files import write_atomic
 
     write = _writer(kind)
     before = load_report(old) if old else None  # before minutes of work

@@ -13,7 +13,7 @@ import click
 from edgeprompt.cli import console, serving
 
 if TYPE_CHECKING:
-    from edgeprompt.metrics import Score
+    from edgeprompt.evaluation.metrics import Score
 
 METRICS = ("accuracy", "f1", "exact-match", "rouge", "bleu", "mae")
 
@@ -82,9 +82,9 @@ def command(
     """
     if (shots is None) != (shots_from is None):
         raise click.UsageError("--shots and --shots-from go together")
-    from edgeprompt.data import read_rows
-    from edgeprompt.evaluation import Columns, check_task, draw_shots, evaluate
-    from edgeprompt.hard_prompt import few_shot_text, hard_prompt
+    from edgeprompt.evaluation.data import read_rows
+    from edgeprompt.evaluation.evaluate import Columns, check_task, draw_shots, evaluate
+    from edgeprompt.prompts.hard_prompt import few_shot_text, hard_prompt
     from edgeprompt.request import GenerationOptions
 
     columns = Columns(text_column, label_column, target_column)

@@ -51,7 +51,7 @@ def describe(path: Path) -> dict[str, Any]:
 
 
 def _package(path: Path) -> dict[str, Any]:
-    from edgeprompt.package import open_package
+    from edgeprompt.package.folder import open_package
 
     package = open_package(path)
     manifest = package.manifest
@@ -82,7 +82,7 @@ def _package(path: Path) -> dict[str, Any]:
 
 
 def _prompt(path: Path) -> dict[str, Any]:
-    from edgeprompt.prompt_file import load_prompt
+    from edgeprompt.prompts.file import load_prompt
 
     prompt = load_prompt(path)
     tuned = prompt.tuned_for
@@ -108,7 +108,7 @@ def _prompt(path: Path) -> dict[str, Any]:
 
 def _adapter(path: Path) -> dict[str, Any]:
     from edgeprompt.errors import InputError
-    from edgeprompt.session import import_onnxruntime
+    from edgeprompt.ort.session import import_onnxruntime
 
     onnxruntime = import_onnxruntime()
     try:

@@ -13,10 +13,10 @@ from typing import IO, TYPE_CHECKING, Any
 import click
 
 from edgeprompt.cli import console, serving
-from edgeprompt.rows import ROWS_AT_ONCE, answers, batches, fields_of
+from edgeprompt.evaluation.rows import ROWS_AT_ONCE, answers, batches, fields_of
 
 if TYPE_CHECKING:
-    from edgeprompt.prompt_file import PromptFile
+    from edgeprompt.prompts.file import PromptFile
     from edgeprompt.request import GenerationOptions, Request, Result
     from edgeprompt.runtime import Runtime
 
@@ -145,8 +145,8 @@ def _asker(
     truncate: bool,
 ) -> Asker:
     """A function from a numbered row to its requests, each with the text to show for it."""
-    from edgeprompt.data import text_of
     from edgeprompt.errors import DataError
+    from edgeprompt.evaluation.data import text_of
     from edgeprompt.request import Request
 
     def ask(number: int, row: Mapping[str, Any]) -> Iterator[tuple[str, Request]]:
@@ -189,7 +189,7 @@ def _writer(out: Path | None, *, as_json: bool, named: bool, single: bool) -> It
     if out is None:
         yield _lines(sys.stdout, as_json=as_json, named=named, single=single)
         return
-    from edgeprompt.files import atomic_file
+    from edgeprompt.package.files import atomic_file
 
     with atomic_file(out) as temporary, temporary.open("w", encoding="utf-8", newline="") as file:
         if kind in (".csv", ".tsv") and not as_json:

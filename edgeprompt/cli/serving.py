@@ -15,8 +15,8 @@ from edgeprompt.cli import console
 from edgeprompt.errors import InputError
 
 if TYPE_CHECKING:
-    from edgeprompt.manifest import Manifest
-    from edgeprompt.prompt_file import PromptFile
+    from edgeprompt.package.manifest import Manifest
+    from edgeprompt.prompts.file import PromptFile
     from edgeprompt.runtime import Runtime
 
 F = TypeVar("F", bound=Callable[..., Any])
@@ -73,7 +73,7 @@ def find_prompt(package: Path, wanted: str) -> Path:
     Raises:
         InputError: neither; names those in the package.
     """
-    from edgeprompt.package import open_package
+    from edgeprompt.package.folder import open_package
 
     if Path(wanted).is_file():
         return Path(wanted)
@@ -119,7 +119,7 @@ def _note_precision(prompt: PromptFile, manifest: Manifest) -> None:
 
 def read_texts(source: Path) -> Iterator[Mapping[str, Any]]:
     """Rows of a data file; of a .txt file the lines, as `text`."""
-    from edgeprompt.data import read_rows
+    from edgeprompt.evaluation.data import read_rows
 
     if source.suffix.lower() == ".txt":
         with source.open(encoding="utf-8-sig") as file:

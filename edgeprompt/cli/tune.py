@@ -10,7 +10,7 @@ import click
 
 from edgeprompt import names
 from edgeprompt.cli import console
-from edgeprompt.prompt_checks import PROBLEM_TYPES
+from edgeprompt.prompts.checks import PROBLEM_TYPES
 from edgeprompt.tuning.options import ENCODERS, INITS, METHODS, PRECISIONS, TuneOptions
 
 if TYPE_CHECKING:

@@ -24,8 +24,8 @@ from edgeprompt.cli import console
 def command(package: Path, base: str, prompts: tuple[Path, ...], as_json: bool) -> None:
     """Check PACKAGE's files, compare it with its base in PyTorch, and ask its prompts their golden examples."""
     console.quiet_libraries()
-    from edgeprompt.golden import check_all
     from edgeprompt.loading import load
+    from edgeprompt.prompts.golden import check_all
     from exporters import validate_package
 
     with console.stages("validate") as tell:

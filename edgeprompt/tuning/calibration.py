@@ -7,9 +7,9 @@ from typing import Any
 
 import torch
 
+from edgeprompt.prompts.verbalizer import CONTENT_FREE, contextual_calibration
 from edgeprompt.tuning.examples import Examples
 from edgeprompt.tuning.objectives import WordClassify
-from edgeprompt.verbalizer import CONTENT_FREE, contextual_calibration
 
 
 def choose_calibration(

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 
 from edgeprompt.errors import TemplateError
-from edgeprompt.manifest import Geometry
+from edgeprompt.package.manifest import Geometry
 from edgeprompt.tuning.prompted import Prompted, pad_right
 from edgeprompt.tuning.soft_prompt import SoftPrompt
 
@@ -18,7 +18,7 @@ class EncoderPrompt(Prompted):
     """An encoder, bare or inside a masked language model, with a soft prompt or none."""
 
     def __init__(self, loaded: Any, geometry: Geometry, soft: SoftPrompt | None, *, mask_token: int = -1) -> None:
-        """`loaded`: an `exporters.load.LoadedBase`; `mask_token`: id of the token that cloze words stand for."""
+        """`loaded`: an `edgeprompt.base.load.LoadedBase`; `mask_token`: id of the token that cloze words stand for."""
         super().__init__(loaded.model, soft, vocab_size=geometry.vocab_size)
         self._geometry, self._family, self._mask_token = geometry, loaded.family, mask_token
         config = loaded.config
@@ -50,7 +50,7 @@ class EncoderPrompt(Prompted):
             states [batch_size, sequence_length, hidden_size], virtual tokens included, and a bool mask
             [batch_size, sequence_length] of positions that are neither virtual nor padding.
         """
-        from exporters.encoder_attention import Call, deep_prompts
+        from edgeprompt.base.encoder_attention import Call, deep_prompts
 
         shared = self.shared() if shared is None else shared
         device, base = self.base.device, self.base.base_model

@@ -6,10 +6,10 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 
 from edgeprompt import names
-from edgeprompt.data import Row, text_of
-from edgeprompt.encoder_text import EncodedText, encode_text, pair_slots
-from edgeprompt.template import Template
-from edgeprompt.tokenizer import Tokenizer
+from edgeprompt.evaluation.data import Row, text_of
+from edgeprompt.package.tokenizer import Tokenizer
+from edgeprompt.prompts.encoder_text import EncodedText, encode_text, pair_slots
+from edgeprompt.prompts.template import Template
 from edgeprompt.tuning.options import TuneOptions
 
 

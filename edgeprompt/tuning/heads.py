@@ -10,11 +10,11 @@ import numpy as np
 import torch
 from torch import nn
 
-from edgeprompt.data import Row, given_answer, labels_of, tagged_words, text_of
-from edgeprompt.encoder_text import EncodedText, first_tokens, words_of
-from edgeprompt.engines.encoder_tasks import answer
 from edgeprompt.errors import DataError
-from edgeprompt.prompt_file import Array, Golden, Head, HeadStep
+from edgeprompt.evaluation.data import Row, given_answer, labels_of, tagged_words, text_of
+from edgeprompt.heads.answers import answer
+from edgeprompt.prompts.encoder_text import EncodedText, first_tokens, words_of
+from edgeprompt.prompts.file import Array, Golden, Head, HeadStep
 from edgeprompt.tuning.encoder import EncoderPrompt
 from edgeprompt.tuning.encoding import RowEncoder
 from edgeprompt.tuning.examples import Example

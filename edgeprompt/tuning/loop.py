@@ -14,9 +14,9 @@ from typing import Any
 import torch
 from torch import nn
 
-from edgeprompt import strict_json
 from edgeprompt.errors import TuningError
-from edgeprompt.files import atomic_file
+from edgeprompt.package import strict_json
+from edgeprompt.package.files import atomic_file
 from edgeprompt.tuning.examples import BatchPlan, Examples
 from edgeprompt.tuning.objectives import Objective
 from edgeprompt.tuning.options import HEAD_RATE, TuneOptions

@@ -14,9 +14,9 @@ from typing import Any
 import torch
 from torch import nn
 
-from edgeprompt.data import DataSource, Row, read_rows, source_name, text_of
 from edgeprompt.errors import DataError, InputError
-from edgeprompt.prompt_file import Array, Golden, Head, save_prompt
+from edgeprompt.evaluation.data import DataSource, Row, read_rows, source_name, text_of
+from edgeprompt.prompts.file import Array, Golden, Head, save_prompt
 from edgeprompt.tuning.examples import Example
 from edgeprompt.tuning.objectives import Objective, Outcome
 from edgeprompt.tuning.options import TuneOptions

@@ -9,14 +9,14 @@ from typing import Any, Protocol
 import torch
 from torch import nn
 
-from edgeprompt.data import Row, text_of
 from edgeprompt.errors import DataError
-from edgeprompt.prompt_file import Array, Golden, Head
+from edgeprompt.evaluation.data import Row, text_of
+from edgeprompt.prompts.file import Array, Golden, Head
+from edgeprompt.prompts.verbalizer import Verbalizer
 from edgeprompt.tuning.encoding import RowEncoder
 from edgeprompt.tuning.examples import Example
 from edgeprompt.tuning.prompted import Prompted, PromptedLM
 from edgeprompt.tuning.verbalizer import LabelWords
-from edgeprompt.verbalizer import Verbalizer
 
 GOLDEN_TOKENS = 8
 

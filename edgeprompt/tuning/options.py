@@ -8,10 +8,10 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from edgeprompt import names
-from edgeprompt.data import DataSource
 from edgeprompt.errors import InputError
-from edgeprompt.prompt_checks import PROBLEM_TYPES
-from edgeprompt.template import Template
+from edgeprompt.evaluation.data import DataSource
+from edgeprompt.prompts.checks import PROBLEM_TYPES
+from edgeprompt.prompts.template import Template
 
 INITS = ("text", "vocab", "labels", "random")
 ENCODERS = ("mlp", "lstm")

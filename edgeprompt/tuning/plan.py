@@ -6,7 +6,8 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 
 from edgeprompt import names
-from edgeprompt.data import (
+from edgeprompt.errors import DataError, InputError, UnsupportedError
+from edgeprompt.evaluation.data import (
     DataSource,
     Row,
     column_names,
@@ -17,8 +18,7 @@ from edgeprompt.data import (
     tagged_words,
     text_of,
 )
-from edgeprompt.errors import DataError, InputError, UnsupportedError
-from edgeprompt.template import Mask, Template, VirtualTokens
+from edgeprompt.prompts.template import Mask, Template, VirtualTokens
 from edgeprompt.tuning.options import TuneOptions
 from edgeprompt.tuning.soft_prompt import PREFIX_METHODS
 

@@ -10,9 +10,9 @@ import torch
 
 from edgeprompt import names
 from edgeprompt.errors import InputError, SourceError, UnsupportedError
-from edgeprompt.manifest import Geometry, Tokens
-from edgeprompt.package import Package, open_package
-from edgeprompt.tokenizer import Tokenizer
+from edgeprompt.package.folder import Package, open_package
+from edgeprompt.package.manifest import Geometry, Tokens
+from edgeprompt.package.tokenizer import Tokenizer
 from edgeprompt.tuning.causal import CausalPrompt
 from edgeprompt.tuning.encoder import EncoderPrompt
 from edgeprompt.tuning.encoding import RowEncoder
@@ -36,7 +36,7 @@ class Run:
     """Everything a run works on."""
 
     loaded: Any
-    """The base (`exporters.load.LoadedBase`); with a package, it holds the package's weights."""
+    """The base (`edgeprompt.base.load.LoadedBase`); with a package, it holds the package's weights."""
     fingerprint: str
     tokenizer: Tokenizer
     plan: TaskPlan
@@ -58,14 +58,14 @@ def prepare(base: Any, facts: DataFacts, options: TuneOptions, *, num_tasks: int
         PackageError: the package to tune for is missing or broken.
         BaseMismatchError: the package is of another base.
     """
-    from exporters.geometry import geometry_of, tokens_of
-    from exporters.load import LoadedBase, load_base
+    from edgeprompt.base.geometry import geometry_of, tokens_of
+    from edgeprompt.base.load import LoadedBase, load_base
 
     package = open_package(options.package) if options.package is not None else None
     loaded = base if isinstance(base, LoadedBase) else load_base(base)
     fingerprint = loaded.fingerprint
     if package is not None:
-        from exporters.dequantize import load_package_weights
+        from edgeprompt.base.dequantize import load_package_weights
 
         load_package_weights(loaded.model, package.path)
     architecture = loaded.family.architecture

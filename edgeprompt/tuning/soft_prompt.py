@@ -13,7 +13,7 @@ from torch import nn
 
 from edgeprompt import names
 from edgeprompt.errors import UnsupportedError
-from edgeprompt.manifest import Geometry
+from edgeprompt.package.manifest import Geometry
 from edgeprompt.tuning.options import TuneOptions
 
 PREFIX_METHODS = ("prefix-tuning", "p-tuning-v2")

@@ -13,10 +13,10 @@ from typing import Any
 import torch
 
 from edgeprompt import names
-from edgeprompt.data import DataSource, data_hash, read_rows, source_name
 from edgeprompt.errors import BaseMismatchError, InputError, TuningError, UnsupportedError
-from edgeprompt.manifest import Base
-from edgeprompt.prompt_file import PromptFile, TunedFor, load_prompt, save_prompt
+from edgeprompt.evaluation.data import DataSource, data_hash, read_rows, source_name
+from edgeprompt.package.manifest import Base
+from edgeprompt.prompts.file import PromptFile, TunedFor, load_prompt, save_prompt
 from edgeprompt.tuning.calibration import choose_calibration
 from edgeprompt.tuning.examples import BatchPlan, Example, Examples, few_shot, sample, sorted_batches, split
 from edgeprompt.tuning.loop import Loop, Progress
@@ -71,8 +71,8 @@ def tune(
     """Train a soft prompt and write it as a prompt file.
 
     Args:
-        base: Hugging Face id, local folder or `.gguf` file, or an `exporters.load.LoadedBase` (tuning for a package
-            puts the package's weights into it).
+        base: Hugging Face id, local folder or `.gguf` file, or an `edgeprompt.base.load.LoadedBase` (tuning for a
+            package puts the package's weights into it).
         data: `.csv`, `.tsv`, `.jsonl` or `.parquet` file, dataset id (`name:split`), or rows in memory.
         output: the prompt file to write; a checkpoint is kept beside it while the run is on.
         options: method, task, sizes and so on.
@@ -270,7 +270,7 @@ def _closeness(run: Run, data: RunData) -> dict[str, float]:
     """How closely a decoder in training followed the package's graph, on a few texts with the tuned prompt."""
     if run.encoder.architecture != names.DECODER_ONLY:
         return {}
-    from exporters.dequantize import check_closeness
+    from edgeprompt.base.dequantize import check_closeness
 
     assert run.package is not None
     soft = run.objective.model.soft

@@ -1,10 +1,10 @@
-"""Scores of label words in PyTorch: the formula of `edgeprompt.verbalizer`, with gradients."""
+"""Scores of label words in PyTorch: the formula of `edgeprompt.prompts.verbalizer`, with gradients."""
 
 from __future__ import annotations
 
 import torch
 
-from edgeprompt.verbalizer import Verbalizer
+from edgeprompt.prompts.verbalizer import Verbalizer
 
 
 class LabelWords:

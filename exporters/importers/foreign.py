@@ -12,9 +12,9 @@ import numpy.typing as npt
 
 from edgeprompt import names
 from edgeprompt.errors import BaseMismatchError, SourceError
-from edgeprompt.manifest import Base, Geometry
-from edgeprompt.prompt_file import Head
-from edgeprompt.template import Template
+from edgeprompt.package.manifest import Base, Geometry
+from edgeprompt.prompts.file import Head
+from edgeprompt.prompts.template import Template
 from exporters.importers.reading import Contents
 
 Array = npt.NDArray[Any]

@@ -9,7 +9,7 @@ import numpy.typing as npt
 
 from edgeprompt import names
 from edgeprompt.errors import SourceError, UnsupportedError
-from edgeprompt.prompt_file import Head, HeadStep
+from edgeprompt.prompts.file import Head, HeadStep
 from exporters.heads import sequence_head
 from exporters.importers.foreign import BaseFacts
 

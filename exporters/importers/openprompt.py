@@ -12,7 +12,7 @@ import numpy as np
 
 from edgeprompt import names
 from edgeprompt.errors import SourceError, UnsupportedError
-from edgeprompt.prompt_file import Head, HeadStep
+from edgeprompt.prompts.file import Head, HeadStep
 from exporters.importers.foreign import (
     Array,
     BaseFacts,

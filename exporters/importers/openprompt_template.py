@@ -8,7 +8,7 @@ from typing import Any
 
 from edgeprompt import names
 from edgeprompt.errors import InputError, TemplateError
-from edgeprompt.template import Literal, Mask, Part, Slot, Template, VirtualTokens
+from edgeprompt.prompts.template import Literal, Mask, Part, Slot, Template, VirtualTokens
 from exporters.importers.foreign import BaseFacts
 
 

@@ -9,7 +9,7 @@ from pathlib import Path
 import numpy as np
 
 from edgeprompt.errors import SourceError, UnsupportedError
-from edgeprompt.prompt_file import Head, HeadStep
+from edgeprompt.prompts.file import Head, HeadStep
 from exporters.importers.foreign import (
     Array,
     BaseFacts,

@@ -11,7 +11,7 @@ import numpy as np
 
 from edgeprompt import names
 from edgeprompt.errors import SourceError, UnsupportedError
-from edgeprompt.template import Literal, Slot, Template, VirtualTokens
+from edgeprompt.prompts.template import Literal, Slot, Template, VirtualTokens
 from exporters.importers.foreign import (
     Array,
     BaseFacts,

@@ -12,9 +12,9 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+from edgeprompt.base.load import LoadedBase
 from edgeprompt.errors import ExportError, MissingDependencyError
 from exporters.contract import ExportOptions
-from exporters.load import LoadedBase
 
 GENAI_CONFIG = "genai_config.json"
 

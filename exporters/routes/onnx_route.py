@@ -14,20 +14,20 @@ import numpy.typing as npt
 import onnx_ir as ir
 
 from edgeprompt import names
+from edgeprompt.base.fingerprint import fingerprint_of, sampled_rows
+from edgeprompt.base.geometry import geometry_of, text_config, tokens_of
+from edgeprompt.base.load import LoadedBase, load_base
 from edgeprompt.errors import BaseMismatchError, EdgePromptError, ExportError, SourceError
-from edgeprompt.manifest import Base, Geometry, Manifest
-from edgeprompt.prompt_file import PromptFile
+from edgeprompt.package.manifest import Base, Geometry, Manifest
+from edgeprompt.prompts.file import PromptFile
 from exporters.contract import ExportOptions
 from exporters.decoder_only import save_graph
-from exporters.fingerprint import fingerprint_of, sampled_rows
-from exporters.geometry import geometry_of, text_config, tokens_of
-from exporters.graft import expose_hidden_states, find_embedding, graft_virtual_tokens
-from exporters.load import LoadedBase, load_base
+from exporters.graft.virtual_tokens import expose_hidden_states, find_embedding, graft_virtual_tokens
 from exporters.package import hash_graphs, hash_tokenizer, tool_versions, write_tokenizer
-from exporters.routes.onnx_against import compare_with_base
-from exporters.routes.onnx_check import check_encoder_decoder, check_single
 from exporters.routes.onnx_seq2seq import MERGE_INPUT, make_seq2seq, split_merged
 from exporters.routes.onnx_source import GENAI_CONFIG, OnnxSource, find_source, graph_precision, has_half
+from exporters.validate.onnx_base import compare_with_base
+from exporters.validate.onnx_graphs import check_encoder_decoder, check_single
 
 _SCALED = ("gemma", "bart", "bigbird_pegasus", "blenderbot", "m2m_100", "mbart", "nllb", "pegasus_x", "plbart", "xglm")
 """Families whose embedding module scales what it looks up; prompt rows join behind that."""

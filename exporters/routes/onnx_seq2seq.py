@@ -10,7 +10,7 @@ from onnx_ir.passes.common import RemoveUnusedNodesPass
 
 from edgeprompt import names
 from edgeprompt.errors import ExportError
-from edgeprompt.manifest import Geometry
+from edgeprompt.package.manifest import Geometry
 
 MERGE_INPUT = "use_cache_branch"
 """Input by which a merged decoder chooses its branch."""

@@ -9,12 +9,12 @@ import onnx_ir as ir
 import torch
 
 from edgeprompt import names
+from edgeprompt.base.fused_attention import Step, fused, running
+from edgeprompt.base.geometry import geometry_of
+from edgeprompt.base.load import LoadedBase
 from edgeprompt.errors import ExportError
 from exporters.contract import ExportOptions
-from exporters.fuse import fuse_graph
-from exporters.fused_attention import Step, fused, running
-from exporters.geometry import geometry_of
-from exporters.load import LoadedBase
+from exporters.graft.fuse import fuse_graph
 from exporters.quiet import quiet_export
 
 _OPSET = 21

@@ -25,7 +25,7 @@ from edgeprompt.bench.report import DEFINITIONS, to_csv, to_json, to_jsonl, to_m
 from edgeprompt.bench.workload import synthetic_prompt, text_of
 from edgeprompt.cli import main
 from edgeprompt.errors import InputError
-from edgeprompt.package import open_package
+from edgeprompt.package.folder import open_package
 
 OPTIONS = BenchOptions(
     input_tokens=(8, 24), new_tokens=6, batch=(1, 3), tasks=(1, 5), threads=(1,), providers=("cpu",), repetitions=4

@@ -14,8 +14,8 @@ import pytest
 from click.testing import CliRunner, Result
 
 from edgeprompt import PromptFile, save_prompt
-from edgeprompt.package import open_package
-from edgeprompt.template import Template
+from edgeprompt.package.folder import open_package
+from edgeprompt.prompts.template import Template
 
 
 @pytest.fixture(scope="session")

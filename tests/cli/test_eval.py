@@ -7,12 +7,12 @@ import pytest
 
 import edgeprompt
 from edgeprompt import load_prompt, save_prompt
-from edgeprompt.hard_prompt import few_shot_text, hard_prompt
-from edgeprompt.metrics import score
-from edgeprompt.package import open_package
-from edgeprompt.prompt_file import Head, HeadStep
-from edgeprompt.template import Template
-from tests.prompts import make_prompt
+from edgeprompt.evaluation.metrics import score
+from edgeprompt.package.folder import open_package
+from edgeprompt.prompts.file import Head, HeadStep
+from edgeprompt.prompts.hard_prompt import few_shot_text, hard_prompt
+from edgeprompt.prompts.template import Template
+from tests.support.prompts import make_prompt
 
 ROWS = [("A fine film.", "positive"), ("Dull and loud.", "negative"), ("So, so good", "positive"), ("No.", "negative")]
 

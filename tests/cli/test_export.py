@@ -9,8 +9,8 @@ import time
 import pytest
 
 from edgeprompt import save_prompt
-from edgeprompt.manifest import Base
-from edgeprompt.package import open_package
+from edgeprompt.package.folder import open_package
+from edgeprompt.package.manifest import Base
 
 
 @pytest.fixture(scope="module")

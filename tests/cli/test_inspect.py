@@ -5,7 +5,7 @@ import json
 import numpy as np
 import onnxruntime
 
-from edgeprompt.package import open_package
+from edgeprompt.package.folder import open_package
 
 
 def test_package(cli, tiny_llama_package):

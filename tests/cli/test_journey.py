@@ -33,7 +33,7 @@ def test_getting_started(cli, tiny_llama_base, tmp_path, monkeypatch):
     ]
 
     from edgeprompt import load_prompt
-    from edgeprompt.package import open_package
+    from edgeprompt.package.folder import open_package
 
     tuned = load_prompt("sentiment.safetensors").tuned_for
     assert tuned.weights_hash == open_package("model").manifest.weights_hash

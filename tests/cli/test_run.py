@@ -150,7 +150,7 @@ def test_a_prompt_inside_the_package_is_called_by_name(cli, refused, tiny_llama_
 
 
 def test_refusals(refused, make_prompt, tiny_llama_package, prompt_folder, tmp_path):
-    from edgeprompt.manifest import Base
+    from edgeprompt.package.manifest import Base
 
     assert "no package folder" in refused("run", tmp_path / "none", "text")
     assert "is no package" in refused("run", tmp_path, "text")
@@ -183,7 +183,7 @@ def test_usage(cli, tiny_llama_package, tmp_path):
 
 
 def test_a_prompt_of_another_base_is_served_when_asked_for(cli, answers, make_prompt, tiny_llama_package, tmp_path):
-    from edgeprompt.manifest import Base
+    from edgeprompt.package.manifest import Base
 
     other = tmp_path / "other.safetensors"
     save_prompt(make_prompt("sentiment", base=Base("another-model", "sha256:00")), other)
@@ -192,7 +192,7 @@ def test_a_prompt_of_another_base_is_served_when_asked_for(cli, answers, make_pr
 
 
 def test_other_weights_than_tuned_for_are_noted(cli, make_prompt, tiny_llama_package, tmp_path):
-    from edgeprompt.prompt_file import TunedFor
+    from edgeprompt.prompts.file import TunedFor
 
     file = tmp_path / "p.safetensors"
     for tuned, words in (

@@ -9,7 +9,7 @@ import signal
 import pytest
 
 from edgeprompt import load, load_prompt
-from edgeprompt.data import read_rows
+from edgeprompt.evaluation.data import read_rows
 
 WORDS = ["--verbalizer", "animal= a", "--verbalizer", "number= n"]
 

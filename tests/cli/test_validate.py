@@ -5,8 +5,8 @@ import json
 
 import edgeprompt
 from edgeprompt import save_prompt
-from edgeprompt.prompt_file import Golden
-from tests.prompts import make_prompt
+from edgeprompt.prompts.file import Golden
+from tests.support.prompts import make_prompt
 
 
 def test_golden_examples_are_asked(cli, refused, tiny_llama_package, tiny_llama_base, tmp_path):

@@ -9,7 +9,7 @@ import pytest
 import edgeprompt
 from edgeprompt import EngineOptions, Request
 from edgeprompt.request import GenerationOptions
-from tests.prompts import make_prompt
+from tests.support.prompts import make_prompt
 
 pytestmark = [
     pytest.mark.cuda,

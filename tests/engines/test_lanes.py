@@ -11,9 +11,9 @@ import pytest
 
 from edgeprompt import EngineOptions, GenerationOptions, Request, Runtime, load
 from edgeprompt.bench.workload import synthetic_prompt
-from edgeprompt.engines import side_by_side
+from edgeprompt.engines.base import side_by_side
 from edgeprompt.errors import InputError, RequestCancelledError
-from edgeprompt.package import open_package
+from edgeprompt.package.folder import open_package
 
 TEXTS = [f"the film number {number} is {word}" for number in range(6) for word in ("great", "terrible", "a story")]
 

@@ -8,8 +8,8 @@ import pytest
 
 import edgeprompt
 from edgeprompt import PromptFile, save_prompt
-from edgeprompt.package import open_package
-from edgeprompt.template import Template
+from edgeprompt.package.folder import open_package
+from edgeprompt.prompts.template import Template
 
 EXAMPLES = Path(__file__).resolve().parents[2] / "examples"
 

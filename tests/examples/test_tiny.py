@@ -7,8 +7,8 @@ from pathlib import Path
 import pytest
 
 from edgeprompt import names
-from exporters.geometry import tokens_of
-from exporters.load import load_base
+from edgeprompt.base.geometry import tokens_of
+from edgeprompt.base.load import load_base
 
 EXAMPLES = Path(__file__).resolve().parents[2] / "examples"
 

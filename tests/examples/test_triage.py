@@ -13,7 +13,7 @@ import pytest
 
 import edgeprompt
 from edgeprompt import EngineOptions, save_prompt
-from tests.prompts import make_prompt
+from tests.support.prompts import make_prompt
 
 FOLDER = Path(__file__).resolve().parents[2] / "examples" / "triage"
 QUIET = EngineOptions(provider="cpu", threads=1, spinning=False, max_queue=8)

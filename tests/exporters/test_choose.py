@@ -10,9 +10,9 @@ from edgeprompt import load, save_prompt
 from edgeprompt.bench.workload import synthetic_prompt
 from edgeprompt.cli import main
 from edgeprompt.errors import DataError, InputError
-from edgeprompt.package import open_package
+from edgeprompt.package.folder import open_package
 from exporters import export_best
-from tests.prompts import make_prompt
+from tests.support.prompts import make_prompt
 
 WORDS = {"negative": (" bad",), "positive": (" good",)}
 CANDIDATES = [("fp32", None), ("int8", None), ("int4", 32), ("int4", 128)]

@@ -8,7 +8,7 @@ import onnxruntime
 import pytest
 from onnx import TensorProto, helper, numpy_helper
 
-from exporters.graft import expose_hidden_states
+from exporters.graft.virtual_tokens import expose_hidden_states
 
 WIDTH, VOCAB = 4, 8
 

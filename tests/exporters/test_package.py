@@ -7,7 +7,7 @@ import pytest
 import tokenizers
 from transformers import PreTrainedTokenizerFast
 
-from edgeprompt.files import fingerprint_tokenizer
+from edgeprompt.package.files import fingerprint_tokenizer
 from exporters.package import write_tokenizer
 
 VOCAB = {"a": 0, "b": 1, "c": 2, "ab": 3, "abc": 4, " ": 5, " a": 6}

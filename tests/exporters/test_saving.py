@@ -3,7 +3,7 @@
 import onnx
 import pytest
 
-from edgeprompt.package import open_package
+from edgeprompt.package.folder import open_package
 from exporters import export_model
 
 

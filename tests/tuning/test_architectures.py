@@ -14,14 +14,14 @@ import pytest
 import torch
 
 import edgeprompt
+from edgeprompt.base.geometry import geometry_of
+from edgeprompt.base.load import load_base
 from edgeprompt.errors import DataError, InputError, TemplateError, UnsupportedError
 from edgeprompt.tuning import TuneOptions, tune
 from edgeprompt.tuning.encoder import EncoderPrompt
 from edgeprompt.tuning.seq2seq import Seq2SeqPrompt
 from edgeprompt.tuning.soft_prompt import SoftPrompt
 from exporters import export_model
-from exporters.geometry import geometry_of
-from exporters.load import load_base
 
 WORDS = {"animal": ["cat", "dog", "cow", "horse", "sheep"], "number": ["one", "two", "three", "four", "five"]}
 COUNT = 4

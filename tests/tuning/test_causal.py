@@ -9,13 +9,13 @@ import numpy as np
 import pytest
 import torch
 
+from edgeprompt.base.geometry import geometry_of
+from edgeprompt.base.load import load_base
+from edgeprompt.prompts.verbalizer import Verbalizer
 from edgeprompt.tuning.causal import CausalPrompt
 from edgeprompt.tuning.options import TuneOptions
 from edgeprompt.tuning.soft_prompt import SoftPrompt
 from edgeprompt.tuning.verbalizer import LabelWords
-from edgeprompt.verbalizer import Verbalizer
-from exporters.geometry import geometry_of
-from exporters.load import load_base
 
 VOCABULARY = 512
 COUNT = 5

@@ -21,7 +21,7 @@ from edgeprompt.errors import (
     TemplateError,
     TuningError,
 )
-from edgeprompt.prompt_file import load_prompt
+from edgeprompt.prompts.file import load_prompt
 from edgeprompt.tuning import TuneOptions, tune
 from edgeprompt.tuning.options import checkpoint_path
 from edgeprompt.tuning.record import Recorder
@@ -103,7 +103,7 @@ def test_the_file_holds_what_peft_computes(tiny_llama_base: Path, tmp_path: Path
 
 
 def test_what_the_file_says(tiny_llama_base: Path, tmp_path: Path) -> None:
-    from exporters.load import load_base
+    from edgeprompt.base.load import load_base
 
     prompt = tune(tiny_llama_base, toy_rows(), output=tmp_path / "toy.safetensors", options=options(steps=8)).prompt
     assert prompt.name == "toy"
@@ -245,7 +245,7 @@ def test_bad_input_is_one_line_and_leaves_nothing(
 
 
 def test_a_loss_that_is_no_number_ends_the_run(tiny_llama_base: Path, tmp_path: Path) -> None:
-    from exporters.load import load_base
+    from edgeprompt.base.load import load_base
 
     loaded = load_base(tiny_llama_base)
     loaded.model.model.norm.weight.data.fill_(float("nan"))
@@ -283,7 +283,7 @@ def test_options_out_of_range(changes: dict[str, Any], message: str) -> None:
 
 
 def test_for_a_package_trains_on_its_weights(tiny_llama_base: Path, tiny_gpt2_base: Path, tmp_path: Path) -> None:
-    from edgeprompt.package import open_package
+    from edgeprompt.package.folder import open_package
     from exporters import export_model
 
     package = export_model(tiny_llama_base, tmp_path / "package", precision="int4").path

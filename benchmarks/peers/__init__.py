@@ -1,0 +1,1 @@
+"""edgeprompt beside other runtimes, side by side in one run."""

@@ -1,0 +1,246 @@
+"""From a result file to the tables of README.md and docs/benchmarks.md: `python -m benchmarks.peers.table`."""
+
+from __future__ import annotations
+
+import json
+import math
+import statistics
+import sys
+from itertools import product
+from pathlib import Path
+from typing import Any
+
+from benchmarks.peers import starts as cold
+from benchmarks.peers.cores import APART
+
+ROOT = Path(__file__).resolve().parents[2]
+RESULTS = Path(__file__).resolve().parents[1] / "results"
+BEGIN, END = "<!-- benchmarks: begin -->", "<!-- benchmarks: end -->"
+GUESSING = 0.6
+"""A peer whose labels agree less with those of PyTorch in fp32 does not do the work: of two labels, half are right."""
+OURS = ("edgeprompt", "edgeprompt-int4-128", "edgeprompt-int8")
+"""Packages of ours that are compared with every peer."""
+
+MEASURES = (
+    ("TTFT, prompt resident (ms)", lambda r: statistics.median(r["ttft_cached"]["32"]) * 1e3, False),
+    ("TTFT, prompt run again (ms)", lambda r: _median(r.get("ttft_uncached", {}).get("32")), False),
+    ("decode (tokens/s)", lambda r: statistics.median(r["decode"]), True),
+    ("classification (texts/s)", lambda r: r["classify"], True),
+    ("peak RSS (MB)", lambda r: r["peak_rss"] / 1e6, False),
+)
+"""(title, value of one round, whether more is better)"""
+
+
+def _median(seconds: list[float] | None) -> float:
+    """In milliseconds; not a number where it was not measured."""
+    return statistics.median(seconds) * 1e3 if seconds else math.nan
+
+
+RATIO = "ratio of medians (lowest to highest of any two rounds)"
+HEAD = ["| | " + " | ".join(title for title, _, _ in MEASURES) + " |", "|" + " --- |" * (len(MEASURES) + 1)]
+
+
+def undisturbed(result: dict[str, Any]) -> dict[str, Any]:
+    """A result with the rounds and sweeps of every peer during which cores stayed together, or all where none did."""
+    measured = [one for peer in result["peers"].values() for one in (*peer["rounds"], *peer.get("sweeps", ()))]
+    trips = [trip for one in measured for trip in one.get("core_round_trip_ns", ()) if trip is not None]
+    limit = APART * min(trips, default=0)
+
+    def kept(made: list[dict[str, Any]]) -> list[dict[str, Any]]:
+        return [one for one in made if max(one.get("core_round_trip_ns") or [0]) <= limit] or made
+
+    peers = {
+        name: {
+            **peer,
+            "rounds": kept(peer["rounds"]),
+            "sweeps": [one for alike in _by_prompts(peer.get("sweeps", [])) for one in kept(alike)],
+        }
+        for name, peer in result["peers"].items()
+    }
+    return {**result, "peers": peers}
+
+
+def _by_prompts(sweeps: list[dict[str, Any]]) -> list[list[dict[str, Any]]]:
+    """Sweeps over the same lengths of prompt together; each is one of them (results before that: all in one)."""
+    found: dict[tuple[int, ...], list[dict[str, Any]]] = {}
+    for sweep in sweeps:
+        found.setdefault(tuple(sorted({cell["prompt"] for cell in sweep["sweep"]})), []).append(sweep)
+    return list(found.values())
+
+
+def to_markdown(result: dict[str, Any], starts: dict[str, Any] | None = None) -> str:
+    """Medians of rounds, and where and how it was measured; `starts`, of `benchmarks.peers.starts`, adds a column."""
+    lines, rounds = [*HEAD], max(len(peer["rounds"]) for peer in result["peers"].values())
+    if starts is not None:
+        lines = [HEAD[0] + " cold start (s) |", HEAD[1] + " --- |"]
+    result = undisturbed(result)
+    for peer in result["peers"].values():
+        if peer["rounds"]:
+            cells = [_shown(statistics.median(value(r) for r in peer["rounds"])) for _, value, _ in MEASURES]
+        else:
+            cells = ["absent"] * len(MEASURES)
+        if starts is not None:
+            seconds = starts["seconds"].get(peer["title"], {}).get(cold.STATES[0])
+            cells.append(_shown(statistics.median(seconds)) if seconds else "absent")
+        lines.append(f"| {peer['title']} | " + " | ".join(cells) + " |")
+    return "\n".join([*lines, "", *_notes(result, rounds)]) + "\n"
+
+
+def ratios_to_markdown(result: dict[str, Any]) -> str:
+    """Ratios of medians to each package of ours, with the lowest and highest of any two rounds."""
+    peers, lines = undisturbed(result)["peers"], []
+    for name in OURS:
+        ours = peers.get(name, {}).get("rounds")
+        others = [peer for other, peer in peers.items() if peer["rounds"] and other != name and not _twin(other, name)]
+        if not ours or not others:
+            continue
+        lines += [f"How many times better {peers[name]['title']}, is: {RATIO}.", "", *HEAD]
+        for peer in others:
+            cells = [_ratio(ours, peer["rounds"], value, more) for _, value, more in MEASURES]
+            lines.append(f"| {peer['title']} | " + " | ".join(cells) + " |")
+        lines.append("")
+    return "\n".join(lines)
+
+
+def sweep_to_markdown(result: dict[str, Any]) -> str:
+    """First token and decoding for every length of prompt and text, ours and the best of the peers."""
+    peers = undisturbed(result)["peers"]
+    medians = {name: _cells(peer["sweeps"]) for name, peer in peers.items() if peer.get("sweeps")}
+    ours = [name for name in OURS if name in medians]
+    guess = {name for name, share in _agreement(peers).items() if share < GUESSING}
+    others = [name for name in medians if not name.startswith("edgeprompt") and name not in guess]
+    short = [peers[name]["title"].removeprefix("edgeprompt, ") for name in ours]
+    lines = [
+        f"| prompt, text (tokens) | {' | '.join(f'TTFT, {title} (ms)' for title in short)} | best peer | "
+        f"{' | '.join(f'decode, {title} (tokens/s)' for title in short)} | best peer |",
+        "|" + " --- |" * (2 * len(ours) + 3),
+    ]
+    for cell in medians[ours[0]] if ours else ():
+        first = [medians[name][cell][0] for name in ours]
+        speed = [medians[name][cell][1] for name in ours]
+        quick = min(others, key=lambda name: medians[name][cell][0])
+        fast = max(others, key=lambda name: medians[name][cell][1])
+        best_first, best_speed = medians[quick][cell][0], medians[fast][cell][1]
+        lines.append(
+            f"| {cell[0]}, {cell[1]} | "
+            + " | ".join(f"{1e3 * value:.1f} ({value / best_first:.2f})" for value in first)
+            + f" | {1e3 * best_first:.1f} ({peers[quick]['title']}) | "
+            + " | ".join(f"{value:.0f} ({value / best_speed:.2f})" for value in speed)
+            + f" | {best_speed:.0f} ({peers[fast]['title']}) |"
+        )
+    made = [alike for peer in result["peers"].values() for alike in _by_prompts(peer.get("sweeps", []))]
+    rounds = max(map(len, made), default=0)
+    note = f"Medians of three texts, {rounds} rounds; in brackets the ratio to the best peer."
+    if guess:
+        left_out = ", ".join(peers[name]["title"] for name in medians if name in guess)
+        note += f" Left out, since its labels are not better than a guess: {left_out}."
+    return "\n".join([*lines, "", note]) + "\n"
+
+
+def _cells(sweeps: list[dict[str, Any]]) -> dict[tuple[int, int], tuple[float, float]]:
+    """(prompt, text) -> medians of seconds to the first token and of tokens/s."""
+    found: dict[tuple[int, int], list[dict[str, Any]]] = {}
+    for sweep in sweeps:
+        for cell in sweep["sweep"]:
+            found.setdefault((cell["prompt"], cell["text"]), []).append(cell)
+    return {
+        key: (
+            statistics.median(value for cell in cells for value in cell["ttft"]),
+            statistics.median(value for cell in cells for value in cell["decode"]),
+        )
+        for key, cells in found.items()
+    }
+
+
+def _twin(other: str, name: str) -> bool:
+    """Whether the pair has stood in the first table of ratios already."""
+    return name != "edgeprompt" and other.startswith("edgeprompt")
+
+
+def _notes(result: dict[str, Any], rounds: int) -> list[str]:
+    device, peers = result["device"], result["peers"]
+    notes = [
+        f"{result['model']}, {result['threads']} threads, one sequence at a time, 16-token prompt, 32-token text, 64 "
+        "new tokens, 256 review snippets (each peer at its best batch size, edgeprompt with a lane for each thread); "
+        f"{rounds} rounds in turn, every measurement in a process of its own; those during which the host had moved "
+        "the cores apart were made again, at most twice, and are left out where a peer has others. "
+        f"{device['cpu']} ({', '.join(device['isa'])}), {result['time'][:10]}.",
+        "",
+    ]
+    speed = statistics.median(result["ceiling_bytes_per_second"])
+    if peers["edgeprompt"]["rounds"]:
+        decode = statistics.median(statistics.median(r["decode"]) for r in peers["edgeprompt"]["rounds"])
+        bound = speed / result["weight_bytes"]
+        notes += [
+            f"Memory reads {speed / 1e9:.1f} GB/s in the same run; {result['weight_bytes'] / 1e6:.0f} MB of weights a "
+            f"token bound decoding at {bound:.0f} tokens/s, of which edgeprompt reaches {decode / bound:.0%}.",
+            "",
+        ]
+    shares = [f"{peers[name]['title']} {share:.0%}" for name, share in _agreement(peers).items()]
+    if shares:
+        notes += [f"Labels equal to those of PyTorch in fp32: {', '.join(shares)}.", ""]
+    notes += [f"{peer['title']}: absent ({peer['absent']})" for peer in peers.values() if peer.get("absent")]
+    notes += [f"{peer['title']}: {peer['note']}" for peer in peers.values() if peer.get("note")]
+    return notes
+
+
+def _agreement(peers: dict[str, Any]) -> dict[str, float]:
+    """How often each peer's label is that of PyTorch in fp32 (a fast wrong answer shows)."""
+    reference = peers.get("pytorch", {}).get("rounds")
+    if not reference:
+        return {}
+    truth = reference[0]["labels"]
+    return {
+        name: statistics.fmean(a == b for a, b in zip(peer["rounds"][0]["labels"], truth, strict=True))
+        for name, peer in peers.items()
+        if peer["rounds"] and name != "pytorch"
+    }
+
+
+def _ratio(ours: list[Any], theirs: list[Any], value: Any, more: bool) -> str:
+    def better(a: float, b: float) -> float:
+        return a / b if more else b / a
+
+    if any(math.isnan(value(r)) for r in (*ours, *theirs)):
+        return "not measured"
+    middle = better(statistics.median(value(r) for r in ours), statistics.median(value(r) for r in theirs))
+    pairs = [better(value(a), value(b)) for a, b in product(ours, theirs)]
+    return f"{middle:.2f} ({min(pairs):.2f} to {max(pairs):.2f})"
+
+
+def _shown(value: float) -> str:
+    if math.isnan(value):
+        return "not measured"
+    return f"{value:.3g}" if value < 1000 else f"{value:.0f}"
+
+
+def newest() -> Path:
+    """The newest committed result of a comparison with peers."""
+    found = {path: json.loads(path.read_text(encoding="utf-8")) for path in RESULTS.glob("*.json")}
+    peers = [path for path, result in found.items() if result.get("format") == "edgeprompt-peers"]
+    if not peers:
+        raise SystemExit(f"no comparison with peers in {RESULTS.name}/; run python -m benchmarks")
+    return max(peers, key=lambda path: str(found[path]["time"]))
+
+
+def write_table(document: Path, table: str) -> None:
+    """Put a table between a document's markers."""
+    text = document.read_text(encoding="utf-8")
+    before, _, rest = text.partition(BEGIN)
+    _, found, after = rest.partition(END)
+    if not found:
+        raise SystemExit(f"{document.name} lacks the markers {BEGIN} and {END}")
+    document.write_text(f"{before}{BEGIN}\n\n{table}\n{END}{after}", encoding="utf-8")
+
+
+def main() -> None:
+    """Write the tables of the result that is named, or of the newest."""
+    file = Path(sys.argv[1]) if len(sys.argv) > 1 else newest()
+    result = json.loads(file.read_text(encoding="utf-8"))
+    starts = json.loads(cold.RESULT.read_text(encoding="utf-8")) if cold.RESULT.exists() else None
+    write_table(ROOT / "README.md", to_markdown(result, starts))
+    write_table(ROOT / "docs/benchmarks.md", f"{ratios_to_markdown(result)}\n{sweep_to_markdown(result)}")
+
+
+if __name__ == "__main__":
+    main()

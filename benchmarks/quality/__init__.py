@@ -1,0 +1,1 @@
+"""What quantisation and prompts do to answers."""

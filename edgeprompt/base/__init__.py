@@ -1,0 +1,1 @@
+"""The base model in PyTorch: what tuning and export share."""

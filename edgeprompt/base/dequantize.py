@@ -1,0 +1,170 @@
+"""Puts a package's own quantised weights back into the PyTorch model, so that a prompt is tuned on what is deployed."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import onnx_ir as ir
+import torch
+
+from edgeprompt import names
+from edgeprompt.base.blockwise import unpack_blocks
+from edgeprompt.base.fingerprint import base_fingerprint
+from edgeprompt.errors import BaseMismatchError, PackageError, UnsupportedError
+from edgeprompt.package.folder import open_package
+
+WEIGHTS = "weights"
+"""Key of the weight records in the manifest's `extra`."""
+
+
+@dataclass(frozen=True)
+class LoadedWeights:
+    """What `load_package_weights` changed."""
+
+    precision: str
+    weights_hash: str
+    parameters: tuple[str, ...]
+    """Parameters that now hold the package's values."""
+    largest_change: float
+    """Largest absolute change of any weight."""
+
+
+@dataclass(frozen=True)
+class Closeness:
+    """How far PyTorch is from the graph on some inputs: differences of last-position logits."""
+
+    max_difference: float
+    mean_difference: float
+    logit_scale: float
+    top1_agreement: float
+
+
+def load_package_weights(model: Any, package: str | os.PathLike[str]) -> LoadedWeights:
+    """Overwrite a model's weights with those of a package, dequantised.
+
+    What then still differs from the graph is the rounding of activations (int8 inside the kernels).
+
+    Args:
+        model: The package's base as a transformers model (PEFT around it is fine), on any device.
+        package: The package's folder.
+
+    Raises:
+        BaseMismatchError: the model is another base than the package's.
+        PackageError: the package is broken.
+        UnsupportedError: the package's exporter did not note where the weights went.
+    """
+    opened = open_package(package)
+    manifest = opened.manifest
+    if hasattr(model, "get_base_model"):
+        model = model.get_base_model()
+    found = base_fingerprint(model)
+    if found != manifest.base.fingerprint:
+        raise BaseMismatchError(
+            f"package {str(package)!r} was exported from {manifest.base.name!r} ({manifest.base.fingerprint}), the "
+            f"model has {found}"
+        )
+    records: Sequence[Mapping[str, Any]] = manifest.extra.get(WEIGHTS, ())
+    if not records and manifest.precision in ("int8", "int4"):
+        raise UnsupportedError(
+            f"package {str(package)!r} does not say where its weights went; export it with --route genai or torch"
+        )
+    parameters = dict(model.named_parameters())
+    largest, changed = 0.0, []
+    for key in manifest.graphs:
+        initializers = ir.load(opened.graph(key)).graph.initializers
+        for record in records:
+            if record["codes"] not in initializers:
+                continue
+            weight, row = dequantize_record(record, initializers), 0
+            for name, rows, transposed in record["pieces"]:
+                if name not in parameters:
+                    raise PackageError(f"the package's weight {record['codes']!r} is the model's {name!r}: no such")
+                piece = weight[row : row + rows]
+                target = parameters[name].data
+                value = (piece.T if transposed else piece).to(target.device, target.dtype)
+                largest = max(largest, float((value - target).abs().max()))
+                target.copy_(value)
+                changed.append(name)
+                row += rows
+    if manifest.precision == "fp16":
+        largest, changed = _round_to_half(parameters)
+    return LoadedWeights(manifest.precision, manifest.weights_hash, tuple(changed), largest)
+
+
+def check_closeness(
+    model: Any, package: str | os.PathLike[str], sequences: Sequence[Sequence[int]], prompt_rows: Any = None
+) -> Closeness:
+    """Compare a decoder in PyTorch with the package's graph on token ids, each sequence alone.
+
+    Args:
+        model: The model, usually after `load_package_weights`.
+        package: The package's folder.
+        sequences: Token ids; ids at or above vocab_size index `prompt_rows`.
+        prompt_rows: float32 [rows, hidden_size], None for none.
+
+    Raises:
+        UnsupportedError: the package is no decoder.
+    """
+    from exporters.validate.decoder import DecoderGraph, reference_logits
+
+    opened = open_package(package)
+    if opened.manifest.architecture != names.DECODER_ONLY:
+        raise UnsupportedError(f"closeness is measured on {names.DECODER_ONLY} packages")
+    graph = DecoderGraph(opened.path, opened.manifest)
+    hidden = opened.manifest.geometry.hidden_size
+    rows = np.zeros((1, hidden), np.float32) if prompt_rows is None else np.asarray(prompt_rows, np.float32)
+    differences, scale, agree = [], 0.0, []
+    for sequence in sequences:
+        ids = np.asarray(sequence, np.int64)
+        got, _ = graph.run(ids[None], np.ones((1, len(ids)), np.int64), graph.empty_past(), rows)
+        want = reference_logits(model, ids, rows)
+        differences.append(np.abs(got[0] - want))
+        scale = max(scale, float(np.abs(want).max()))
+        agree.append(got[0].argmax() == want.argmax())
+    return Closeness(
+        max(float(d.max()) for d in differences),
+        float(np.mean([d.mean() for d in differences])),
+        scale,
+        float(np.mean(agree)),
+    )
+
+
+def dequantize_record(record: Mapping[str, Any], initializers: Mapping[str, ir.Value]) -> torch.Tensor:
+    """The float32 weight [out_features, in_features] that a `exporters.quantize.graph.WeightRecord` describes."""
+    codes, scales = _array(initializers, record["codes"]), _array(initializers, record["scales"])
+    zeros = _array(initializers, record["zero_points"]) if record["zero_points"] else None
+    if record["layout"] == "columns":
+        middle = np.zeros_like(scales) if zeros is None else zeros.astype(np.float32)
+        return torch.from_numpy(((codes.astype(np.float32) - middle) * scales).T)
+    if record["layout"] != "blocks":
+        raise PackageError(f"unknown weight layout {record['layout']!r}; known: blocks, columns")
+    blocks = unpack_blocks(codes, scales, zeros, columns=record["columns"], bits=record["bits"], block=record["block"])
+    weight = blocks.dequantize()
+    if not record["offsets"]:
+        return weight
+    columns = record["columns"] - record["offsets"]
+    offsets = weight[:, columns : columns + columns // record["block"]]
+    return weight[:, :columns] + offsets.repeat_interleave(record["block"], dim=1)
+
+
+def _array(initializers: Mapping[str, ir.Value], name: str) -> npt.NDArray[Any]:
+    if name not in initializers or initializers[name].const_value is None:
+        raise PackageError(f"the graph lacks the initialiser {name!r} that the manifest names; export the base again")
+    array: npt.NDArray[Any] = np.array(initializers[name].const_value.numpy())
+    return array.astype(np.float32) if array.dtype == np.float16 else array
+
+
+def _round_to_half(parameters: Mapping[str, torch.nn.Parameter]) -> tuple[float, list[str]]:
+    largest, changed = 0.0, []
+    for name, parameter in parameters.items():
+        if parameter.dim() == 2:
+            half = parameter.data.half().to(parameter.dtype)
+            largest = max(largest, float((half - parameter.data).abs().max()))
+            parameter.data.copy_(half)
+            changed.append(name)
+    return largest, changed

@@ -1,0 +1,1 @@
+"""From logits to an answer: sampling, beam search, detokenizer, strategies."""

@@ -1,0 +1,360 @@
+"""A decoder-only graph and the rows that run on it: prefill one row, or one decode step for many."""
+
+from __future__ import annotations
+
+import mmap
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Protocol
+
+import numpy as np
+import numpy.typing as npt
+
+from edgeprompt import names
+from edgeprompt.ort.kv_cache import KV, KVShape, SlotCache
+from edgeprompt.ort.session import Session, graph_inputs, import_onnxruntime
+
+Ids = npt.NDArray[np.int64]
+Logits = npt.NDArray[np.float32]
+
+LOGITS_BUDGET = 64 << 20
+"""Most bytes of logits per prefill chunk, for graphs that compute them at every position."""
+PREFILL_CHUNK = 512
+MASK_STEP = 64
+"""Masks of decode steps are a multiple of this wide: the shapes stay, so does what ONNX Runtime knows about them."""
+
+
+class DecoderGraph(Protocol):
+    """What the scheduler needs of a graph. Rows are numbered; the first `n` take part in a decode step."""
+
+    chunk: int
+    gives_states: bool
+    """Whether the graph has `hidden_states`, what its logits are computed from."""
+    gives_all_states: bool
+    """Whether it gives them at every position, not at the last one alone."""
+
+    def fits(self, rows: int, length: int) -> bool:
+        """Whether that many rows of that many positions are within the budget."""
+
+    def place(self, row: int, prefix: KV | None, length: int, used: int) -> None:
+        """Start row `row` on a prefix [2 * num_layers, heads, positions, head_size], with room for `length`."""
+
+    def prefill(
+        self, row: int, ids: Sequence[int], past: int, rows: Logits | None, states: list[Logits] | None = None
+    ) -> Logits:
+        """Run a row's next ids behind `past` positions; float32 [vocab_size] of the last one.
+
+        `states` gets their hidden states, float32 [positions, hidden_size], where the graph gives them.
+        """
+
+    def decode(self, ids: Sequence[int], lengths: Sequence[int]) -> Logits:
+        """One token for each of the first rows, `lengths` positions before it; float32 [rows, vocab_size]."""
+
+    def decode_one(self, row: int, token: int, length: int) -> Logits:
+        """One token for one row; float32 [vocab_size]."""
+
+    def read(self, row: int, length: int) -> KV:
+        """Copy of a row's first keys and values."""
+
+    def move(self, source: int, target: int, length: int) -> None:
+        """Let `target` continue where `source` is."""
+
+    def idle(self) -> None:
+        """No row is running: give back what a long request took."""
+
+
+def open_graph(
+    session: Session,
+    path: Path,
+    shape: KVShape,
+    *,
+    hidden_size: int,
+    max_rows: int,
+    budget: int,
+    batch_invariant: bool = False,
+) -> DecoderGraph:
+    """The way to run a graph: caches shared in place where its attention appends in place, else grown by the graph.
+
+    Args:
+        session: the open graph.
+        path: its file.
+        shape: of its cache.
+        hidden_size: of its prompt rows.
+        max_rows: most rows of a decode step.
+        budget: most bytes of cache.
+        batch_invariant: run a lone row as two. Kernels for one row add up in another order than those for several,
+            and int8 activations make that visible; rows of a growing graph always run alone.
+    """
+    if session.device != "cpu" or not _appends_in_place(path):
+        return GrowingGraph(session, shape, hidden_size=hidden_size, max_rows=max_rows, budget=budget)
+    graph = SharedGraph(session, shape, hidden_size=hidden_size, max_rows=max_rows, budget=budget)
+    graph.least_rows = 2 if batch_invariant else 1
+    return graph
+
+
+def _appends_in_place(path: Path) -> bool:
+    """Whether the graph's attention is GroupQueryAttention (operator names stand in the file as plain text)."""
+    with path.open("rb") as file, mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as data:
+        return data.find(b"GroupQueryAttention") >= 0
+
+
+class _Graph:
+    """What both ways share: names, types and the small inputs."""
+
+    def __init__(self, session: Session, shape: KVShape, *, hidden_size: int, max_rows: int, budget: int) -> None:
+        self._session, self._ort = session, session.ort
+        self._shape, self._max_rows, self._budget = shape, max_rows, budget
+        inputs = {value.name: value for value in graph_inputs(self._ort)}
+        outputs = {value.name: value for value in self._ort.get_outputs()}
+        self._inputs, self._outputs = set(inputs), set(outputs)
+        logits = outputs[names.LOGITS]
+        self._vocab = int(logits.shape[2])
+        self._logits_type = np.float16 if "float16" in logits.type else np.float32
+        self._last_only = logits.shape[1] == 1
+        states = outputs.get(names.HIDDEN_STATES)
+        self.gives_states = states is not None
+        self._states_type = np.float16 if states is not None and "float16" in states.type else np.float32
+        self._states_last_only = states is not None and states.shape[1] == 1
+        self.gives_all_states = self.gives_states and not self._states_last_only
+        self.chunk = PREFILL_CHUNK
+        if not self._last_only:
+            self.chunk = min(PREFILL_CHUNK, max(16, LOGITS_BUDGET // (4 * self._vocab)))
+        self._no_rows = np.zeros((1, hidden_size), np.float32)
+        self._blocks = [
+            (2 * layer + index, names.past(layer, part), names.present(layer, part))
+            for layer in range(shape.num_layers)
+            for index, part in enumerate(("key", "value"))
+        ]
+
+
+@dataclass
+class _Step:
+    """A decode step that is bound: `mask` [rows, width] int64, the others [rows, 1] int64."""
+
+    binding: Any
+    ids: Ids
+    positions: Ids
+    mask: Ids
+
+
+class SharedGraph(_Graph):
+    """GroupQueryAttention: past and present are the same memory, and the operator appends in place.
+
+    A binding holds addresses. A prefill has one per slot; a decode step has one per number of rows, whose ids, mask
+    and logits are bound once and filled in place.
+    """
+
+    def __init__(self, session: Session, shape: KVShape, *, hidden_size: int, max_rows: int, budget: int) -> None:
+        super().__init__(session, shape, hidden_size=hidden_size, max_rows=max_rows, budget=budget)
+        self.least_rows = 1
+        """Decode steps of fewer rows are filled up with rows whose answers are dropped."""
+        self._cache = SlotCache(shape, max_slots=max_rows + 1, budget=budget)
+        self._filled: dict[int, int] = {}
+        """How far each slot is written: a row that fills up a step writes behind that, so a prefill is safe from it."""
+        self._prefills: dict[tuple[int, bool], Any] = {}
+        """By slot, and whether hidden states are asked for."""
+        self._steps: dict[tuple[int, int], _Step] = {}
+        self._generation = -1
+        self._occupant: dict[int, KV | None] = {}
+        """The prefix at the start of each slot: rows write behind it only, so the next row may use it as it is."""
+        self._logits = np.empty((max_rows + 1, 1, self._vocab), self._logits_type)
+        self._count = np.empty(0, np.int64)
+
+    def fits(self, rows: int, length: int) -> bool:
+        """Whether that many rows of that many positions are within the budget."""
+        return rows <= self._max_rows and self._cache.fits(max(rows, self.least_rows), length)
+
+    def place(self, row: int, prefix: KV | None, length: int, used: int) -> None:
+        """Start a row on a prefix; a slot that still holds the same prefix from its last row is used as it is."""
+        self._cache.reserve(row + self.least_rows, length, used)
+        if self._generation != self._cache.generation:
+            self._generation = self._cache.generation
+            self._prefills.clear()
+            self._steps.clear()
+            self._occupant.clear()
+            self._count = np.arange(self._cache.length)
+        if prefix is not None and self._occupant.get(row) is not prefix:
+            self._cache.write(row, prefix)
+        self._occupant[row] = prefix
+        self._filled[row] = 0 if prefix is None else prefix.shape[2]
+
+    def prefill(
+        self, row: int, ids: Sequence[int], past: int, rows: Logits | None, states: list[Logits] | None = None
+    ) -> Logits:
+        """Run a row's next ids on top of `past` positions of its slot."""
+        key = row, states is not None
+        binding = self._prefills.get(key)
+        if binding is None:
+            binding = self._prefills[key] = self._bound(row, 1)
+        count = len(ids)
+        table = self._no_rows if rows is None else rows
+        tensors = [
+            np.asarray([ids], np.int64),
+            np.ones((1, past + count), np.int64),
+            np.arange(past, past + count)[None],
+        ]
+        self._bind(binding, names.INPUT_IDS, tensors[0])
+        self._bind(binding, names.ATTENTION_MASK, tensors[1])
+        self._bind(binding, names.POSITION_IDS, tensors[2])
+        self._bind(binding, names.PROMPT_EMBEDDINGS, table)
+        logits = self._logits[:1] if self._last_only else np.empty((1, count, self._vocab), self._logits_type)
+        self._bind_output(binding, names.LOGITS, logits)
+        found = None
+        if states is not None and self.gives_states:
+            found = np.empty((1, 1 if self._states_last_only else count, self._no_rows.shape[1]), self._states_type)
+            self._bind_output(binding, names.HIDDEN_STATES, found)
+        self._ort.run_with_iobinding(binding)
+        if states is not None and found is not None:
+            states.append(found[0].astype(np.float32, copy=False))
+        self._filled[row] = past + count
+        last: Logits = logits[0, -1].astype(np.float32, copy=False)
+        return last
+
+    def decode(self, ids: Sequence[int], lengths: Sequence[int]) -> Logits:
+        """One token for each of the first rows."""
+        count, fill = len(ids), range(len(ids), self.least_rows)
+        if fill:
+            ids = [*ids, *(0 for _ in fill)]
+            lengths = [*lengths, *(self._filled.get(slot, 0) for slot in fill)]
+        return self._step(0, ids, lengths)[:count]
+
+    def decode_one(self, row: int, token: int, length: int) -> Logits:
+        """One token for one row."""
+        logits: Logits = self._step(row, (token,), (length,))[0]
+        return logits
+
+    def _step(self, row: int, ids: Sequence[int], lengths: Sequence[int]) -> Logits:
+        count = len(ids)
+        width = min(-(-(max(lengths) + 1) // MASK_STEP) * MASK_STEP, self._cache.length)
+        step = self._steps.get((row, count))
+        if step is None:
+            step = self._steps[row, count] = self._new_step(row, count)
+        if step.mask.shape[1] != width:
+            step.mask = np.empty((count, width), np.int64)
+            self._bind(step.binding, names.ATTENTION_MASK, step.mask)
+        step.ids[:, 0] = ids
+        step.positions[:, 0] = lengths
+        np.less_equal(self._count[:width], step.positions, out=step.mask, casting="unsafe")
+        self._ort.run_with_iobinding(step.binding)
+        return self._logits[:count, 0].astype(np.float32, copy=False)
+
+    def _new_step(self, row: int, count: int) -> _Step:
+        ids, positions = np.empty((count, 1), np.int64), np.empty((count, 1), np.int64)
+        step = _Step(self._bound(row, count), ids, positions, np.empty((count, 0), np.int64))
+        self._bind(step.binding, names.INPUT_IDS, step.ids)
+        self._bind(step.binding, names.POSITION_IDS, step.positions)
+        self._bind(step.binding, names.PROMPT_EMBEDDINGS, self._no_rows)
+        self._bind_output(step.binding, names.LOGITS, self._logits[:count])
+        return step
+
+    def read(self, row: int, length: int) -> KV:
+        """Copy of a slot's first keys and values."""
+        return self._cache.read(row, length)
+
+    def move(self, source: int, target: int, length: int) -> None:
+        """Copy a slot over another (when a row in the middle leaves)."""
+        self._cache.move(source, target, length)
+        self._occupant[target] = self._occupant.get(source)
+
+    def idle(self) -> None:
+        """Give back what a long request took."""
+        self._cache.shrink(1024)
+
+    def _bound(self, row: int, count: int) -> Any:
+        """A binding whose past and present are `count` slots from `row` on."""
+        binding, size = self._ort.io_binding(), self._shape
+        shape = (count, size.num_heads, self._cache.length, size.head_size)
+        for block, past, present in self._blocks:
+            place = ("cpu", 0, np.dtype(size.dtype).type, shape, self._cache.pointer(block, row))
+            binding.bind_input(past, *place)
+            binding.bind_output(present, *place)
+        return binding
+
+    def _bind(self, binding: Any, name: str, array: npt.NDArray[Any]) -> None:
+        if name in self._inputs:
+            binding.bind_input(name, "cpu", 0, array.dtype.type, array.shape, array.ctypes.data)
+
+    def _bind_output(self, binding: Any, name: str, array: npt.NDArray[Any]) -> None:
+        binding.bind_output(name, "cpu", 0, array.dtype.type, array.shape, array.ctypes.data)
+
+
+class GrowingGraph(_Graph):
+    """Attention that returns past and new keys joined (others' graphs): each row keeps its own and runs alone.
+
+    Keys and values stay on the session's device between steps. This is also how every graph runs on other devices than
+    the CPU, whose memory cannot be filled from here in parts.
+    """
+
+    def __init__(self, session: Session, shape: KVShape, *, hidden_size: int, max_rows: int, budget: int) -> None:
+        super().__init__(session, shape, hidden_size=hidden_size, max_rows=max_rows, budget=budget)
+        self._value = import_onnxruntime().OrtValue
+        self._device = session.device
+        self._rows: dict[int, list[Any]] = {}
+
+    def fits(self, rows: int, length: int) -> bool:
+        """Whether that many rows of that many positions are within the budget."""
+        return rows <= self._max_rows and rows * length * self._shape.bytes_per_position <= self._budget
+
+    def place(self, row: int, prefix: KV | None, length: int, used: int) -> None:
+        """Start a row on a prefix."""
+        size = self._shape
+        empty = np.empty((2 * size.num_layers, size.num_heads, 0, size.head_size), size.dtype)
+        self._rows[row] = [self._send(block[None]) for block in (empty if prefix is None else prefix)]
+
+    def prefill(
+        self, row: int, ids: Sequence[int], past: int, rows: Logits | None, states: list[Logits] | None = None
+    ) -> Logits:
+        """Run a row's next ids."""
+        kept = self._rows[row]
+        if kept[0].shape()[2] > past:
+            kept = [self._send(value.numpy()[:, :, :past]) for value in kept]
+        total = past + len(ids)
+        small = {
+            names.INPUT_IDS: np.asarray([ids], np.int64),
+            names.ATTENTION_MASK: np.ones((1, total), np.int64),
+            names.POSITION_IDS: np.arange(past, total)[None],
+            names.PROMPT_EMBEDDINGS: self._no_rows if rows is None else rows,
+        }
+        binding = self._ort.io_binding()
+        for name, array in small.items():
+            if name in self._inputs:
+                binding.bind_cpu_input(name, array)
+        heads = [names.LOGITS, *([names.HIDDEN_STATES] if states is not None and self.gives_states else [])]
+        for name in heads:
+            binding.bind_output(name, "cpu")
+        for block, name, present in self._blocks:
+            binding.bind_ortvalue_input(name, kept[block])
+            binding.bind_output(present, self._device)
+        self._ort.run_with_iobinding(binding)
+        found = binding.get_outputs()
+        self._rows[row] = found[len(heads) :]
+        last, *more = (value.numpy()[0].astype(np.float32, copy=False) for value in found[: len(heads)])
+        if states is not None:
+            states += more
+        logits: Logits = last[-1]
+        return logits
+
+    def decode(self, ids: Sequence[int], lengths: Sequence[int]) -> Logits:
+        """One token for each of the first rows, one after another."""
+        return np.stack([self.decode_one(row, token, lengths[row]) for row, token in enumerate(ids)])
+
+    def decode_one(self, row: int, token: int, length: int) -> Logits:
+        """One token for one row."""
+        return self.prefill(row, (token,), length, None)
+
+    def read(self, row: int, length: int) -> KV:
+        """A row's first keys and values."""
+        found: KV = np.concatenate([value.numpy()[:, :, :length] for value in self._rows[row]])
+        return found
+
+    def move(self, source: int, target: int, length: int) -> None:
+        """Hand a row's keys and values over."""
+        self._rows[target] = self._rows.pop(source)
+
+    def idle(self) -> None:
+        """Free all rows."""
+        self._rows.clear()
+
+    def _send(self, array: npt.NDArray[Any]) -> Any:
+        return self._value.ortvalue_from_numpy(np.ascontiguousarray(array), self._device, 0)

@@ -1,0 +1,195 @@
+"""What one request does with the decoder's logits, and the loop that runs many requests in one batch of rows."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, replace
+from typing import Any, Protocol, TypeAlias
+
+import numpy as np
+import numpy.typing as npt
+
+from edgeprompt.decoding.beam_search import BeamSearch
+from edgeprompt.decoding.sampling import log_softmax
+from edgeprompt.decoding.strategies import Clock, GenerateWork, LogitsWork
+from edgeprompt.engines.seq2seq.graphs import DecoderState, Seq2SeqGraphs
+from edgeprompt.errors import RequestCancelledError, RequestTimeoutError
+from edgeprompt.package.tokenizer import Tokenizer
+from edgeprompt.prompts.verbalizer import Node, Verbalizer, word_tree
+from edgeprompt.request import Classification, Generation
+
+Logits: TypeAlias = npt.NDArray[np.float32]
+Move: TypeAlias = tuple[Sequence[int], Sequence[int]]
+"""The next tokens, and for each the row of the job that it continues."""
+
+
+class Decision(Protocol):
+    """What a request makes of its logits."""
+
+    def advance(self, logits: Logits) -> Move | None:
+        """Take `[rows, vocab_size]` behind the last tokens; the next tokens to run, or None when done."""
+
+    def result(self) -> Any:
+        """The answer, once done."""
+
+
+@dataclass(frozen=True)
+class Ending:
+    """Tokens that must come at the start and at the length limit, whatever the logits say."""
+
+    max_new_tokens: int
+    first: int | None = None
+    last: int | None = None
+
+    def force(self, logits: Logits, done: int) -> Logits:
+        """Logits in which a token that must come now, behind `done` others, is certain."""
+        token = self.last if done == self.max_new_tokens - 1 else None
+        token = self.first if done == 0 and self.first is not None else token
+        if token is None:
+            return logits
+        forced = np.full_like(logits, -np.inf)
+        forced[..., token] = 0.0
+        return forced
+
+
+class OneRow:
+    """Text generation (`GenerateWork`) or the first logits (`LogitsWork`): one row all along."""
+
+    def __init__(self, work: GenerateWork | LogitsWork, ending: Ending) -> None:
+        self._work, self._ending, self._done = work, ending, 0
+
+    def advance(self, logits: Logits) -> Move | None:
+        """Choose one token."""
+        row = logits[0]
+        if isinstance(self._work, LogitsWork):
+            self._work.advance(row)
+            return None
+        token = self._work.advance(self._ending.force(row, self._done))
+        self._done += 1
+        return None if token is None else ([token], [0])
+
+    def result(self) -> Any:
+        """The work's."""
+        return self._work.result()
+
+
+class WordScores:
+    """Scores label words of one or more tokens; words that share a beginning share its rows."""
+
+    def __init__(self, verbalizer: Verbalizer, clock: Clock) -> None:
+        self._verbalizer, self._clock = verbalizer, clock
+        self._found = np.full(len(verbalizer.words), -np.inf)
+        self._open: list[tuple[Node, float]] = [(word_tree(verbalizer.words), 0.0)]
+
+    def advance(self, logits: Logits) -> Move | None:
+        """Go one token deeper into the tree of words, a row for each node that has children."""
+        chances = log_softmax(logits)
+        tokens, parents, opened = [], [], []
+        for row, (node, before) in enumerate(self._open):
+            for token, child in node.children.items():
+                logprob = before + float(chances[row, token])
+                self._found[child.words] = logprob
+                if child.children:
+                    tokens.append(token)
+                    parents.append(row)
+                    opened.append((child, logprob))
+        self._open = opened
+        self._clock.tick()
+        return (tokens, parents) if tokens else None
+
+    def result(self) -> Classification:
+        """The decision."""
+        return replace(self._verbalizer.classification(self._found), timings=self._clock.timings(1))
+
+
+class Beams:
+    """Beam search, a row for each running beam."""
+
+    def __init__(
+        self, search: BeamSearch, ending: Ending, eos: Sequence[int], tokenizer: Tokenizer, clock: Clock
+    ) -> None:
+        self._search, self._ending, self._eos = search, ending, frozenset(eos)
+        self._tokenizer, self._clock, self._done = tokenizer, clock, 0
+
+    def advance(self, logits: Logits) -> Move | None:
+        """Move all beams on."""
+        move = self._search.advance(self._ending.force(logits, self._done))
+        self._done += 1
+        self._clock.tick()
+        return None if move is None else (move[0].tolist(), move[1].tolist())
+
+    def result(self) -> Generation:
+        """The best hypothesis, without its end token."""
+        tokens = self._search.best
+        ended = bool(tokens) and tokens[-1] in self._eos
+        tokens = tokens[:-1] if ended else tokens
+        return Generation(
+            text=self._tokenizer.decode(tokens),
+            token_ids=tuple(tokens),
+            finish_reason="eos" if ended else "length",
+            timings=self._clock.timings(len(tokens)),
+        )
+
+
+class Job:
+    """One request in a batch: first it feeds the decoder's own start, then its decision moves on."""
+
+    def __init__(self, feed: Sequence[int], decision: Decision, deadline: float | None) -> None:
+        self.feed, self.decision, self.deadline = feed, decision, deadline
+        self.rows = 1
+        self.error: Exception | None = None
+        self._fed = 1
+
+    def advance(self, logits: Logits) -> Move | None:
+        """The next tokens and the rows they continue; None when done or failed (its failure reaches no other row)."""
+        try:
+            if self.deadline is not None and time.monotonic() > self.deadline:
+                raise RequestTimeoutError("the request's timeout passed before it finished")
+            if self._fed < len(self.feed):
+                self._fed += 1
+                return [self.feed[self._fed - 1]], [0]
+            return self.decision.advance(logits)
+        except Exception as error:
+            self.error = error
+            return None
+
+
+class Cancellation:
+    """Tells running batches that the runtime is closed."""
+
+    closed = False
+
+
+def run_jobs(
+    graphs: Seq2SeqGraphs, state: DecoderState, jobs: Sequence[Job], cancellation: Cancellation
+) -> Iterator[None]:
+    """Decode until every job is done or failed (`Job.error`); yields after each step.
+
+    Args:
+        graphs: The package's graphs.
+        state: One row per job, fresh from `Seq2SeqGraphs.begin`.
+        jobs: What each row does.
+        cancellation: Looked at between steps.
+
+    Raises:
+        RequestCancelledError: the runtime was closed.
+    """
+    running = list(jobs)
+    tokens = [job.feed[0] for job in running]
+    while running:
+        if cancellation.closed:
+            raise RequestCancelledError("the runtime was closed before the request finished")
+        logits = graphs.step(state, tokens)
+        tokens, rows, left, first = [], [], [], 0
+        for job in running:
+            move = job.advance(logits[first : first + job.rows])
+            if move is not None:
+                tokens += move[0]
+                rows += [first + parent for parent in move[1]]
+                left.append(job)
+            first, job.rows = first + job.rows, len(move[0]) if move is not None else 0
+        running = left
+        if running and rows != list(range(first)):
+            state = state.take(rows)
+        yield

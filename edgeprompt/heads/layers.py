@@ -1,0 +1,71 @@
+"""Task heads in numpy: a few small matrices that travel in the prompt file, applied row by row."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+import numpy as np
+import numpy.typing as npt
+
+from edgeprompt.prompts.file import Array, Head
+
+Floats = npt.NDArray[np.float32]
+
+_EPSILON = 1e-5
+
+
+def apply_head(head: Head, tensors: Mapping[str, Array], states: Floats) -> Floats:
+    """Run a head's steps.
+
+    Args:
+        head: Its description.
+        tensors: Its tensors, by name without "head.".
+        states: float32 `[n, hidden_size]`.
+
+    Returns:
+        float32 `[n, num_labels]`.
+    """
+    for step in head.steps:
+        match step.operation:
+            case "linear":
+                states = states @ tensors[f"{step.name}.weight"].astype(np.float32, copy=False).T
+                states = _add_bias(states, tensors.get(f"{step.name}.bias"))
+            case "layer_norm":
+                centred = states - states.mean(-1, keepdims=True)
+                states = centred / np.sqrt((centred**2).mean(-1, keepdims=True) + np.float32(_EPSILON))
+                states = _add_bias(states * tensors[f"{step.name}.weight"], tensors.get(f"{step.name}.bias"))
+            case "tanh":
+                states = np.tanh(states)
+            case "relu":
+                states = np.maximum(states, 0)
+            case "silu":
+                states = states * sigmoid(states)
+            case "gelu":
+                states = states * (0.5 * (1 + _erf(states * np.float32(0.5**0.5)))).astype(np.float32)
+    return states.astype(np.float32, copy=False)
+
+
+def sigmoid(x: Floats) -> Floats:
+    """1 / (1 + exp(-x)), without overflow."""
+    result: Floats = (0.5 * (1 + np.tanh(0.5 * x))).astype(np.float32)
+    return result
+
+
+def softmax(x: Floats) -> Floats:
+    """Softmax over the last axis."""
+    exponents = np.exp(x - x.max(-1, keepdims=True))
+    result: Floats = (exponents / exponents.sum(-1, keepdims=True)).astype(np.float32)
+    return result
+
+
+def _add_bias(states: Floats, bias: Array | None) -> Floats:
+    return states if bias is None else states + bias.astype(np.float32, copy=False)
+
+
+def _erf(x: Floats) -> npt.NDArray[np.float64]:
+    """The error function to 1.5e-7 (Abramowitz and Stegun, Handbook of Mathematical Functions, 7.1.26)."""
+    size = np.abs(x.astype(np.float64))
+    t = 1 / (1 + 0.3275911 * size)
+    series = t * (0.254829592 + t * (-0.284496736 + t * (1.421413741 + t * (-1.453152027 + t * 1.061405429))))
+    found: npt.NDArray[np.float64] = np.sign(x) * (1 - series * np.exp(-(size**2)))
+    return found

@@ -1,0 +1,78 @@
+"""Prefixes on disk, so that a device computes a prompt's keys and values once, not at every start."""
+
+from __future__ import annotations
+
+import hashlib
+import logging
+import os
+import platform
+from pathlib import Path
+
+import numpy as np
+from safetensors import SafetensorError, safe_open
+from safetensors.numpy import save
+
+from edgeprompt import names
+from edgeprompt.ort.kv_cache import KV
+from edgeprompt.package import strict_json
+from edgeprompt.package.files import write_atomic
+
+_LOG = logging.getLogger("edgeprompt")
+_KEY, _DIGEST = "key", "sha256"
+
+
+class PrefixStore:
+    """A folder of prefixes, each bound to what computed it.
+
+    A file is used only if its key (graph, prompt, provider, type, ONNX Runtime, machine) and the hash of its bytes are
+    right; anything else is computed again and written over. Files are written whole or not at all.
+    """
+
+    def __init__(
+        self, folder: str | os.PathLike[str], *, weights_hash: str, provider: str, dtype: str, ort_version: str
+    ) -> None:
+        self._folder = Path(folder)
+        self._bound = {
+            "weights_hash": weights_hash,
+            "provider": provider,
+            "dtype": dtype,
+            "onnxruntime": ort_version,
+            "machine": platform.machine(),
+        }
+
+    def path(self, prompt_sha256: str) -> Path:
+        """Where a prompt's prefix is kept."""
+        return self._folder / (hashlib.sha256(self._key(prompt_sha256).encode()).hexdigest()[:40] + ".safetensors")
+
+    def read(self, prompt_sha256: str, shape: tuple[int, ...]) -> KV | None:
+        """The prefix [2 * num_layers, heads, positions, head_size], or None: not there, of another key, or broken."""
+        path = self.path(prompt_sha256)
+        if not path.exists():
+            return None
+        try:
+            with safe_open(path, framework="numpy") as file:
+                metadata = file.metadata() or {}
+                prefix: KV = file.get_tensor(names.PAST_KEY_VALUES)
+            expected = {_KEY: self._key(prompt_sha256), _DIGEST: _digest(prefix)}
+            if metadata == expected and prefix.shape == shape and prefix.dtype == np.dtype(self._bound["dtype"]):
+                return prefix
+            reason = "it belongs to another graph, prompt or machine, or its bytes have changed"
+        except (SafetensorError, OSError, ValueError, TypeError) as error:
+            reason = str(error)
+        _LOG.warning("cached prefix %s is not used and is computed again: %s", path, reason)
+        return None
+
+    def write(self, prompt_sha256: str, prefix: KV) -> None:
+        """Keep a prefix; where the folder cannot be written the prefix is simply not kept."""
+        metadata = {_KEY: self._key(prompt_sha256), _DIGEST: _digest(prefix)}
+        try:
+            write_atomic(self.path(prompt_sha256), save({names.PAST_KEY_VALUES: prefix}, metadata=metadata))
+        except OSError as error:
+            _LOG.warning("cannot keep a prefix in %s: %s", self._folder, error.strerror or error)
+
+    def _key(self, prompt_sha256: str) -> str:
+        return strict_json.dumps({**self._bound, "prompt": prompt_sha256})
+
+
+def _digest(prefix: KV) -> str:
+    return hashlib.sha256(np.ascontiguousarray(prefix).data).hexdigest()

@@ -1,0 +1,1 @@
+"""A package on disk: manifest, tokenizer, files that appear whole or not at all."""

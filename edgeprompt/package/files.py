@@ -1,0 +1,140 @@
+"""Files and folders that appear whole or not at all, and their hashes."""
+
+from __future__ import annotations
+
+import glob
+import hashlib
+import json
+import os
+import platform
+import shutil
+import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+from edgeprompt.errors import InputError
+from edgeprompt.package import strict_json
+
+_PARTIAL = ".partial"
+
+
+def _sync(path: Path) -> None:
+    handle = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)
+
+
+def write_atomic(path: str | os.PathLike[str], data: bytes) -> None:
+    """Write `data` to `path` through a temporary file in the same folder (fsync, then rename)."""
+    with atomic_file(path) as temporary:
+        temporary.write_bytes(data)
+
+
+@contextmanager
+def atomic_file(path: str | os.PathLike[str]) -> Iterator[Path]:
+    """Yield a temporary path beside `path`; on success it becomes `path`, on any failure it is removed."""
+    target = Path(path)
+    target.parent.mkdir(parents=True, exist_ok=True)
+    _sweep(target)
+    handle, name = tempfile.mkstemp(prefix=_prefix(target, os.getpid()), suffix=_PARTIAL, dir=target.parent)
+    os.close(handle)
+    temporary = Path(name)
+    try:
+        yield temporary
+        temporary.chmod(0o666 & ~_umask())
+        _sync(temporary)
+        temporary.replace(target)
+        _sync(target.parent)
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+@contextmanager
+def atomic_folder(path: str | os.PathLike[str], *, force: bool = False) -> Iterator[Path]:
+    """Yield a temporary folder beside `path`; on success it becomes `path`, on any failure it is removed.
+
+    An existing `path` is refused without `force`; with it, the old folder is replaced only after the new one is whole.
+
+    Raises:
+        InputError: `path` exists and `force` is false.
+    """
+    target = Path(path)
+    if target.exists() and not force:
+        raise InputError(f"output {str(target)!r} exists already; give --force to replace it, or another path")
+    target.parent.mkdir(parents=True, exist_ok=True)
+    _sweep(target)
+    temporary = Path(tempfile.mkdtemp(prefix=_prefix(target, os.getpid()), suffix=_PARTIAL, dir=target.parent))
+    try:
+        yield temporary
+        temporary.chmod(0o777 & ~_umask())
+        for file in temporary.rglob("*"):
+            if file.is_file():
+                _sync(file)
+        if target.exists():
+            old = Path(tempfile.mkdtemp(prefix=f".{target.name}.", suffix=".old", dir=target.parent))
+            target.replace(old / target.name)
+            temporary.replace(target)
+            shutil.rmtree(old)
+        else:
+            temporary.replace(target)
+        _sync(target.parent)
+    finally:
+        shutil.rmtree(temporary, ignore_errors=True)
+
+
+def sha256_file(path: str | os.PathLike[str]) -> str:
+    """SHA-256 of a file's bytes in hexadecimal, read in pieces."""
+    with Path(path).open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def fingerprint_tokenizer(tokenizer_json: bytes) -> str:
+    """Fingerprint of a `tokenizer.json`: vocabulary and rules, whatever its padding, truncation, key order, or way to
+    write merges ("a b" or ["a", "b"])."""
+    data = json.loads(tokenizer_json)
+    for key in ("padding", "truncation", "version"):
+        data.pop(key, None)
+    model = data.get("model")
+    if isinstance(model, dict) and isinstance(model.get("merges"), list):
+        model["merges"] = [merge.split(" ", 1) if isinstance(merge, str) else merge for merge in model["merges"]]
+    return "sha256:" + hashlib.sha256(strict_json.dumps(data).encode()).hexdigest()
+
+
+def _prefix(target: Path, process: int) -> str:
+    return f"{_stem(target)}{process}-"
+
+
+def _stem(target: Path) -> str:
+    return f".{target.name}.{platform.node()}-"
+
+
+def _sweep(target: Path) -> None:
+    """Remove what processes of this machine left beside `target` when they were killed."""
+    for left in target.parent.glob(f"{glob.escape(_stem(target))}*{_PARTIAL}"):
+        process = left.name.removeprefix(_stem(target)).partition("-")[0]
+        if process.isdigit() and not _runs(int(process)):
+            if left.is_dir():
+                shutil.rmtree(left, ignore_errors=True)
+            else:
+                left.unlink(missing_ok=True)
+
+
+def _runs(process: int) -> bool:
+    if os.name == "nt":  # there, signal 0 would end it
+        return True
+    try:
+        os.kill(process, 0)
+    except ProcessLookupError:
+        return False
+    except OSError:
+        return True
+    return True
+
+
+def _umask() -> int:
+    mask = os.umask(0)
+    os.umask(mask)
+    return mask

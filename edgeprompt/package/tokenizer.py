@@ -1,0 +1,116 @@
+"""The package's tokenizer: `tokenizer.json`, run by the tokenizers library."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+from collections.abc import Sequence
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import tokenizers
+
+from edgeprompt import names
+from edgeprompt.errors import InputError, MissingDependencyError, PackageError, UnsupportedError
+from edgeprompt.package.files import fingerprint_tokenizer
+
+
+class Tokenizer:
+    """Text to ids and back. Safe to use from several threads."""
+
+    def __init__(self, folder: str | os.PathLike[str]) -> None:
+        """Read `tokenizer.json` and `tokenizer_config.json` of a package.
+
+        Raises:
+            PackageError: a file is missing or broken.
+        """
+        self._folder = Path(folder)
+        try:
+            data = (self._folder / names.TOKENIZER).read_bytes()
+            self.sha256 = hashlib.sha256(data).hexdigest()
+            """Of `tokenizer.json`, as it lies there."""
+            self._tokenizer = tokenizers.Tokenizer.from_buffer(data)
+            config = self._folder / names.TOKENIZER_CONFIG
+            self._config: dict[str, Any] = json.loads(config.read_text("utf-8")) if config.exists() else {}
+        except (OSError, ValueError, TypeError, Exception) as error:  # tokenizers raises bare Exception
+            raise PackageError(f"cannot read the tokenizer in {str(folder)!r}: {error}") from error
+        self._tokenizer.no_padding()
+        self._tokenizer.no_truncation()
+
+    @cached_property
+    def fingerprint(self) -> str:
+        """What prompts name: of vocabulary and rules, however they are written down (slow: it parses them)."""
+        return fingerprint_tokenizer((self._folder / names.TOKENIZER).read_bytes())
+
+    @property
+    def mask_token(self) -> str | None:
+        """The mask token's text, None where there is none."""
+        return self._special("mask_token")
+
+    def _special(self, name: str) -> str | None:
+        value = self._config.get(name)
+        content = value.get("content") if isinstance(value, dict) else value
+        return content if isinstance(content, str) else None
+
+    def encode(self, text: str, *, add_special_tokens: bool = True) -> list[int]:
+        """Token ids of `text`."""
+        return list(self._encoding(text, add_special_tokens=add_special_tokens).ids)
+
+    def _encoding(self, text: str, pair: str | None = None, *, add_special_tokens: bool) -> tokenizers.Encoding:
+        try:
+            return self._tokenizer.encode(text, pair, add_special_tokens=add_special_tokens)
+        except TypeError as error:  # what tokenizers says of a string that UTF-8 cannot hold
+            raise InputError(
+                "the text is no Unicode text: it holds half of a surrogate pair (U+D800 to U+DFFF); read it as UTF-8"
+            ) from error
+
+    def encode_with_offsets(
+        self, text: str, *, add_special_tokens: bool = True
+    ) -> tuple[list[int], list[tuple[int, int]]]:
+        """Token ids of `text`, and for each the characters it covers ((0, 0) for special tokens)."""
+        encoding = self._encoding(text, add_special_tokens=add_special_tokens)
+        return list(encoding.ids), [(int(start), int(end)) for start, end in encoding.offsets]
+
+    def encode_pair(
+        self, first: str, second: str, *, add_special_tokens: bool = True
+    ) -> tuple[list[int], list[tuple[int, int]], list[int], list[int | None]]:
+        """Two texts joined the tokenizer's way: ids, characters covered, segments, and which text (None: special)."""
+        found = self._encoding(first, second, add_special_tokens=add_special_tokens)
+        offsets = [(int(start), int(end)) for start, end in found.offsets]
+        return list(found.ids), offsets, list(found.type_ids), list(found.sequence_ids)
+
+    def truncate(self, text: str, count: int) -> str:
+        """The longest prefix of `text` whose tokens number at most `count`, cut at a token's border."""
+        offsets = self._encoding(text, add_special_tokens=False).offsets
+        return text if len(offsets) <= count else text[: offsets[count - 1][1]] if count else ""
+
+    def decode(self, ids: Sequence[int], *, skip_special_tokens: bool = True) -> str:
+        """Text of `ids`."""
+        return str(self._tokenizer.decode(list(ids), skip_special_tokens=skip_special_tokens))
+
+    def token_to_id(self, token: str) -> int | None:
+        """Id of one token, None if it is not in the vocabulary."""
+        found = self._tokenizer.token_to_id(token)
+        return None if found is None else int(found)
+
+    def chat(self, text: str) -> str:
+        """`text` as the user's turn in the package's chat template, ready for the answer.
+
+        Raises:
+            UnsupportedError: the package has no chat template.
+            MissingDependencyError: jinja2 is not installed.
+        """
+        file = self._folder / names.CHAT_TEMPLATE
+        source = file.read_text("utf-8") if file.exists() else self._config.get("chat_template")
+        if not isinstance(source, str):
+            raise UnsupportedError(f"the package in {str(self._folder)!r} has no chat template; leave out chat")
+        try:
+            from jinja2.sandbox import ImmutableSandboxedEnvironment
+        except ImportError as error:
+            raise MissingDependencyError("chat templates need jinja2: pip install 'edgeprompt[chat]'") from error
+        specials = {key: self._special(key) or "" for key in ("bos_token", "eos_token")}
+        template = ImmutableSandboxedEnvironment(trim_blocks=True, lstrip_blocks=True).from_string(source)
+        messages = [{"role": "user", "content": text}]
+        return str(template.render(messages=messages, add_generation_prompt=True, **specials))

@@ -1,0 +1,401 @@
+"""The prompt file: a `.safetensors` file with a soft prompt and everything needed to use it (docs/prompt-file.md)."""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import os
+import struct
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Protocol
+
+import numpy as np
+import numpy.typing as npt
+from safetensors import SafetensorError
+from safetensors.numpy import load as load_tensors
+from safetensors.numpy import save as save_tensors
+
+from edgeprompt import names
+from edgeprompt.errors import BaseMismatchError, PromptFileError, TemplateError
+from edgeprompt.package import strict_json
+from edgeprompt.package.files import write_atomic
+from edgeprompt.package.manifest import Base, Geometry, Manifest
+from edgeprompt.package.strict_json import check_keys, check_type
+from edgeprompt.prompts.checks import check_tensors
+from edgeprompt.prompts.template import Template
+
+Array = npt.NDArray[np.float32] | npt.NDArray[np.float16]
+
+FORMAT = "edgeprompt-prompt"
+VERSION = 1
+METADATA_KEY = "edgeprompt"
+MAX_HEADER_BYTES = 1 << 20
+MAX_FILE_BYTES = 1 << 30
+
+
+@dataclass(frozen=True)
+class HeadStep:
+    """One step of a task head. `linear` and `layer_norm` read `head.{name}.weight` and, if present, `.bias`."""
+
+    operation: str
+    name: str = ""
+
+
+@dataclass(frozen=True)
+class Head:
+    """A task head, applied by the runtime to a row's hidden states.
+
+    `input` says which: "first" position of the sequence, virtual tokens included (PEFT's BERT), "first_text" the
+    first position behind them, "pooler" the base's pooled vector, "mean" or "last" over the text, "mean_all" over the
+    virtual tokens as well (PEFT's ModernBERT), "tokens" every text position (tagging, question answering),
+    "tokens_unshifted" as many from the sequence's first position on: position i answers for text token i, though
+    virtual tokens stand in front (what PEFT's question answering trains).
+    """
+
+    input: str
+    steps: tuple[HeadStep, ...]
+    problem_type: str = "single_label"
+
+
+@dataclass(frozen=True)
+class TunedFor:
+    """The weights that the prompt was trained against; `weights_hash` None: the base in full precision."""
+
+    precision: str
+    weights_hash: str | None = None
+
+
+@dataclass(frozen=True)
+class Golden:
+    """One input and what the prompt answered, so that a device can prove that the prompt works there."""
+
+    fields: Mapping[str, str]
+    label: str | None = None
+    token_ids: tuple[int, ...] = ()
+    logits: Mapping[str, float] = field(default_factory=dict)
+    """A few logits of the first answer, keyed by label (classify) or by token id."""
+
+
+class Sizes(Protocol):
+    """What a prompt's shapes are checked against: a manifest, or anything else that knows its base and sizes."""
+
+    @property
+    def base(self) -> Base:
+        """The base's name and fingerprint."""
+
+    @property
+    def geometry(self) -> Geometry:
+        """The base's sizes."""
+
+
+@dataclass(frozen=True)
+class PromptFile:
+    """A soft prompt for one task on one base.
+
+    Tensors (float32 or float16, finite): `prompt_embeddings [num_virtual_tokens, hidden_size]`;
+    `past_key_values [num_layers, 2, num_key_value_heads, num_virtual_tokens, head_size]`; `head` without the
+    "head." of the file, for example `{"classifier.weight": [num_labels, hidden_size]}`. A prompt has embeddings,
+    past_key_values, or neither (a head alone on the bare base).
+    """
+
+    name: str
+    method: str
+    task: str
+    base: Base
+    template: Template
+    prompt_embeddings: Array | None = None
+    past_key_values: Array | None = None
+    encoder_past_key_values: Array | None = None
+    """Encoder deep prompts of an encoder-decoder (OpenPrompt's T5 prefix); shape as `past_key_values`."""
+    head: Mapping[str, Array] = field(default_factory=dict)
+    head_spec: Head | None = None
+    verbalizer: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
+    """Label -> label words, in label order."""
+    labels: tuple[str, ...] = ()
+    """Label names by class index."""
+    calibration: tuple[float, ...] = ()
+    """Subtracted from each label's score before the decision (contextual calibration)."""
+    tokenizer_fingerprint: str | None = None
+    add_special_tokens: bool = True
+    generation: Mapping[str, Any] = field(default_factory=dict)
+    """Defaults for generation: max_new_tokens, stop, temperature, top_k, top_p, chat; encoder-decoders also num_beams,
+    length_penalty, early_stopping, and decoder_prefix (text or ids that the decoder has said already)."""
+    tuned_for: TunedFor | None = None
+    training: Mapping[str, Any] = field(default_factory=dict)
+    golden: Golden | None = None
+
+    @property
+    def num_virtual_tokens(self) -> int:
+        """How many virtual tokens or prefix positions the prompt has."""
+        if self.prompt_embeddings is not None:
+            return int(self.prompt_embeddings.shape[0])
+        past = self.past_key_values if self.past_key_values is not None else self.encoder_past_key_values
+        return int(past.shape[3]) if past is not None else 0
+
+    def tensors(self) -> dict[str, Array]:
+        """All tensors under their names in the file."""
+        found = {
+            names.PROMPT_EMBEDDINGS: self.prompt_embeddings,
+            names.PAST_KEY_VALUES: self.past_key_values,
+            f"encoder_{names.PAST_KEY_VALUES}": self.encoder_past_key_values,
+            **{f"head.{name}": tensor for name, tensor in self.head.items()},
+        }
+        return {name: tensor for name, tensor in found.items() if tensor is not None}
+
+    def metadata(self) -> dict[str, Any]:
+        """The JSON object stored under the `edgeprompt` key."""
+        return {
+            "format": FORMAT,
+            "version": VERSION,
+            "name": self.name,
+            "method": self.method,
+            "task": self.task,
+            "base": dataclasses.asdict(self.base),
+            "num_virtual_tokens": self.num_virtual_tokens,
+            "template": self.template.to_json(),
+            "head": dataclasses.asdict(self.head_spec) if self.head_spec else None,
+            "verbalizer": [[label, list(words)] for label, words in self.verbalizer.items()],
+            "labels": list(self.labels),
+            "calibration": list(self.calibration),
+            "tokenizer_fingerprint": self.tokenizer_fingerprint,
+            "add_special_tokens": self.add_special_tokens,
+            "generation": dict(self.generation),
+            "tuned_for": dataclasses.asdict(self.tuned_for) if self.tuned_for else None,
+            "training": dict(self.training),
+            "golden": dataclasses.asdict(self.golden) if self.golden else None,
+        }
+
+    def to_bytes(self) -> bytes:
+        """The file's bytes, the same for the same prompt.
+
+        Raises:
+            PromptFileError: the prompt breaks the format.
+        """
+        tensors = {name: np.require(tensor, requirements="C") for name, tensor in sorted(self.tensors().items())}
+        try:
+            check_tensors(self, self.tensors())
+            text = strict_json.dumps(self.metadata())
+            text.encode()
+            if not tensors:  # safetensors needs no tensor, but a prompt without any would be no prompt
+                raise ValueError("there is no tensor to save")
+        except ValueError as error:
+            raise PromptFileError(f"cannot save prompt {self.name!r}: {error}") from error
+        return save_tensors(tensors, metadata={METADATA_KEY: text})
+
+    @property
+    def sha256(self) -> str:
+        """Hash of the file's bytes."""
+        return hashlib.sha256(self.to_bytes()).hexdigest()
+
+    def check_base(self, manifest: Manifest) -> None:
+        """Refuse a package that this prompt was not made for.
+
+        Raises:
+            BaseMismatchError: base fingerprint, tokenizer or a tensor's shape differs; both values are named.
+        """
+        if self.base.fingerprint != manifest.base.fingerprint:
+            raise BaseMismatchError(
+                f"prompt {self.name!r} was made for base {self.base.name} ({self.base.fingerprint}), "
+                f"the package holds {manifest.base.name} ({manifest.base.fingerprint}); tune it for this base"
+            )
+        ours, theirs = self.tokenizer_fingerprint, manifest.tokenizer_fingerprint
+        if ours and theirs and ours != theirs:
+            raise BaseMismatchError(f"prompt {self.name!r} was made with tokenizer {ours}, the package holds {theirs}")
+        self.check_geometry(manifest)
+
+    def check_geometry(self, manifest: Sizes) -> None:
+        """Refuse tensors that do not fit the package's sizes.
+
+        Raises:
+            BaseMismatchError: names the tensor, its shape and the shape that fits.
+        """
+        size, count = manifest.geometry, self.num_virtual_tokens
+        prefix = (2, size.num_key_value_heads, count, size.head_size)
+        expected = {
+            names.PROMPT_EMBEDDINGS: (count, size.embedding_size or size.hidden_size),
+            names.PAST_KEY_VALUES: (size.num_layers, *prefix),
+            f"encoder_{names.PAST_KEY_VALUES}": (size.num_encoder_layers, *prefix),
+        }
+        for name, shape in expected.items():
+            tensor = self.tensors().get(name)
+            if tensor is not None and tensor.shape != shape:
+                raise BaseMismatchError(
+                    f"prompt {self.name!r}: {name} is {list(tensor.shape)}, {manifest.base.name} needs {list(shape)}"
+                )
+
+
+def load_prompt(path: str | os.PathLike[str]) -> PromptFile:
+    """Read and check a prompt file.
+
+    Raises:
+        PromptFileError: missing, too large, broken, or breaking the format; the message says where.
+    """
+    file = Path(path)
+    try:
+        size = file.stat().st_size
+        if size > MAX_FILE_BYTES:
+            raise ValueError(f"{size} bytes, at most {MAX_FILE_BYTES} are allowed")
+        return from_bytes(file.read_bytes())
+    except OSError as error:
+        raise PromptFileError(f"cannot read prompt file {str(file)!r}: {error.strerror or error}") from error
+    except ValueError as error:
+        raise PromptFileError(f"bad prompt file {str(file)!r}: {error}") from error
+
+
+def save_prompt(prompt: PromptFile, path: str | os.PathLike[str]) -> None:
+    """Write a prompt file: atomic, byte-for-byte deterministic.
+
+    Raises:
+        PromptFileError: the prompt breaks the format, or the file cannot be written.
+    """
+    data = prompt.to_bytes()
+    try:
+        write_atomic(path, data)
+    except OSError as error:
+        raise PromptFileError(f"cannot write prompt file {str(path)!r}: {error.strerror or error}") from error
+
+
+def from_bytes(data: bytes) -> PromptFile:
+    """Read and check the bytes of a prompt file.
+
+    Raises:
+        PromptFileError: broken, or breaking the format.
+    """
+    try:
+        text = _metadata_text(data)
+        tensors = dict(load_tensors(data))
+        written = check_type(strict_json.loads(text), dict, "metadata")
+        strict_json.dumps(written).encode()  # JSON can escape half a surrogate pair, which no UTF-8 holds
+        prompt = _from_parts(written, tensors)
+        check_tensors(prompt, prompt.tensors())
+        if len(prompt.tensors()) != len(tensors):
+            raise ValueError(f"unknown tensor {min(set(tensors) - set(prompt.tensors()))!r}")
+        if prompt.num_virtual_tokens != written["num_virtual_tokens"]:
+            raise ValueError(
+                f"num_virtual_tokens is {written['num_virtual_tokens']}, the tensors have {prompt.num_virtual_tokens}"
+            )
+    except (ValueError, TypeError, KeyError, OverflowError, SafetensorError, TemplateError) as error:
+        if isinstance(error, PromptFileError):
+            raise
+        raise PromptFileError(str(error) or type(error).__name__) from error
+    return prompt
+
+
+def _metadata_text(data: bytes) -> str:
+    """The `edgeprompt` entry of the header, read before safetensors sees the bytes (sizes, duplicate names)."""
+    if len(data) < 8:
+        raise ValueError("too short for a safetensors file")
+    (size,) = struct.unpack("<Q", data[:8])
+    if size > min(MAX_HEADER_BYTES, len(data) - 8):
+        raise ValueError(f"the header claims {size} bytes; the file has {len(data)}, at most {MAX_HEADER_BYTES} fit")
+    header = check_type(strict_json.loads(data[8 : 8 + size]), dict, "the header")
+    for name, spec in header.items():
+        if name != "__metadata__" and (not isinstance(spec, dict) or spec.get("dtype") not in ("F32", "F16")):
+            kind = spec.get("dtype") if isinstance(spec, dict) else spec
+            raise ValueError(f"tensor {name!r} is {kind}, allowed: F32, F16")
+    metadata = header.get("__metadata__")
+    if not isinstance(metadata, dict) or set(metadata) != {METADATA_KEY}:
+        raise ValueError(
+            f"no edgeprompt prompt file: __metadata__ must hold the key {METADATA_KEY!r} alone "
+            "(edgeprompt convert reads other tools' prompts)"
+        )
+    return str(check_type(metadata[METADATA_KEY], str, METADATA_KEY))
+
+
+@dataclass(frozen=True)
+class _Written:
+    """The keys of the metadata, for the check that none is unknown or missing."""
+
+    format: str
+    version: int
+    name: str
+    method: str
+    task: str
+    base: Any
+    num_virtual_tokens: int
+    template: Any
+    head: Any
+    verbalizer: Any
+    labels: Any
+    calibration: Any
+    tokenizer_fingerprint: Any
+    add_special_tokens: bool
+    generation: Any
+    tuned_for: Any
+    training: Any
+    golden: Any
+
+
+def _from_parts(data: dict[str, Any], tensors: dict[str, Array]) -> PromptFile:
+    if data.get("format") != FORMAT:
+        raise ValueError(f'"format" is {data.get("format")!r}, expected {FORMAT!r}')
+    if data.get("version") != VERSION:
+        raise ValueError(f"version {data.get('version')!r}, this edgeprompt reads {VERSION}")
+    check_keys(_Written, data, "metadata")
+    for key in ("name", "method", "task"):
+        check_type(data[key], str, key)
+    check_type(data["num_virtual_tokens"], int, "num_virtual_tokens")
+    head, tuned, golden = data["head"], data["tuned_for"], data["golden"]
+    if head is not None:
+        steps = check_type(check_keys(Head, head, "head")["steps"], list, "head.steps")
+        head = Head(**{**head, "steps": tuple(HeadStep(**check_keys(HeadStep, step, "head step")) for step in steps)})
+    base = Base(**check_keys(Base, data["base"], "base"))
+    check_type(base.name, str, "base.name")
+    check_type(base.fingerprint, str, "base.fingerprint")
+    return PromptFile(
+        name=data["name"],
+        method=data["method"],
+        task=data["task"],
+        base=base,
+        template=Template.from_json(data["template"]),
+        prompt_embeddings=tensors.get(names.PROMPT_EMBEDDINGS),
+        past_key_values=tensors.get(names.PAST_KEY_VALUES),
+        encoder_past_key_values=tensors.get(f"encoder_{names.PAST_KEY_VALUES}"),
+        head={name.removeprefix("head."): tensor for name, tensor in tensors.items() if name.startswith("head.")},
+        head_spec=head,
+        verbalizer=_verbalizer(data["verbalizer"]),
+        labels=tuple(check_type(label, str, "a label") for label in check_type(data["labels"], list, "labels")),
+        calibration=tuple(_number(x, "calibration") for x in check_type(data["calibration"], list, "calibration")),
+        tokenizer_fingerprint=check_type(data["tokenizer_fingerprint"], (str, type(None)), "tokenizer_fingerprint"),
+        add_special_tokens=check_type(data["add_special_tokens"], bool, "add_special_tokens"),
+        generation=check_type(data["generation"], dict, "generation"),
+        tuned_for=TunedFor(**check_keys(TunedFor, tuned, "tuned_for")) if tuned is not None else None,
+        training=check_type(data["training"], dict, "training"),
+        golden=_golden(golden) if golden is not None else None,
+    )
+
+
+def _number(value: object, where: str) -> float:
+    return float(check_type(value, (int, float), where))
+
+
+def _golden(data: object) -> Golden:
+    found = check_keys(Golden, data, "golden")
+    label = check_type(found.get("label"), (str, type(None)), "golden.label")
+    token_ids = check_type(found.get("token_ids", []), list, "golden.token_ids")
+    for token in token_ids:
+        if check_type(token, int, "a golden token id") < 0:
+            raise ValueError(f"a golden token id is {token}")
+    fields = check_type(found["fields"], dict, "golden.fields")
+    for text in fields.values():
+        check_type(text, str, "a golden field")
+    logits = check_type(found.get("logits", {}), dict, "golden.logits")
+    for key, value in logits.items():
+        _number(value, "a golden logit")
+        if token_ids and label is None and not (key.isascii() and key.isdecimal()):
+            raise ValueError(f"golden.logits has key {key!r}, where a token id is needed")
+    return Golden(fields, label, tuple(token_ids), logits)
+
+
+def _verbalizer(data: object) -> dict[str, tuple[str, ...]]:
+    found: dict[str, tuple[str, ...]] = {}
+    for label, words in check_type(data, list, "verbalizer"):
+        check_type(label, str, "a verbalizer's label")
+        if label in found:
+            raise ValueError(f"the verbalizer has label {label!r} twice")
+        found[label] = tuple(check_type(w, str, "a label word") for w in check_type(words, list, "label words"))
+        if not found[label] or not all(found[label]):
+            raise ValueError(f"the verbalizer has no word for label {label!r}")
+    return found

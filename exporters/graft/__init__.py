@@ -1,0 +1,1 @@
+"""Changes to a graph: virtual tokens and fusions."""

@@ -1,0 +1,51 @@
+"""What a conversion must know of a base: from a package (no torch needed) or from the model itself."""
+
+from __future__ import annotations
+
+import os
+import tempfile
+from pathlib import Path
+
+from edgeprompt import names
+from edgeprompt.package.folder import open_package
+from exporters.importers.foreign import BaseFacts
+
+
+def read_base_facts(base: str | os.PathLike[str]) -> BaseFacts:
+    """Facts of BASE: an exported package, or whatever `edgeprompt.base.load.load_base` takes.
+
+    A package is read without torch and at once, whatever the size of its base.
+
+    Raises:
+        PackageError: a broken package.
+        SourceError: no model there, or of an unknown architecture.
+    """
+    if (Path(base) / names.MANIFEST).is_file():
+        package = open_package(base)
+        manifest = package.manifest
+        tokenizer = package.tokenizer if manifest.tokenizer_fingerprint else None
+        return BaseFacts(
+            manifest.base,
+            manifest.architecture,
+            manifest.model_type,
+            manifest.geometry,
+            manifest.tokenizer_fingerprint,
+            tokenizer,
+        )
+    from edgeprompt.base.geometry import geometry_of
+    from edgeprompt.base.load import load_base
+    from edgeprompt.package.manifest import Base
+    from exporters.package import write_tokenizer
+
+    loaded = load_base(base)
+    with tempfile.TemporaryDirectory() as scratch:
+        fingerprint = write_tokenizer(loaded.tokenizer, Path(scratch), Path(scratch))
+    return BaseFacts(
+        Base(loaded.name, loaded.fingerprint),
+        loaded.family.architecture,
+        loaded.config.model_type,
+        geometry_of(loaded.config),
+        fingerprint,
+        loaded.tokenizer,
+        loaded.config,
+    )

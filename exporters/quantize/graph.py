@@ -1,0 +1,333 @@
+"""Quantises the constant weights of a graph, whichever route it came from, and notes where each weight went."""
+
+from __future__ import annotations
+
+from dataclasses import asdict, dataclass
+from typing import Any
+
+import numpy as np
+import onnx_ir as ir
+import torch
+
+from edgeprompt import names
+from edgeprompt.base.blockwise import BlockWeights, quantize_affine, quantize_blocks, quantize_symmetric
+from exporters.graft.fuse import drop_unused
+from exporters.graft.linears import Linear, WeightIndex, find_linears, initializer_tensor, is_constant
+from exporters.quantize.rows import quantize_rows
+
+BLOCK = 32
+"""The smallest block, and the one whose float offsets are kept."""
+TABLE_BLOCK = 64
+"""Blocks of embedding tables and lm_heads, which have 8 bits; larger ones take fewer bytes for scales."""
+SIGNED_8, SIGNED_7 = 127, 63
+"""Largest magnitudes of signed weights. AVX2 adds two products with 8-bit activations in 16 bits, where those of 7-bit
+weights always fit; 8-bit ones need ONNX Runtime's `session.x64quantprecision` there, which the runtime sets."""
+MIN_WEIGHTS = 4096
+"""Smaller matrices stay in float: their bytes do not matter, their precision may."""
+
+
+def table_block(columns: int) -> int:
+    """Block size of a table: rows are looked up whole, so they must be whole blocks."""
+    return TABLE_BLOCK if columns % TABLE_BLOCK == 0 else BLOCK
+
+
+@dataclass(frozen=True)
+class WeightRecord:
+    """Where quantised parameters lie in a graph (stored in the manifest, read by `edgeprompt.base.dequantize`)."""
+
+    codes: str
+    """Initialiser with the integers."""
+    scales: str
+    zero_points: str | None
+    layout: str
+    """"blocks": MatMulNBits, codes [rows, blocks, bytes]; "columns": DynamicQuantizeMatMul, codes [columns, rows]."""
+    bits: int
+    columns: int
+    block: int
+    offsets: int
+    """How many of the last columns hold the blocks' offsets (see `_Quantizer._affine`); 0: none."""
+    pieces: list[tuple[str, int, bool]]
+    """(parameter, rows, stored transposed) from top to bottom, see `exporters.graft.linears.WeightIndex`."""
+
+
+def quantize_graph(
+    model: ir.Model, precision: str, torch_model: Any, *, levels: int = SIGNED_8, block_size: int = BLOCK
+) -> list[dict[str, Any]]:
+    """Quantise in place: "int4", "int8", or "fp16" (weights stored as float16); "fp32" only shares tied weights.
+
+    int4 is MatMulNBits, accuracy_level 4 (activations to int8 inside the kernel): blocks of 32 with float offsets, or
+    larger ones with integer zero points, which are quicker and less exact; the embedding and lm_head have 8 bits: 4
+    there cost half as much as in all layers together. int8 has a
+    scale for every column of a weight and every row of its activations (`exporters.quantize.rows`); its lm_head stays
+    blockwise. An embedding table goes through GatherBlockQuantized and shares the lm_head's weights where they are
+    tied.
+
+    Args:
+        model: The graph, in float32.
+        precision: As above.
+        torch_model: Whose parameters the graph's constants are.
+        levels: largest magnitude of int8 weights, `SIGNED_8` or `SIGNED_7`.
+        block_size: of int4 weights, 32, 64 or 128; a matrix whose columns it does not divide gets half of it.
+
+    Returns:
+        A `WeightRecord` as a dictionary for each quantised weight whose parameters are known.
+    """
+    records = _Quantizer(model, precision, torch_model, levels, block_size).run()
+    quantize_rows(model)
+    return records
+
+
+class _Quantizer:
+    def __init__(self, model: ir.Model, precision: str, torch_model: Any, levels: int, block_size: int) -> None:
+        self.graph = model.graph
+        self.precision, self.levels, self.block_size = precision, levels, block_size
+        self.index = WeightIndex(torch_model)
+        self.records: list[dict[str, Any]] = []
+        self._sums: dict[ir.Value, ir.Value] = {}
+        self._ones: dict[int, ir.Value] = {}
+        self._positions = {node: at for at, node in enumerate(model.graph)}
+        model.opset_imports.setdefault("com.microsoft", 1)
+
+    def run(self) -> list[dict[str, Any]]:
+        embedding = self._embedding()
+        table = embedding.inputs[0] if embedding is not None else None
+        head = self._head()
+        tied = table is not None and head is not None and torch.equal(initializer_tensor(table), head.weight())
+        if self.precision in ("fp32", "fp16"):
+            if tied and table is not None and head is not None:
+                self._share_float(table, head)
+            if self.precision == "fp16":
+                self._store_half()
+            return self.records
+        linears = [linear for linear in find_linears(self.graph) if linear.weight().numel() >= MIN_WEIGHTS]
+        for linear in linears:
+            is_head = head is not None and linear.node is head.node
+            if self.precision == "int8" and not is_head:
+                self._dynamic(linear)
+                continue
+            if self.precision == "int4" and not is_head and linear.weight().shape[1] % BLOCK == 0:
+                if self.block_size == BLOCK:
+                    self._affine(linear)
+                else:
+                    self._integer(linear)
+                continue
+            blocks = self._nbits(linear)
+            if is_head and tied and embedding is not None and linear.weight().shape[1] % BLOCK == 0:
+                self._gather(embedding, *blocks)
+        if embedding is not None and not (tied and head is not None and head in linears):
+            self._quantize_table(embedding)
+        drop_unused(self.graph)
+        return self.records
+
+    def _embedding(self) -> ir.Node | None:
+        ids = next((value for value in self.graph.inputs if value.name == names.INPUT_IDS), None)
+        for node, _ in ids.uses() if ids is not None else ():
+            table = node.inputs[0] if node.op_type == "Gather" else None
+            if table is not None and is_constant(self.graph, table):
+                return node
+        return None
+
+    def _head(self) -> Linear | None:
+        """The product whose result is the logits, perhaps through a few elementwise nodes."""
+        value = next((output for output in self.graph.outputs if output.name == names.LOGITS), None)
+        linears = {linear.node: linear for linear in find_linears(self.graph)}
+        for _ in range(8):
+            node = value.producer() if value is not None else None
+            if node is None or node in linears:
+                return linears.get(node) if node is not None else None
+            value = node.inputs[0]
+        return None
+
+    def _share_float(self, table: ir.Value, head: Linear) -> None:
+        if head.node.op_type != "MatMul" or head.value is table:
+            return
+        name = f"{table.name}_transposed"
+        node = ir.node("Transpose", [table], {"perm": [1, 0]}, name=name)
+        node.outputs[0].name = name
+        self.graph.insert_before(head.node, node)
+        head.node.replace_input_with(1, node.outputs[0])
+        drop_unused(self.graph)
+
+    def _store_half(self) -> None:
+        for value in list(self.graph.initializers.values()):
+            if value.dtype != ir.DataType.FLOAT or value.shape is None or len(value.shape) != 2:
+                continue
+            if int(np.prod(value.shape.numpy())) < MIN_WEIGHTS or value in self.graph.inputs:
+                continue
+            half = self._initializer(f"{value.name}_fp16", initializer_tensor(value).half().numpy())
+            users = list(value.uses())
+            wide = self._cast(half)
+            for user, at in users:
+                user.replace_input_with(at, wide)
+        drop_unused(self.graph)
+
+    def _affine(self, linear: Linear) -> None:
+        """4 bits with a float offset for every block, in one MatMulNBits.
+
+        `sum_k x[k] * (code * scale + offset[block of k])` needs the sum of x over each block beside x itself. Those
+        sums are appended to x (one small product with a constant matrix of ones, shared by all readers of x), and
+        the offsets, quantised like weights, to the weight's columns.
+        """
+        weight = linear.weight()
+        columns = weight.shape[1]
+        blocks, offsets = quantize_affine(weight, block=BLOCK)
+        padded = torch.nn.functional.pad(offsets, (0, -offsets.shape[1] % BLOCK))
+        blocks = blocks.joined(quantize_blocks(padded, bits=4, block=BLOCK))
+        value = linear.node.inputs[0]
+        assert value is not None
+        self._matmul(linear, weight, blocks, self._with_block_sums(value, columns), BLOCK, offsets=padded.shape[1])
+
+    def _integer(self, linear: Linear) -> None:
+        """4 bits with integer zero points, in the largest blocks that the columns are whole blocks of."""
+        weight, value, block = linear.weight(), linear.node.inputs[0], self.block_size
+        assert value is not None
+        while weight.shape[1] % block:
+            block //= 2
+        self._matmul(linear, weight, quantize_blocks(weight, bits=4, block=block), value, block)
+
+    def _with_block_sums(self, value: ir.Value, columns: int) -> ir.Value:
+        """`value [..., columns]` with the sums over its blocks behind it, padded to whole blocks."""
+        if value in self._sums:
+            return self._sums[value]
+        blocks = columns // BLOCK
+        ones = self._ones.get(columns)
+        if ones is None:
+            matrix = np.zeros((columns, blocks - blocks % -BLOCK), np.uint8)
+            matrix[np.arange(columns), np.arange(columns) // BLOCK] = 1
+            ones = self._ones[columns] = self._cast(self._initializer(f"block_ones_{columns}", matrix))
+        sums = ir.node("MatMul", [value, ones], name=f"{value.name}_block_sums")
+        both = ir.node("Concat", [value, sums.outputs[0]], {"axis": -1}, name=f"{value.name}_with_block_sums")
+        for node in (sums, both):
+            node.outputs[0].name, node.outputs[0].dtype = node.name, value.dtype
+        reader = min(
+            (user for user, _ in value.uses() if user is not sums and user is not both),
+            key=lambda node: self._positions.get(node, 0),
+        )
+        self.graph.insert_before(reader, [sums, both])
+        self._sums[value] = both.outputs[0]
+        return both.outputs[0]
+
+    def _nbits(self, linear: Linear) -> tuple[BlockWeights, ir.Value, ir.Value, ir.Value | None]:
+        value = linear.node.inputs[0]
+        assert value is not None
+        blocks = quantize_symmetric(linear.weight(), block=table_block(linear.weight().shape[1]))
+        return blocks, *self._matmul(linear, linear.weight(), blocks, value, blocks.codes.shape[2])
+
+    def _matmul(
+        self, linear: Linear, weight: torch.Tensor, blocks: BlockWeights, value: ir.Value, block: int, offsets: int = 0
+    ) -> tuple[ir.Value, ir.Value, ir.Value | None]:
+        bits, stem = blocks.bits, linear.value.name
+        codes, scales, zeros = self._stored(str(stem), blocks)
+        inputs = [value, codes, scales, zeros]
+        if linear.bias is not None:
+            inputs += [None, linear.bias]
+        self._record(weight, codes, scales, zeros, "blocks", bits, columns=blocks.columns, block=block, offsets=offsets)
+        attributes = {"K": blocks.columns, "N": weight.shape[0], "bits": bits, "block_size": block}
+        self._replace(linear.node, "MatMulNBits", inputs, {**attributes, "accuracy_level": 4})
+        return codes, scales, zeros
+
+    def _stored(self, stem: str, blocks: BlockWeights) -> tuple[ir.Value, ir.Value, ir.Value | None]:
+        """Initialisers of codes, scales and zero points; scales that float16 can hold are stored so."""
+        codes = self._initializer(f"{stem}_q{blocks.bits}", blocks.packed_codes())
+        zeros = None
+        if blocks.bits < 8:
+            zeros = self._initializer(f"{stem}_zero_points", blocks.packed_zero_points())
+        if torch.equal(blocks.scales.half().float(), blocks.scales):
+            half = self._initializer(f"{stem}_scales", blocks.scales.half().numpy())
+            return codes, self._cast(half), zeros
+        return codes, self._initializer(f"{stem}_scales", blocks.scales.numpy()), zeros
+
+    def _cast(self, stored: ir.Value) -> ir.Value:
+        """The float32 of an initialiser; ONNX Runtime computes it once, when it loads the graph."""
+        node = ir.node("Cast", [stored], {"to": int(ir.DataType.FLOAT)}, name=f"{stored.name}_cast")
+        out = node.outputs[0]
+        out.name, out.dtype, out.shape = node.name, ir.DataType.FLOAT, stored.shape
+        self.graph.insert_before(next(iter(self.graph)), node)
+        return out
+
+    def _dynamic(self, linear: Linear) -> None:
+        weight = linear.weight().float()
+        scale = weight.abs().amax(1, keepdim=True).clamp(min=1e-12) / self.levels
+        integers = torch.round(weight / scale).to(torch.int8)
+        stem = linear.value.name
+        codes = self._initializer(f"{stem}_s8", integers.T.contiguous().numpy())
+        scales = self._initializer(f"{stem}_scales", scale.squeeze(1).numpy())
+        inputs = [linear.node.inputs[0], codes, scales, None]
+        if linear.bias is not None:
+            inputs.append(linear.bias)
+        self._replace(linear.node, "DynamicQuantizeMatMul", inputs, {})
+        self._record(weight, codes, scales, None, "columns", 8, columns=weight.shape[1])
+
+    def _quantize_table(self, embedding: ir.Node) -> None:
+        table = embedding.inputs[0]
+        assert table is not None
+        weight = initializer_tensor(table)
+        if weight.shape[1] % BLOCK or weight.numel() < MIN_WEIGHTS:
+            return
+        blocks = quantize_symmetric(weight, block=table_block(weight.shape[1]))
+        codes, scales, zeros = self._stored(str(table.name), blocks)
+        self._gather(embedding, blocks, codes, scales, zeros)
+        self._record(weight, codes, scales, zeros, "blocks", 8, columns=blocks.columns, block=blocks.codes.shape[2])
+
+    def _gather(
+        self, embedding: ir.Node, blocks: BlockWeights, codes: ir.Value, scales: ir.Value, zeros: ir.Value | None
+    ) -> None:
+        """Look rows up in blockwise weights (the same initialisers that MatMulNBits reads)."""
+        rows = blocks.codes.shape[0]
+        shape = self._initializer(f"{codes.name}_rows", np.array([rows, -1], np.int64))
+        flat = ir.node("Reshape", [codes, shape], name=f"{codes.name}_flat")
+        flat.outputs[0].name = f"{codes.name}_flat"
+        self.graph.insert_before(embedding, flat)
+        self._replace(
+            embedding,
+            "GatherBlockQuantized",
+            [flat.outputs[0], embedding.inputs[1], scales, zeros],
+            {"bits": blocks.bits, "block_size": blocks.codes.shape[2], "gather_axis": 0, "quantize_axis": 1},
+        )
+
+    def _replace(self, node: ir.Node, op_type: str, inputs: list[ir.Value | None], attributes: dict[str, int]) -> None:
+        new = ir.node(op_type, inputs, attributes, domain="com.microsoft", name=node.name)
+        old = node.outputs[0]
+        out = new.outputs[0]
+        out.dtype, out.shape = old.dtype, old.shape
+        ir.convenience.replace_nodes_and_values(self.graph, node, [node], [new], [old], [out])
+
+    def _initializer(self, name: str, array: Any) -> ir.Value:
+        tensor = ir.tensor(array, name=name)
+        value = ir.Value(name=name, shape=ir.Shape(tensor.shape), type=ir.TensorType(tensor.dtype), const_value=tensor)
+        self.graph.register_initializer(value)
+        return value
+
+    def _record(
+        self,
+        weight: torch.Tensor,
+        codes: ir.Value,
+        scales: ir.Value,
+        zeros: ir.Value | None,
+        layout: str,
+        bits: int,
+        *,
+        columns: int,
+        block: int = BLOCK,
+        offsets: int = 0,
+    ) -> None:
+        pieces = self.index.pieces(weight)
+        if pieces:
+            cast = scales.producer()
+            stored = cast.inputs[0] if cast is not None else scales
+            assert stored is not None
+            self.records.append(
+                asdict(
+                    WeightRecord(
+                        str(codes.name),
+                        str(stored.name),
+                        zeros.name if zeros else None,
+                        layout,
+                        bits,
+                        columns,
+                        block,
+                        offsets,
+                        pieces,
+                    )
+                )
+            )

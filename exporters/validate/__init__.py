@@ -1,0 +1,1 @@
+"""Proof that a package computes what its base computes."""

@@ -1,0 +1,115 @@
+"""The comparison's table, from a result of known numbers."""
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from benchmarks.peers.table import BEGIN, END, ratios_to_markdown, sweep_to_markdown, to_markdown, write_table
+
+
+def _round(speed: float, **changes: Any) -> dict[str, Any]:
+    return {
+        "ttft_cached": {"32": [0.1 / speed] * 3},
+        "ttft_uncached": {"32": [0.2 / speed] * 3},
+        "decode": [50 * speed] * 3,
+        "classify": 10 * speed,
+        "peak_rss": 2e8,
+        "labels": [1, 0, 1, 0],
+        **changes,
+    }
+
+
+@pytest.fixture
+def result() -> dict[str, Any]:
+    return {
+        "model": "tiny",
+        "threads": 2,
+        "device": {"cpu": "a processor", "isa": ["AVX2"]},
+        "time": "2026-01-02T03:04:05+00:00",
+        "weight_bytes": 1e8,
+        "ceiling_bytes_per_second": [2e10],
+        "peers": {
+            "edgeprompt": {"title": "ours", "rounds": [_round(2), _round(2)]},
+            "other": {"title": "other", "rounds": [_round(1), _round(0.5)]},
+            "gone": {"title": "gone", "rounds": [], "absent": "no wheel"},
+        },
+    }
+
+
+def test_ratios_of_medians_with_their_spread(result: dict[str, Any]):
+    lines = ratios_to_markdown(result).splitlines()
+    ratio = lines[-1 - next(n for n, line in enumerate(reversed(lines)) if line.startswith("| other"))]
+    cells = [cell.strip() for cell in ratio.split("|")[2:-1]]
+    assert cells[2] == "2.67 (2.00 to 4.00)"  # 100 tokens/s beside a median of 37.5
+    assert cells[0] == "3.00 (2.00 to 4.00)"
+    assert cells[4] == "1.00 (1.00 to 1.00)"
+
+
+def test_absent_peers_and_the_ceiling_are_said(result: dict[str, Any]):
+    text = to_markdown(result)
+    assert "gone: absent (no wheel)" in text
+    assert "| gone | absent |" in text
+    assert "bound decoding at 200 tokens/s, of which edgeprompt reaches 50%" in text
+
+
+def test_starts_are_a_column_of_their_own(result: dict[str, Any]):
+    starts = {"seconds": {"ours": {"files in memory": [0.3, 0.5, 0.4], "files on disk": [9]}, "gone": {"absent": "?"}}}
+    lines = to_markdown(result, starts).splitlines()
+    assert lines[0].endswith("| cold start (s) |")
+    assert [line.split("|")[-2].strip() for line in lines[2:5]] == ["0.4", "absent", "absent"]
+
+
+def test_labels_are_compared_with_full_precision(result: dict[str, Any]):
+    result["peers"]["pytorch"] = {"title": "fp32", "rounds": [_round(1, labels=[1, 1, 1, 0])]}
+    assert "Labels equal to those of PyTorch in fp32: ours 75%, other 75%." in to_markdown(result)
+
+
+def test_rounds_with_the_cores_apart_count_only_where_there_is_no_other(result: dict[str, Any]):
+    near, apart = {"core_round_trip_ns": [200, 210]}, {"core_round_trip_ns": [200, 600]}
+    result["peers"]["edgeprompt"]["rounds"] = [_round(2, **near), _round(8, **apart)]
+    result["peers"]["other"]["rounds"] = [_round(1, **apart), _round(3, **apart)]
+    lines = to_markdown(result).splitlines()
+    assert "| 100 |" in lines[2]
+    assert "| 100 |" in lines[3], "the median of both"
+
+
+def cell(prompt: int, first: float, speed: float) -> dict[str, Any]:
+    return {"prompt": prompt, "text": 32, "ttft": [first, 9, first], "decode": [speed, speed, 0]}
+
+
+def test_a_sweep_names_the_best_peer_of_every_length(result: dict[str, Any]):
+    peers = result["peers"]
+    peers["edgeprompt"]["sweeps"] = [{"sweep": [cell(4, 0.01, 100), cell(16, 0.02, 100)]}]
+    peers["other"]["sweeps"] = [{"sweep": [cell(4, 0.02, 50), cell(16, 0.01, 50)]}]
+    peers["third"] = {"title": "third", "rounds": [], "sweeps": [{"sweep": [cell(4, 0.04, 80), cell(16, 0.08, 80)]}]}
+    lines = sweep_to_markdown(result).splitlines()
+    assert lines[2] == "| 4, 32 | 10.0 (0.50) | 20.0 (other) | 100 (1.25) | 80 (third) |"
+    assert lines[3] == "| 16, 32 | 20.0 (2.00) | 10.0 (other) | 100 (1.25) | 80 (third) |"
+
+
+def test_every_length_of_prompt_has_its_undisturbed_sweeps(result: dict[str, Any]):
+    near, apart = {"core_round_trip_ns": [200, 210]}, {"core_round_trip_ns": [200, 600]}
+    peers = result["peers"]
+    peers["other"]["sweeps"] = [{"sweep": [cell(4, 0.02, 50), cell(16, 0.02, 50)], **near}]
+    peers["edgeprompt"]["sweeps"] = [
+        {"sweep": [cell(4, 0.04, 25)], **apart},
+        {"sweep": [cell(16, 0.04, 25)], **apart},
+        {"sweep": [cell(4, 0.01, 100)], **near},
+    ]
+    lines = sweep_to_markdown(result).splitlines()
+    assert lines[2].startswith("| 4, 32 | 10.0 (0.50) |")
+    assert lines[3].startswith("| 16, 32 | 40.0 (2.00) |"), "there is no other"
+    assert "2 rounds" in lines[-1]
+
+
+def test_a_table_is_replaced_between_its_markers(result: dict[str, Any], tmp_path: Path):
+    readme = tmp_path / "README.md"
+    readme.write_text(f"before\n{BEGIN}\nlast year\n{END}\nafter\n", encoding="utf-8")
+    for _ in range(2):
+        write_table(readme, to_markdown(result))
+    text = readme.read_text(encoding="utf-8")
+    assert text.startswith("before\n")
+    assert text.endswith("\nafter\n")
+    assert "last year" not in text
+    assert text.count("| other |") == 1

@@ -1,0 +1,84 @@
+"""Files and folders that appear whole or not at all."""
+
+import json
+import subprocess
+import sys
+
+import pytest
+
+from edgeprompt.errors import InputError
+from edgeprompt.package.files import atomic_file, atomic_folder, fingerprint_tokenizer, sha256_file, write_atomic
+
+
+def test_write_atomic_replaces(tmp_path):
+    path = tmp_path / "deep" / "file"
+    write_atomic(path, b"one")
+    write_atomic(path, b"two")
+    assert path.read_bytes() == b"two"
+    assert [p.name for p in path.parent.iterdir()] == ["file"]
+
+
+def fail_in(manager):
+    with pytest.raises(RuntimeError, match="midway"), manager as temporary:
+        (temporary / "x" if temporary.is_dir() else temporary).write_bytes(b"half")
+        raise RuntimeError("midway")
+
+
+def test_a_failure_leaves_nothing(tmp_path):
+    fail_in(atomic_file(tmp_path / "file"))
+    fail_in(atomic_folder(tmp_path / "folder"))
+    assert not list(tmp_path.iterdir())
+
+
+def test_an_existing_folder_is_kept_without_force(tmp_path):
+    target = tmp_path / "folder"
+    target.mkdir()
+    (target / "mine").write_text("x")
+    with pytest.raises(InputError, match="--force"), atomic_folder(target):
+        pass
+    fail_in(atomic_folder(target, force=True))
+    assert (target / "mine").read_text() == "x"
+    with atomic_folder(target, force=True) as temporary:
+        (temporary / "new").write_text("y")
+    assert [p.name for p in target.iterdir()] == ["new"]
+    assert [p.name for p in tmp_path.iterdir()] == ["folder"]
+
+
+def test_sha256_file(tmp_path):
+    (tmp_path / "x").write_bytes(b"abc")
+    assert sha256_file(tmp_path / "x") == "ba7816bf8f01cfea414140de5dae2223b00361a396177a9cb410ff61f20015ad"
+
+
+@pytest.mark.parametrize("kind", ["file", "folder"])
+def test_what_a_killed_process_left_is_removed_by_the_next(tmp_path, kind):
+    code = (
+        f"import sys; from edgeprompt.package.files import atomic_{kind}\n"
+        f"with atomic_{kind}(sys.argv[1]): print('inside', flush=True); sys.stdin.read()"
+    )
+    command = [sys.executable, "-c", code, str(tmp_path / "out")]
+    with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE) as process:
+        assert process.stdout is not None
+        process.stdout.readline()
+        (alive,) = tmp_path.iterdir()
+        if kind == "file":
+            write_atomic(tmp_path / "out", b"other")  # beside one that still runs
+            assert alive.exists()
+            (tmp_path / "out").unlink()
+        process.kill()
+    assert [path.name for path in tmp_path.iterdir()] == [alive.name]
+    if kind == "file":
+        write_atomic(tmp_path / "out", b"whole")
+    else:
+        with atomic_folder(tmp_path / "out"):
+            pass
+    assert [path.name for path in tmp_path.iterdir()] == ["out"]
+
+
+def test_a_tokenizers_fingerprint_is_of_what_it_does():
+    def fingerprint(merges, **more):
+        return fingerprint_tokenizer(json.dumps({"model": {"vocab": {"a": 0}, "merges": merges}, **more}).encode())
+
+    pairs = fingerprint([["a", "b"], ["ab", "c"]])
+    assert fingerprint(["a b", "ab c"], padding={"length": 3}, version="1.0") == pairs
+    assert fingerprint(["a b", "a bc"]) != pairs
+    assert fingerprint(["ab c", "a b"]) != pairs
