@@ -9,7 +9,7 @@ PIP := $(BIN)/python -m pip install -q --disable-pip-version-check
 export HF_HUB_OFFLINE ?= 1
 export TOKENIZERS_PARALLELISM ?= false
 
-.PHONY: install test lint format docs data prompts demo bench wheel clean
+.PHONY: install test test-all lint format docs data prompts demo bench wheel clean
 
 install: $(STAMP)
 
@@ -22,6 +22,10 @@ $(STAMP): pyproject.toml constraints.txt requirements-models.txt
 # One torch thread: on tiny models several cost more than they bring, beside ONNX Runtime's own.
 test: lint
 	OMP_NUM_THREADS=1 $(BIN)/pytest
+
+# And the slow proofs: every extra in an environment of its own, true sizes, long soaks.
+test-all: lint
+	OMP_NUM_THREADS=1 $(BIN)/pytest -m "slow or not slow"
 
 lint: install
 	$(BIN)/ruff check .

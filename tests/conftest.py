@@ -27,7 +27,7 @@ os.environ.setdefault("TQDM_DISABLE", "1")
 os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
 
 ROOT = Path(__file__).resolve().parent.parent
-EXPORT_SOURCES = ("edgeprompt/*.py", "exporters/*.py", "exporters/routes/*.py", "exporters/families/*.py")
+EXPORT_SOURCES = ("edgeprompt/names.py", "edgeprompt/package/*.py", "edgeprompt/base/**/*.py", "exporters/**/*.py")
 EXPORT_TOOLS = ("torch", "transformers", "onnx", "onnxscript", "onnxruntime", "onnxruntime-genai", "safetensors")
 
 
