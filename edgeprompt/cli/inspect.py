@@ -35,14 +35,20 @@ def describe(path: Path) -> dict[str, Any]:
     Raises:
         PackageError: a folder that is no package.
         PromptFileError: a file that is no prompt.
-        InputError: another kind of file.
+        InputError: another kind of file, or none that can be read.
     """
     from edgeprompt.errors import InputError
+    from edgeprompt.package.files import check_regular
+    from edgeprompt.prompts.file import MAX_FILE_BYTES
 
     if not path.exists():
         raise InputError(f"nothing at {str(path)!r}; give a package folder, a .safetensors or an .onnx_adapter file")
     if path.is_dir():
         return _package(path)
+    try:
+        check_regular(path, MAX_FILE_BYTES)
+    except OSError as error:
+        raise InputError(f"cannot read {str(path)!r}: {error.strerror or error}") from error
     if path.suffix == ".safetensors":
         return _prompt(path)
     if path.suffix == ".onnx_adapter":

@@ -75,7 +75,7 @@ def find_prompt(package: Path, wanted: str) -> Path:
     """
     from edgeprompt.package.folder import open_package
 
-    if Path(wanted).is_file():
+    if Path(wanted).exists() and not Path(wanted).is_dir():
         return Path(wanted)
     inside = {path.stem: path for path in open_package(package).prompt_paths}
     if wanted in inside:

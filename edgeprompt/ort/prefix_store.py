@@ -15,7 +15,7 @@ from safetensors.numpy import save
 from edgeprompt import names
 from edgeprompt.ort.kv_cache import KV
 from edgeprompt.package import strict_json
-from edgeprompt.package.files import write_atomic
+from edgeprompt.package.files import check_regular, write_atomic
 
 _LOG = logging.getLogger("edgeprompt")
 _KEY, _DIGEST = "key", "sha256"
@@ -50,6 +50,7 @@ class PrefixStore:
         if not path.exists():
             return None
         try:
+            check_regular(path)
             with safe_open(path, framework="numpy") as file:
                 metadata = file.metadata() or {}
                 prefix: KV = file.get_tensor(names.PAST_KEY_VALUES)

@@ -2,21 +2,78 @@
 
 from __future__ import annotations
 
+import errno
 import glob
 import hashlib
 import json
 import os
 import platform
 import shutil
+import stat
 import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
+from io import BufferedReader
 from pathlib import Path
 
 from edgeprompt.errors import InputError
 from edgeprompt.package import strict_json
 
 _PARTIAL = ".partial"
+_KINDS = (
+    (stat.S_ISDIR, "a folder"),
+    (stat.S_ISFIFO, "a pipe"),
+    (stat.S_ISSOCK, "a socket"),
+    (stat.S_ISCHR, "a device"),
+    (stat.S_ISBLK, "a device"),
+)
+
+
+def read_regular(path: str | os.PathLike[str], limit: int) -> bytes:
+    """The bytes of a regular file of at most `limit` bytes.
+
+    Raises:
+        OSError: missing, no regular file (a pipe would wait for ever, a device has no end), larger than `limit`, or
+            holding more than its size says (it is being written, or is one of `/proc`). `strerror` says which.
+    """
+    with open_regular(path, limit) as file:
+        size = os.fstat(file.fileno()).st_size
+        data = file.read(size + 1)
+    if len(data) > size:
+        raise OSError(errno.EINVAL, f"it holds more than the {size} bytes that its size says; read it when it is whole")
+    return data
+
+
+@contextmanager
+def open_regular(path: str | os.PathLike[str], limit: int | None = None) -> Iterator[BufferedReader]:
+    """Open a regular file of at most `limit` bytes for reading; nothing else is opened, and opening never waits.
+
+    Raises:
+        OSError: as `read_regular`.
+    """
+    check_regular(path, limit)
+    handle = os.open(path, os.O_RDONLY | getattr(os, "O_NONBLOCK", 0) | getattr(os, "O_BINARY", 0))
+    with os.fdopen(handle, "rb") as file:
+        _check_status(os.fstat(handle), limit)  # of what was opened, whatever was put in its place meanwhile
+        yield file
+
+
+def check_regular(path: str | os.PathLike[str], limit: int | None = None) -> int:
+    """The size in bytes of a regular file of at most `limit` bytes, for libraries that open a path themselves.
+
+    Raises:
+        OSError: as `read_regular`.
+    """
+    return _check_status(os.stat(path), limit)
+
+
+def _check_status(status: os.stat_result, limit: int | None) -> int:
+    if not stat.S_ISREG(status.st_mode):
+        kind = next((name for test, name in _KINDS if test(status.st_mode)), "something else")
+        raise OSError(errno.EINVAL, f"it is {kind}, and only regular files are read")
+    if limit is not None and status.st_size > limit:
+        raise OSError(errno.EFBIG, f"it has {status.st_size} bytes; at most {limit} are allowed")
+    return status.st_size
 
 
 def _sync(path: Path) -> None:
@@ -87,7 +144,7 @@ def atomic_folder(path: str | os.PathLike[str], *, force: bool = False) -> Itera
 
 def sha256_file(path: str | os.PathLike[str]) -> str:
     """SHA-256 of a file's bytes in hexadecimal, read in pieces."""
-    with Path(path).open("rb") as file:
+    with open_regular(path) as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 
 from edgeprompt import names
 from edgeprompt.errors import PackageError
-from edgeprompt.package.files import sha256_file
+from edgeprompt.package.files import read_regular, sha256_file
 from edgeprompt.package.manifest import MAX_BYTES, Manifest
 
 if TYPE_CHECKING:
@@ -92,9 +92,7 @@ def open_package(path: str | os.PathLike[str]) -> Package:
     try:
         if not folder.is_dir():
             raise PackageError(f"no package folder at {str(folder)!r}; edgeprompt export makes one")
-        if file.stat().st_size > MAX_BYTES:
-            raise PackageError(f"{str(file)!r} is larger than {MAX_BYTES} bytes")
-        manifest = Manifest.from_json(file.read_bytes())
+        manifest = Manifest.from_json(read_regular(file, MAX_BYTES))
     except FileNotFoundError as error:
         raise PackageError(
             f"{str(folder)!r} is no package: it has no {names.MANIFEST}; edgeprompt export makes one"

@@ -14,7 +14,10 @@ import tokenizers
 
 from edgeprompt import names
 from edgeprompt.errors import InputError, MissingDependencyError, PackageError, UnsupportedError
-from edgeprompt.package.files import fingerprint_tokenizer
+from edgeprompt.package.files import fingerprint_tokenizer, read_regular
+
+MAX_BYTES = 256 << 20
+"""Of each of a tokenizer's files; the largest of a public base has 34 MB."""
 
 
 class Tokenizer:
@@ -28,21 +31,22 @@ class Tokenizer:
         """
         self._folder = Path(folder)
         try:
-            data = (self._folder / names.TOKENIZER).read_bytes()
+            data = read_regular(self._folder / names.TOKENIZER, MAX_BYTES)
             self.sha256 = hashlib.sha256(data).hexdigest()
             """Of `tokenizer.json`, as it lies there."""
             self._tokenizer = tokenizers.Tokenizer.from_buffer(data)
             config = self._folder / names.TOKENIZER_CONFIG
-            self._config: dict[str, Any] = json.loads(config.read_text("utf-8")) if config.exists() else {}
+            self._config: dict[str, Any] = json.loads(read_regular(config, MAX_BYTES)) if config.exists() else {}
         except (OSError, ValueError, TypeError, Exception) as error:  # tokenizers raises bare Exception
-            raise PackageError(f"cannot read the tokenizer in {str(folder)!r}: {error}") from error
+            reason = getattr(error, "strerror", None) or error
+            raise PackageError(f"cannot read the tokenizer in {str(folder)!r}: {reason}") from error
         self._tokenizer.no_padding()
         self._tokenizer.no_truncation()
 
     @cached_property
     def fingerprint(self) -> str:
         """What prompts name: of vocabulary and rules, however they are written down (slow: it parses them)."""
-        return fingerprint_tokenizer((self._folder / names.TOKENIZER).read_bytes())
+        return fingerprint_tokenizer(read_regular(self._folder / names.TOKENIZER, MAX_BYTES))
 
     @property
     def mask_token(self) -> str | None:
@@ -103,7 +107,7 @@ class Tokenizer:
             MissingDependencyError: jinja2 is not installed.
         """
         file = self._folder / names.CHAT_TEMPLATE
-        source = file.read_text("utf-8") if file.exists() else self._config.get("chat_template")
+        source = read_regular(file, MAX_BYTES).decode() if file.exists() else self._config.get("chat_template")
         if not isinstance(source, str):
             raise UnsupportedError(f"the package in {str(self._folder)!r} has no chat template; leave out chat")
         try:

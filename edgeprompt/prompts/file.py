@@ -20,7 +20,7 @@ from safetensors.numpy import save as save_tensors
 from edgeprompt import names
 from edgeprompt.errors import BaseMismatchError, PromptFileError, TemplateError
 from edgeprompt.package import strict_json
-from edgeprompt.package.files import write_atomic
+from edgeprompt.package.files import read_regular, write_atomic
 from edgeprompt.package.manifest import Base, Geometry, Manifest
 from edgeprompt.package.strict_json import check_keys, check_type
 from edgeprompt.prompts.checks import check_tensors
@@ -230,14 +230,11 @@ def load_prompt(path: str | os.PathLike[str]) -> PromptFile:
     """Read and check a prompt file.
 
     Raises:
-        PromptFileError: missing, too large, broken, or breaking the format; the message says where.
+        PromptFileError: missing, no regular file, too large, broken, or breaking the format; the message says where.
     """
     file = Path(path)
     try:
-        size = file.stat().st_size
-        if size > MAX_FILE_BYTES:
-            raise ValueError(f"{size} bytes, at most {MAX_FILE_BYTES} are allowed")
-        return from_bytes(file.read_bytes())
+        return from_bytes(read_regular(file, MAX_FILE_BYTES))
     except OSError as error:
         raise PromptFileError(f"cannot read prompt file {str(file)!r}: {error.strerror or error}") from error
     except ValueError as error:

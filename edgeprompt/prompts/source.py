@@ -8,6 +8,7 @@ import os
 from pathlib import Path
 
 from edgeprompt.errors import PromptFileError
+from edgeprompt.package.files import read_regular
 from edgeprompt.prompts.file import MAX_FILE_BYTES, PromptFile, from_bytes
 
 
@@ -68,9 +69,6 @@ class PromptSource:
 
 def _read(file: Path) -> bytes:
     try:
-        size = file.stat().st_size
-        if size > MAX_FILE_BYTES:
-            raise PromptFileError(f"prompt file {str(file)!r} has {size} bytes; at most {MAX_FILE_BYTES} are allowed")
-        return file.read_bytes()
+        return read_regular(file, MAX_FILE_BYTES)
     except OSError as error:
         raise PromptFileError(f"cannot read prompt file {str(file)!r}: {error.strerror or error}") from error

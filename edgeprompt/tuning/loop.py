@@ -16,7 +16,7 @@ from torch import nn
 
 from edgeprompt.errors import TuningError
 from edgeprompt.package import strict_json
-from edgeprompt.package.files import atomic_file
+from edgeprompt.package.files import atomic_file, check_regular
 from edgeprompt.tuning.examples import BatchPlan, Examples
 from edgeprompt.tuning.objectives import Objective
 from edgeprompt.tuning.options import HEAD_RATE, TuneOptions
@@ -246,6 +246,7 @@ class Loop:
             TuningError: no checkpoint, or one of another run; the message names the first setting that differs.
         """
         try:
+            check_regular(path)
             content = torch.load(path, map_location="cpu", weights_only=True)
             theirs, ours = strict_json.loads(content["signature"]), strict_json.loads(self._signature)
             progress = Progress(**content["progress"])

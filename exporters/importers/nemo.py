@@ -11,7 +11,7 @@ from pathlib import Path
 
 from edgeprompt.errors import SourceError, UnsupportedError
 from exporters.importers.foreign import BaseFacts, ForeignPrompt, ReadOptions, as_rows, prompt_name
-from exporters.importers.reading import PICKLES, Contents, read_tensors
+from exporters.importers.reading import PICKLES, Contents, check_file, read_tensors
 
 WEIGHTS = "model_weights.ckpt"
 MAX_ARCHIVE_MEMBER = 4 << 30
@@ -65,6 +65,7 @@ def _weights(source: Path) -> Iterator[Path]:
     if source.suffix in (*PICKLES, ".safetensors"):
         yield source
         return
+    check_file(source)
     with tempfile.TemporaryDirectory() as scratch:
         target = Path(scratch) / WEIGHTS
         try:

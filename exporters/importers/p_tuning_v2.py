@@ -20,7 +20,7 @@ from exporters.importers.foreign import (
     prefix_sizes,
     prompt_name,
 )
-from exporters.importers.reading import PICKLES, Contents, peek, read_tensors
+from exporters.importers.reading import PICKLES, Contents, is_there, peek, read_tensors
 
 WEIGHTS = ("model.safetensors", "pytorch_model.bin")
 
@@ -66,7 +66,7 @@ def read(source: Path, base: BaseFacts | None, options: ReadOptions) -> list[For
 
 def _file(source: Path) -> Path | None:
     if source.is_dir():
-        return next((source / name for name in WEIGHTS if (source / name).is_file()), None)
+        return next((source / name for name in WEIGHTS if is_there(source / name)), None)
     return source if source.suffix in (*PICKLES, ".safetensors") else None
 
 

@@ -23,7 +23,7 @@ from exporters.importers.foreign import (
     prompt_name,
 )
 from exporters.importers.foreign_heads import describe_head
-from exporters.importers.reading import Contents, read_json, read_tensors
+from exporters.importers.reading import Contents, is_there, read_json, read_tensors
 
 CONFIG = "adapter_config.json"
 WEIGHTS = ("adapter_model.safetensors", "adapter_model.bin")
@@ -106,12 +106,12 @@ def read(source: Path, base: BaseFacts | None, options: ReadOptions) -> list[For
 def _folder(source: Path) -> Path | None:
     folder = source if source.is_dir() else source.parent
     belongs = source.is_dir() or source.name in WEIGHTS
-    return folder if belongs and (folder / CONFIG).is_file() else None
+    return folder if belongs and is_there(folder / CONFIG) else None
 
 
 def _weights(folder: Path) -> Path:
     for name in WEIGHTS:
-        if (folder / name).is_file():
+        if is_there(folder / name):
             return folder / name
     raise SourceError(f"the adapter in {str(folder)!r} has neither {' nor '.join(WEIGHTS)}")
 

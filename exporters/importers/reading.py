@@ -14,6 +14,7 @@ import numpy as np
 import numpy.typing as npt
 
 from edgeprompt.errors import MissingDependencyError, SourceError, UnsupportedError
+from edgeprompt.package.files import check_regular, read_regular
 
 Array = npt.NDArray[Any]
 Keep = Callable[[str], bool]
@@ -27,12 +28,10 @@ def read_json(file: Path) -> dict[str, Any]:
     """A foreign JSON object; unknown keys are welcome.
 
     Raises:
-        SourceError: missing, too large, or no JSON object.
+        SourceError: missing, no regular file, too large, or no JSON object.
     """
     try:
-        if file.stat().st_size > MAX_JSON_BYTES:
-            raise SourceError(f"{str(file)!r} is larger than {MAX_JSON_BYTES} bytes")
-        data = json.loads(file.read_bytes())
+        data = json.loads(read_regular(file, MAX_JSON_BYTES))
     except OSError as error:
         raise SourceError(f"cannot read {str(file)!r}: {error.strerror or error}") from error
     except (ValueError, RecursionError) as error:
@@ -74,8 +73,7 @@ def peek(source: Path) -> Contents:
     """
     if source.is_dir():
         return Contents(files=frozenset(path.name for path in source.iterdir()))
-    if not source.is_file():
-        raise SourceError(f"nothing is at {str(source)!r}; give a prompt's file or folder")
+    check_file(source)
     if source.suffix == ".safetensors":
         return Contents(tensors=_safetensors_names(source))
     if source.suffix == ".npy":
@@ -86,6 +84,25 @@ def peek(source: Path) -> Contents:
             return Contents(tensors=_printable([name for name, _ in _walk(state, "", 0)], source))
         return Contents(rank=getattr(state, "ndim", 0))
     return Contents()
+
+
+def check_file(file: Path) -> None:
+    """Refuse what is no regular file, before a library opens it.
+
+    Raises:
+        SourceError: missing, or a folder, pipe, socket or device.
+    """
+    try:
+        check_regular(file)
+    except FileNotFoundError as error:
+        raise SourceError(f"nothing is at {str(file)!r}; give a prompt's file or folder") from error
+    except OSError as error:
+        raise SourceError(f"cannot read {str(file)!r}: {error.strerror or error}") from error
+
+
+def is_there(file: Path) -> bool:
+    """Whether something that is no folder has this name; `check_file` says what is wrong with it."""
+    return file.exists() and not file.is_dir()
 
 
 def load_pickle(file: Path) -> Any:
@@ -100,6 +117,7 @@ def load_pickle(file: Path) -> Any:
         import torch
     except ImportError as error:
         raise MissingDependencyError(f"{file.name} is a PyTorch file: pip install 'edgeprompt[export]'") from error
+    check_file(file)
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # legacy formats and TypedStorage are no news to the user
@@ -128,6 +146,7 @@ def load_npy(file: Path) -> Array:
     Raises:
         SourceError: missing, broken, or not float.
     """
+    check_file(file)
     try:
         array = np.load(file, mmap_mode="r", allow_pickle=False)
     except OSError as error:
@@ -203,6 +222,7 @@ def _printable(names: Iterable[str], file: Path) -> tuple[str, ...]:
 def _from_safetensors(file: Path, keep: Keep) -> dict[str, Array]:
     from safetensors import SafetensorError, safe_open
 
+    check_file(file)
     try:
         with safe_open(file, framework="numpy") as opened:
             kinds = {name: opened.get_slice(name).get_dtype() for name in opened.keys() if keep(name)}  # noqa: SIM118

@@ -7,7 +7,7 @@ from pathlib import Path
 from edgeprompt import names
 from edgeprompt.errors import SourceError, UnsupportedError
 from exporters.importers.foreign import BaseFacts, ForeignPrompt, ReadOptions, as_rows, prompt_name
-from exporters.importers.reading import Contents, as_array, load_pickle
+from exporters.importers.reading import Contents, as_array, is_there, load_pickle
 
 DECODER, ENCODER = "decoder.pt", "encoder.pt"
 
@@ -20,7 +20,7 @@ def recognises(source: Path, contents: Contents) -> bool:
 def read(source: Path, base: BaseFacts | None, options: ReadOptions) -> list[ForeignPrompt]:
     """The encoder's prompt of an encoder-decoder, else the decoder's."""
     folder = source if source.is_dir() else source.parent
-    there = [name for name in (ENCODER, DECODER) if (folder / name).is_file()]
+    there = [name for name in (ENCODER, DECODER) if is_there(folder / name)]
     if not there:
         raise SourceError(f"{str(folder)!r} has neither {DECODER} nor {ENCODER}")
     if len(there) == 2:

@@ -1,11 +1,15 @@
 """`inspect`: a package, a prompt file, an adapter; anything else is refused."""
 
 import json
+import shutil
 
 import numpy as np
 import onnxruntime
+import pytest
 
+from edgeprompt.errors import PackageError
 from edgeprompt.package.folder import open_package
+from tests.support.files import IRREGULAR, make_irregular
 
 
 def test_package(cli, tiny_llama_package):
@@ -57,3 +61,21 @@ def test_refusals(refused, tmp_path):
     prompt = tmp_path / "x.safetensors"
     prompt.write_bytes(b"abc")
     assert "bad prompt file" in refused("inspect", prompt)
+
+
+@pytest.mark.parametrize("kind", [kind for kind in IRREGULAR if kind != "a folder"])
+@pytest.mark.parametrize("name", ["x.safetensors", "x.onnx_adapter"])
+def test_only_regular_files_are_read(refused, tmp_path, kind, name):
+    path = make_irregular(kind, tmp_path / name)
+    assert f"it is {kind}, and only regular files are read" in refused("inspect", path)
+
+
+@pytest.mark.parametrize("kind", IRREGULAR)
+@pytest.mark.parametrize("name", ["edgeprompt.json", "tokenizer.json"])
+def test_a_package_whose_files_are_none(tiny_llama_package, tmp_path, kind, name):
+    home = tmp_path / "package"
+    shutil.copytree(tiny_llama_package, home)
+    (home / name).unlink()
+    make_irregular(kind, home / name)
+    with pytest.raises(PackageError, match=f"it is {kind}"):
+        _ = open_package(home).tokenizer

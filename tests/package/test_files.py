@@ -1,13 +1,25 @@
 """Files and folders that appear whole or not at all."""
 
 import json
+import os
 import subprocess
 import sys
+from pathlib import Path
+from typing import Any
 
 import pytest
 
 from edgeprompt.errors import InputError
-from edgeprompt.package.files import atomic_file, atomic_folder, fingerprint_tokenizer, sha256_file, write_atomic
+from edgeprompt.package.files import (
+    atomic_file,
+    atomic_folder,
+    check_regular,
+    fingerprint_tokenizer,
+    read_regular,
+    sha256_file,
+    write_atomic,
+)
+from tests.support.files import IRREGULAR, make_irregular
 
 
 def test_write_atomic_replaces(tmp_path):
@@ -82,3 +94,47 @@ def test_a_tokenizers_fingerprint_is_of_what_it_does():
     assert fingerprint(["a b", "ab c"], padding={"length": 3}, version="1.0") == pairs
     assert fingerprint(["a b", "a bc"]) != pairs
     assert fingerprint(["ab c", "a b"]) != pairs
+
+
+@pytest.mark.skipif(os.name == "nt", reason="pipes and sockets with a path")
+@pytest.mark.parametrize("kind", IRREGULAR)
+def test_only_regular_files_are_read(kind: str, tmp_path: Path) -> None:
+    path = make_irregular(kind, tmp_path / "x")
+    for read in (lambda: read_regular(path, 100), lambda: check_regular(path, 100), lambda: sha256_file(path)):
+        with pytest.raises(OSError, match=f"it is {kind}, and only regular files are read"):
+            read()
+
+
+def test_a_regular_file_is_read_up_to_its_limit(tmp_path: Path) -> None:
+    path = tmp_path / "x"
+    path.write_bytes(b"12345")
+    assert read_regular(path, 5) == b"12345"
+    with pytest.raises(OSError, match="it has 5 bytes; at most 4 are allowed"):
+        read_regular(path, 4)
+    with pytest.raises(FileNotFoundError):
+        read_regular(tmp_path / "no", 5)
+
+
+@pytest.mark.skipif(not Path("/proc/self/pagemap").exists(), reason="a file of Linux that has no size and no end")
+def test_a_file_that_holds_more_than_its_size_is_refused() -> None:
+    for path in ("/proc/self/pagemap", "/proc/cpuinfo"):
+        with pytest.raises(OSError, match="more than the 0 bytes"):
+            read_regular(path, 1 << 30)
+
+
+def test_what_is_swapped_between_the_look_and_the_opening_is_refused(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The file is looked at again once it is open: a pipe that took its place is neither waited for nor read."""
+    path = tmp_path / "x"
+    path.write_bytes(b"12345")
+    opening = os.open
+
+    def swap(*arguments: Any) -> int:
+        path.unlink()
+        os.mkfifo(path)
+        return opening(*arguments)
+
+    monkeypatch.setattr(os, "open", swap)
+    with pytest.raises(OSError, match="it is a pipe"):
+        read_regular(path, 5)

@@ -5,6 +5,7 @@ import hashlib
 import json
 import os
 import struct
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
@@ -13,6 +14,7 @@ import pytest
 from edgeprompt.errors import BaseMismatchError, PromptFileError
 from edgeprompt.package.manifest import Base, Geometry, GraphFile, Manifest, Tokens
 from edgeprompt.prompts.file import (
+    MAX_FILE_BYTES,
     Golden,
     Head,
     HeadStep,
@@ -22,7 +24,9 @@ from edgeprompt.prompts.file import (
     load_prompt,
     save_prompt,
 )
+from edgeprompt.prompts.source import PromptSource
 from edgeprompt.prompts.template import Template
+from tests.support.files import IRREGULAR, make_irregular
 
 GOLDEN = Path(__file__).parents[1] / "golden" / "prompt_v1.safetensors"
 
@@ -249,3 +253,21 @@ def test_another_tokenizer_is_refused():
 
 def test_sha256_is_the_files():
     assert make_prompt().sha256 == hashlib.sha256(make_prompt().to_bytes()).hexdigest()
+
+
+@pytest.mark.skipif(os.name == "nt", reason="pipes and sockets with a path")
+@pytest.mark.parametrize("kind", IRREGULAR)
+@pytest.mark.parametrize("read", [load_prompt, PromptSource.open])
+def test_only_regular_files_are_read(kind: str, read: Callable[[Path], object], tmp_path: Path) -> None:
+    path = make_irregular(kind, tmp_path / "x.safetensors")
+    with pytest.raises(PromptFileError, match=f"it is {kind}, and only regular files are read"):
+        read(path)
+
+
+def test_a_file_larger_than_any_prompt_is_not_read(tmp_path: Path) -> None:
+    path = tmp_path / "x.safetensors"
+    with path.open("wb") as file:
+        file.truncate(MAX_FILE_BYTES + 1)
+    for read in (load_prompt, PromptSource.open):
+        with pytest.raises(PromptFileError, match=f"at most {MAX_FILE_BYTES} are allowed"):
+            read(path)

@@ -29,6 +29,7 @@ from edgeprompt.package.manifest import Base, Geometry
 from exporters import convert_prompt
 from exporters.importers.foreign import BaseFacts
 from exporters.importers.openprompt_template import read_template
+from tests.support.files import IRREGULAR, make_irregular
 
 BASE = BaseFacts(Base("tiny", "sha256:1"), "decoder-only", "llama", Geometry(60, 16, 3, 4, 2, 4))
 BERT = BaseFacts(Base("tiny", "sha256:1"), "encoder-only", "bert", Geometry(60, 16, 3, 4, 4, 4))
@@ -86,6 +87,16 @@ def written(path: Path, data: bytes) -> Path:
 HUGE_HEADER = struct.pack("<Q", 1 << 40) + b"{}"
 NAN = np.full((4, 16), np.nan, np.float32)
 PREFIX = {"peft_type": "PREFIX_TUNING", "num_layers": 3, "num_attention_heads": 2, "token_dim": 8}
+IRREGULAR_NAMES = (
+    "x.safetensors",
+    "x.bin",
+    "x.npy",
+    "x.nemo",
+    "a/adapter_config.json",
+    "a/adapter_model.safetensors",
+    "a/decoder.pt",
+    "a/pytorch_model.bin",
+)
 Make = Callable[[Path], Path]
 CASES: dict[str, tuple[Make, type[EdgePromptError], str]] = {
     "nothing there": (lambda d: d / "no", SourceError, "nothing is at"),
@@ -220,6 +231,24 @@ def test_one_clear_error(case: str, tmp_path: Path) -> None:
         convert_prompt(source, tmp_path / "out/prompt.safetensors", base=BASE)
     assert "\n" not in str(caught.value)
     assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize("kind", IRREGULAR)
+@pytest.mark.parametrize("name", IRREGULAR_NAMES)
+def test_only_regular_files_are_read(kind: str, name: str, tmp_path: Path) -> None:
+    """In the place of every file that an importer opens; a pipe would be waited for, a device has no end."""
+    path = tmp_path / name
+    path.parent.mkdir(exist_ok=True)
+    if name == "a/adapter_model.safetensors":
+        adapter(path.parent, None, {})
+    make_irregular(kind, path)
+    source = path.parent if name.startswith("a/") else path
+    with pytest.raises(SourceError) as caught:
+        convert_prompt(source, tmp_path / "out.safetensors", base=BASE)
+    assert "\n" not in str(caught.value)
+    if kind != "a folder":
+        assert f"it is {kind}, and only regular files are read" in str(caught.value)
+    assert not (tmp_path / "out.safetensors").exists()
 
 
 @pytest.mark.parametrize(
