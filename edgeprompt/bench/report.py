@@ -218,28 +218,6 @@ def to_csv(report: Report) -> str:
     return file.getvalue()
 
 
-def to_sql(report: Report) -> str:
-    """A table and its rows, for SQLite and others."""
-    rows = report.rows()
-    numbers = {"test_time": "TEXT"} | {
-        key: "REAL" for row in rows for key, value in row.items() if isinstance(value, int | float)
-    }
-    columns = ",\n  ".join(f'"{key}" {numbers.get(key, "TEXT")}' for key in rows[0])
-    lines = [f"CREATE TABLE IF NOT EXISTS edgeprompt_bench (\n  {columns}\n);\n"]
-    values = (", ".join(_literal(value) for value in row.values()) for row in rows)
-    lines += [f"INSERT INTO edgeprompt_bench VALUES ({line});\n" for line in values]
-    return "".join(lines)
-
-
-def _literal(value: Any) -> str:
-    if value is None:
-        return "NULL"
-    if isinstance(value, int | float):
-        return repr(value)
-    text = json.dumps(value) if isinstance(value, list) else str(value)
-    return "'" + text.replace("'", "''") + "'"
-
-
 def weights(package: Mapping[str, Any]) -> str:
     """How a package's weights are stored, as "int4, blocks of 128"."""
     block = package.get("block_size")
@@ -305,4 +283,4 @@ def readable(value: float | None, unit: str) -> str:
     return f"{value / scale:.4g} {name}" if abs(value / scale) < 1e4 else f"{value / scale:.0f} {name}"
 
 
-TEXT_FORMATS = {"md": to_md, "csv": to_csv, "json": to_json, "jsonl": to_jsonl, "sql": to_sql}
+TEXT_FORMATS = {"md": to_md, "csv": to_csv, "json": to_json, "jsonl": to_jsonl}

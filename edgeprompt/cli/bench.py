@@ -10,7 +10,7 @@ import click
 
 from edgeprompt.cli import console
 
-FORMATS = ("md", "csv", "json", "jsonl", "sql", "html")
+FORMATS = ("md", "csv", "json", "jsonl", "html")
 
 
 def _numbers(ctx: click.Context, param: click.Parameter, value: str | None) -> tuple[int, ...] | None:
@@ -88,10 +88,13 @@ def command(
 ) -> None:
     """Measure PACKAGE on this device: cold start, time to first token, tokens/s, classification, memory, energy."""
     from edgeprompt.bench import BenchOptions, compare, load_report, run_bench
+    from edgeprompt.bench.statistics import require_scipy
     from edgeprompt.package.files import write_atomic
 
     write = _writer(kind)
     before = load_report(old) if old else None  # before minutes of work
+    if before is not None:
+        require_scipy()
     options = BenchOptions(
         prompts=prompts,
         input_tokens=input_tokens,
@@ -116,7 +119,13 @@ def command(
 
 
 def _writer(kind: str) -> Callable[[Any], str]:
-    from edgeprompt.bench.page import to_html
+    """What writes a format; a missing library is told here, before minutes of work."""
     from edgeprompt.bench.report import TEXT_FORMATS
 
-    return to_html if kind == "html" else TEXT_FORMATS[kind]
+    if kind != "html":
+        return TEXT_FORMATS[kind]
+    from edgeprompt.bench.page import to_html
+    from edgeprompt.bench.plots import require_matplotlib
+
+    require_matplotlib()
+    return to_html

@@ -6,7 +6,6 @@ import hashlib
 import io
 import json
 import re
-import sqlite3
 import subprocess
 import sys
 from html.parser import HTMLParser
@@ -21,7 +20,7 @@ import edgeprompt
 from edgeprompt.bench import BenchOptions, Report, compare, load_report, run_bench
 from edgeprompt.bench.latency import LANE_ROWS
 from edgeprompt.bench.page import to_html
-from edgeprompt.bench.report import DEFINITIONS, to_csv, to_json, to_jsonl, to_md, to_sql
+from edgeprompt.bench.report import DEFINITIONS, to_csv, to_json, to_jsonl, to_md
 from edgeprompt.bench.workload import synthetic_prompt, text_of
 from edgeprompt.cli import main
 from edgeprompt.errors import InputError
@@ -144,21 +143,10 @@ def test_time_to_first_token_has_ort_genai_names(report: Report):
     assert row["ort_genai"]["Prompt Processing Latency (ms)"] == pytest.approx(row["avg_ns"] / 1e6)
 
 
-def test_csv_and_sql_hold_every_result(report: Report):
+def test_csv_holds_every_result(report: Report):
     rows = list(csv.DictReader(io.StringIO(to_csv(report))))
     assert [row["test"] for row in rows] == [result.test for result in report.results]
     assert json.loads(rows[0]["samples"]) == list(report.results[0].samples)
-    base = sqlite3.connect(":memory:")
-    base.executescript(to_sql(report))
-    found = base.execute("SELECT test, p50 FROM edgeprompt_bench WHERE unit = 'ns'").fetchall()
-    assert found == [(r.test, pytest.approx(r.summary.p50)) for r in report.results if r.unit == "ns"]
-
-
-def test_sql_quotes_names(report: Report):
-    odd = dataclasses.replace(report, results=(dataclasses.replace(report.results[0], prompt="it's; DROP"),))
-    base = sqlite3.connect(":memory:")
-    base.executescript(to_sql(odd))
-    assert base.execute("SELECT prompt FROM edgeprompt_bench").fetchall() == [("it's; DROP",)]
 
 
 def test_markdown_has_a_line_per_result_and_its_definitions(report: Report):
@@ -194,6 +182,8 @@ def test_html_is_self_contained_with_plots(report: Report):
     assert parser.outside == []
     assert "script" not in parser.tags
     assert "url(http" not in page
+    assert page.count("<svg") == 4
+    assert all(label in page for label in ("prompts loaded", "tokens of the text", "rows of a call", "milliseconds"))
 
 
 def test_the_title_tells_how_weights_are_stored(report: Report):

@@ -1,8 +1,7 @@
 import numpy as np
 import pytest
-from scipy.stats import mannwhitneyu
 
-from edgeprompt.bench.statistics import mann_whitney, percentile, summarise
+from edgeprompt.bench.statistics import mann_whitney, summarise
 
 
 def test_summary_of_known_samples():
@@ -17,28 +16,13 @@ def test_one_sample_has_no_spread():
     assert (found.stddev, found.p50, found.p99) == (0.0, 7.0, 7.0)
 
 
-@pytest.mark.parametrize("percent", [0, 10, 50, 90, 95, 99, 100])
-def test_percentiles_are_numpys(percent: int):
-    values = np.random.default_rng(percent).normal(size=23)
-    assert percentile(sorted(values), percent) == pytest.approx(np.percentile(values, percent))
-
-
-@pytest.mark.parametrize(("n", "m"), [(1, 3), (5, 5), (4, 9), (3, 20), (20, 20)])
-def test_exact_p_value_is_scipys(n: int, m: int):
-    random = np.random.default_rng(n * m)
-    first, second = random.normal(size=n), random.normal(0.7, size=m)
-    assert mann_whitney(first, second) == pytest.approx(mannwhitneyu(first, second, method="exact").pvalue)
-
-
-def test_p_value_with_ties_is_scipys():
-    first, second = [1, 2, 3, 3, 4, 5], [3, 5, 6, 7, 7]
-    assert mann_whitney(first, second) == pytest.approx(mannwhitneyu(first, second, method="asymptotic").pvalue)
-
-
-def test_large_sets_use_the_normal_approximation():
+def test_samples_that_differ_beyond_noise():
     random = np.random.default_rng(0)
-    first, second = random.normal(size=80), random.normal(0.3, size=90)
-    assert mann_whitney(first, second) == pytest.approx(mannwhitneyu(first, second, method="asymptotic").pvalue)
+    assert mann_whitney(random.normal(size=40), random.normal(2.0, size=40)) < 1e-6
+
+
+def test_the_exact_p_value_of_few_samples():
+    assert mann_whitney([1.0, 2.0, 3.0], [4.0, 5.0, 6.0]) == pytest.approx(2 / 20)  # of 20 orders, two are as extreme
 
 
 def test_equal_samples_do_not_differ():
