@@ -47,11 +47,14 @@ def main(
     from edgeprompt.bench.device import clock, describe_device, throttling
     from edgeprompt.package.files import write_atomic
     from edgeprompt.package.folder import open_package
+    from edgeprompt.package.outputs import TEXT, check_output
 
     given = {name: Path(path) for name, _, path in (item.partition("=") for item in pythons)}
     prompts, texts = (tuple(map(int, given.split(","))) for given in (virtual_tokens, input_tokens))
     source = (gguf or _packaged_gguf()).absolute()
     folder = folder.absolute()
+    if output is not None:
+        check_output(output, TEXT, sources=(gguf, *given.values()))
     note("models and texts")
     work = prepare(folder, source, threads=threads, prompts=prompts, texts=texts)
     before = clock()
@@ -84,7 +87,7 @@ def main(
     if output is None and not quick:
         output = RESULTS / f"{result['time'].replace(':', '')}.json"
     if output is not None:
-        write_atomic(output, (json.dumps(result, indent=1) + "\n").encode())
+        write_atomic(output, (json.dumps(result, indent=1) + "\n").encode(), TEXT)
         note(f"wrote {output}")
 
 

@@ -31,6 +31,10 @@ METHODS = (
     "multitask-prompt-tuning",
 )
 
+PROMPT_METADATA = "edgeprompt"
+"""Key of safetensors metadata that a prompt file keeps its JSON under."""
+WRITTEN_BY = "written_by"
+"""Key of safetensors metadata that says who wrote a PEFT adapter ("edgeprompt")."""
 MANIFEST = "edgeprompt.json"
 TOKENIZER = "tokenizer.json"
 TOKENIZER_CONFIG = "tokenizer_config.json"

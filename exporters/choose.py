@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING, Any
 from edgeprompt.base.load import LoadedBase, load_base
 from edgeprompt.errors import ExportError, InputError, UnsupportedError, ValidationError
 from edgeprompt.package.files import atomic_folder, sha256_file
+from edgeprompt.package.outputs import PACKAGE, check_output
 from edgeprompt.prompts.file import PromptFile, load_prompt
 from exporters.contract import Progress
 from exporters.export import ExportReport, export_model, is_onnx_folder
@@ -116,7 +117,7 @@ def export_best(
         tolerance: Points (hundredths) of the task's metric that may be lost against fp32.
         route: As for `export_model`.
         provider: As for `export_model`, and where it is measured.
-        force: Replace an existing `out`, after the new package is whole.
+        force: Replace an older package, or an empty folder, at `out`, after the new package is whole.
         door: As for `export_model`.
         progress: Called with a stage's name and the fraction done.
 
@@ -130,13 +131,15 @@ def export_best(
     tell = progress or (lambda stage, fraction: None)
     if not isinstance(base, LoadedBase) and (route == "onnx" or is_onnx_folder(base)):
         raise InputError("graphs that others exported have their precision already; leave out --precision auto")
+    sources = (base, data, *prompts)
+    check_output(out, PACKAGE, force=force, sources=sources)
     files = {Path(path): load_prompt(path) for path in prompts}
     judge = _Judge(files, str(data))
     tell("load", 0.0)
     loaded = base if isinstance(base, LoadedBase) else load_base(base)
     wanted = CANDIDATES[provider]
     step = 0.9 / (len(wanted) + 1)
-    with atomic_folder(out, force=force) as folder, contextlib.ExitStack() as stack:
+    with atomic_folder(out, PACKAGE, force=force, sources=sources) as folder, contextlib.ExitStack() as stack:
         scratch = Path(
             stack.enter_context(
                 tempfile.TemporaryDirectory(dir=folder.parent, prefix=f".{Path(out).name}.", suffix=".partial")

@@ -11,6 +11,7 @@ from pathlib import Path
 
 from edgeprompt.errors import BaseMismatchError, InputError, SourceError
 from edgeprompt.package.manifest import Base
+from edgeprompt.package.outputs import ADAPTER, ONNX_ADAPTER, PROMPT, PROMPT_SET, TABLE, Kind, check_output
 from edgeprompt.prompts.file import METADATA_KEY, PromptFile, load_prompt, save_prompt
 from edgeprompt.prompts.template import Template, VirtualTokens
 from exporters import writers
@@ -65,16 +66,17 @@ def convert_prompt(
         labels: Names of the classes, in order, for prompts with a head or a verbalizer of their own.
         task_index: Which prompt of a file that holds several: its name or its index.
         name: The prompt's name; default: from the source.
-        force: Replace an output folder that exists.
+        force: Replace an older adapter of ours, or an empty folder, where the output is an adapter.
 
     Raises:
         SourceError: the source is missing, broken, hostile or of no known format.
         UnsupportedError: it holds more than a soft prompt can express.
         BaseMismatchError: it does not fit the base.
-        InputError: options contradict each other or the source.
+        InputError: options contradict each other or the source, or the output is not replaced.
     """
     kind = _target(Path(output), target)
     sources = [source] if isinstance(source, (str, os.PathLike)) else list(source)
+    check_output(output, _output_kind(kind, Path(output)), force=force, sources=(base, *sources))
     facts = base if isinstance(base, BaseFacts) or base is None else read_base_facts(base)
     options = ReadOptions(template, tuple(labels))
     prompts: list[PromptFile] = []
@@ -125,6 +127,12 @@ def _target(output: Path, target: str) -> str:
     if by_ending not in allowed:
         raise InputError(f"output {str(output)!r} does not fit --to {target}")
     return target
+
+
+def _output_kind(target: str, output: Path) -> Kind:
+    if target == "prompt":
+        return PROMPT if output.suffix else PROMPT_SET
+    return {"peft": ADAPTER, "onnx-adapter": ONNX_ADAPTER}.get(target, TABLE)
 
 
 def _is_prompt_file(path: Path) -> bool:
@@ -274,6 +282,8 @@ def _write_folder(prompts: list[PromptFile], folder: Path) -> tuple[Path, ...]:
     paths = [folder / f"{_file_name(prompt.name)}.safetensors" for prompt in prompts]
     if len(set(paths)) != len(paths):
         raise InputError("two prompts of the source have the same file name; convert them one by one with --task-index")
+    for path in paths:
+        check_output(path, PROMPT)  # all of them, before the first is written
     for prompt, path in zip(prompts, paths, strict=True):
         save_prompt(prompt, path)
     return tuple(paths)

@@ -18,6 +18,7 @@ from edgeprompt.errors import BaseMismatchError, ExportError, InputError
 from edgeprompt.package.files import atomic_folder
 from edgeprompt.package.folder import open_package
 from edgeprompt.package.manifest import Manifest
+from edgeprompt.package.outputs import PACKAGE
 from edgeprompt.prompts.file import PromptFile, load_prompt
 from exporters.contract import Exporter, ExportOptions, Progress
 from exporters.package import make_manifest, write_prompts, write_tokenizer
@@ -70,7 +71,7 @@ def export_model(
         route: "genai", "torch", "onnx", or "auto": genai where its builder knows the family, else torch.
         provider: "cpu" or "cuda": what the graph's operators and types are chosen for.
         prompts: Prompt files to validate with and to put into the package.
-        force: Replace an existing `out`, after the new package is whole.
+        force: Replace an older package, or an empty folder, at `out`, after the new package is whole.
         door: "input": `prompt_embeddings` is required, as ORT GenAI needs it; "adapter": it is optional, as stock
             ORT's adapters need it.
         block_size: Of int4 weights: 32 keeps every block's offset in float; 64 and 128 round it to an integer zero
@@ -81,7 +82,7 @@ def export_model(
     Raises:
         SourceError: the base is missing, unreadable or of an unknown architecture.
         BaseMismatchError: a prompt was made for another base.
-        InputError: `out` exists, or an option has an unknown value.
+        InputError: `out` exists, is not replaced even with `force`, or an option has an unknown value.
         ValidationError: the graph does not compute what the base computes.
         ExportError: the export failed; nothing was written.
     """
@@ -89,7 +90,11 @@ def export_model(
     tell = progress or _silent
     files = _load_prompts(prompts)
     try:
-        with atomic_folder(out, force=force) as folder, tempfile.TemporaryDirectory(dir=folder.parent) as scratch:
+        sources = (base, against, *prompts)
+        with (
+            atomic_folder(out, PACKAGE, force=force, sources=sources) as folder,
+            tempfile.TemporaryDirectory(dir=folder.parent) as scratch,
+        ):
             if route == "onnx" or (route == "auto" and not isinstance(base, LoadedBase) and is_onnx_folder(base)):
                 options = dataclasses.replace(options, route="onnx")
                 onnx_route = import_module("exporters.routes.onnx_route")

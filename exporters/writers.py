@@ -14,6 +14,7 @@ import numpy.typing as npt
 from edgeprompt import names
 from edgeprompt.errors import InputError, SourceError, UnsupportedError
 from edgeprompt.package.files import atomic_file, atomic_folder
+from edgeprompt.package.outputs import ADAPTER, ONNX_ADAPTER, TABLE
 from edgeprompt.prompts.file import HeadStep, PromptFile
 from exporters.heads import sequence_head
 from exporters.importers.foreign import BaseFacts
@@ -73,7 +74,7 @@ def write_onnx_adapter(prompt: PromptFile, path: str | os.PathLike[str]) -> None
     digest = prompt.base.fingerprint.rpartition(":")[2][:7]
     adapter.set_model_version(int(digest, 16) if all(c in "0123456789abcdef" for c in digest) else 0)
     adapter.set_parameters({name: ort.OrtValue.ortvalue_from_numpy(value) for name, value in inputs.items()})
-    with atomic_file(path) as temporary:
+    with atomic_file(path, ONNX_ADAPTER) as temporary:
         adapter.export_adapter(str(temporary))
 
 
@@ -89,7 +90,7 @@ def write_peft(
         prompt: What to write.
         folder: Where.
         base: The base's facts; None takes what the prompt's source says.
-        force: Replace an existing folder.
+        force: Replace an older adapter of ours.
 
     Raises:
         UnsupportedError: PEFT has no such prompt, or transformers no such head.
@@ -122,11 +123,12 @@ def write_peft(
             "num_transformer_submodules": 2 if task_type == "SEQ_2_SEQ_LM" else 1,
         }
         tensors[names.PROMPT_EMBEDDINGS] = np.ascontiguousarray(prefix.transpose(3, 0, 1, 2, 4)).reshape(tokens, -1)
-    with atomic_folder(folder, force=force) as temporary:
+    with atomic_folder(folder, ADAPTER, force=force) as temporary:
         text = json.dumps(config, indent=2, sort_keys=True) + "\n"
         (temporary / "adapter_config.json").write_text(text, encoding="utf-8")
         ordered = {name: np.ascontiguousarray(tensors[name]) for name in sorted(tensors)}
-        save_file(ordered, temporary / "adapter_model.safetensors", metadata={"format": "pt"})
+        metadata = {"format": "pt", names.WRITTEN_BY: "edgeprompt"}
+        save_file(ordered, temporary / "adapter_model.safetensors", metadata=metadata)
 
 
 def _task_type(prompt: PromptFile, base: BaseFacts | None) -> str:
@@ -196,5 +198,5 @@ def _only_tensor(prompt: PromptFile) -> npt.NDArray[Any]:
 
 
 def _save_npy(array: npt.NDArray[Any], path: str | os.PathLike[str]) -> None:
-    with atomic_file(path) as temporary, Path(temporary).open("wb") as file:
+    with atomic_file(path, TABLE) as temporary, Path(temporary).open("wb") as file:
         np.save(file, np.ascontiguousarray(array), allow_pickle=False)

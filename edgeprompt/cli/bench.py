@@ -63,7 +63,7 @@ def _numbers(ctx: click.Context, param: click.Parameter, value: str | None) -> t
 @click.option("--repetitions", type=click.IntRange(min=1), default=5, show_default=True)
 @click.option("--warmup", type=click.IntRange(min=0), default=1, show_default=True)
 @click.option("--format", "kind", type=click.Choice(FORMATS), default="md", show_default=True)
-@click.option("-o", "--output", type=click.Path(path_type=Path, dir_okay=False), help="File instead of stdout.")
+@click.option("-o", "--output", metavar="FILE", type=click.Path(path_type=Path), help="File instead of stdout.")
 @click.option(
     "--compare",
     "old",
@@ -90,8 +90,12 @@ def command(
     from edgeprompt.bench import BenchOptions, compare, load_report, run_bench
     from edgeprompt.bench.statistics import require_scipy
     from edgeprompt.package.files import write_atomic
+    from edgeprompt.package.outputs import TEXT, check_output
 
     write = _writer(kind)
+    sources = (package, old, *prompts)
+    if output is not None:
+        check_output(output, TEXT, sources=sources)
     before = load_report(old) if old else None  # before minutes of work
     if before is not None:
         require_scipy()
@@ -110,7 +114,7 @@ def command(
         report = run_bench(package, options, progress=tell)
     text = write(report)
     if output is not None:
-        write_atomic(output, text.encode())
+        write_atomic(output, text.encode(), TEXT, sources=sources)
     else:
         click.echo(text, nl=False)
     if before is not None:

@@ -27,7 +27,7 @@ TARGETS = ("auto", "prompt", "onnx-adapter", "npy", "peft", "trtllm")
 @click.option("--verbalizer", multiple=True, metavar="LABEL=WORD", help="A label word; repeat for each.")
 @click.option("--label", "labels", multiple=True, metavar="NAME", help="A class name, in order; repeat for each.")
 @click.option("--name", help="The prompt's name.  [default: from SOURCE]")
-@click.option("--force", is_flag=True, help="Replace an output folder that exists.")
+@click.option("--force", is_flag=True, help="Replace an older adapter folder of ours.")
 @click.option("--json", "as_json", is_flag=True, help="Report as JSON on stdout.")
 def command(
     source: tuple[str, ...],

@@ -61,7 +61,7 @@ from edgeprompt.cli import console
     help="input: prompt_embeddings is a required input (ORT GenAI); adapter: optional, for stock ORT adapters.",
 )
 @click.option("--against", help="The base in PyTorch to compare with, where BASE is a folder of graphs.")
-@click.option("--force", is_flag=True, help="Replace OUTPUT, once the new package is whole.")
+@click.option("--force", is_flag=True, help="Replace an older package at OUTPUT, once the new one is whole.")
 @click.option("--json", "as_json", is_flag=True, help="What was measured, as one JSON object.")
 def command(
     base: str,

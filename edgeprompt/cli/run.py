@@ -97,6 +97,7 @@ def command(
     if prompt_column and not source:
         raise click.UsageError("--prompt-column needs --input")
 
+    from edgeprompt.package.outputs import TEXT, check_output
     from edgeprompt.request import GenerationOptions
 
     options = GenerationOptions(
@@ -108,6 +109,9 @@ def command(
         stop=stop,
         num_beams=num_beams,
     )
+    sources = (package, source, *wanted)
+    if out:
+        check_output(out, TEXT, sources=sources)
     rows = _rows(texts, source)
     with serving.open_runtime(package, provider=provider, threads=threads, lanes=lanes, cache=cache) as runtime:
         prompts = serving.add_prompts(runtime, package, wanted, allow_base_mismatch=allow_base_mismatch)
@@ -119,7 +123,9 @@ def command(
                 click.echo(piece, nl=False)
             click.echo()
             return
-        with _writer(out, as_json=as_json, named=len(prompts) > 1 or bool(prompt_column), single=single) as write:
+        with _writer(
+            out, sources=sources, as_json=as_json, named=len(prompts) > 1 or bool(prompt_column), single=single
+        ) as write:
             for answer in _answer(runtime, console.track(rows, "run"), ask):
                 write(answer)
 
@@ -183,15 +189,21 @@ def _answer(runtime: Runtime, rows: Iterator[Mapping[str, Any]], ask: Asker) -> 
 
 
 @contextmanager
-def _writer(out: Path | None, *, as_json: bool, named: bool, single: bool) -> Iterator[Callable[[Row], None]]:
+def _writer(
+    out: Path | None, *, sources: tuple[object, ...], as_json: bool, named: bool, single: bool
+) -> Iterator[Callable[[Row], None]]:
     """A function that writes one answer; a file appears when all are written."""
     kind = out.suffix.lower() if out else ""
     if out is None:
         yield _lines(sys.stdout, as_json=as_json, named=named, single=single)
         return
     from edgeprompt.package.files import atomic_file
+    from edgeprompt.package.outputs import TEXT
 
-    with atomic_file(out) as temporary, temporary.open("w", encoding="utf-8", newline="") as file:
+    with (
+        atomic_file(out, TEXT, sources=sources) as temporary,
+        temporary.open("w", encoding="utf-8", newline="") as file,
+    ):
         if kind in (".csv", ".tsv") and not as_json:
             yield _table(file, "," if kind == ".csv" else "\t")
         else:

@@ -18,6 +18,7 @@ from typing import Any
 from edgeprompt.ort import processor
 from edgeprompt.package.files import atomic_folder
 from edgeprompt.package.manifest import GraphFile
+from edgeprompt.package.outputs import PACKED_GRAPH
 
 _LOG = logging.getLogger("edgeprompt")
 _GRAPH, _DATA, _SIZES = "graph.onnx", "graph.onnx.data", "sizes.json"
@@ -85,7 +86,7 @@ class GraphCache:
         Raises:
             OSError: the folder cannot be written.
         """
-        with atomic_folder(self._entry(ort_version), force=True) as folder:
+        with atomic_folder(self._entry(ort_version), PACKED_GRAPH, force=True) as folder:
             options.optimized_model_filepath = str(folder / _GRAPH)
             for name, value in _CONFIG.items():
                 options.add_session_config_entry(name, value)

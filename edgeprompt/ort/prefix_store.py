@@ -16,6 +16,7 @@ from edgeprompt import names
 from edgeprompt.ort.kv_cache import KV
 from edgeprompt.package import strict_json
 from edgeprompt.package.files import check_regular, write_atomic
+from edgeprompt.package.outputs import PREFIX
 
 _LOG = logging.getLogger("edgeprompt")
 _KEY, _DIGEST = "key", "sha256"
@@ -67,7 +68,7 @@ class PrefixStore:
         """Keep a prefix; where the folder cannot be written the prefix is simply not kept."""
         metadata = {_KEY: self._key(prompt_sha256), _DIGEST: _digest(prefix)}
         try:
-            write_atomic(self.path(prompt_sha256), save({names.PAST_KEY_VALUES: prefix}, metadata=metadata))
+            write_atomic(self.path(prompt_sha256), save({names.PAST_KEY_VALUES: prefix}, metadata=metadata), PREFIX)
         except OSError as error:
             _LOG.warning("cannot keep a prefix in %s: %s", self._folder, error.strerror or error)
 

@@ -11,13 +11,13 @@ import platform
 import shutil
 import stat
 import tempfile
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager, suppress
 from io import BufferedReader
 from pathlib import Path
 
-from edgeprompt.errors import InputError
 from edgeprompt.package import strict_json
+from edgeprompt.package.outputs import Kind, check_output
 
 _PARTIAL = ".partial"
 _KINDS = (
@@ -84,62 +84,113 @@ def _sync(path: Path) -> None:
         os.close(handle)
 
 
-def write_atomic(path: str | os.PathLike[str], data: bytes) -> None:
-    """Write `data` to `path` through a temporary file in the same folder (fsync, then rename)."""
-    with atomic_file(path) as temporary:
+def write_atomic(path: str | os.PathLike[str], data: bytes, kind: Kind, *, sources: Iterable[object] = ()) -> None:
+    """Write `data` to `path` through a temporary file in the same folder (fsync, then rename); see `atomic_file`."""
+    with atomic_file(path, kind, sources=sources) as temporary:
         temporary.write_bytes(data)
 
 
 @contextmanager
-def atomic_file(path: str | os.PathLike[str]) -> Iterator[Path]:
-    """Yield a temporary path beside `path`; on success it becomes `path`, on any failure it is removed."""
-    target = Path(path)
-    target.parent.mkdir(parents=True, exist_ok=True)
-    _sweep(target)
-    handle, name = tempfile.mkstemp(prefix=_prefix(target, os.getpid()), suffix=_PARTIAL, dir=target.parent)
-    os.close(handle)
-    temporary = Path(name)
-    try:
-        yield temporary
-        temporary.chmod(0o666 & ~_umask())
-        _sync(temporary)
-        temporary.replace(target)
-        _sync(target.parent)
-    finally:
-        temporary.unlink(missing_ok=True)
+def atomic_file(path: str | os.PathLike[str], kind: Kind, *, sources: Iterable[object] = ()) -> Iterator[Path]:
+    """Yield a temporary path beside `path`; on success it becomes `path`, on any failure it is removed.
+
+    Args:
+        path: The output; a symbolic link is followed.
+        kind: What it will be; only an older file of the kind is replaced.
+        sources: What the command reads, which is never replaced.
+
+    Raises:
+        InputError: `path` is refused by `check_output`, at the start or once the file is whole.
+    """
+    sources = tuple(sources)
+    target = check_output(path, kind, sources=sources)
+    with _parent(target):
+        _sweep(target)
+        handle, name = tempfile.mkstemp(prefix=_prefix(target, os.getpid()), suffix=_PARTIAL, dir=target.parent)
+        os.close(handle)
+        temporary = Path(name)
+        try:
+            yield temporary
+            temporary.chmod(0o666 & ~_umask())
+            _sync(temporary)
+            check_output(path, kind, sources=sources)  # also what came to lie there meanwhile
+            temporary.replace(target)
+            _sync(target.parent)
+        finally:
+            temporary.unlink(missing_ok=True)
 
 
 @contextmanager
-def atomic_folder(path: str | os.PathLike[str], *, force: bool = False) -> Iterator[Path]:
+def atomic_folder(
+    path: str | os.PathLike[str], kind: Kind, *, force: bool = False, sources: Iterable[object] = ()
+) -> Iterator[Path]:
     """Yield a temporary folder beside `path`; on success it becomes `path`, on any failure it is removed.
 
-    An existing `path` is refused without `force`; with it, the old folder is replaced only after the new one is whole.
+    An existing `path` is refused without `force`; with it, an older folder of the kind, or an empty one, is replaced
+    after the new one is whole.
+
+    Args:
+        path: The output; a symbolic link is followed.
+        kind: What it will be.
+        force: Replace an older one.
+        sources: What the command reads, which is never replaced.
 
     Raises:
-        InputError: `path` exists and `force` is false.
+        InputError: `path` is refused by `check_output`, at the start or once the folder is whole.
     """
-    target = Path(path)
-    if target.exists() and not force:
-        raise InputError(f"output {str(target)!r} exists already; give --force to replace it, or another path")
-    target.parent.mkdir(parents=True, exist_ok=True)
-    _sweep(target)
-    temporary = Path(tempfile.mkdtemp(prefix=_prefix(target, os.getpid()), suffix=_PARTIAL, dir=target.parent))
+    sources = tuple(sources)
+    target = check_output(path, kind, force=force, sources=sources)
+    with _parent(target):
+        _sweep(target)
+        temporary = Path(tempfile.mkdtemp(prefix=_prefix(target, os.getpid()), suffix=_PARTIAL, dir=target.parent))
+        try:
+            yield temporary
+            temporary.chmod(0o777 & ~_umask())
+            for file in temporary.rglob("*"):
+                if file.is_file():
+                    _sync(file)
+            check_output(path, kind, force=force, sources=sources)  # also what came to lie there meanwhile
+            _swap(temporary, target)
+            _sync(target.parent)
+        finally:
+            shutil.rmtree(temporary, ignore_errors=True)
+
+
+def _swap(temporary: Path, target: Path) -> None:
+    """Rename a folder to `target`; an old one there goes when the new one is in its place, and stays if that fails."""
+    if not target.exists():
+        temporary.replace(target)
+        return
+    aside = Path(tempfile.mkdtemp(prefix=f".{target.name}.", suffix=".old", dir=target.parent))
+    old = aside / target.name
     try:
-        yield temporary
-        temporary.chmod(0o777 & ~_umask())
-        for file in temporary.rglob("*"):
-            if file.is_file():
-                _sync(file)
-        if target.exists():
-            old = Path(tempfile.mkdtemp(prefix=f".{target.name}.", suffix=".old", dir=target.parent))
-            target.replace(old / target.name)
+        target.replace(old)
+        try:
             temporary.replace(target)
-            shutil.rmtree(old)
-        else:
-            temporary.replace(target)
-        _sync(target.parent)
+        except OSError:
+            old.replace(target)
+            raise
+        shutil.rmtree(old, ignore_errors=True)
     finally:
-        shutil.rmtree(temporary, ignore_errors=True)
+        with suppress(OSError):
+            aside.rmdir()
+
+
+@contextmanager
+def _parent(target: Path) -> Iterator[None]:
+    """Make the folders above `target`; those that were made go again if nothing came to lie in them."""
+    made = []
+    for folder in (target.parent, *target.parent.parents):
+        if folder.exists():
+            break
+        made.append(folder)
+    target.parent.mkdir(parents=True, exist_ok=True)
+    try:
+        yield
+    finally:
+        with suppress(OSError):
+            for folder in made:
+                folder.rmdir()
 
 
 def sha256_file(path: str | os.PathLike[str]) -> str:

@@ -22,6 +22,7 @@ from edgeprompt.errors import BaseMismatchError, PromptFileError, TemplateError
 from edgeprompt.package import strict_json
 from edgeprompt.package.files import read_regular, write_atomic
 from edgeprompt.package.manifest import Base, Geometry, Manifest
+from edgeprompt.package.outputs import PROMPT
 from edgeprompt.package.strict_json import check_keys, check_type
 from edgeprompt.prompts.checks import check_tensors
 from edgeprompt.prompts.template import Template
@@ -30,7 +31,7 @@ Array = npt.NDArray[np.float32] | npt.NDArray[np.float16]
 
 FORMAT = "edgeprompt-prompt"
 VERSION = 1
-METADATA_KEY = "edgeprompt"
+METADATA_KEY = names.PROMPT_METADATA
 MAX_HEADER_BYTES = 1 << 20
 MAX_FILE_BYTES = 1 << 30
 
@@ -246,10 +247,11 @@ def save_prompt(prompt: PromptFile, path: str | os.PathLike[str]) -> None:
 
     Raises:
         PromptFileError: the prompt breaks the format, or the file cannot be written.
+        InputError: `path` holds another file than a prompt file, which is not replaced.
     """
     data = prompt.to_bytes()
     try:
-        write_atomic(path, data)
+        write_atomic(path, data, PROMPT)
     except OSError as error:
         raise PromptFileError(f"cannot write prompt file {str(path)!r}: {error.strerror or error}") from error
 

@@ -17,6 +17,7 @@ from torch import nn
 from edgeprompt.errors import TuningError
 from edgeprompt.package import strict_json
 from edgeprompt.package.files import atomic_file, check_regular
+from edgeprompt.package.outputs import CHECKPOINT
 from edgeprompt.tuning.examples import BatchPlan, Examples
 from edgeprompt.tuning.objectives import Objective
 from edgeprompt.tuning.options import HEAD_RATE, TuneOptions
@@ -234,7 +235,7 @@ class Loop:
         data = io.BytesIO()
         torch.save(content, data)
         try:
-            with atomic_file(path) as temporary:
+            with atomic_file(path, CHECKPOINT) as temporary:
                 temporary.write_bytes(data.getbuffer())
         except OSError as error:
             raise TuningError(f"cannot write the checkpoint {str(path)!r}: {error.strerror or error}") from error

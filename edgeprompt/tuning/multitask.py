@@ -20,6 +20,7 @@ from edgeprompt.prompts.file import Array, Golden, Head, save_prompt
 from edgeprompt.tuning.examples import Example
 from edgeprompt.tuning.objectives import Objective, Outcome
 from edgeprompt.tuning.options import TuneOptions
+from edgeprompt.tuning.outputs import check_outputs
 from edgeprompt.tuning.plan import inspect_data
 from edgeprompt.tuning.prepare import Run, another_task, prepare
 from edgeprompt.tuning.tuner import TuneResult, make_loop, prompt_file, read_data
@@ -151,6 +152,8 @@ def tune_tasks(
     if options.shots is not None or options.adapter is not None:
         raise InputError("--shots and --adapter are for one task at a time; leave them out with --task-column")
     sources = {task: _TaskRows(data, task_column, task) for task in _task_names(data, task_column)}
+    targets = {task: path.with_suffix(f".{task}.safetensors") for task in sources}
+    check_outputs(targets.values(), path, base, data, options)
     facts = {task: inspect_data(rows, _for_task(options, rows)) for task, rows in sources.items()}
     with torch.random.fork_rng():
         torch.manual_seed(options.seed)
@@ -174,11 +177,10 @@ def tune_tasks(
         done = loop.run(show=progress)
         results = {}
         for index, (task, run) in enumerate(runs.items()):
-            target = path.with_suffix(f".{task}.safetensors")
             run.model.soft.task = index
-            prompt = prompt_file(run, loop, done, target, read_data(run, sources[task]))
+            prompt = prompt_file(run, loop, done, targets[task], read_data(run, sources[task]))
             results[task] = TuneResult(
-                path=target,
+                path=targets[task],
                 prompt=replace(prompt, name=task),
                 steps=done.step,
                 best_step=done.best_step,

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import IO, Any
 
 from edgeprompt.errors import MissingDependencyError
+from edgeprompt.tuning.outputs import METRICS_FILE
 
 
 class Recorder:
@@ -20,7 +21,7 @@ class Recorder:
         self._board: Any = None
         if log is not None:
             log.mkdir(parents=True, exist_ok=True)
-            self._file = (log / "metrics.jsonl").open("a" if start else "w", encoding="utf-8")
+            self._file = (log / METRICS_FILE).open("a" if start else "w", encoding="utf-8")
             self._board = _summary_writer(log)
         self._bar = _bar(progress)
         self._task = self._bar.add_task("tuning", total=total, completed=start, note="")

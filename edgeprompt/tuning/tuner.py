@@ -22,6 +22,7 @@ from edgeprompt.tuning.examples import BatchPlan, Example, Examples, few_shot, s
 from edgeprompt.tuning.loop import Loop, Progress
 from edgeprompt.tuning.objectives import WordClassify
 from edgeprompt.tuning.options import DEFAULT_STEPS, TuneOptions, checkpoint_path
+from edgeprompt.tuning.outputs import check_outputs, save_adapter
 from edgeprompt.tuning.plan import inspect_data
 from edgeprompt.tuning.prepare import Run, prepare
 
@@ -84,6 +85,7 @@ def tune(
     Raises:
         DataError: the data is missing, empty, or lacks a column or a verbalizer word.
         SourceError: the base is missing, unknown or unreadable.
+        InputError: an output is not replaced (`edgeprompt.package.outputs`).
         BaseMismatchError: the package or the prompt to resume is of another base.
         UnsupportedError: the base cannot do the task or the method.
         TuningError: tuning could not go on.
@@ -92,6 +94,7 @@ def tune(
     path = Path(output)
     if path.suffix != ".safetensors":
         raise InputError(f"output {str(path)!r} must end in .safetensors")
+    check_outputs([path], path, base, data, options)
     if options.method == "multitask-prompt-tuning":
         raise InputError("multitask prompt tuning needs tasks: name the column that tells them with --task-column")
     facts = inspect_data(data, options)
@@ -110,7 +113,7 @@ def tune(
     if loop.accelerator.is_main_process:
         save_prompt(prompt, path)
         if options.adapter is not None:
-            run.objective.model.soft.as_peft(run.loaded.model).save_pretrained(str(options.adapter))
+            save_adapter(run.objective.model.soft.as_peft(run.loaded.model), options.adapter)
     loop.forget_checkpoint()
     loop.accelerator.wait_for_everyone()
     return TuneResult(

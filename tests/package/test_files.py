@@ -19,13 +19,14 @@ from edgeprompt.package.files import (
     sha256_file,
     write_atomic,
 )
+from edgeprompt.package.outputs import PACKAGE, PACKED_GRAPH, TEXT
 from tests.support.files import IRREGULAR, make_irregular
 
 
 def test_write_atomic_replaces(tmp_path):
     path = tmp_path / "deep" / "file"
-    write_atomic(path, b"one")
-    write_atomic(path, b"two")
+    write_atomic(path, b"one", TEXT)
+    write_atomic(path, b"two", TEXT)
     assert path.read_bytes() == b"two"
     assert [p.name for p in path.parent.iterdir()] == ["file"]
 
@@ -37,20 +38,20 @@ def fail_in(manager):
 
 
 def test_a_failure_leaves_nothing(tmp_path):
-    fail_in(atomic_file(tmp_path / "file"))
-    fail_in(atomic_folder(tmp_path / "folder"))
+    fail_in(atomic_file(tmp_path / "file", TEXT))
+    fail_in(atomic_folder(tmp_path / "folder", PACKED_GRAPH))
     assert not list(tmp_path.iterdir())
 
 
 def test_an_existing_folder_is_kept_without_force(tmp_path):
     target = tmp_path / "folder"
     target.mkdir()
-    (target / "mine").write_text("x")
-    with pytest.raises(InputError, match="--force"), atomic_folder(target):
+    (target / "sizes.json").write_text("x")
+    with pytest.raises(InputError, match="--force"), atomic_folder(target, PACKED_GRAPH):
         pass
-    fail_in(atomic_folder(target, force=True))
-    assert (target / "mine").read_text() == "x"
-    with atomic_folder(target, force=True) as temporary:
+    fail_in(atomic_folder(target, PACKED_GRAPH, force=True))
+    assert (target / "sizes.json").read_text() == "x"
+    with atomic_folder(target, PACKED_GRAPH, force=True) as temporary:
         (temporary / "new").write_text("y")
     assert [p.name for p in target.iterdir()] == ["new"]
     assert [p.name for p in tmp_path.iterdir()] == ["folder"]
@@ -63,9 +64,10 @@ def test_sha256_file(tmp_path):
 
 @pytest.mark.parametrize("kind", ["file", "folder"])
 def test_what_a_killed_process_left_is_removed_by_the_next(tmp_path, kind):
+    what = "TEXT" if kind == "file" else "PACKAGE"
     code = (
-        f"import sys; from edgeprompt.package.files import atomic_{kind}\n"
-        f"with atomic_{kind}(sys.argv[1]): print('inside', flush=True); sys.stdin.read()"
+        f"import sys; from edgeprompt.package.files import atomic_{kind}; from edgeprompt.package import outputs\n"
+        f"with atomic_{kind}(sys.argv[1], outputs.{what}): print('inside', flush=True); sys.stdin.read()"
     )
     command = [sys.executable, "-c", code, str(tmp_path / "out")]
     with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE) as process:
@@ -73,15 +75,15 @@ def test_what_a_killed_process_left_is_removed_by_the_next(tmp_path, kind):
         process.stdout.readline()
         (alive,) = tmp_path.iterdir()
         if kind == "file":
-            write_atomic(tmp_path / "out", b"other")  # beside one that still runs
+            write_atomic(tmp_path / "out", b"other", TEXT)  # beside one that still runs
             assert alive.exists()
             (tmp_path / "out").unlink()
         process.kill()
     assert [path.name for path in tmp_path.iterdir()] == [alive.name]
     if kind == "file":
-        write_atomic(tmp_path / "out", b"whole")
+        write_atomic(tmp_path / "out", b"whole", TEXT)
     else:
-        with atomic_folder(tmp_path / "out"):
+        with atomic_folder(tmp_path / "out", PACKAGE):
             pass
     assert [path.name for path in tmp_path.iterdir()] == ["out"]
 
