@@ -16,6 +16,9 @@ from edgeprompt.errors import PackageError
 
 KV = npt.NDArray[np.float32] | npt.NDArray[np.float16]
 
+LEAST_LENGTH = 256
+"""Positions of the shortest buffer."""
+
 
 @dataclass(frozen=True)
 class KVShape:
@@ -55,12 +58,25 @@ class KVShape:
         return prefix
 
 
-class SlotCache:
-    """One buffer [2 * num_layers, slots, heads, length, head_size] for all running rows.
+@dataclass(frozen=True)
+class _Slot:
+    """What a slot holds: the one record that placing, moving and filling up a step go by."""
 
-    Row `i` lives in slot `i`, so a decode step of `n` rows reads the first `n` slots and a prefill one slot, both as
-    plain sub-blocks of each layer's block: nothing is copied per step. The buffer grows by doubling (the rows in it
-    are copied then) up to `budget` bytes. Memory that no row has touched is not resident.
+    prefix: KV | None = None
+    """Intact at the slot's start: sequences write behind it only, so the next one may use it as it is."""
+    written: int = 0
+    """Positions that a prefill still needs; a sequence that fills up a step writes at this one or behind it."""
+
+
+_EMPTY = _Slot()
+
+
+class SlotCache:
+    """One buffer [2 * num_layers, slots, heads, length, head_size] for all running sequences.
+
+    Sequence `i` lives in slot `i`, so a decode step of `n` sequences reads the first `n` slots and a prefill one slot,
+    both as plain sub-blocks of each layer's block: nothing is copied per step. The buffer grows by doubling (the
+    sequences in it are copied then) up to `budget` bytes. Memory that no sequence has touched is not resident.
     """
 
     def __init__(self, shape: KVShape, *, max_slots: int, budget: int) -> None:
@@ -71,6 +87,7 @@ class SlotCache:
         self.length = 0
         self.generation = 0
         """Rises whenever the buffer moves, so that bindings know that they are stale."""
+        self._held: dict[int, _Slot] = {}
         self._buffer: KV = np.empty((2 * shape.num_layers, 0, shape.num_heads, 0, shape.head_size), shape.dtype)
 
     def fits(self, slots: int, length: int) -> bool:
@@ -93,6 +110,9 @@ class SlotCache:
             buffer[:, :used, :, :kept] = self._buffer[:, :used, :, :kept]
         self._buffer = buffer
         self.slots, self.length = slots, length
+        self._held = {
+            slot: held for slot, held in self._held.items() if slot < used and max(held.written, _size(held)) <= kept
+        }
         self.generation += 1
 
     def shrink(self, length: int) -> None:
@@ -100,6 +120,7 @@ class SlotCache:
         if self.length > _round(length):
             self.slots = self.length = 0
             self._buffer = self._buffer[:, :0, :, :0]
+            self._held.clear()
             self.generation += 1
 
     def pointer(self, block: int, slot: int) -> int:
@@ -107,22 +128,49 @@ class SlotCache:
         strides = self._buffer.strides
         return int(self._buffer.ctypes.data) + block * strides[0] + slot * strides[1]
 
-    def write(self, slot: int, prefix: KV) -> None:
-        """Put a prefix [2 * num_layers, heads, length, head_size] at the start of a slot."""
-        self._buffer[:, slot, :, : prefix.shape[2]] = prefix
+    def place(self, slot: int, prefix: KV | None) -> None:
+        """Begin a slot with a prefix [2 * num_layers, heads, length, head_size]; one that is still there stays."""
+        if prefix is not None and self._held.get(slot, _EMPTY).prefix is not prefix:
+            self._held.pop(slot, None)  # should the copy fail, the slot holds nothing
+            self._buffer[:, slot, :, : prefix.shape[2]] = prefix
+        self._held[slot] = _Slot(prefix, 0 if prefix is None else prefix.shape[2])
+
+    def extend(self, slot: int, start: int, end: int) -> None:
+        """Say that positions `start` to `end` of a slot are about to be written."""
+        held = self._held.get(slot, _EMPTY)
+        self._held[slot] = _Slot(held.prefix if _size(held) <= start else None, end)
+
+    def spare(self, slot: int) -> int:
+        """A position of a slot that may be written without harm to what the slot holds.
+
+        A slot that is full to its end belongs to nobody who still writes (that one would have room left), so it is
+        emptied.
+        """
+        written = self._held.get(slot, _EMPTY).written
+        if written < self.length:
+            return written
+        self._held.pop(slot)
+        return 0
 
     def read(self, slot: int, length: int) -> KV:
         """Copy of the first `length` positions of a slot."""
         return self._buffer[:, slot, :, :length].copy()
 
     def move(self, source: int, target: int, length: int) -> None:
-        """Copy the first `length` positions of one slot over another."""
+        """Copy the first `length` positions of one slot over another, and what is known of them."""
+        held = self._held.get(source, _EMPTY)
+        self._held.pop(target, None)
         self._buffer[:, target, :, :length] = self._buffer[:, source, :, :length]
+        self._held[target] = _Slot(held.prefix if _size(held) <= length else None, length)
+
+
+def _size(held: _Slot) -> int:
+    return 0 if held.prefix is None else held.prefix.shape[2]
 
 
 def _round(length: int) -> int:
-    """Buffer lengths are powers of two from 256, so that a buffer seldom moves."""
-    return max(256, 1 << (length - 1).bit_length())
+    """Buffer lengths are powers of two, so that a buffer seldom moves."""
+    return max(LEAST_LENGTH, 1 << (length - 1).bit_length())
 
 
 class PrefixCache:

@@ -21,6 +21,8 @@ Logits = npt.NDArray[np.float32]
 LOGITS_BUDGET = 64 << 20
 """Most bytes of logits per prefill chunk, for graphs that compute them at every position."""
 PREFILL_CHUNK = 512
+KEPT_LENGTH = 1024
+"""Positions a slot that an idle cache keeps its memory for."""
 MASK_STEP = 64
 """Masks of decode steps are a multiple of this wide: the shapes stay, so does what ONNX Runtime knows about them."""
 
@@ -150,14 +152,10 @@ class SharedGraph(_Graph):
         self.least_rows = 1
         """Decode steps of fewer rows are filled up with rows whose answers are dropped."""
         self._cache = SlotCache(shape, max_slots=max_rows + 1, budget=budget)
-        self._filled: dict[int, int] = {}
-        """How far each slot is written: a row that fills up a step writes behind that, so a prefill is safe from it."""
         self._prefills: dict[tuple[int, bool], Any] = {}
         """By slot, and whether hidden states are asked for."""
         self._steps: dict[tuple[int, int], _Step] = {}
         self._generation = -1
-        self._occupant: dict[int, KV | None] = {}
-        """The prefix at the start of each slot: rows write behind it only, so the next row may use it as it is."""
         self._logits = np.empty((max_rows + 1, 1, self._vocab), self._logits_type)
         self._count = np.empty(0, np.int64)
 
@@ -167,17 +165,13 @@ class SharedGraph(_Graph):
 
     def place(self, row: int, prefix: KV | None, length: int, used: int) -> None:
         """Start a row on a prefix; a slot that still holds the same prefix from its last row is used as it is."""
-        self._cache.reserve(row + self.least_rows, length, used)
+        self._cache.reserve(max(row + 1, self.least_rows), length, used)
         if self._generation != self._cache.generation:
             self._generation = self._cache.generation
             self._prefills.clear()
             self._steps.clear()
-            self._occupant.clear()
             self._count = np.arange(self._cache.length)
-        if prefix is not None and self._occupant.get(row) is not prefix:
-            self._cache.write(row, prefix)
-        self._occupant[row] = prefix
-        self._filled[row] = 0 if prefix is None else prefix.shape[2]
+        self._cache.place(row, prefix)
 
     def prefill(
         self, row: int, ids: Sequence[int], past: int, rows: Logits | None, states: list[Logits] | None = None
@@ -204,10 +198,10 @@ class SharedGraph(_Graph):
         if states is not None and self.gives_states:
             found = np.empty((1, 1 if self._states_last_only else count, self._no_rows.shape[1]), self._states_type)
             self._bind_output(binding, names.HIDDEN_STATES, found)
+        self._cache.extend(row, past, past + count)
         self._ort.run_with_iobinding(binding)
         if states is not None and found is not None:
             states.append(found[0].astype(np.float32, copy=False))
-        self._filled[row] = past + count
         last: Logits = logits[0, -1].astype(np.float32, copy=False)
         return last
 
@@ -216,7 +210,7 @@ class SharedGraph(_Graph):
         count, fill = len(ids), range(len(ids), self.least_rows)
         if fill:
             ids = [*ids, *(0 for _ in fill)]
-            lengths = [*lengths, *(self._filled.get(slot, 0) for slot in fill)]
+            lengths = [*lengths, *(self._cache.spare(slot) for slot in fill)]
         return self._step(0, ids, lengths)[:count]
 
     def decode_one(self, row: int, token: int, length: int) -> Logits:
@@ -255,11 +249,10 @@ class SharedGraph(_Graph):
     def move(self, source: int, target: int, length: int) -> None:
         """Copy a slot over another (when a row in the middle leaves)."""
         self._cache.move(source, target, length)
-        self._occupant[target] = self._occupant.get(source)
 
     def idle(self) -> None:
         """Give back what a long request took."""
-        self._cache.shrink(1024)
+        self._cache.shrink(KEPT_LENGTH)
 
     def _bound(self, row: int, count: int) -> Any:
         """A binding whose past and present are `count` slots from `row` on."""
