@@ -192,7 +192,7 @@ class _Judge:
     """What candidates are asked: all rows for the metric, the first few against the clock."""
 
     def __init__(self, files: Mapping[Path, PromptFile], data: str) -> None:
-        from edgeprompt.evaluation.data import read_rows
+        from edgeprompt.evaluation.data import read_records
         from edgeprompt.evaluation.evaluate import Columns, check_task
 
         if not files:
@@ -207,14 +207,16 @@ class _Judge:
             raise InputError("--precision auto bounds points of a metric, which numbers do not have; export each")
         self.generates = first.task == "generate"
         self.rows = 0
-        for self.rows, row in enumerate(read_rows(data), 1):  # what is wrong with the data is said before the exports
+        for self.rows, row in enumerate(
+            read_records(data), 1
+        ):  # what is wrong with the data is said before the exports
             for prompt in self._prompts.values():
                 self._columns.references(prompt, row, self.rows)
 
     def measure(self, candidates: Sequence[Candidate], provider: str) -> None:
         """Fill in scores and times."""
         import edgeprompt
-        from edgeprompt.evaluation.data import read_rows
+        from edgeprompt.evaluation.data import read_records
         from edgeprompt.evaluation.evaluate import evaluate
         from edgeprompt.request import GenerationOptions
 
@@ -227,7 +229,7 @@ class _Judge:
                 for file in self._files:
                     runtime.add_prompt(file)
                 found.scores = evaluate(
-                    runtime, self._prompts, iter(read_rows(self._data)), self._columns, metric=None,
+                    runtime, self._prompts, iter(read_records(self._data)), self._columns, metric=None,
                     options=GenerationOptions(),
                 )  # fmt: skip
                 runtimes.append((found, runtime))
@@ -241,10 +243,10 @@ class _Judge:
                         found.cost.append(cost)
 
     def _requests(self) -> dict[str, list[Request]]:
-        from edgeprompt.evaluation.data import read_rows
+        from edgeprompt.evaluation.data import read_records
         from edgeprompt.request import Request
 
-        rows = list(islice(read_rows(self._data), GENERATIONS if self.generates else TEXTS))
+        rows = list(islice(read_records(self._data), GENERATIONS if self.generates else TEXTS))
         return {
             name: [Request(self._columns.fields(prompt, row, at), name, truncate=True) for at, row in enumerate(rows)]
             for name, prompt in self._prompts.items()

@@ -31,7 +31,7 @@ from benchmarks.quality.quantisation import eight, nearest
 from edgeprompt import PromptFile, load, load_prompt
 from edgeprompt.base.dequantize import check_closeness
 from edgeprompt.base.load import load_base
-from edgeprompt.evaluation.data import read_rows
+from edgeprompt.evaluation.data import read_records
 from edgeprompt.prompts.hard_prompt import hard_prompt
 from exporters import export_model
 
@@ -124,7 +124,7 @@ def accuracy(runtime: Any, file: PromptFile, limit: int) -> dict[str, dict[str, 
     prior = np.array(runtime.calibration(name))
     found = {}
     for data in SETS:
-        rows = list(islice(read_rows(WORK / "data" / f"{data}.test.csv"), limit))
+        rows = list(islice(read_records(WORK / "data" / f"{data}.test.csv"), limit))
         answers = runtime.classify([row["text"] for row in rows], prompt=name)
         labels = list(answers[0].logits)
         scores = np.array([list(answer.logits.values()) for answer in answers])

@@ -24,7 +24,7 @@ import torch
 
 from benchmarks.machine import describe, line
 from edgeprompt.base.load import load_base
-from edgeprompt.evaluation.data import read_rows
+from edgeprompt.evaluation.data import read_records
 from edgeprompt.tuning.examples import BatchPlan, Examples
 from edgeprompt.tuning.options import TuneOptions
 from edgeprompt.tuning.plan import inspect_data
@@ -49,7 +49,7 @@ def main() -> None:
     arguments.add_argument("--threads", type=int, default=2)
     given = arguments.parse_args()
     torch.set_num_threads(given.threads)
-    rows = list(read_rows(given.data, columns=["text", "label"]))
+    rows = list(read_records(given.data, columns=["text", "label"]))
     ways = {
         "edgeprompt": ours(given.base, rows, given.batch_size),
         "plain PEFT": plain(given.base, rows, given.batch_size),

@@ -23,7 +23,7 @@ import numpy as np
 
 from benchmarks.machine import describe, line
 from edgeprompt import load, load_prompt
-from edgeprompt.evaluation.data import read_rows
+from edgeprompt.evaluation.data import read_records
 from edgeprompt.package.folder import open_package
 from edgeprompt.prompts.hard_prompt import hard_prompt
 
@@ -75,7 +75,7 @@ def answers(served: str, prompts: list[Path], limit: int | None) -> dict[str, di
 
 def right(runtime: Any, name: str, data: str, limit: int | None) -> list[int]:
     """Which answers are right on one test set."""
-    rows = list(islice(read_rows(WORK / "data" / f"{data}.test.csv"), limit))
+    rows = list(islice(read_records(WORK / "data" / f"{data}.test.csv"), limit))
     found = runtime.classify([row["text"] for row in rows], prompt=name)
     return [int(answer.label == row["label"]) for answer, row in zip(found, rows, strict=True)]
 

@@ -82,7 +82,7 @@ def command(
     """
     if (shots is None) != (shots_from is None):
         raise click.UsageError("--shots and --shots-from go together")
-    from edgeprompt.evaluation.data import read_rows
+    from edgeprompt.evaluation.data import read_records
     from edgeprompt.evaluation.evaluate import Columns, check_task, draw_shots, evaluate
     from edgeprompt.prompts.hard_prompt import few_shot_text, hard_prompt
     from edgeprompt.request import GenerationOptions
@@ -101,7 +101,7 @@ def command(
         for baseline in baselines:
             runtime.add_prompt(baseline, allow_base_mismatch=allow_base_mismatch)
             prompts[baseline.name] = baseline
-        rows = console.track(islice(read_rows(data), limit), "eval", total=limit)
+        rows = console.track(islice(read_records(data), limit), "eval", total=limit)
         options = GenerationOptions(max_new_tokens=max_new_tokens)
         found = evaluate(runtime, prompts, rows, columns, metric=metric, options=options)
     for name, score in found.items():

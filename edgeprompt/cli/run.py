@@ -13,7 +13,7 @@ from typing import IO, TYPE_CHECKING, Any
 import click
 
 from edgeprompt.cli import console, serving
-from edgeprompt.evaluation.rows import ROWS_AT_ONCE, answers, batches, fields_of
+from edgeprompt.evaluation.requests import RECORDS_AT_ONCE, answers, batches, fields_of
 
 if TYPE_CHECKING:
     from edgeprompt.prompts.file import PromptFile
@@ -131,11 +131,13 @@ def command(
 
 
 def _rows(texts: tuple[str, ...], source: Path | None) -> Iterator[Mapping[str, Any]]:
+    from edgeprompt.evaluation.formats import read_lines
+
     if source:
         return serving.read_texts(source)
     if texts:
         return ({"text": text} for text in texts)
-    return serving.read_lines(sys.stdin, "stdin")
+    return read_lines(sys.stdin.buffer, "stdin")
 
 
 Asker = Callable[[int, Mapping[str, Any]], "Iterator[tuple[str, Request]]"]
@@ -152,7 +154,7 @@ def _asker(
 ) -> Asker:
     """A function from a numbered row to its requests, each with the text to show for it."""
     from edgeprompt.errors import DataError
-    from edgeprompt.evaluation.data import text_of
+    from edgeprompt.evaluation.cells import text_of
     from edgeprompt.request import Request
 
     def ask(number: int, row: Mapping[str, Any]) -> Iterator[tuple[str, Request]]:
@@ -163,8 +165,7 @@ def _asker(
                 raise DataError(f"row {number} names prompt {name!r}; given with --prompt: {', '.join(prompts)}")
             chosen = (name,)
         for pick in chosen:
-            slots = ("text",) if pick is None else prompts[pick].template.slots
-            fields = fields_of(row, text_column, slots, number)
+            fields = fields_of(row, text_column, None if pick is None else prompts[pick], f"row {number}")
             text = fields["text"] if pick is None else fields
             request = Request(text=text, prompt=pick, options=options, chat=chat, truncate=truncate)
             yield " ".join(fields.values()), request
@@ -179,7 +180,7 @@ def _generates(prompts: Mapping[str, PromptFile]) -> bool:
 def _answer(runtime: Runtime, rows: Iterator[Mapping[str, Any]], ask: Asker) -> Iterator[Row]:
     """(text, prompt, result) of every request, in order; memory holds one batch."""
     number = 0
-    for batch in batches(rows, ROWS_AT_ONCE):
+    for batch in batches(rows, RECORDS_AT_ONCE):
         asked = []
         for row in batch:
             number += 1

@@ -1,10 +1,10 @@
-"""What `run` and `eval` share: opening a runtime with prompts, and reading rows."""
+"""What `run` and `eval` share: opening a runtime with prompts, and reading records."""
 
 from __future__ import annotations
 
 import dataclasses
 import os
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
@@ -118,30 +118,12 @@ def _note_precision(prompt: PromptFile, manifest: Manifest) -> None:
 
 
 def read_texts(source: Path) -> Iterator[Mapping[str, Any]]:
-    """Rows of a data file; of a .txt file the lines, as `text`."""
-    from edgeprompt.evaluation.data import read_rows
+    """Records of a data file; of a .txt file the lines, as `text`."""
+    from edgeprompt.evaluation.data import read_records
+    from edgeprompt.evaluation.formats import read_lines
 
     if source.suffix.lower() == ".txt":
-        with source.open(encoding="utf-8-sig") as file:
+        with source.open("rb") as file:
             yield from read_lines(file, str(source))
     else:
-        yield from read_rows(source)
-
-
-def read_lines(file: Iterable[str], name: str) -> Iterator[Mapping[str, Any]]:
-    """Each line of a text file as a row with the column `text`.
-
-    Raises:
-        DataError: no line, or no UTF-8.
-    """
-    from edgeprompt.errors import DataError
-
-    count = 0
-    try:
-        for line in file:
-            count += 1
-            yield {"text": line.rstrip("\n")}
-    except UnicodeDecodeError as error:
-        raise DataError(f"{name} is not UTF-8 text ({error.reason} behind line {count})") from error
-    if not count:
-        raise DataError(f"{name} is empty: it has no line")
+        yield from read_records(source)

@@ -107,6 +107,8 @@ def _tell(result: TuneResult, as_json: bool) -> None:
 
     if not PartialState().is_main_process:
         return
+    for note in result.notes:
+        console.note(f"note: {note}")
     facts = {
         "path": str(result.path),
         "steps": result.steps,

@@ -8,9 +8,11 @@ from dataclasses import dataclass
 from typing import Any
 
 from edgeprompt.errors import DataError, InputError, UnsupportedError
-from edgeprompt.evaluation.data import given_answer, labels_of, read_rows, tagged_words, text_of
+from edgeprompt.evaluation.cells import given_answer, known_label, label_of, labels_of, number_of, tagged_words, text_of
+from edgeprompt.evaluation.data import read_records
+from edgeprompt.evaluation.formats import Record
 from edgeprompt.evaluation.metrics import Score, default_metric, score
-from edgeprompt.evaluation.rows import ROWS_AT_ONCE, answers, batches, fields_of
+from edgeprompt.evaluation.requests import RECORDS_AT_ONCE, answers, batches, fields_of
 from edgeprompt.prompts.encoder_text import words_of
 from edgeprompt.prompts.file import PromptFile
 from edgeprompt.request import Answer, Classification, Generation, GenerationOptions, Request, Result, Tagging
@@ -19,67 +21,69 @@ from edgeprompt.runtime import Runtime
 
 @dataclass(frozen=True)
 class Columns:
-    """Where in a row the text, the label and the right answer stand."""
+    """Where in a record the text, the label and the right answer stand."""
 
     text: str = "text"
     label: str = "label"
     target: str = "target"
 
-    def fields(self, prompt: PromptFile, row: Mapping[str, Any], number: int) -> dict[str, str]:
+    def fields(self, prompt: PromptFile, record: Record, number: int) -> dict[str, str]:
         """The template's slots; words to tag are joined by spaces."""
-        if prompt.task == "tag":
-            (slot,) = prompt.template.slots
-            return {slot: " ".join(tagged_words(row, f"row {number}")[0])}
-        return fields_of(row, self.text, prompt.template.slots, number)
+        return fields_of(record, self.text, prompt, f"row {number}")
 
-    def references(self, prompt: PromptFile, row: Mapping[str, Any], number: int) -> list[Any]:
+    def references(self, prompt: PromptFile, record: Record, number: int) -> list[Any]:
         """What is right: one text, or a tag for each word; several labels are one set.
 
         Raises:
             DataError: the column is missing, or a label is none of the prompt's.
         """
         where = f"row {number}"
-        if prompt.task == "qa" and row.get(self.target) is None:
-            return [given_answer(row, self.fields(prompt, row, number)["context"], where)[0]]
+        if prompt.task == "qa" and record.get(self.target) is None:
+            return [given_answer(record, self.fields(prompt, record, number)["context"], where)[0]]
         if prompt.task in ("generate", "qa"):
-            return [text_of(row, self.target, where)]
+            return [text_of(record, self.target, where)]
         problem = prompt.head_spec.problem_type if prompt.head_spec else "single_label"
         if problem == "regression":
-            return [text_of(row, self.label, where)]
+            return [repr(number_of(record, self.label, where))]
         known = tuple(prompt.verbalizer) or prompt.labels
         if prompt.task == "tag":
-            found = tagged_words(row, where)[1]
+            given = tagged_words(record, where)[1]
         elif problem == "multi_label":
-            found = labels_of(row, self.label, where)
+            given = labels_of(record, self.label, where)
         else:
-            found = [text_of(row, self.label, where)]
-        unknown = next((label for label in found if label not in known), None)
-        if unknown is not None:
-            raise DataError(f"{where}: label {unknown!r} is none that prompt {prompt.name!r} knows: {', '.join(known)}")
+            given = [label_of(record, self.label, where)]
+        found = []
+        for label in given:
+            meant = known_label(label, known)
+            if meant is None:
+                raise DataError(
+                    f"{where}: label {label!r} is none that prompt {prompt.name!r} knows: {', '.join(known)}"
+                )
+            found.append(meant)
         return [frozenset(found)] if problem == "multi_label" else found
 
 
 def evaluate(
     runtime: Runtime,
     prompts: Mapping[str, PromptFile],
-    rows: Iterator[Mapping[str, Any]],
+    records: Iterator[Record],
     columns: Columns,
     *,
     metric: str | None,
     options: GenerationOptions,
 ) -> dict[str, Score]:
-    """The score of every prompt over the same rows; memory holds the short answers and one batch of texts."""
+    """The score of every prompt over the same records; memory holds the short answers and one batch of texts."""
     said: dict[str, list[Any]] = {name: [] for name in prompts}
     right: list[Any] = []
     first = next(iter(prompts.values()))
     number = 0
-    for batch in batches(rows, ROWS_AT_ONCE):
+    for batch in batches(records, RECORDS_AT_ONCE):
         requests = []
-        for row in batch:
+        for record in batch:
             number += 1
-            right += columns.references(first, row, number)
+            right += columns.references(first, record, number)
             for name, prompt in prompts.items():
-                fields = columns.fields(prompt, row, number)
+                fields = columns.fields(prompt, record, number)
                 requests.append((number, Request(text=fields, prompt=name, options=options, truncate=True)))
         for (_, request), result in zip(requests, answers(runtime, requests), strict=True):
             said[str(request.prompt)] += _said(prompts[str(request.prompt)], request, result)
@@ -131,15 +135,15 @@ def draw_shots(
     by_label: dict[str, list[tuple[Mapping[str, str], str]]] = {}
     seen: dict[str, int] = {}
     draw = random.Random(seed)
-    for number, row in enumerate(read_rows(source), 1):
-        (answer,) = columns.references(prompt, row, number)
+    for number, record in enumerate(read_records(source), 1):
+        (answer,) = columns.references(prompt, record, number)
         kind = answer if prompt.task == "classify" else ""
         kept = by_label.setdefault(kind, [])
         seen[kind] = seen.get(kind, 0) + 1
-        # Reservoir sampling (Vitter 1985): every row is equally likely to stay, without holding the data.
+        # Reservoir sampling (Vitter 1985): every record is equally likely to stay, without holding the data.
         place = len(kept) if len(kept) < count else draw.randrange(seen[kind])
         if place < count:
-            kept[place : place + 1] = [(columns.fields(prompt, row, number), answer)]
+            kept[place : place + 1] = [(columns.fields(prompt, record, number), answer)]
     groups = [by_label[kind] for kind in sorted(by_label)]
     turns = [group[place] for place in range(count) for group in groups if place < len(group)]
     picked = turns[:count]

@@ -24,8 +24,10 @@ def choose_calibration(
         shared: `objective.model.shared()`.
     """
     slots = objective.encoder.template.slots
-    rows = [objective.text_ids(dict.fromkeys(slots, text)) for text in CONTENT_FREE]
-    calibration = contextual_calibration(objective.scores(rows, shared).cpu().numpy())
+    mask = objective.encoder.tokenizer.mask_token
+    free = [text for text in CONTENT_FREE if text != mask]  # which a cloze template would take for its own
+    texts = [objective.text_ids(dict.fromkeys(slots, text)) for text in free]
+    calibration = contextual_calibration(objective.scores(texts, shared).cpu().numpy())
     prior = torch.tensor(calibration)
     plain = calibrated = 0
     for batch in batches:

@@ -1,39 +1,67 @@
-"""Rows of data to token ids, through the template and exactly as the runtime does it."""
+"""Records of data to token ids, through the template and exactly as the runtime does it."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 
 from edgeprompt import names
-from edgeprompt.evaluation.data import Row, text_of
+from edgeprompt.errors import DataError
+from edgeprompt.evaluation.cells import text_of
+from edgeprompt.evaluation.formats import Record
 from edgeprompt.package.tokenizer import Tokenizer
 from edgeprompt.prompts.encoder_text import EncodedText, encode_text, pair_slots
-from edgeprompt.prompts.template import Template
+from edgeprompt.prompts.template import Mask, Template
 from edgeprompt.tuning.options import TuneOptions
 
 
 @dataclass(frozen=True)
-class RowEncoder:
-    """Encodes rows for one prompt on one base."""
+class RecordEncoder:
+    """Encodes records for one prompt on one base."""
 
     architecture: str
     template: Template
     tokenizer: Tokenizer
     options: TuneOptions
     num_virtual_ids: int
-    """Virtual ids that a row carries: 0 for a prefix and for a head alone."""
+    """Virtual ids that a record carries: 0 for a prefix and for a head alone."""
     prefix_length: int
     """Positions that a prefix takes of the longest length."""
     vocab_size: int
 
-    def fields(self, row: Row, where: str) -> dict[str, str]:
+    def fields(self, record: Record, where: str) -> dict[str, str]:
         """The template's slots from the columns of the same name; `{text}` is the text column."""
         columns = {slot: self.options.text_column if slot == "text" else slot for slot in self.template.slots}
-        return {slot: text_of(row, column, where) for slot, column in columns.items()}
+        return {slot: text_of(record, column, where) for slot, column in columns.items()}
 
-    def encode(self, fields: Mapping[str, str], *, room: int = 0, locate: bool = False) -> EncodedText:
-        """Token ids with `room` left of the longest length; `locate`: with the characters that tokens cover."""
+    def encode(
+        self, fields: Mapping[str, str], *, room: int = 0, locate: bool = False, where: str = "the text"
+    ) -> EncodedText:
+        """Token ids with `room` left of the longest length; `locate`: with the characters that tokens cover.
+
+        Raises:
+            DataError: the text holds the mask token that a template's `{mask}` stands for, or a token that the base
+                has no embedding of: `run` refuses both. `where` says which text.
+        """
+        encoded = self._encoded(fields, room, locate)
+        self._check(encoded.ids, where)
+        return encoded
+
+    def _check(self, ids: Sequence[int], where: str) -> None:
+        foreign = sum(token >= self.vocab_size for token in ids) != self.num_virtual_ids
+        if foreign:
+            raise DataError(f"{where} holds a special token that the base has no embedding of; take it out of the text")
+        wanted = sum(isinstance(part, Mask) for part in self.template.parts)
+        if wanted and self._mask is not None and list(ids).count(self._mask) != wanted:
+            mask = self.tokenizer.mask_token
+            raise DataError(f"{where} holds {mask!r}, the token that the template's {{mask}} stands for; take it out")
+
+    @cached_property
+    def _mask(self) -> int | None:
+        return None if self.tokenizer.mask_token is None else self.tokenizer.token_to_id(self.tokenizer.mask_token)
+
+    def _encoded(self, fields: Mapping[str, str], room: int, locate: bool) -> EncodedText:
         longest = self.options.max_length - self.prefix_length - room
         if self.architecture == names.ENCODER_ONLY:
             return encode_text(

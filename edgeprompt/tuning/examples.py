@@ -23,20 +23,22 @@ class Example:
     ids: list[int]
     target: list[int]
     types: list[int] = field(default_factory=list)
+    group: int = -1
+    """Its class, where every example has one: few-shot and held-out examples are drawn class by class."""
 
 
 class Examples:
-    """Examples on disk, mapped; memory holds three offsets and a class for each."""
+    """Examples on disk, mapped; memory holds three offsets and a group for each."""
 
     def __init__(self, examples: Iterable[Example]) -> None:
         """Spool `examples` to a temporary file, one at a time."""
-        pending, bounds, classes = array("i"), array("q", [0]), array("i")
+        pending, bounds, groups = array("i"), array("q", [0]), array("i")
         with tempfile.TemporaryFile() as file:
             for example in examples:
                 for values in (example.ids, example.target, example.types):
                     pending.extend(values)
                     bounds.append(bounds[-1] + len(values))
-                classes.append(example.target[0] if example.target else -1)
+                groups.append(example.group)
                 if len(pending) > _FLUSH:
                     pending.tofile(file)
                     pending = array("i")
@@ -44,25 +46,37 @@ class Examples:
             file.flush()
             self._values = np.memmap(file, np.int32, "r")
         self._bounds = np.array(bounds, np.int64)
-        self.classes = np.array(classes, np.int32)
-        """First target of each example (its class where there is one), int32 [len(self)]."""
+        self.groups = np.array(groups, np.int32)
+        """Class of each example, -1 where it has none, int32 [len(self)]."""
         self.lengths = np.diff(self._bounds)[::3] + np.diff(self._bounds)[1::3]
         """Number of ids and targets of each example, int64 [len(self)]."""
 
     def __len__(self) -> int:
-        return len(self.classes)
+        return len(self.groups)
 
     def __getitem__(self, index: int) -> Example:
         bounds = self._bounds[3 * index : 3 * index + 4]
-        parts = [self._values[start:end].tolist() for start, end in itertools.pairwise(bounds)]
-        return Example(*parts)
+        ids, target, types = (self._values[start:end].tolist() for start, end in itertools.pairwise(bounds))
+        return Example(ids, target, types, int(self.groups[index]))
 
 
-def split(count: int, fraction: float, seed: int) -> tuple[npt.NDArray[np.int64], npt.NDArray[np.int64]]:
-    """Indices for training and for evaluation, drawn by the seed; evaluation gets at least one where it may."""
-    order = np.random.default_rng([seed, 1]).permutation(count)
-    held = min(count - 1, max(1, round(count * fraction))) if fraction > 0 and count > 1 else 0
-    return np.sort(order[held:]), np.sort(order[:held])
+def split(
+    groups: npt.NDArray[np.int32], fraction: float, seed: int
+) -> tuple[npt.NDArray[np.int64], npt.NDArray[np.int64]]:
+    """Indices for training and for evaluation, drawn by the seed: of every group its share, never its last example.
+
+    Evaluation gets at least one example where some group has two.
+    """
+    order = np.random.default_rng([seed, 1]).permutation(len(groups))
+    shares, spare = np.empty(len(groups)), np.ones(len(groups), bool)
+    for group in np.unique(groups):
+        places = np.flatnonzero(groups[order] == group)
+        shares[places] = (np.arange(len(places)) + 0.5) / len(places)
+        spare[places[-1]] = False
+    wanted = max(1, round(len(groups) * fraction)) if fraction > 0 else 0
+    chosen = np.argsort(shares, kind="stable")
+    held = order[chosen[spare[chosen]][:wanted]]
+    return np.setdiff1d(order, held), np.sort(held)
 
 
 def few_shot(

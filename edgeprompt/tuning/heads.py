@@ -11,12 +11,13 @@ import torch
 from torch import nn
 
 from edgeprompt.errors import DataError
-from edgeprompt.evaluation.data import Row, given_answer, labels_of, tagged_words, text_of
+from edgeprompt.evaluation.cells import given_answer, known_label, label_of, labels_of, number_of, tagged_words
+from edgeprompt.evaluation.formats import Record
 from edgeprompt.heads.answers import answer
 from edgeprompt.prompts.encoder_text import EncodedText, first_tokens, words_of
 from edgeprompt.prompts.file import Array, Golden, Head, HeadStep
 from edgeprompt.tuning.encoder import EncoderPrompt
-from edgeprompt.tuning.encoding import RowEncoder
+from edgeprompt.tuning.encoding import RecordEncoder
 from edgeprompt.tuning.examples import Example
 from edgeprompt.tuning.objectives import Outcome
 
@@ -58,7 +59,7 @@ class _HeadTask:
     source = "tokens"
     problem_type = "single_label"
 
-    def __init__(self, prompted: EncoderPrompt, encoder: RowEncoder, labels: tuple[str, ...], outputs: int) -> None:
+    def __init__(self, prompted: EncoderPrompt, encoder: RecordEncoder, labels: tuple[str, ...], outputs: int) -> None:
         self.encoder = encoder
         self.labels = labels
         self._model = _Head(prompted, outputs)
@@ -68,9 +69,9 @@ class _HeadTask:
         """The frozen base with its soft prompt and head."""
         return self._model
 
-    def fields(self, row: Row, where: str) -> dict[str, str]:
-        """The template's slots filled from one row."""
-        return self.encoder.fields(row, where)
+    def fields(self, record: Record, where: str) -> dict[str, str]:
+        """The template's slots filled from one record."""
+        return self.encoder.fields(record, where)
 
     def head(self) -> tuple[Head | None, Mapping[str, Array]]:
         """One linear layer on what `source` says."""
@@ -94,7 +95,7 @@ class HeadClassify(_HeadTask):
     source = "mean"
 
     def __init__(
-        self, prompted: EncoderPrompt, encoder: RowEncoder, labels: tuple[str, ...], problem_type: str
+        self, prompted: EncoderPrompt, encoder: RecordEncoder, labels: tuple[str, ...], problem_type: str
     ) -> None:
         """`problem_type`: "single_label", "multi_label" or "regression" (no labels)."""
         super().__init__(prompted, encoder, labels, max(1, len(labels)))
@@ -104,25 +105,31 @@ class HeadClassify(_HeadTask):
             problem_type
         ]
 
-    def encode(self, row: Row, where: str) -> Example:
-        """One row; its target is a class, a 0 or 1 for each label, or a number's bits."""
-        encoded = self.encoder.encode(self.encoder.fields(row, where))
-        return Example(encoded.ids, self._target(row, where), types_of(encoded))
+    def encode(self, record: Record, where: str) -> Example:
+        """One record; its target is a class, a 0 or 1 for each label, or a number's bits."""
+        encoded = self.encoder.encode(self.encoder.fields(record, where), where=where)
+        target = self._target(record, where)
+        return Example(encoded.ids, target, types_of(encoded), target[0] if self.problem_type == "single_label" else -1)
 
-    def _target(self, row: Row, where: str) -> list[int]:
+    def _target(self, record: Record, where: str) -> list[int]:
         column = self.encoder.options.label_column
         if self.problem_type == "regression":
-            try:
-                return [struct.unpack("<i", struct.pack("<f", float(text_of(row, column, where))))[0]]
-            except ValueError as error:
-                raise DataError(f"{where}: {row[column]!r} in column {column!r} is no number") from error
-        given = labels_of(row, column, where) if self.problem_type == "multi_label" else [text_of(row, column, where)]
-        unknown = next((label for label in given if label not in self.labels), None)
-        if unknown is not None:
-            raise DataError(f"{where}: label {unknown!r} is not one of the training data's: {', '.join(self.labels)}")
+            return [struct.unpack("<i", struct.pack("<f", _number(record, column, where)))[0]]
+        given = (
+            labels_of(record, column, where)
+            if self.problem_type == "multi_label"
+            else [label_of(record, column, where)]
+        )
+        given = [self._known(label, where) for label in given]
         if self.problem_type == "multi_label":
             return [int(label in given) for label in self.labels]
         return [self.labels.index(given[0])]
+
+    def _known(self, label: str, where: str) -> str:
+        found = known_label(label, self.labels)
+        if found is None:
+            raise DataError(f"{where}: label {label!r} is not one of the training data's: {', '.join(self.labels)}")
+        return found
 
     def values(self, batch: Sequence[Example], shared: Any = None) -> torch.Tensor:
         """What the head says, float32 [batch_size, num_labels]."""
@@ -159,18 +166,18 @@ class Tag(_HeadTask):
 
     metric = "word_accuracy"
 
-    def __init__(self, prompted: EncoderPrompt, encoder: RowEncoder, labels: tuple[str, ...]) -> None:
+    def __init__(self, prompted: EncoderPrompt, encoder: RecordEncoder, labels: tuple[str, ...]) -> None:
         super().__init__(prompted, encoder, labels, len(labels))
 
-    def fields(self, row: Row, where: str) -> dict[str, str]:
-        """The words of one row, joined by spaces."""
-        return {self.encoder.located: " ".join(tagged_words(row, where)[0])}
+    def fields(self, record: Record, where: str) -> dict[str, str]:
+        """The words of one record, joined by spaces."""
+        return {self.encoder.located: " ".join(tagged_words(record, where)[0])}
 
-    def encode(self, row: Row, where: str) -> Example:
-        """One row; its target is a class for the first token of every word, and nothing for other tokens."""
-        words, tags = tagged_words(row, where)
+    def encode(self, record: Record, where: str) -> Example:
+        """One record; its target is a class for the first token of every word, and nothing for other tokens."""
+        words, tags = tagged_words(record, where)
         text = " ".join(words)
-        encoded = self.encoder.encode({self.encoder.located: text}, locate=True)
+        encoded = self.encoder.encode({self.encoder.located: text}, locate=True, where=where)
         target = [IGNORED] * len(encoded.ids)
         for token, tag in zip(first_tokens(words_of(text), encoded.offsets), tags, strict=True):
             if tag not in self.labels:
@@ -206,15 +213,15 @@ class AnswerSpan(_HeadTask):
 
     metric = "exact_match"
 
-    def __init__(self, prompted: EncoderPrompt, encoder: RowEncoder, *, allow_no_answer: bool = False) -> None:
+    def __init__(self, prompted: EncoderPrompt, encoder: RecordEncoder, *, allow_no_answer: bool = False) -> None:
         super().__init__(prompted, encoder, (), 2)
         self._allow_no_answer = allow_no_answer
 
-    def encode(self, row: Row, where: str) -> Example:
-        """One row; its target is (first, last) token of the answer, the first text token where there is none."""
-        fields = self.encoder.fields(row, where)
-        answer, start = given_answer(row, fields[self.encoder.located], where)
-        encoded = self.encoder.encode(fields, locate=True)
+    def encode(self, record: Record, where: str) -> Example:
+        """One record; its target is (first, last) token of the answer, the first text token where there is none."""
+        fields = self.encoder.fields(record, where)
+        answer, start = given_answer(record, fields[self.encoder.located], where)
+        encoded = self.encoder.encode(fields, locate=True, where=where)
         if not answer:
             nothing = self.encoder.num_virtual_ids
             return Example(encoded.ids, [nothing, nothing], types_of(encoded))
@@ -244,6 +251,13 @@ class AnswerSpan(_HeadTask):
         found = answer(logits, encoded.offsets, fields[self.encoder.located], nothing)
         start, end = logits.max(0).tolist()
         return Golden(dict(fields), label=found.text, logits={"start": start, "end": end})
+
+
+def _number(record: Record, column: str, where: str) -> float:
+    number = number_of(record, column, where)
+    if abs(number) > float(np.finfo(np.float32).max):
+        raise DataError(f"{where}: {number:g} in column {column!r} is beyond what float32 holds; scale the numbers")
+    return number
 
 
 def types_of(encoded: EncodedText) -> list[int]:

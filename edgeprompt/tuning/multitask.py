@@ -15,27 +15,32 @@ import torch
 from torch import nn
 
 from edgeprompt.errors import DataError, InputError
-from edgeprompt.evaluation.data import DataSource, Row, read_rows, source_name, text_of
+from edgeprompt.evaluation.cells import known_label, label_of
+from edgeprompt.evaluation.data import DataSource, read_records, source_name
+from edgeprompt.evaluation.formats import Record
 from edgeprompt.prompts.file import Array, Golden, Head, save_prompt
 from edgeprompt.tuning.examples import Example
 from edgeprompt.tuning.objectives import Objective, Outcome
 from edgeprompt.tuning.options import TuneOptions
 from edgeprompt.tuning.outputs import check_outputs
-from edgeprompt.tuning.plan import inspect_data
+from edgeprompt.tuning.plan import MAX_LABELS, inspect_data
 from edgeprompt.tuning.prepare import Run, another_task, prepare
 from edgeprompt.tuning.tuner import TuneResult, make_loop, prompt_file, read_data
 
 _MAX_TASKS = 1000
 
 
-class _TaskRows(Sequence[Row]):
-    """The rows of one task, streamed anew each time."""
+class _TaskRecords(Sequence[Record]):
+    """The records of one task, streamed anew each time."""
 
     def __init__(self, data: DataSource, column: str, task: str) -> None:
         self._data, self._column, self._task = data, column, task
+        self.name = f"task {task} of {source_name(data)}"
 
-    def __iter__(self) -> Iterator[Row]:
-        return (row for row in read_rows(self._data) if str(row[self._column]) == self._task)
+    def __iter__(self) -> Iterator[Record]:
+        for number, record in enumerate(read_records(self._data), 1):
+            if label_of(record, self._column, f"row {number} of {source_name(self._data)!r}") == self._task:
+                yield record
 
     def __len__(self) -> int:
         return sum(1 for _ in self)
@@ -86,19 +91,20 @@ class _Tasks:
     def model(self) -> Any:
         return self._model
 
-    def _of(self, row: Row, where: str) -> int:
-        task = text_of(row, self._column, where)
+    def _of(self, record: Record, where: str) -> int:
+        task = label_of(record, self._column, where)
         if task not in self._tasks:
             raise DataError(f"{where}: task {task!r} is not one of the training data's: {', '.join(self._tasks)}")
         return self._tasks.index(task)
 
-    def fields(self, row: Row, where: str) -> dict[str, str]:
-        return self._objectives[self._of(row, where)].fields(row, where)
+    def fields(self, record: Record, where: str) -> dict[str, str]:
+        return self._objectives[self._of(record, where)].fields(record, where)
 
-    def encode(self, row: Row, where: str) -> Example:
-        task = self._of(row, where)
-        example = self._objectives[task].encode(row, where)
-        return replace(example, target=[task, *example.target])
+    def encode(self, record: Record, where: str) -> Example:
+        task = self._of(record, where)
+        example = self._objectives[task].encode(record, where)
+        group = task * (MAX_LABELS + 1) + 1 + example.group
+        return replace(example, target=[task, *example.target], group=group)
 
     def measure(self, batch: Sequence[Example], shared: Any = None) -> Outcome:
         outcomes = []
@@ -132,9 +138,9 @@ def tune_tasks(
 
     Args:
         base: as `tune`.
-        data: rows of all tasks.
+        data: records of all tasks.
         output: `NAME.safetensors`; the files are `NAME.TASK.safetensors`.
-        task_column: the column that says which task a row belongs to.
+        task_column: the column that says which task a record belongs to.
         options: as `tune`; label words hold for every task that has the label.
         progress: whether to show a bar on stderr, where that is a terminal.
 
@@ -151,27 +157,28 @@ def tune_tasks(
         raise InputError(f"output {str(path)!r} must end in .safetensors")
     if options.shots is not None or options.adapter is not None:
         raise InputError("--shots and --adapter are for one task at a time; leave them out with --task-column")
-    sources = {task: _TaskRows(data, task_column, task) for task in _task_names(data, task_column)}
+    sources = {task: _TaskRecords(data, task_column, task) for task in _task_names(data, task_column)}
     targets = {task: path.with_suffix(f".{task}.safetensors") for task in sources}
     check_outputs(targets.values(), path, base, data, options)
-    facts = {task: inspect_data(rows, _for_task(options, rows)) for task, rows in sources.items()}
+    facts = {task: inspect_data(records, _for_task(options, records)) for task, records in sources.items()}
     with torch.random.fork_rng():
         torch.manual_seed(options.seed)
         runs: dict[str, Run] = {}
-        for task, found in facts.items():
+        for task, fact in facts.items():
             own = _for_task(options, sources[task])
             first = next(iter(runs.values()), None)
             runs[task] = (
-                prepare(base, found, own, num_tasks=len(facts))
+                prepare(base, fact, own, num_tasks=len(facts))
                 if first is None
-                else another_task(replace(first, options=own), found)
+                else another_task(replace(first, options=own), fact)
             )
         whole = replace(
             next(iter(runs.values())),
             objective=_Tasks({task: run.objective for task, run in runs.items()}, task_column),
             options=options,
         )
-        loop, batches = make_loop(whole, read_data(whole, data), path)
+        found = read_data(whole, data)
+        loop, batches = make_loop(whole, found, path)
         if options.resume is not None:
             loop.resume(options.resume)
         done = loop.run(show=progress)
@@ -188,6 +195,7 @@ def tune_tasks(
                 value=done.best.get(whole.objective.metric),
                 examples_per_second=done.step * batches.batch_size / done.seconds if done.seconds else 0.0,
                 checks={},
+                notes=found.notes,
             )
     if loop.accelerator.is_main_process:
         for result in results.values():
@@ -199,8 +207,8 @@ def tune_tasks(
 
 def _task_names(data: DataSource, column: str) -> list[str]:
     found: set[str] = set()
-    for number, row in enumerate(read_rows(data, columns=[column]), 1):
-        found.add(text_of(row, column, f"row {number} of {source_name(data)!r}"))
+    for number, record in enumerate(read_records(data, columns=[column]), 1):
+        found.add(label_of(record, column, f"row {number} of {source_name(data)!r}"))
         if len(found) > _MAX_TASKS:
             raise DataError(f"column {column!r} of {source_name(data)!r} names more than {_MAX_TASKS} tasks")
     broken = next((task for task in sorted(found) if not task.replace("-", "").replace("_", "").isalnum()), None)
@@ -211,12 +219,12 @@ def _task_names(data: DataSource, column: str) -> list[str]:
     return sorted(found)
 
 
-def _for_task(options: TuneOptions, rows: _TaskRows) -> TuneOptions:
+def _for_task(options: TuneOptions, records: _TaskRecords) -> TuneOptions:
     """The options with the label words that this task's labels have."""
     if not options.verbalizer:
         return options
-    labels = {str(row.get(options.label_column)) for row in rows}
-    words = {label: choices for label, choices in options.verbalizer.items() if label in labels}
+    labels = {label_of(record, options.label_column, f"row {number}") for number, record in enumerate(records, 1)}
+    words = {label: choices for label, choices in options.verbalizer.items() if known_label(label, labels)}
     if not words:
         raise DataError(f"no label of {', '.join(sorted(labels)[:5])} has a verbalizer word; give one to every label")
     return replace(options, verbalizer=words)

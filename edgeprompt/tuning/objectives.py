@@ -10,10 +10,11 @@ import torch
 from torch import nn
 
 from edgeprompt.errors import DataError
-from edgeprompt.evaluation.data import Row, text_of
+from edgeprompt.evaluation.cells import known_label, label_of, text_of
+from edgeprompt.evaluation.formats import Record
 from edgeprompt.prompts.file import Array, Golden, Head
 from edgeprompt.prompts.verbalizer import Verbalizer
-from edgeprompt.tuning.encoding import RowEncoder
+from edgeprompt.tuning.encoding import RecordEncoder
 from edgeprompt.tuning.examples import Example
 from edgeprompt.tuning.prompted import Prompted, PromptedLM
 from edgeprompt.tuning.verbalizer import LabelWords
@@ -46,11 +47,11 @@ class Objective(Protocol):
     def labels(self) -> tuple[str, ...]:
         """Label names by class index; empty where there are none."""
 
-    def fields(self, row: Row, where: str) -> dict[str, str]:
-        """The template's slots filled from one row; `where` names it in errors."""
+    def fields(self, record: Record, where: str) -> dict[str, str]:
+        """The template's slots filled from one record; `where` names it in errors."""
 
-    def encode(self, row: Row, where: str) -> Example:
-        """Tokenise one row."""
+    def encode(self, record: Record, where: str) -> Example:
+        """Tokenise one record."""
 
     def measure(self, batch: Sequence[Example], shared: Any = None) -> Outcome:
         """Loss and right answers of a batch; `shared` is `self.model.shared()`, None computes it."""
@@ -68,7 +69,7 @@ class WordClassify:
     metric = "accuracy"
     by_loss = False
 
-    def __init__(self, model: Any, encoder: RowEncoder, verbalizer: Mapping[str, tuple[str, ...]]) -> None:
+    def __init__(self, model: Any, encoder: RecordEncoder, verbalizer: Mapping[str, tuple[str, ...]]) -> None:
         """`model`: gives logits (`PromptedLM`, or an encoder with a mask); `verbalizer`: label -> words, in order."""
         self._model = model
         self.encoder = encoder
@@ -88,18 +89,24 @@ class WordClassify:
         """Label names by class index."""
         return self._labels
 
-    def fields(self, row: Row, where: str) -> dict[str, str]:
-        """The template's slots filled from one row."""
-        return self.encoder.fields(row, where)
+    def fields(self, record: Record, where: str) -> dict[str, str]:
+        """The template's slots filled from one record."""
+        return self.encoder.fields(record, where)
 
-    def encode(self, row: Row, where: str) -> Example:
-        """One row; its target is the label's index."""
-        label = text_of(row, self.encoder.options.label_column, where)
-        if label not in self._labels:
+    def encode(self, record: Record, where: str) -> Example:
+        """One record; its target is the label's index."""
+        given = label_of(record, self.encoder.options.label_column, where)
+        label = known_label(given, self._labels)
+        if label is None:
             raise DataError(
-                f"{where}: label {label!r} has no verbalizer word; words are given for: {', '.join(self._labels)}"
+                f"{where}: label {given!r} has no verbalizer word; words are given for: {', '.join(self._labels)}"
             )
-        return Example(self.text_ids(self.encoder.fields(row, where)), [self._labels.index(label)])
+        index = self._labels.index(label)
+        return Example(
+            self.encoder.encode(self.encoder.fields(record, where), room=self._room, where=where).ids,
+            [index],
+            group=index,
+        )
 
     def text_ids(self, fields: Mapping[str, str]) -> list[int]:
         """Token ids of a text to classify."""
@@ -139,7 +146,7 @@ class Generate:
     by_loss = True
     labels: tuple[str, ...] = ()
 
-    def __init__(self, model: PromptedLM, encoder: RowEncoder, *, end: int, whole_text: bool) -> None:
+    def __init__(self, model: PromptedLM, encoder: RecordEncoder, *, end: int, whole_text: bool) -> None:
         """`end`: id of the token that ends an answer; `whole_text`: the target is a text of its own, with the
         tokenizer's special tokens (encoder-decoders), not what follows in the same text."""
         self._model = model
@@ -151,21 +158,21 @@ class Generate:
         """The frozen base with its soft prompt."""
         return self._model
 
-    def fields(self, row: Row, where: str) -> dict[str, str]:
-        """The template's slots filled from one row."""
-        return self.encoder.fields(row, where)
+    def fields(self, record: Record, where: str) -> dict[str, str]:
+        """The template's slots filled from one record."""
+        return self.encoder.fields(record, where)
 
-    def encode(self, row: Row, where: str) -> Example:
-        """One row; its target is the answer's token ids."""
+    def encode(self, record: Record, where: str) -> Example:
+        """One record; its target is the answer's token ids."""
         options = self.encoder.options
-        target = self._target(text_of(row, options.target_column, where))
+        target = self._target(text_of(record, options.target_column, where))
         if len(target) > options.max_length // 2:
             raise DataError(
                 f"{where}: the target takes {len(target)} tokens, at most half of max_length {options.max_length} "
                 "fit; raise --max-length or shorten it"
             )
         room = 0 if self._whole_text else len(target)
-        return Example(self.encoder.encode(self.encoder.fields(row, where), room=room).ids, target)
+        return Example(self.encoder.encode(self.encoder.fields(record, where), room=room, where=where).ids, target)
 
     def _target(self, text: str) -> list[int]:
         if self._whole_text:

@@ -7,26 +7,24 @@ from dataclasses import dataclass
 
 from edgeprompt import names
 from edgeprompt.errors import DataError, InputError, UnsupportedError
-from edgeprompt.evaluation.data import (
-    DataSource,
-    Row,
-    column_names,
+from edgeprompt.evaluation.cells import (
+    TAG_COLUMNS,
     given_answer,
+    label_key,
+    label_of,
     labels_of,
-    read_rows,
-    source_name,
+    number_of,
     tagged_words,
     text_of,
+    value_of,
 )
+from edgeprompt.evaluation.data import DataSource, column_names, read_records, source_name
+from edgeprompt.evaluation.formats import Record
 from edgeprompt.prompts.template import Mask, Template, VirtualTokens
 from edgeprompt.tuning.options import TuneOptions
 from edgeprompt.tuning.soft_prompt import PREFIX_METHODS
 
-_MAX_LABELS = 1000
-_TASK_COLUMNS = {
-    "tag": ("tokens", "tags"),
-    "qa": ("question", "context"),
-}
+MAX_LABELS = 1000
 
 
 @dataclass(frozen=True)
@@ -68,26 +66,28 @@ def inspect_data(data: DataSource, options: TuneOptions) -> DataFacts:
     if task == "generate" and options.verbalizer:
         raise InputError("a verbalizer is for --task classify; generation learns the target column")
     if task == "tag":
-        return DataFacts(task, _collect(data, lambda row, where: tagged_words(row, where)[1], options))
+        return DataFacts(task, _collect(data, lambda record, where: tagged_words(record, where)[1], options))
     if task == "qa":
         missing = False
-        for number, row in enumerate(read_rows(data, columns=["context"]), 1):
+        for number, record in enumerate(read_records(data, columns=["context"]), 1):
             where = f"row {number} of {source_name(data)!r}"
-            missing |= not given_answer(row, text_of(row, "context", where), where)[0]
+            missing |= not given_answer(record, text_of(record, "context", where), where)[0]
         return DataFacts(task, has_no_answer=missing)
     if task != "classify":
         return DataFacts(task)
     column = options.label_column
-    first = next(read_rows(data, columns=[column]))
-    problem = options.problem_type or ("multi_label" if isinstance(first[column], (list, tuple)) else "single_label")
+    first = value_of(next(read_records(data, columns=[column])), column, f"row 1 of {source_name(data)!r}")
+    problem = options.problem_type or ("multi_label" if isinstance(first, (list, tuple)) else "single_label")
     if problem == "regression":
+        for number, record in enumerate(read_records(data), 1):
+            number_of(record, column, f"row {number} of {source_name(data)!r}")
         return DataFacts(task, (), problem)
+
+    def labels(record: Record, where: str) -> list[str]:
+        return labels_of(record, column, where) if problem == "multi_label" else [label_of(record, column, where)]
+
     if options.verbalizer:
         return DataFacts(task, tuple(options.verbalizer), problem)
-
-    def labels(row: Row, where: str) -> list[str]:
-        return labels_of(row, column, where) if problem == "multi_label" else [label_of(row, column, where)]
-
     return DataFacts(task, _collect(data, labels, options), problem)
 
 
@@ -138,18 +138,6 @@ def make_plan(
     )
 
 
-def label_of(row: Row, column: str, where: str) -> str:
-    """A row's label.
-
-    Raises:
-        DataError: there is none.
-    """
-    label = text_of(row, column, where)
-    if not label.strip():
-        raise DataError(f"{where} has nothing in column {column!r}, so its label is unknown; leave the row out")
-    return label
-
-
 def _purpose(facts: DataFacts, verbalizer: Mapping[str, tuple[str, ...]]) -> str:
     if facts.task == "classify" and facts.labels:
         words = [choices[0].strip() for choices in verbalizer.values()] or list(facts.labels)
@@ -169,9 +157,10 @@ def _default_template(facts: DataFacts, encoder: bool) -> str:
 
 def _task_of(data: DataSource, options: TuneOptions) -> str:
     columns = column_names(data)
-    for task, needed in _TASK_COLUMNS.items():
-        if set(needed) <= set(columns) and (task != "qa" or {"answer", "answers"} & set(columns)):
-            return task
+    if "tokens" in columns and set(TAG_COLUMNS) & set(columns):
+        return "tag"
+    if {"question", "context"} <= set(columns) and {"answer", "answers"} & set(columns):
+        return "qa"
     if options.label_column in columns:
         return "classify"
     if options.target_column in columns:
@@ -191,13 +180,18 @@ def _place_prompt(template: Template, options: TuneOptions) -> Template:
     return Template((VirtualTokens(), *template.parts)).checked()
 
 
-def _collect(data: DataSource, read: Callable[[Row, str], list[str]], options: TuneOptions) -> tuple[str, ...]:
-    labels: set[str] = set()
-    for number, row in enumerate(read_rows(data), 1):
-        labels.update(read(row, f"row {number} of {source_name(data)!r}"))
-        if len(labels) > _MAX_LABELS:
+def _collect(data: DataSource, read: Callable[[Record, str], list[str]], options: TuneOptions) -> tuple[str, ...]:
+    """All labels of the data, sorted; two that differ in nothing that can be seen are refused."""
+    labels: dict[str, str] = {}
+    for number, record in enumerate(read_records(data), 1):
+        where = f"row {number} of {source_name(data)!r}"
+        for label in read(record, where):
+            known = labels.setdefault(label_key(label), label)
+            if known != label:
+                raise DataError(f"{where}: label {label!r} stands for what an earlier row calls {known!r}; write one")
+        if len(labels) > MAX_LABELS:
             raise DataError(
-                f"column {options.label_column!r} of {source_name(data)!r} has more than {_MAX_LABELS} labels; "
+                f"column {options.label_column!r} of {source_name(data)!r} has more than {MAX_LABELS} labels; "
                 "for free text use --task generate with --target-column"
             )
-    return tuple(sorted(labels))
+    return tuple(sorted(labels.values()))

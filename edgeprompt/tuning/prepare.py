@@ -15,7 +15,7 @@ from edgeprompt.package.manifest import Geometry, Tokens
 from edgeprompt.package.tokenizer import Tokenizer
 from edgeprompt.tuning.causal import CausalPrompt
 from edgeprompt.tuning.encoder import EncoderPrompt
-from edgeprompt.tuning.encoding import RowEncoder
+from edgeprompt.tuning.encoding import RecordEncoder
 from edgeprompt.tuning.heads import AnswerSpan, HeadClassify, Tag
 from edgeprompt.tuning.objectives import Generate, Objective, WordClassify
 from edgeprompt.tuning.options import TuneOptions
@@ -40,7 +40,7 @@ class Run:
     fingerprint: str
     tokenizer: Tokenizer
     plan: TaskPlan
-    encoder: RowEncoder
+    encoder: RecordEncoder
     objective: Objective
     options: TuneOptions
     package: Package | None
@@ -78,7 +78,7 @@ def prepare(base: Any, facts: DataFacts, options: TuneOptions, *, num_tasks: int
         soft = SoftPrompt(geometry, options, task_type=_TASK_TYPES[architecture], num_tasks=num_tasks)
     count = soft.num_virtual_tokens if soft is not None else 0
     deep = soft is not None and soft.is_prefix
-    encoder = RowEncoder(
+    encoder = RecordEncoder(
         architecture=architecture,
         template=plan.template,
         tokenizer=tokenizer,
@@ -121,7 +121,7 @@ def _prompted(loaded: Any, plan: TaskPlan, geometry: Geometry, soft: SoftPrompt 
     return CausalPrompt(loaded.model, soft, vocab_size=vocab, prompt_leads=plan.template.prompt_is_prefix)
 
 
-def _objective(name: str, model: Any, encoder: RowEncoder, plan: TaskPlan, tokens: Tokens) -> Objective:
+def _objective(name: str, model: Any, encoder: RecordEncoder, plan: TaskPlan, tokens: Tokens) -> Objective:
     if plan.task == "generate":
         if not tokens.eos:
             raise UnsupportedError(f"{name} names no end token, so a generation could not learn to stop")

@@ -10,11 +10,12 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 
 from edgeprompt import names
 from edgeprompt.errors import BaseMismatchError, InputError, TuningError, UnsupportedError
-from edgeprompt.evaluation.data import DataSource, data_hash, read_rows, source_name
+from edgeprompt.evaluation.data import DataSource, data_hash, read_records, source_name
 from edgeprompt.package.manifest import Base
 from edgeprompt.prompts.file import PromptFile, TunedFor, load_prompt, save_prompt
 from edgeprompt.tuning.calibration import choose_calibration
@@ -45,6 +46,8 @@ class TuneResult:
     examples_per_second: float
     checks: Mapping[str, Any]
     """What else was measured (for a package: how closely training followed its graph)."""
+    notes: tuple[str, ...] = ()
+    """What was decided about the data that its writer may want to know."""
 
 
 @dataclass(frozen=True)
@@ -58,7 +61,8 @@ class RunData:
     eval_examples: Examples
     eval_batches: Sequence[Sequence[int]]
     fields: Mapping[str, str]
-    """The template's fields of one row, for the golden example."""
+    """The template's fields of one record, for the golden example."""
+    notes: tuple[str, ...] = ()
 
 
 def tune(
@@ -74,7 +78,7 @@ def tune(
     Args:
         base: Hugging Face id, local folder or `.gguf` file, or an `edgeprompt.base.load.LoadedBase` (tuning for a
             package puts the package's weights into it).
-        data: `.csv`, `.tsv`, `.jsonl` or `.parquet` file, dataset id (`name:split`), or rows in memory.
+        data: `.csv`, `.tsv`, `.jsonl` or `.parquet` file, dataset id (`name:split`), or records in memory.
         output: the prompt file to write; a checkpoint is kept beside it while the run is on.
         options: method, task, sizes and so on.
         progress: whether to show a bar on stderr, where that is a terminal.
@@ -125,6 +129,7 @@ def tune(
         value=done.best.get(run.objective.metric),
         examples_per_second=done.step * batches.batch_size / done.seconds if done.seconds else 0.0,
         checks=checks,
+        notes=found.notes,
     )
 
 
@@ -132,31 +137,34 @@ def read_data(run: Run, data: DataSource) -> RunData:
     """Tokenise the data, and divide it into training and evaluation."""
     options = run.options
     examples, fields = _encode(run, data)
+    notes = []
     if options.eval_data is not None:
         eval_examples, fields = _encode(run, options.eval_data)
-        indices, held = split(len(examples), 0.0, options.seed)[0], split(len(eval_examples), 0.0, options.seed)[0]
+        indices, held = np.arange(len(examples)), np.arange(len(eval_examples))
     else:
         eval_examples = examples
-        indices, held = split(len(examples), options.eval_split, options.seed)
+        indices, held = split(examples.groups, options.eval_split, options.seed)
+        if options.eval_split and (alone := int((np.unique(examples.groups, return_counts=True)[1] == 1).sum())):
+            notes.append(f"{alone} classes have one example each, which stays in training: evaluation has none of them")
     if options.shots is not None:
         if run.plan.task != "classify" or run.plan.problem_type != "single_label":
             raise InputError("--shots counts examples per class; it is for --task classify")
-        indices = few_shot(indices, examples.classes, options.shots, options.seed)
+        indices = few_shot(indices, examples.groups, options.shots, options.seed)
     held = sample(held, options.eval_limit, options.seed)
     batches = list(sorted_batches(held, eval_examples.lengths, options.batch_size * _EVAL_BATCHES))
-    return RunData(data, examples, indices, eval_examples, batches, fields)
+    return RunData(data, examples, indices, eval_examples, batches, fields, tuple(notes))
 
 
 def _encode(run: Run, data: DataSource) -> tuple[Examples, dict[str, str]]:
-    """All rows of `data` as examples, and the fields of the first."""
+    """All records of `data` as examples, and the fields of the first."""
     first: dict[str, str] = {}
 
     def encoded() -> Iterator[Example]:
-        for number, row in enumerate(read_rows(data), 1):
+        for number, record in enumerate(read_records(data), 1):
             where = f"row {number} of {source_name(data)!r}"
             if not first:
-                first.update(run.objective.fields(row, where))
-            yield run.objective.encode(row, where)
+                first.update(run.objective.fields(record, where))
+            yield run.objective.encode(record, where)
 
     return Examples(encoded()), first
 

@@ -9,7 +9,7 @@ import signal
 import pytest
 
 from edgeprompt import load, load_prompt
-from edgeprompt.evaluation.data import read_rows
+from edgeprompt.evaluation.data import read_records
 
 WORDS = ["--verbalizer", "animal= a", "--verbalizer", "number= n"]
 
@@ -48,7 +48,7 @@ def test_the_runtime_answers_as_training_did(cli, tiny_llama_base, tiny_llama_pa
     with load(tiny_llama_package) as runtime:
         runtime.add_prompt(out)
         (answer,) = runtime.classify([prompt.golden.fields["text"]], prompt="toy")
-        texts, labels = zip(*((row["text"], row["label"]) for row in read_rows(data)), strict=True)
+        texts, labels = zip(*((row["text"], row["label"]) for row in read_records(data)), strict=True)
         right = sum(a.label == label for a, label in zip(runtime.classify(texts, prompt="toy"), labels, strict=True))
     assert answer.label == prompt.golden.label
     assert answer.logits == pytest.approx(prompt.golden.logits, abs=1e-3)

@@ -7,12 +7,11 @@ import subprocess
 import sys
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
 import pytest
 
 from edgeprompt.errors import DataError
-from edgeprompt.evaluation.data import column_names, data_hash, read_rows, text_of
+from edgeprompt.evaluation.data import column_names, data_hash, read_records
 
 ROWS = [
     {"text": "plain", "label": "a"},
@@ -56,7 +55,7 @@ def write_parquet(path: Path) -> Path:
 )
 def test_every_format_gives_the_same_rows(tmp_path: Path, name: str, write: Callable[[Path], Path]) -> None:
     path = write(tmp_path / name)
-    assert list(read_rows(path, columns=["text", "label"])) == ROWS
+    assert list(read_records(path, columns=["text", "label"])) == ROWS
     assert column_names(path) == ["text", "label"]
     assert data_hash(path) == data_hash(str(path))
 
@@ -64,15 +63,15 @@ def test_every_format_gives_the_same_rows(tmp_path: Path, name: str, write: Call
 def test_byte_order_mark_and_rows_in_memory(tmp_path: Path) -> None:
     path = tmp_path / "d.csv"
     path.write_bytes(b"\xef\xbb\xbftext,label\r\nhi,a\r\n")
-    assert list(read_rows(path)) == [{"text": "hi", "label": "a"}]
-    assert list(read_rows(ROWS)) == ROWS
+    assert list(read_records(path)) == [{"text": "hi", "label": "a"}]
+    assert list(read_records(ROWS)) == ROWS
     assert data_hash(ROWS) != data_hash(ROWS[:2])
 
 
 def test_reading_is_lazy(tmp_path: Path) -> None:
     path = tmp_path / "d.jsonl"
     path.write_text('{"text": "first"}\nnot json\n')
-    rows = read_rows(path)
+    rows = read_records(path)
     assert next(rows) == {"text": "first"}
     with pytest.raises(DataError, match=r"line 2 of .* is no JSON"):
         next(rows)
@@ -85,8 +84,8 @@ def test_a_dataset_id(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     write_jsonl(folder / "test.jsonl")
     monkeypatch.chdir(tmp_path)
     with pytest.raises(DataError, match="is a folder"):
-        list(read_rows("sets/toy"))
-    assert [row["text"] for row in read_rows("sets/toy:test")] == [row["text"] for row in ROWS]
+        list(read_records("sets/toy"))
+    assert [row["text"] for row in read_records("sets/toy:test")] == [row["text"] for row in ROWS]
 
 
 BAD = [
@@ -109,7 +108,7 @@ def test_bad_files_are_one_line(tmp_path: Path, name: str, content: bytes, messa
     path = tmp_path / name
     path.write_bytes(content)
     with pytest.raises(DataError, match=message) as caught:
-        list(read_rows(path))
+        list(read_records(path))
     assert "\n" not in str(caught.value)
 
 
@@ -124,27 +123,15 @@ def test_bad_files_are_one_line(tmp_path: Path, name: str, content: bytes, messa
 def test_nothing_there(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, source: str, message: str) -> None:
     monkeypatch.chdir(tmp_path)
     with pytest.raises(DataError, match=message):
-        list(read_rows(source))
+        list(read_records(source))
 
 
 def test_missing_columns_are_named(tmp_path: Path) -> None:
     path = write_csv(tmp_path / "d.csv")
     with pytest.raises(DataError, match=r"has no column 'target' \(row 1\); it has: text, label"):
-        list(read_rows(path, columns=["target"]))
+        list(read_records(path, columns=["target"]))
     with pytest.raises(DataError, match="row 2 of 'rows' has nothing in column 'label'"):
-        list(read_rows([{"label": "a"}, {"label": None}], columns=["label"]))
-
-
-@pytest.mark.parametrize(("value", "text"), [("a", "a"), (3, "3"), (True, "True"), (0.5, "0.5")])
-def test_cells_as_text(value: Any, text: str) -> None:
-    assert text_of({"x": value}, "x", "row 1") == text
-
-
-def test_cells_that_are_no_text() -> None:
-    with pytest.raises(DataError, match="row 1: column 'x' holds a list"):
-        text_of({"x": [1]}, "x", "row 1")
-    with pytest.raises(DataError, match="row 1 has no column 'y'; it has x"):
-        text_of({"x": "a"}, "y", "row 1")
+        list(read_records([{"label": "a"}, {"label": None}], columns=["label"]))
 
 
 def test_imports_no_torch_pyarrow_or_datasets() -> None:

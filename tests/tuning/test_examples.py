@@ -8,12 +8,12 @@ from edgeprompt.tuning.examples import BatchPlan, Example, Examples, few_shot, s
 
 
 def test_examples_come_back_from_disk() -> None:
-    made = [Example(list(range(index % 7)), [index % 3, 5]) for index in range(1000)]
+    made = [Example(list(range(index % 7)), [index % 3, 5], group=index % 3) for index in range(1000)]
     examples = Examples(iter(made))
     assert len(examples) == 1000
     assert [examples[index] for index in range(1000)] == made
     assert examples.lengths.tolist() == [len(example.ids) + 2 for example in made]
-    assert examples.classes.tolist() == [index % 3 for index in range(1000)]
+    assert examples.groups.tolist() == [index % 3 for index in range(1000)]
 
 
 def test_memory_stays_small_for_many_examples() -> None:
@@ -28,19 +28,33 @@ def test_memory_stays_small_for_many_examples() -> None:
 
 
 def test_split_is_a_partition_by_seed() -> None:
-    train, held = split(100, 0.1, 0)
+    alike = np.full(100, -1, np.int32)
+    train, held = split(alike, 0.1, 0)
     assert len(held) == 10
     assert sorted([*train, *held]) == list(range(100))
-    assert split(100, 0.1, 0)[1].tolist() == held.tolist()
-    assert split(100, 0.1, 1)[1].tolist() != held.tolist()
-    assert len(split(3, 0.1, 0)[1]) == 1
-    assert len(split(3, 0.0, 0)[1]) == 0
-    assert len(split(1, 0.5, 0)[0]) == 1
+    assert split(alike, 0.1, 0)[1].tolist() == held.tolist()
+    assert split(alike, 0.1, 1)[1].tolist() != held.tolist()
+    assert len(split(alike[:3], 0.1, 0)[1]) == 1
+    assert len(split(alike[:3], 0.0, 0)[1]) == 0
+    assert len(split(alike[:1], 0.5, 0)[0]) == 1
+
+
+def test_evaluation_gets_its_share_of_every_class_and_never_the_last_of_one() -> None:
+    classes = np.repeat(np.arange(6, dtype=np.int32), [1, 1, 2, 10, 30, 56])
+    for seed in range(20):
+        train, held = split(classes, 0.2, seed)
+        assert len(held) == 20
+        counts = np.bincount(classes[held], minlength=6)
+        assert counts[:2].tolist() == [0, 0]
+        assert counts[2] <= 1
+        np.testing.assert_allclose(counts[3:], [2, 6, 11], atol=1)
+        assert set(classes[train]) == set(range(6))
+    assert len(split(np.arange(5, dtype=np.int32), 0.5, 0)[1]) == 0
 
 
 def test_few_shot_takes_k_of_every_class() -> None:
     classes = np.array([0] * 50 + [1] * 50 + [2] * 2, np.int32)
-    train, _ = split(len(classes), 0.0, 0)
+    train, _ = split(classes, 0.0, 0)
     chosen = few_shot(train, classes, 4, 0)
     assert np.bincount(classes[chosen]).tolist() == [4, 4, 2]
     assert few_shot(train, classes, 4, 1).tolist() != chosen.tolist()

@@ -1,4 +1,4 @@
-"""Rows of data as requests: fields from columns, answers batch by batch, errors by row."""
+"""Records of data as requests: fields from columns, answers batch by batch, errors by row."""
 
 from __future__ import annotations
 
@@ -9,23 +9,40 @@ from typing import TYPE_CHECKING, Any, TypeVar
 from edgeprompt.errors import EdgePromptError
 
 if TYPE_CHECKING:
+    from edgeprompt.prompts.file import PromptFile
     from edgeprompt.request import Request, Result
     from edgeprompt.runtime import Runtime
 
 T = TypeVar("T")
 
-ROWS_AT_ONCE = 64
+RECORDS_AT_ONCE = 64
 
 
-def fields_of(row: Mapping[str, Any], column: str, slots: Sequence[str], number: int) -> dict[str, str]:
-    """The slots' texts of a row; `column` fills `{text}`.
+def fields_of(record: Mapping[str, Any], column: str, prompt: PromptFile | None, where: str) -> dict[str, str]:
+    """The texts of a record that a prompt's template asks for; without a prompt, the text alone.
+
+    Args:
+        record: one row of the data.
+        column: the column that fills `{text}`.
+        prompt: whose template; a tagger takes the column `tokens`, joined by spaces, where the data has one.
+        where: what to call the row in messages.
 
     Raises:
         DataError: a column is missing or holds no text.
     """
-    from edgeprompt.evaluation.data import text_of
+    from edgeprompt.evaluation.cells import joined_words, text_of
+    from edgeprompt.prompts.encoder_text import located_slot
 
-    return {slot: text_of(row, column if slot == "text" else slot, f"row {number}") for slot in slots}
+    slots = ("text",) if prompt is None else prompt.template.slots
+    words = (
+        located_slot(prompt.template) if prompt is not None and prompt.task == "tag" and "tokens" in record else None
+    )
+    return {
+        slot: joined_words(record, where)
+        if slot == words
+        else text_of(record, column if slot == "text" else slot, where)
+        for slot in slots
+    }
 
 
 def batches(items: Iterable[T], size: int) -> Iterator[list[T]]:

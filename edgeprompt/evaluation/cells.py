@@ -1,0 +1,234 @@
+"""What a record's cells say: texts, labels, numbers, tags and answers.
+
+One reading for training, evaluation and `run`, so that a text scores the same everywhere.
+"""
+
+from __future__ import annotations
+
+import ast
+import math
+import re
+import unicodedata
+from collections.abc import Iterable, Mapping
+from typing import Any
+
+from edgeprompt.errors import DataError
+from edgeprompt.evaluation.formats import Record
+
+_BOM = "\ufeff"
+_SURROGATE = re.compile("[\ud800-\udfff]")
+_NUMBER = re.compile(r"[+-]?\d+(\.\d+)?")
+TAG_COLUMNS = ("tags", "ner_tags")
+"""Where the tags of a text stand; the first that the data has."""
+
+
+def text_of(record: Record, column: str, where: str) -> str:
+    """A record's cell as text: line ends become "\\n", a byte order mark in front goes, numbers are written out.
+
+    Args:
+        record: one row of the data.
+        column: which cell.
+        where: what to call the row in messages, as "row 3".
+
+    Raises:
+        DataError: the cell is missing or empty (null), a list or an object, or holds NUL or half a surrogate pair.
+    """
+    value = value_of(record, column, where)
+    if isinstance(value, (bool, int, float)):
+        return str(value)
+    if not isinstance(value, str):
+        raise DataError(f"{where}: column {column!r} holds a {type(value).__name__}, text is needed")
+    return clean(value, f"{where}: column {column!r}")
+
+
+def clean(text: str, where: str) -> str:
+    """A text as it was meant: see `text_of`.
+
+    Raises:
+        DataError: it holds NUL, or half of a surrogate pair.
+    """
+    if "\0" in text:
+        raise DataError(f"{where} holds NUL (U+0000), which no text has; save the data as UTF-8")
+    if not text.isascii() and _SURROGATE.search(text):
+        raise DataError(f"{where} holds half of a surrogate pair (U+D800 to U+DFFF), which is no text")
+    text = text.removeprefix(_BOM)
+    return text.replace("\r\n", "\n").replace("\r", "\n") if "\r" in text else text
+
+
+def value_of(record: Record, column: str, where: str) -> Any:
+    """A cell as it is; numpy's values as Python's.
+
+    Raises:
+        DataError: there is no such column, or nothing in it (null, NaN).
+    """
+    if column not in record:
+        raise DataError(f"{where} has no column {column!r}; it has {', '.join(map(str, record)) or 'none'}")
+    value = record[column]
+    if type(value).__module__ == "numpy":
+        value = value.tolist()
+    if value is None or (isinstance(value, float) and math.isnan(value)):
+        raise DataError(f"{where} has nothing in column {column!r} ({value!r}); fill it in, or leave the row out")
+    return value
+
+
+def label_of(record: Record, column: str, where: str) -> str:
+    """A record's label: white space around it goes, and a whole number is written without a fraction (1.0 is "1").
+
+    Raises:
+        DataError: there is none, or it is a list.
+    """
+    value = value_of(record, column, where)
+    if isinstance(value, (list, tuple)):
+        raise DataError(
+            f"{where}: column {column!r} holds a list, one label is needed; several labels need --problem-type "
+            "multi_label (encoder-only bases) in all rows"
+        )
+    if isinstance(value, float):
+        if not math.isfinite(value):
+            raise DataError(f"{where}: column {column!r} holds {value}, which is no label")
+        value = int(value) if value.is_integer() else value
+    label = text_of({column: value}, column, where).strip()
+    if not label:
+        raise DataError(f"{where} has nothing in column {column!r}, so its label is unknown; leave the row out")
+    if _is_list(label):
+        raise DataError(
+            f"{where}: label {label[:60]!r} is a list written as text; use .jsonl with real lists, or labels with "
+            "commas between them and --problem-type multi_label"
+        )
+    return label
+
+
+def labels_of(record: Record, column: str, where: str) -> list[str]:
+    """Several labels of one record: a list of names, or a text with commas.
+
+    Raises:
+        DataError: numbers, which may be ids or a 0 or 1 for each label; or a list written as text.
+    """
+    value = value_of(record, column, where)
+    if isinstance(value, (list, tuple)):
+        wrong = next((one for one in value if not isinstance(one, str)), None)
+        if wrong is not None:
+            raise DataError(
+                f"{where}: column {column!r} holds {str(value)[:60]}, and what its values stand for is not known "
+                '(ids, or a 0 or 1 for each label?); write the names of the labels, as ["drama", "war"]'
+            )
+        found = [label_of({column: one}, column, where) for one in value]
+    elif isinstance(value, str):
+        if _is_list(value.strip()):
+            return [label_of({column: value}, column, where)]  # which says what is wrong with it
+        found = [label.strip() for label in clean(value, where).split(",") if label.strip()]
+    else:
+        found = [label_of(record, column, where)]
+    return list(dict.fromkeys(found))
+
+
+def number_of(record: Record, column: str, where: str) -> float:
+    """A record's number.
+
+    Raises:
+        DataError: no finite number.
+    """
+    value = value_of(record, column, where)
+    try:
+        number = math.nan if isinstance(value, bool) else float(value)
+    except (TypeError, ValueError):
+        number = math.nan
+    if not math.isfinite(number):
+        raise DataError(f"{where}: {value!r} in column {column!r} is no finite number")
+    return number
+
+
+def tagged_words(record: Record, where: str) -> tuple[list[str], list[str]]:
+    """Words and their tags from the columns `tokens` and `tags` (or `ner_tags`): lists, or texts split at white space.
+
+    Raises:
+        DataError: not one tag for each word, a word that is empty or holds white space, or tags that are ids without
+            names.
+    """
+    tag_column = next((name for name in TAG_COLUMNS if name in record), TAG_COLUMNS[0])
+    words = _list_of(record, "tokens", where)
+    tags = _list_of(record, tag_column, where)
+    if len(words) != len(tags) or not words:
+        raise DataError(f"{where} has {len(words)} tokens and {len(tags)} tags; each token needs one tag")
+    unnamed = next((tag for tag in tags if not isinstance(tag, str)), None)
+    if unnamed is not None:
+        raise DataError(
+            f"{where}: column {tag_column!r} holds {unnamed!r}, an id without a name; write the names, as B-PER"
+        )
+    broken = next((word for word in words if not isinstance(word, str) or len(word.split()) != 1), None)
+    if broken is not None:
+        raise DataError(f"{where}: token {broken!r} is empty or holds white space; words are what stands between it")
+    return [clean(word, where) for word in words], [label_of({tag_column: tag}, tag_column, where) for tag in tags]
+
+
+def joined_words(record: Record, where: str) -> str:
+    """The words of a record to be tagged, joined by spaces.
+
+    Raises:
+        DataError: as `tagged_words`, of the words alone.
+    """
+    words = _list_of(record, "tokens", where)
+    return " ".join(tagged_words({"tokens": words, "tags": ["O"] * len(words)}, where)[0])
+
+
+def _list_of(record: Record, column: str, where: str) -> list[Any]:
+    value = value_of(record, column, where)
+    return list(value) if isinstance(value, (list, tuple)) else text_of(record, column, where).split()
+
+
+def given_answer(record: Record, context: str, where: str) -> tuple[str, int]:
+    """The answer and where it starts: SQuAD's `answers` (texts and starts), or a column `answer`; "" for none.
+
+    `context` is the text of the column `context` (`text_of`).
+
+    Raises:
+        DataError: the answer does not stand in the context.
+    """
+    answers: Any = record.get("answers")
+    if type(answers).__module__ == "numpy":
+        answers = answers.tolist()
+    if isinstance(answers, (list, tuple)) and all(isinstance(one, Mapping) for one in answers):
+        answers = {key: [one[key] for one in answers if key in one] for key in ("text", "answer_start")}
+    if isinstance(answers, Mapping):
+        texts, starts = _several(answers.get("text")), _several(answers.get("answer_start"))
+        if not texts:
+            return "", 0
+        answer = clean(str(texts[0]), f"{where}: the answer")
+        start = int(starts[0]) if starts else -1
+        raw = record.get("context")
+        if start > 0 and isinstance(raw, str) and raw != context:  # it counts characters of the text as it was
+            start = len(clean(raw[:start], where))
+    else:
+        answer, start = text_of(record, "answer", where), -1
+    if not answer:
+        return "", 0
+    start = context.find(answer) if start < 0 else start
+    if start < 0 or context[start : start + len(answer)] != answer:
+        raise DataError(f"{where}: the answer {answer[:60]!r} does not stand in the context")
+    return answer, start
+
+
+def _several(value: Any) -> list[Any]:
+    return [] if value is None else [value] if isinstance(value, (str, int)) else list(value)
+
+
+def label_key(label: str) -> str:
+    """What labels that are meant to be the same have in common: Unicode form, white space, the value of a number."""
+    plain = " ".join(unicodedata.normalize("NFKC", label).split())
+    return str(float(plain)) if _NUMBER.fullmatch(plain) else plain
+
+
+def known_label(label: str, known: Iterable[str]) -> str | None:
+    """The one of the known labels that `label` means, or None."""
+    if label in (names := tuple(known)):
+        return label
+    return next((name for name in names if label_key(name) == label_key(label)), None)
+
+
+def _is_list(text: str) -> bool:
+    if not (text.startswith("[") and text.endswith("]")):
+        return False
+    try:
+        return isinstance(ast.literal_eval(text), list)
+    except (ValueError, SyntaxError, MemoryError, RecursionError):
+        return False

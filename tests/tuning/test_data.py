@@ -1,0 +1,131 @@
+"""Training reads data as evaluation and `run` do, and refuses what they refuse."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+import edgeprompt
+from edgeprompt.errors import DataError, EdgePromptError
+from edgeprompt.evaluation.evaluate import Columns
+from edgeprompt.tuning import TuneOptions, tune
+
+SHORT = TuneOptions(num_virtual_tokens=2, steps=1, batch_size=4, max_length=64)
+FEW = [{"text": "a cat", "label": "animal"}, {"text": "one two", "label": "number"}] * 4
+
+
+def tuned(base: Path, rows: Any, out: Path, **changes: Any) -> Any:
+    return tune(base, rows, output=out / "p.safetensors", options=dataclasses.replace(SHORT, **changes), progress=False)
+
+
+@pytest.fixture
+def bases(tiny_llama_base: Path, encoder_base: Callable[[str], Path], seq2seq_base: Callable[[str], Path]) -> Any:
+    return {"decoder": tiny_llama_base, "encoder": encoder_base("BERT"), "encoder-decoder": seq2seq_base("T5")}
+
+
+@pytest.mark.parametrize("kind", ["decoder", "encoder", "encoder-decoder"])
+@pytest.mark.parametrize(
+    ("wrong", "message"),
+    [
+        ({"label": float("nan")}, "row 9 .*nothing in column 'label'"),
+        ({"label": [1, 0, 1]}, "row 9 .*holds a list"),
+        ({"label": "['animal', 'number']"}, "row 9 .*list written as text"),
+        ({"text": None}, "row 9 .*nothing in column 'text'"),
+        ({"text": "a\0b"}, "row 9 .*holds NUL"),
+    ],
+    ids=["nan", "multi-hot", "list as text", "null", "nul"],
+)
+def test_a_bad_row_is_named(bases: Any, kind: str, wrong: dict[str, Any], message: str, tmp_path: Path) -> None:
+    with pytest.raises(DataError, match=message):
+        tuned(bases[kind], [*FEW, {**FEW[0], **wrong}], tmp_path)
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize(("one", "other"), [("new york", "new\u00a0york"), ("café", "cafe\u0301"), ("1", "1.0")])
+def test_labels_that_look_the_same_are_not_two_classes(bases: Any, one: str, other: str, tmp_path: Path) -> None:
+    with pytest.raises(DataError, match=r"row 10 of 'rows': label .* stands for what an earlier row calls"):
+        tuned(bases["decoder"], [*FEW, {"text": "x", "label": one}, {"text": "x", "label": other}], tmp_path)
+
+
+def test_multi_hot_labels_are_refused_and_named_ones_are_classes(bases: Any, tmp_path: Path) -> None:
+    with pytest.raises(DataError, match=r"row 1 of 'rows': column 'label' holds .*write the names of the labels"):
+        tuned(bases["encoder"], [{"text": "a", "label": [1, 0, 1]}] * 4, tmp_path)
+    datasets = pytest.importorskip("datasets")
+    features = datasets.Features(
+        {"text": datasets.Value("string"), "label": datasets.List(datasets.ClassLabel(names=["war", "drama", "art"]))}
+    )
+    rows = [{"text": "a", "label": [0, 2]}, {"text": "b", "label": [1]}] * 4
+    prompt = tuned(bases["encoder"], datasets.Dataset.from_list(rows, features=features), tmp_path).prompt
+    assert prompt.labels == ("art", "drama", "war")
+
+
+@pytest.mark.parametrize("kind", ["decoder", "encoder", "encoder-decoder"])
+def test_white_space_and_fractions_make_no_class_of_their_own(bases: Any, kind: str, tmp_path: Path) -> None:
+    rows = [{"text": "a cat", "label": "animal "}, *FEW, {"text": "x", "label": 1}, {"text": "y", "label": 1.0}] * 2
+    result = tuned(bases[kind], rows, tmp_path)
+    assert result.prompt.labels == ("1", "animal", "number")
+    for number, row in enumerate(rows, 1):
+        assert Columns().references(result.prompt, row, number)[0] in result.prompt.labels
+
+
+def test_ids_of_tags_become_their_names(bases: Any, tmp_path: Path) -> None:
+    datasets = pytest.importorskip("datasets")
+    names = datasets.List(datasets.ClassLabel(names=["O", "B-PER"]))
+    features = datasets.Features({"tokens": datasets.List(datasets.Value("string")), "ner_tags": names})
+    rows = [{"tokens": ["Anna", "met"], "ner_tags": [1, 0]}] * 8
+    prompt = tuned(bases["encoder"], datasets.Dataset.from_list(rows, features=features), tmp_path).prompt
+    assert (prompt.task, prompt.labels) == ("tag", ("B-PER", "O"))
+    with pytest.raises(DataError, match="row 1 of 'rows': column 'ner_tags' holds 1, an id without a name"):
+        tuned(bases["encoder"], rows, tmp_path)
+
+
+def test_numbers_that_are_none_are_refused_with_the_row(bases: Any, tmp_path: Path) -> None:
+    for wrong in (float("nan"), float("inf"), "nan", 1e300):
+        rows = [{"text": "a", "label": 1.5}] * 5 + [{"text": "b", "label": wrong}]
+        with pytest.raises(DataError, match="row 6 of 'rows'"):
+            tuned(bases["encoder"], rows, tmp_path, problem_type="regression")
+
+
+def test_a_mask_in_the_text_is_refused_by_training_as_by_run(
+    encoder_base: Callable[[str], Path], encoder_package: Callable[..., Path], tmp_path: Path
+) -> None:
+    words = {"animal": ("a",), "number": ("n",)}
+    cloze = {"template": "{prompt}{text} is {mask}", "verbalizer": words}
+    rows = [*FEW, {"text": "a <mask> cat", "label": "animal"}]
+    with pytest.raises(DataError, match="row 9 of 'rows' holds '<mask>'"):
+        tuned(encoder_base("BERT"), rows, tmp_path, **cloze)
+    result = tuned(encoder_base("BERT"), FEW, tmp_path, **cloze)
+    with edgeprompt.load(encoder_package("BERT")) as runtime:
+        name = runtime.add_prompt(result.path)
+        with pytest.raises(EdgePromptError, match="mask"):
+            runtime.classify("a <mask> cat", prompt=name)
+    # With a head the mask stands for nothing, and both take it.
+    assert tuned(encoder_base("BERT"), rows, tmp_path).prompt.labels == ("animal", "number")
+
+
+def test_the_only_row_of_a_class_stays_in_training(bases: Any, tmp_path: Path) -> None:
+    rows = [*FEW, *FEW, {"text": "red", "label": "colour"}]
+    result = tuned(bases["decoder"], rows, tmp_path, eval_split=0.5)
+    assert result.notes == ("1 classes have one example each, which stays in training: evaluation has none of them",)
+    assert result.prompt.training["examples"] + result.prompt.training["eval_examples"] == 17
+
+
+def test_texts_are_the_same_whatever_wrote_the_lines(bases: Any, tmp_path: Path) -> None:
+    texts = ["one\ntwo", "a cat", "three four", "cow"]
+    plain = "".join(json.dumps({"text": t, "label": "ab"[i % 2]}) + "\n" for i, t in enumerate(texts))
+    made = []
+    for name, data in {
+        "unix": plain.encode(),
+        "windows": plain.replace("\\n", "\\r\\n").replace("\n", "\r\n").encode("utf-8-sig"),
+        "utf16": plain.encode("utf-16"),
+        "marks": plain.replace('"text": "', '"text": "\\ufeff').encode(),
+    }.items():
+        (tmp_path / f"{name}.jsonl").write_bytes(data)
+        result = tuned(bases["decoder"], tmp_path / f"{name}.jsonl", tmp_path, name="p", eval_split=0.0)
+        made.append(result.prompt.prompt_embeddings.tobytes())
+    assert len(set(made)) == 1
