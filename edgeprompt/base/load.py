@@ -3,21 +3,30 @@
 from __future__ import annotations
 
 import contextlib
-import functools
 import os
-import re
-import struct
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from edgeprompt import names
+from edgeprompt.base import accounting
+from edgeprompt.base.checkpoint import read_checkpoint
+from edgeprompt.base.encoder import read_encoder
 from edgeprompt.base.families import find_family
 from edgeprompt.base.fingerprint import base_fingerprint
+from edgeprompt.base.gguf_file import GgufFile
+from edgeprompt.base.source import (
+    CONFIG,
+    TOKENIZERS,
+    Source,
+    check_config,
+    check_contents,
+    find_source,
+    one_line,
+    read_json,
+)
 from edgeprompt.errors import SourceError
-
-_HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*(/[\w.-]+)?")
 
 
 @dataclass(frozen=True)
@@ -45,107 +54,144 @@ class LoadedBase:
 
 
 def load_base(base: str | os.PathLike[str]) -> LoadedBase:
-    """Load BASE: a Hugging Face id, a local folder, or a `.gguf` file.
+    """Load BASE: a Hugging Face id, a local folder, or a `.gguf` file (any part of a split one).
+
+    Every parameter is accounted for (`edgeprompt.base.accounting`); what was changed on the way is logged.
 
     Raises:
-        SourceError: nothing is there, it cannot be read, or its architecture is not known.
+        SourceError: nothing is there, it is damaged, incomplete or quantised, or its architecture is not known.
     """
-    source, options = _locate(str(base))
-    with _gguf_read_once() if options else contextlib.nullcontext():
-        return _load(str(base), source, options)
-
-
-def _load(base: str, source: str, options: dict[str, str]) -> LoadedBase:
-    family = find_family(_read_config(base, source, options).model_type)
-    model = _read_model(base, source, options, family)
-    if options:
-        model = _without_gguf(model)
+    source = find_source(base)
+    with _quiet():
+        model, tokenizer, family = _load_gguf(source) if source.gguf else _load_folder(source)
+    accounting.check_values(model.named_parameters(), source.given)
     model.requires_grad_(False)
-    return LoadedBase(_base_name(base), model.eval(), _read_tokenizer(source, options), family)
+    return LoadedBase(source.name, model.eval(), tokenizer, family)
 
 
-def _locate(base: str) -> tuple[str, dict[str, str]]:
-    """What transformers calls pretrained_model_name_or_path, and gguf_file where it is one."""
-    path = Path(base).expanduser()
-    if path.is_file():
-        if path.suffix != ".gguf":
-            raise SourceError(f"base {base!r} is a file; give a model folder, a .gguf file or a Hugging Face id")
-        return str(path.parent), {"gguf_file": path.name}
-    if path.is_dir():
-        if not (path / "config.json").exists():
-            if (path / "adapter_config.json").exists():
-                raise SourceError(
-                    f"{base!r} is a PEFT adapter, no base model: export the base it names and convert the adapter "
-                    "with edgeprompt convert"
-                )
-            raise SourceError(f"folder {base!r} has no config.json, so it is no transformers model")
-        return str(path), {}
-    looks_local = base.startswith((".", "/", "~")) or base.endswith(".gguf") or not _HUB_ID.fullmatch(base)
-    if looks_local:
-        raise SourceError(f"no base model at {base!r}; give a model folder, a .gguf file or a Hugging Face id")
-    return base, {}
-
-
-def _read_config(base: str, source: str, options: dict[str, str]) -> Any:
-    from transformers import AutoConfig
-
-    try:
-        return AutoConfig.from_pretrained(source, **options)
-    except (OSError, ValueError, ImportError, IndexError, struct.error) as error:  # the last two: a GGUF cut short
-        if options or Path(source).is_dir():
-            raise SourceError(f"cannot read the config of {base!r}: {_one_line(error)}") from error
-        raise SourceError(
-            f"no base model {base!r}: no such folder, and Hugging Face gave none ({_one_line(error)}); "
-            "give a model folder, a .gguf file or a Hugging Face id"
-        ) from error
-
-
-def _read_model(base: str, source: str, options: dict[str, str], family: Any) -> Any:
-    import torch
+def _load_folder(source: Source) -> tuple[Any, Any, Any]:
     import transformers
 
-    from edgeprompt.base.encoder import read_encoder
-
-    auto = {
-        names.DECODER_ONLY: transformers.AutoModelForCausalLM,
-        names.ENCODER_DECODER: transformers.AutoModelForSeq2SeqLM,
-    }.get(family.architecture)
+    raw = read_json(source.folder / CONFIG)
+    known = raw.get("model_type") in transformers.CONFIG_MAPPING
+    check_config(source.given, raw, known)
     try:
-        if auto is None:
-            return read_encoder(source, options)
-        return auto.from_pretrained(source, dtype=torch.float32, **options)
-    except (OSError, ValueError, RuntimeError, ImportError) as error:
-        raise SourceError(f"cannot load the base model {base!r}: {_one_line(error)}") from error
+        config = transformers.AutoConfig.from_pretrained(source.folder, trust_remote_code=False)
+    except Exception as error:  # a foreign file: transformers raises nearly anything
+        raise SourceError(f"cannot read the config of {source.given!r}: {one_line(error)}") from error
+    family = find_family(config.model_type)
+    tokenizer = _read_tokenizer(source.given, source.folder)
+    tensors = read_checkpoint(source.folder)
+    check_layers(tensors, config, source.given)
+    if family.architecture == names.ENCODER_ONLY:
+        model = read_encoder(config, tensors, source.given)
+    else:
+        model = _read_model(config, tensors, source, family, raw)
+    if (source.folder / "generation_config.json").is_file() and hasattr(model, "generation_config"):
+        try:
+            model.generation_config = transformers.GenerationConfig.from_pretrained(source.folder)
+        except Exception as error:
+            raise SourceError(f"cannot read generation_config.json of {source.given!r}: {one_line(error)}") from error
+    model.config._name_or_path = str(source.folder)
+    return model, tokenizer, family
 
 
-def _read_tokenizer(source: str, options: dict[str, str]) -> Any | None:
+def _read_model(config: Any, tensors: Mapping[str, Any], source: Source, family: Any, raw: Mapping[str, Any]) -> Any:
+    model_class = _model_class(config, family)
+    renamed = accounting.match(tensors, config, model_class, source.given)
+    if family.architecture == names.ENCODER_DECODER and family.untied(raw) and "lm_head.weight" not in renamed:
+        raise SourceError(
+            f"{source.given!r} lacks 1 tensors that {model_class.__name__} needs (lm_head.weight): its config gives "
+            "the head weights of its own; the checkpoint is incomplete, or its config belongs to another model"
+        )
+    model, info = accounting.load(model_class, config, renamed, source.given)
+    accounting.check_loaded(info, model, source.given)
+    return model
+
+
+def _load_gguf(source: Source) -> tuple[Any, Any, Any]:
+    import torch
+    from transformers import AutoConfig
+
+    file = GgufFile(source.gguf)
+    with file.reading() as where:
+        try:
+            config = AutoConfig.from_pretrained(**where)
+        except Exception as error:  # a foreign file: transformers raises nearly anything
+            raise SourceError(f"cannot read the config of {source.given!r}: {one_line(error)}") from error
+        family = find_family(config.model_type)
+        if family.architecture == names.ENCODER_ONLY:
+            raise SourceError(f"{source.given!r} is an encoder in a GGUF file; give its safetensors model")
+        tokenizer = _gguf_tokenizer(source, file, where)
+        check_layers(file.names, config, source.given)
+        file.keep_rotary_scaling(config)
+        try:
+            model, info = _model_class(config, family).from_pretrained(
+                **where, config=config, dtype=torch.float32, output_loading_info=True, ignore_mismatched_sizes=True
+            )
+        except Exception as error:
+            raise SourceError(f"cannot load the base model {source.given!r}: {one_line(error)}") from error
+    accounting.check_loaded(info, model, source.given, unused=file.unmapped)
+    model = _without_gguf(model)
+    model.config._name_or_path = str(source.folder)
+    return model, tokenizer, family
+
+
+def check_layers(stored: Mapping[str, Any] | list[str], config: Any, given: str) -> None:
+    """Compare numbers of layers in a file with those of the config, the encoder's and the decoder's apart.
+
+    Raises:
+        SourceError: the config has more, or fewer.
+    """
+    if getattr(config, "is_encoder_decoder", False):
+        encoder = getattr(config, "encoder_layers", None) or config.num_layers
+        decoder = getattr(config, "decoder_layers", None) or config.num_decoder_layers
+        for side, layers in (("encoder.", encoder), ("decoder.", decoder)):
+            accounting.check_layers([name for name in stored if side in name], layers, given)
+    elif config.model_type != "albert":  # which counts how often one layer is run
+        accounting.check_layers(stored, config.num_hidden_layers, given)
+
+
+def _model_class(config: Any, family: Any) -> Any:
+    import transformers
+
+    mapping = {
+        names.DECODER_ONLY: transformers.MODEL_FOR_CAUSAL_LM_MAPPING,
+        names.ENCODER_DECODER: transformers.MODEL_FOR_SEQ_TO_SEQ_CAUSAL_LM_MAPPING,
+    }[family.architecture]
+    return mapping[type(config)]
+
+
+def _read_tokenizer(given: str, folder: Path) -> Any | None:
     from transformers import AutoTokenizer
 
-    if not options and Path(source).is_dir() and not _has_tokenizer(Path(source)):
+    files = [folder / name for name in TOKENIZERS if (folder / name).exists()]
+    if not files:
         return None
+    for file in files:
+        check_contents(file)
     try:
-        return AutoTokenizer.from_pretrained(source, **options)
-    except (OSError, ValueError, KeyError, ImportError) as error:
-        raise SourceError(f"cannot load the tokenizer of {source!r}: {_one_line(error)}") from error
+        return AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
+    except Exception as error:  # a foreign file: the tokenizers library raises plain Exception
+        raise SourceError(f"cannot load the tokenizer of {given!r}: {one_line(error)}") from error
 
 
-def _has_tokenizer(folder: Path) -> bool:
-    # Without any of these, transformers would make up an empty tokenizer for some model types.
-    known = ("tokenizer.json", "tokenizer.model", "vocab.json", "vocab.txt", "spiece.model", "sentencepiece.bpe.model")
-    return any((folder / name).exists() for name in known)
+def _gguf_tokenizer(source: Source, file: GgufFile, where: Mapping[str, str]) -> Any:
+    """The tokenizer inside a GGUF file; where it has none, the one beside it."""
+    from transformers import AutoTokenizer
 
-
-@contextlib.contextmanager
-def _gguf_read_once() -> Iterator[None]:
-    """Parse a GGUF file once: transformers does it for the config, the tokenizer and the weights, seconds each time."""
-    import gguf
-
-    before = gguf.GGUFReader, gguf.get_tensor_name_map
-    gguf.GGUFReader, gguf.get_tensor_name_map = (functools.cache(function) for function in before)
     try:
-        yield
-    finally:
-        gguf.GGUFReader, gguf.get_tensor_name_map = before
+        if not file.has_tokenizer:
+            raise ValueError("it holds no vocabulary")
+        return AutoTokenizer.from_pretrained(**where)
+    except Exception as error:  # a foreign file: transformers raises nearly anything
+        if (source.folder / "tokenizer.json").is_file():
+            accounting.tell(f"{file.name!r} has no tokenizer that can be read; the tokenizer.json beside it is taken")
+            return _read_tokenizer(source.given, source.folder)
+        raise SourceError(
+            f"{source.given!r} has no tokenizer that can be read ({one_line(error)}); put the tokenizer.json of its "
+            "model beside it"
+        ) from error
 
 
 def _without_gguf(model: Any) -> Any:
@@ -164,12 +210,14 @@ def _without_gguf(model: Any) -> Any:
     return plain
 
 
-def _base_name(base: str) -> str:
-    path = Path(base).expanduser()
-    if path.is_file():
-        return path.stem
-    return path.resolve().name if path.is_dir() else base
+@contextlib.contextmanager
+def _quiet() -> Iterator[None]:
+    """Without transformers' own report of a load: what it tells is an error here, or nothing."""
+    from transformers.utils import logging
 
-
-def _one_line(error: BaseException) -> str:
-    return " ".join(str(error).split())[:300]
+    before = logging.get_verbosity()
+    logging.set_verbosity_error()
+    try:
+        yield
+    finally:
+        logging.set_verbosity(before)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -24,6 +24,10 @@ def _nothing(model: Any) -> None:
     """Most models are what their config says."""
 
 
+def _as_config(config: Mapping[str, Any]) -> bool:
+    return config.get("tie_word_embeddings") is False
+
+
 @dataclass(frozen=True)
 class Seq2SeqFamily(Family):
     """An encoder-decoder family, for models whose attention goes through transformers' AttentionInterface."""
@@ -34,3 +38,5 @@ class Seq2SeqFamily(Family):
     """Whether self-attention adds a bias by distance, held by the first layer (T5), instead of absolute positions."""
     prepare: Callable[[Any], None] = _nothing
     """Puts a loaded model's config right where it contradicts the weights."""
+    untied: Callable[[Mapping[str, Any]], bool] = _as_config
+    """Whether the head has weights of its own, by what config.json says."""

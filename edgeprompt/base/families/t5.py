@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any
 
 from edgeprompt.base.families.seq2seq import Attentions, Seq2SeqFamily
@@ -24,7 +25,13 @@ def _prepare(model: Any) -> None:
     model.config.scale_decoder_outputs = tied
 
 
+def _untied(config: Mapping[str, Any]) -> bool:
+    # Versions 1.1 and later (gated layers) untie the head; transformers 5 notes that as "scale the output" alone.
+    gated = str(config.get("feed_forward_proj", "")).startswith("gated")
+    return gated or config.get("tie_word_embeddings") is False or config.get("scale_decoder_outputs") is False
+
+
 FAMILIES = tuple(
-    Seq2SeqFamily(model_type, attentions=_attentions, relative_positions=True, prepare=_prepare)
+    Seq2SeqFamily(model_type, attentions=_attentions, relative_positions=True, prepare=_prepare, untied=_untied)
     for model_type in ("t5", "mt5")
 )

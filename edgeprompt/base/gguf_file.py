@@ -1,0 +1,177 @@
+"""A GGUF file as transformers reads it: parts joined, parsed once, tensors accounted for, rotary scaling kept."""
+
+from __future__ import annotations
+
+import contextlib
+import sys
+import tempfile
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from edgeprompt.base.source import check_contents, one_line
+from edgeprompt.errors import SourceError
+
+_LINEAR_ROPE = ("llama", "mistral", "qwen2", "qwen3")
+"""Model types with one set of rotary parameters for all layers."""
+_LLAMA3 = {"low_freq_factor": 1.0, "high_freq_factor": 4.0, "original_max_position_embeddings": 8192}
+"""What every Llama 3 model has; the factor is 8 (3.1, 3.3) or 32 (3.2)."""
+
+
+class GgufFile:
+    """One GGUF file or all parts of a split one."""
+
+    def __init__(self, parts: tuple[Path, ...]) -> None:
+        self.path, self.name = parts[0], parts[0].name
+        self.reader = _joined(parts)
+        self.mapped: dict[str, str] = {}
+        """Name in the file -> name in the model, filled while transformers loads."""
+
+    @property
+    def names(self) -> list[str]:
+        """All tensors, by their names in the file."""
+        return [tensor.name for tensor in self.reader.tensors]
+
+    @property
+    def unmapped(self) -> list[str]:
+        """Tensors that the model has no place for; transformers passes over them in silence."""
+        return [name for name in self.names if name not in self.mapped]
+
+    @property
+    def has_tokenizer(self) -> bool:
+        """Whether it holds a vocabulary."""
+        return "tokenizer.ggml.tokens" in self.reader.fields
+
+    def field(self, key: str) -> Any:
+        """A metadata value by its key without the architecture's name in front; None where the file has none."""
+        found = self.reader.fields.get(f"{self.reader.fields['general.architecture'].contents()}.{key}")
+        return found.contents() if found is not None else None
+
+    @contextlib.contextmanager
+    def reading(self) -> Iterator[dict[str, str]]:
+        """Let transformers take this reader: it would parse the file for the config, the tokenizer and the weights.
+
+        Yields:
+            Arguments of `from_pretrained`: the file in a folder of its own, since transformers would take a tokenizer
+            or an adapter that lies beside it, whosever it is.
+        """
+        import gguf
+        from transformers import modeling_gguf_pytorch_utils as loader
+
+        find = loader.get_gguf_hf_weights_map
+
+        def find_and_tell(*args: Any, **kwargs: Any) -> dict[str, str]:
+            found: dict[str, str] = find(*args, **kwargs)
+            self.mapped |= found
+            return found
+
+        before, maps = gguf.GGUFReader, gguf.get_tensor_name_map
+        gguf.GGUFReader, loader.get_gguf_hf_weights_map = lambda *args, **kwargs: self.reader, find_and_tell
+        made: dict[Any, Any] = {}
+        gguf.get_tensor_name_map = lambda *key: made.get(key) or made.setdefault(key, maps(*key))
+        try:
+            with tempfile.TemporaryDirectory() as home:
+                (Path(home) / self.name).symlink_to(self.path.resolve())
+                yield {"pretrained_model_name_or_path": home, "gguf_file": self.name}
+        finally:
+            gguf.GGUFReader, gguf.get_tensor_name_map = before, maps
+            loader.get_gguf_hf_weights_map = find
+
+    def keep_rotary_scaling(self, config: Any) -> None:
+        """Put the file's scaling of rotary positions into a config; transformers drops it.
+
+        Raises:
+            SourceError: a scaling that this model's config cannot hold.
+        """
+        kind, factor = self.field("rope.scaling.type"), self.field("rope.scaling.factor")
+        frequencies = next((tensor for tensor in self.reader.tensors if tensor.name == "rope_freqs.weight"), None)
+        if kind in (None, "none") and frequencies is None:
+            return
+        if config.model_type not in _LINEAR_ROPE or kind not in (None, "none", "linear", "yarn"):
+            raise SourceError(
+                f"{self.name!r} scales rotary positions ({kind or 'rope_freqs'}) in a way that cannot be kept for "
+                f"{config.model_type}; give the safetensors model that it was made from"
+            )
+        rope = {**config.rope_parameters}
+        if kind == "linear":
+            config.rope_parameters = {**rope, "rope_type": "linear", "factor": float(factor)}
+        elif kind == "yarn":
+            length = self.field("rope.scaling.original_context_length")
+            rope |= {"rope_type": "yarn", "factor": float(factor), "original_max_position_embeddings": int(length)}
+            config.rope_parameters = rope
+        if frequencies is not None:
+            self._keep_frequencies(config, frequencies.data)
+
+    def _keep_frequencies(self, config: Any, divisors: Any) -> None:
+        import numpy as np
+        from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
+
+        divisors = np.asarray(divisors, np.float32)
+        if (divisors == 1).all():
+            return
+        head = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+        plain = config.rope_parameters["rope_theta"] ** (-np.arange(0, head, 2, dtype=np.float64) / head)
+        before = config.rope_parameters
+        config.rope_parameters = {**before, "rope_type": "llama3", "factor": float(divisors.max()), **_LLAMA3}
+        scaled, _ = ROPE_INIT_FUNCTIONS["llama3"](config, "cpu")
+        if len(divisors) != head // 2 or not np.allclose(scaled.numpy(), plain / divisors, rtol=1e-3):
+            config.rope_parameters = before
+            raise SourceError(
+                f"{self.name!r} scales rotary positions by factors (rope_freqs.weight) that are not those of Llama 3; "
+                "give the safetensors model that it was made from"
+            )
+
+
+def _joined(parts: tuple[Path, ...]) -> Any:
+    reader = None
+    for part in parts:
+        found = _read(part)
+        if reader is None:
+            reader = found
+            continue
+        twice = {tensor.name for tensor in reader.tensors} & {tensor.name for tensor in found.tensors}
+        if twice:
+            raise SourceError(f"{part.name!r} holds {min(twice)!r} again, which a part before it has")
+        reader.tensors.extend(found.tensors)
+    assert reader is not None
+    if "general.architecture" not in reader.fields:
+        raise SourceError(f"{parts[0].name!r} names no general.architecture; it is not the file of a language model")
+    expected = reader.fields.get("split.tensors.count")
+    if expected is not None and expected.contents() != len(reader.tensors):
+        raise SourceError(
+            f"the parts of {parts[0].name!r} hold {len(reader.tensors)} tensors, its first part says "
+            f"{expected.contents()}; download all parts again"
+        )
+    if not reader.tensors:
+        raise SourceError(f"{parts[0].name!r} holds no tensors (a vocabulary alone); give the model's file")
+    return reader
+
+
+def _read(path: Path) -> Any:
+    import gguf
+
+    check_contents(path)
+    with path.open("rb") as file:
+        start = file.read(8)
+    if start[:4] != b"GGUF":
+        raise SourceError(f"{str(path)!r} is no GGUF file: it starts with {start[:4]!r}")
+    version = int.from_bytes(start[4:], sys.byteorder)
+    if version & 0xFFFF == 0:
+        raise SourceError(
+            f"{str(path)!r} is a GGUF file for machines of the other byte order; convert it with "
+            "gguf-convert-endian, or download the usual one"
+        )
+    try:
+        reader = gguf.GGUFReader(path)
+    except Exception as error:  # a file of foreign bytes: the reader raises nearly anything
+        reason = one_line(error)
+        if "GGMLQuantizationType" in reason:
+            raise SourceError(
+                f"{str(path)!r} holds a tensor of a kind that gguf does not know ({reason}); give another "
+                "quantisation of it, for example Q4_K_M, or update gguf"
+            ) from error
+        raise SourceError(f"{str(path)!r} is cut short or no GGUF file ({reason}); download it again") from error
+    size, end = path.stat().st_size, max((t.data_offset + t.n_bytes for t in reader.tensors), default=0)
+    if end > size:
+        raise SourceError(f"{str(path)!r} has {size} bytes, its tensors end at {end}; download it again")
+    return reader

@@ -1,0 +1,210 @@
+"""Where a base model lies: which folder or GGUF files, and what is wrong with what was given."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from edgeprompt.errors import SourceError
+
+CONFIG = "config.json"
+WEIGHTS = ("model.safetensors", "pytorch_model.bin")
+"""Names of unsharded weights, in the order in which transformers looks for them."""
+_HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*(/[\w.-]+)?")
+_PART = re.compile(r"(?P<stem>.+)-(?P<number>\d{5})-of-(?P<count>\d{5})\.gguf")
+TOKENIZERS = (
+    "tokenizer.json", "tokenizer.model", "vocab.json", "vocab.txt", "spiece.model", "spm.model", "source.spm",
+    "sentencepiece.bpe.model",
+)  # fmt: skip
+"""Without any of these a model has no tokenizer, though transformers would make up an empty one for some types."""
+_HUB_FILES = (
+    *TOKENIZERS, "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json", "merges.txt", "target.spm",
+    "chat_template.jinja", "generation_config.json", "1_Pooling/config.json",
+)  # fmt: skip
+
+
+@dataclass(frozen=True)
+class Source:
+    """A base model on disk."""
+
+    given: str
+    """What the user typed."""
+    folder: Path
+    """The folder of config, tokenizer and weights; of a GGUF file, the folder that it lies in."""
+    gguf: tuple[Path, ...] = ()
+    """The GGUF file, or all parts of a split one in their order."""
+    hub: bool = False
+    """Whether it was downloaded from Hugging Face."""
+
+    @property
+    def name(self) -> str:
+        """What people call it: the hub id, the folder's or the GGUF file's name."""
+        if self.gguf:
+            found = _PART.fullmatch(self.gguf[0].name)
+            return found["stem"] if found else self.gguf[0].stem
+        return self.given if self.hub else self.folder.resolve().name
+
+
+def find_source(base: str | os.PathLike[str]) -> Source:
+    """Find a Hugging Face id, a local folder, or a `.gguf` file (any part of a split one).
+
+    Raises:
+        SourceError: nothing is there, or nothing that is a base model; the message says what is there instead.
+    """
+    given = str(base)
+    path = Path(given).expanduser()
+    if path.is_file():
+        if path.suffix != ".gguf":
+            raise SourceError(f"base {given!r} is a file; give a model folder, a .gguf file or a Hugging Face id")
+        return Source(given, path.parent, _parts(path))
+    if path.is_dir():
+        _check_folder(given, path)
+        return Source(given, path)
+    looks_local = given.startswith((".", "/", "~")) or given.endswith(".gguf") or not _HUB_ID.fullmatch(given)
+    if looks_local:
+        raise SourceError(f"no base model at {given!r}; give a model folder, a .gguf file or a Hugging Face id")
+    return Source(given, _download(given), hub=True)
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    """A JSON object from a file of a base.
+
+    Raises:
+        SourceError: no such file, a Git LFS pointer, or no JSON object.
+    """
+    check_contents(path)
+    try:
+        data = json.loads(path.read_text("utf-8"))
+    except (OSError, ValueError) as error:
+        raise SourceError(f"cannot read {str(path)!r}: {one_line(error)}") from error
+    if not isinstance(data, dict):
+        raise SourceError(f"{str(path)!r} holds {type(data).__name__}, a JSON object is needed")
+    return data
+
+
+def check_contents(path: Path) -> None:
+    """Refuse a file that is empty, or that a clone without Git LFS left in another's place.
+
+    Raises:
+        SourceError: says what to do.
+    """
+    try:
+        with path.open("rb") as file:
+            start = file.read(64)
+    except OSError as error:
+        raise SourceError(f"cannot read {str(path)!r}: {error.strerror or error}") from error
+    if not start:
+        raise SourceError(f"{str(path)!r} is empty; download it again")
+    if start.startswith(b"version https://git-lfs"):
+        raise SourceError(
+            f"{str(path)!r} is a Git LFS pointer, not the file itself; fetch it with: git lfs pull, or download the "
+            "model with: hf download"
+        )
+
+
+def check_config(given: str, config: Mapping[str, Any], known: bool) -> None:
+    """Refuse configs of models that cannot be taken as they are.
+
+    Args:
+        given: What the user typed.
+        config: The contents of config.json.
+        known: Whether transformers has the model type itself.
+
+    Raises:
+        SourceError: a quantised checkpoint, or a model whose code comes with it.
+    """
+    quantized = config.get("quantization_config")
+    if quantized:
+        method = quantized.get("quant_method", "an unnamed method") if isinstance(quantized, dict) else quantized
+        raise SourceError(
+            f"the weights of {given!r} are quantised already ({method}), and edgeprompt quantises by itself: give the "
+            "float checkpoint that they were made from, or a .gguf file"
+        )
+    if config.get("auto_map") and not known:
+        raise SourceError(
+            f"model type {config.get('model_type')!r} of {given!r} needs code that comes with the model (auto_map), "
+            "and edgeprompt runs no code from a model's folder; give a base of a type that transformers has itself"
+        )
+
+
+def one_line(error: BaseException) -> str:
+    """An exception's message as one line of bounded length."""
+    return " ".join(str(error).split())[:300] or type(error).__name__
+
+
+def _check_folder(given: str, path: Path) -> None:
+    if (path / CONFIG).exists():
+        return
+    if (path / "adapter_config.json").exists():
+        raise SourceError(
+            f"{given!r} is a PEFT adapter, no base model: export the base it names and convert the adapter "
+            "with edgeprompt convert"
+        )
+    missing = f"folder {given!r} has no {CONFIG}, so it is no transformers model"
+    inside = sorted(child.name for child in path.iterdir() if (child / CONFIG).is_file())
+    if inside:
+        raise SourceError(f"{missing}; models lie in its folders {_some(inside)}: give one of those")
+    files = sorted(file.name for file in path.glob("*.gguf"))
+    if files:
+        raise SourceError(f"{missing}; give its GGUF file: {_some(files)}")
+    raise SourceError(missing)
+
+
+def _parts(path: Path) -> tuple[Path, ...]:
+    """All parts of a split GGUF file, or the file alone.
+
+    Raises:
+        SourceError: some are not there.
+    """
+    found = _PART.fullmatch(path.name)
+    if found is None:
+        return (path,)
+    count = int(found["count"])
+    parts = [path.with_name(f"{found['stem']}-{number:05d}-of-{count:05d}.gguf") for number in range(1, count + 1)]
+    missing = [part.name for part in parts if not part.is_file()]
+    if missing:
+        raise SourceError(
+            f"{path.name!r} is one of {count} parts of a split GGUF file, and {_some(missing)} "
+            f"{'is' if len(missing) == 1 else 'are'} not beside it; download all parts into one folder"
+        )
+    return tuple(parts)
+
+
+def _download(name: str) -> Path:
+    """The snapshot folder of a Hugging Face id, with config and weights in it (from the cache where they are there)."""
+    from transformers.utils import cached_file
+
+    def fetch(file: str, needed: bool = True) -> Path | None:
+        found = cached_file(
+            name, file, _raise_exceptions_for_missing_entries=needed, _raise_exceptions_for_connection_errors=needed
+        )
+        return Path(found) if found is not None else None
+
+    try:
+        config = fetch(CONFIG)
+        assert config is not None
+        for optional in _HUB_FILES:
+            fetch(optional, needed=False)
+        for weights in WEIGHTS:
+            if fetch(weights, needed=False) is not None:
+                break
+            index = fetch(f"{weights}.index.json", needed=False)
+            if index is not None:
+                for shard in sorted(set(read_json(index).get("weight_map", {}).values())):
+                    fetch(shard)
+                break
+    except (OSError, ValueError) as error:
+        raise SourceError(
+            f"no base model {name!r}: no such folder, and Hugging Face gave none ({one_line(error)}); "
+            "give a model folder, a .gguf file or a Hugging Face id"
+        ) from error
+    return config.parent
+
+
+def _some(items: list[str]) -> str:
+    return ", ".join(items[:4]) + (f" and {len(items) - 4} more" if len(items) > 4 else "")

@@ -1,0 +1,103 @@
+"""Writes small Llamas as GGUF files, as llama.cpp's converter does."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+
+def write_gguf(
+    model: Any,
+    path: Path,
+    *,
+    tokenizer: Any = None,
+    skip: tuple[str, ...] = (),
+    extra: dict[str, Any] | None = None,
+    fields: dict[str, Any] | None = None,
+    endianess: Any = None,
+    part: tuple[int, int] | None = None,
+) -> Path:
+    """A `LlamaForCausalLM` in float32 as a GGUF file.
+
+    Args:
+        model: The model.
+        path: The file.
+        tokenizer: A tokenizers `Tokenizer` with byte-level BPE; None writes none.
+        skip: Tensors to leave out, by their GGUF names.
+        extra: Further tensors.
+        fields: Metadata instead of the model's, by keys without the architecture in front.
+        endianess: A `gguf.GGUFEndian`.
+        part: (number from 0, count): write this part of the tensors alone, with the keys of a split file.
+    """
+    import gguf
+
+    config = model.config
+    writer = gguf.GGUFWriter(path, "llama", **({"endianess": endianess} if endianess else {}))
+    values = {
+        "block_count": config.num_hidden_layers,
+        "context_length": config.max_position_embeddings,
+        "embedding_length": config.hidden_size,
+        "feed_forward_length": config.intermediate_size,
+        "attention.head_count": config.num_attention_heads,
+        "attention.head_count_kv": config.num_key_value_heads,
+        "attention.key_length": config.head_dim,
+        "rope.dimension_count": config.head_dim,
+        "vocab_size": config.vocab_size,
+        "attention.layer_norm_rms_epsilon": float(config.rms_norm_eps),
+        "rope.freq_base": float(config.rope_parameters["rope_theta"]),
+        **(fields or {}),
+    }
+    for key, value in values.items():
+        add = writer.add_string if isinstance(value, str) else writer.add_uint32
+        (writer.add_float32 if isinstance(value, float) else add)(f"llama.{key}", value)
+    if tokenizer is not None:
+        _add_tokenizer(writer, tokenizer)
+    tensors = {name: array for name, array in (_tensors(model) | (extra or {})).items() if name not in skip}
+    if part is not None:
+        number, count = part
+        writer.add_uint16("split.no", number)
+        writer.add_uint16("split.count", count)
+        writer.add_int32("split.tensors.count", len(tensors))
+        names = np.array_split(sorted(tensors), count)[number]
+        tensors = {str(name): tensors[str(name)] for name in names}
+    for name, array in tensors.items():
+        writer.add_tensor(name, array)
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+    return path
+
+
+def _tensors(model: Any) -> dict[str, Any]:
+    import gguf
+
+    config = model.config
+    mapping = gguf.get_tensor_name_map(gguf.MODEL_ARCH.LLAMA, config.num_hidden_layers)
+    tensors = {}
+    for name, weight in model.state_dict().items():
+        if name == "lm_head.weight" and config.tie_word_embeddings:
+            continue
+        stem, suffix = name.rsplit(".", 1)
+        array = weight.float().numpy()
+        heads = {"q_proj": config.num_attention_heads, "k_proj": config.num_key_value_heads}
+        for part, count in heads.items():
+            if part in stem:  # llama.cpp rotates neighbours, transformers halves
+                array = array.reshape(count, 2, -1, array.shape[1]).swapaxes(1, 2).reshape(array.shape)
+        tensors[f"{mapping.get_name(stem)}.{suffix}"] = np.ascontiguousarray(array)
+    return tensors
+
+
+def _add_tokenizer(writer: Any, tokenizer: Any) -> None:
+    import json
+
+    data = json.loads(tokenizer.to_str())
+    vocabulary = data["model"]["vocab"]
+    writer.add_tokenizer_model("gpt2")
+    writer.add_tokenizer_pre("gpt-2")
+    writer.add_token_list(sorted(vocabulary, key=vocabulary.get))
+    writer.add_token_types([1] * len(vocabulary))
+    writer.add_token_merges([m if isinstance(m, str) else " ".join(m) for m in data["model"]["merges"]])
+    writer.add_eos_token_id(0)
