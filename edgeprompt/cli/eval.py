@@ -115,7 +115,8 @@ def show(name: str, score: Score) -> None:
     """A score on stdout."""
     value, error = score.value, score.standard_error
     shown = f"{value:.4g} ± {error:.2g}" if score.metric == "mae" else f"{100 * value:.1f} ± {100 * error:.1f}"
-    click.echo(f"{name}: {score.metric} {shown} (n = {score.n})")
+    cut = "" if score.tokenizer in ("", "words", "13a") else f", tokens: {score.tokenizer}"
+    click.echo(f"{name}: {score.metric} {shown} (n = {score.n}{cut})")
     if score.per_label:
         width = max(len(label) for label in (*score.per_label, "label")) + 2
         click.echo(f"  {'label':<{width}}precision  recall     f1       n")

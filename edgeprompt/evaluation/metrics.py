@@ -4,8 +4,7 @@ from __future__ import annotations
 
 import json
 import math
-import re
-import string
+import unicodedata
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -15,6 +14,7 @@ import numpy as np
 import numpy.typing as npt
 
 from edgeprompt.errors import DataError, InputError, MissingDependencyError
+from edgeprompt.evaluation.words import bleu_tokenizer, squad_words, tokenization, words_of
 
 METRICS = ("accuracy", "f1", "exact-match", "rouge", "bleu", "mae")
 _RESAMPLES = 200
@@ -41,6 +41,8 @@ class Score:
     standard_error: float
     n: int
     per_label: Mapping[str, LabelScore] = field(default_factory=dict)
+    tokenizer: str = ""
+    """How texts were cut for "rouge", "f1" of texts, and "bleu" (the name of sacrebleu's tokenizer); else empty."""
 
 
 def score(metric: str, predictions: Sequence[Any], references: Sequence[Any], *, labels: bool = False) -> Score:
@@ -48,8 +50,8 @@ def score(metric: str, predictions: Sequence[Any], references: Sequence[Any], *,
 
     Args:
         metric: "accuracy" (equal labels), "f1" (macro average over labels; for texts the overlap of words, as SQuAD
-            has it, mean over examples), "exact-match" (equal after trimming), "rouge" (ROUGE-L F-measure, mean over
-            examples), "bleu" (of the corpus) or "mae" (mean absolute error of numbers).
+            has it, mean over examples), "exact-match" (equal after trimming, in Unicode form NFC), "rouge" (ROUGE-L
+            F-measure, mean over examples), "bleu" (of the corpus) or "mae" (mean absolute error of numbers).
         predictions: what was answered: texts, or frozensets of labels where an example may have several ("accuracy").
         references: what is right, in the same order.
         labels: whether both are labels of a classification, not free text.
@@ -59,8 +61,9 @@ def score(metric: str, predictions: Sequence[Any], references: Sequence[Any], *,
         DataError: nothing to compare, or of different number.
         MissingDependencyError: the metric's library is not installed.
 
-    Mean metrics have the standard error of a mean; those of the whole set (macro F1, BLEU) that of a bootstrap over
-    200 resamples with a fixed seed.
+    Words are what stands between spaces; a script without spaces (Chinese, Japanese, Thai ...) is compared letter by
+    letter, and `Score.tokenizer` says so. Mean metrics have the standard error of a mean; those of the whole set (macro
+    F1, BLEU) that of a bootstrap over 200 resamples with a fixed seed.
     """
     if metric not in METRICS:
         raise InputError(f"metric {metric!r} is not one of {', '.join(METRICS)}")
@@ -68,15 +71,18 @@ def score(metric: str, predictions: Sequence[Any], references: Sequence[Any], *,
         raise DataError(f"{len(predictions)} predictions and {len(references)} references cannot be compared")
     if metric == "accuracy" and not labels:
         raise InputError("accuracy is for labels; for texts take exact-match, f1, rouge or bleu")
+    tokenizer = ""
     if metric == "bleu":
-        value, error = _bleu(predictions, references)
+        tokenizer = bleu_tokenizer(references)
+        value, error = _bleu(predictions, references, tokenizer)
     elif metric == "f1" and labels:
         value, error = _macro_f1(predictions, references)
     else:
         each = _per_example(metric, labels)
+        tokenizer = tokenization(references) if metric in ("rouge", "f1") and not labels else ""
         value, error = _mean([each(guess, truth) for guess, truth in zip(predictions, references, strict=True)])
     table = _label_table(predictions, references) if labels else {}
-    return Score(metric, value, error, len(references), table)
+    return Score(metric, value, error, len(references), table, tokenizer)
 
 
 def default_metric(task: str) -> str:
@@ -93,7 +99,11 @@ def _per_example(metric: str, labels: bool) -> Callable[[Any, Any], float]:
         return _rouge()
     if metric == "f1":
         return _word_f1
-    return lambda guess, truth: float(guess.strip() == truth.strip())
+    return lambda guess, truth: float(_plain(guess) == _plain(truth))
+
+
+def _plain(text: str) -> str:
+    return unicodedata.normalize("NFC", text.strip())
 
 
 def _distance(guess: str, truth: str) -> float:
@@ -131,8 +141,8 @@ def _mean_f1(counts: npt.NDArray[Any]) -> float:
     return float(np.mean(2 * np.diag(counts)[seen] / total[seen]))
 
 
-def _bleu(predictions: Sequence[str], references: Sequence[str]) -> tuple[float, float]:
-    metric = _library("sacrebleu", "sacrebleu").BLEU()
+def _bleu(predictions: Sequence[str], references: Sequence[str], tokenizer: str) -> tuple[float, float]:
+    metric = _library("sacrebleu", "sacrebleu").BLEU(tokenize=tokenizer)
     found = metric.corpus_score(list(predictions), [list(references)], n_bootstrap=_RESAMPLES)
     written = json.loads(found.format(width=6, signature=metric.get_signature().format(), is_json=True))
     half_width = written.get("confidence_var", 0.0)  # sacrebleu leaves it out where every resample scores 0
@@ -140,22 +150,21 @@ def _bleu(predictions: Sequence[str], references: Sequence[str]) -> tuple[float,
 
 
 def _rouge() -> Callable[[str, str], float]:
-    scorer = _library("rouge_score.rouge_scorer", "rouge-score").RougeScorer(["rougeL"], use_stemmer=False)
+    class Words:
+        def tokenize(self, text: str) -> list[str]:
+            return words_of(text)
+
+    scorer = _library("rouge_score.rouge_scorer", "rouge-score").RougeScorer(["rougeL"], tokenizer=Words())
     return lambda guess, truth: float(scorer.score(truth, guess)["rougeL"].fmeasure)
 
 
 def _word_f1(guess: str, truth: str) -> float:
-    """Overlap of words without case, punctuation and articles (SQuAD's evaluation, Rajpurkar et al. 2016)."""
-    guessed, true = _words(guess), _words(truth)
+    """Overlap of words (SQuAD's evaluation)."""
+    guessed, true = squad_words(guess), squad_words(truth)
     if not guessed or not true:
         return float(guessed == true)
     common = sum((Counter(guessed) & Counter(true)).values())
     return 2 * common / (len(guessed) + len(true))
-
-
-def _words(text: str) -> list[str]:
-    bare = text.lower().translate(str.maketrans("", "", string.punctuation))
-    return re.sub(r"\b(a|an|the)\b", " ", bare).split()
 
 
 def _label_table(predictions: Sequence[Any], references: Sequence[Any]) -> dict[str, LabelScore]:

@@ -1,0 +1,81 @@
+"""Texts cut into what metrics compare: words, and single characters of scripts that are written without spaces."""
+
+from __future__ import annotations
+
+import re
+import string
+import unicodedata
+from collections.abc import Iterable
+
+WORDS = "words"
+WORDS_AND_CHARACTERS = "words, and characters of scripts without spaces"
+
+_UNSPACED = re.compile(
+    "[\u0e00-\u0eff\u0f00-\u0fff\u1000-\u109f\u1780-\u17ff\u3040-\u312f\u31a0-\u31bf\u31f0-\u31ff\u3400-\u4dbf"
+    "\u4e00-\u9fff\ua9e0-\ua9ff\uaa60-\uaa7f\uf900-\ufaff\U00020000-\U0003ffff]"
+)
+"""Thai, Lao, Tibetan, Burmese, Khmer, kana, bopomofo, Han."""
+_HAN = re.compile("[\u3400-\u4dbf\u4e00-\u9fff\uf900-\ufaff\U00020000-\U0003ffff]")
+_ARTICLES = re.compile(r"\b(a|an|the)\b")
+_ASCII_WORD = re.compile("[a-z0-9]+")
+_ASCII_PUNCTUATION = str.maketrans("", "", string.punctuation)
+
+
+def tokenization(texts: Iterable[str]) -> str:
+    """What `words_of` and `squad_words` make of these texts, to be said beside a figure."""
+    return WORDS_AND_CHARACTERS if any(_UNSPACED.search(text) for text in texts) else WORDS
+
+
+def words_of(text: str) -> list[str]:
+    """Words in lower case without punctuation; of ASCII exactly those of rouge-score's own tokenizer.
+
+    A letter of a script without spaces is a word of its own, with the marks that follow it.
+    """
+    text = text.lower()
+    if text.isascii():
+        return _ASCII_WORD.findall(text)
+    words: list[str] = []
+    inside = False
+    for sign in unicodedata.normalize("NFKC", text):
+        kind = unicodedata.category(sign)
+        if kind == "Cf":  # joiners stand inside words
+            continue
+        mark = kind[0] == "M"
+        alone = not mark and _UNSPACED.match(sign) is not None
+        if kind[0] not in "LMN":
+            inside = False
+        elif (inside or mark) and words and not alone:
+            words[-1] += sign
+        else:
+            words.append(sign)
+            inside = not alone
+    return words
+
+
+def squad_words(text: str) -> list[str]:
+    """Words without case, punctuation and articles (SQuAD's evaluation, Rajpurkar et al. 2016), in every script.
+
+    As MLQA's evaluation (Lewis et al. 2020) has it, punctuation is what Unicode calls so, and each letter of a script
+    without spaces is a word.
+    """
+    bare = text.lower().translate(_ASCII_PUNCTUATION)
+    if not bare.isascii():
+        bare = unicodedata.normalize("NFKC", bare)
+        bare = "".join(sign for sign in bare if unicodedata.category(sign)[0] != "P")
+        bare = _UNSPACED.sub(lambda found: f" {found[0]} ", bare)
+    return _ARTICLES.sub(" ", bare).split()
+
+
+def bleu_tokenizer(references: Iterable[str]) -> str:
+    """sacrebleu's tokenizer that fits: "char" where most letters are kana, Thai or alike, "zh" with Han, else "13a"."""
+    letters = han = unspaced = 0
+    for text in references:
+        if text.isascii():
+            letters += sum(map(str.isalpha, text))
+            continue
+        letters += sum(map(str.isalpha, text))
+        han += len(_HAN.findall(text))
+        unspaced += len(_UNSPACED.findall(text))
+    if unspaced > han and unspaced > letters / 2:
+        return "char"
+    return "zh" if unspaced else "13a"
