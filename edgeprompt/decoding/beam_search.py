@@ -8,6 +8,8 @@ from typing import Literal
 import numpy as np
 import numpy.typing as npt
 
+from edgeprompt.arrays import log_softmax
+
 _NEVER = -1e9
 
 
@@ -56,8 +58,11 @@ class BeamSearch:
 
         Returns:
             The beams' next tokens, and for each the row that it continues; None when the search is over.
+
+        Raises:
+            EdgePromptError: the logits are NaN or infinite.
         """
-        logarithms = _log_softmax(logits) + self._scores[:, None]
+        logarithms = log_softmax(logits) + self._scores[:, None]
         vocab = logits.shape[1]
         flat = logarithms.ravel()
         keep = min(self._keep, flat.size)
@@ -94,9 +99,3 @@ class BeamSearch:
             return True
         reachable = self._max if self._early == "never" and self._penalty > 0 else length
         return bool(float(self._scores[0]) / reachable**self._penalty > self._finished[-1][0])
-
-
-def _log_softmax(logits: npt.NDArray[np.float32]) -> npt.NDArray[np.float32]:
-    shifted = logits - logits.max(axis=1, keepdims=True)
-    result: npt.NDArray[np.float32] = shifted - np.log(np.exp(shifted).sum(axis=1, keepdims=True))
-    return result

@@ -13,7 +13,8 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from edgeprompt.errors import EdgePromptError, InputError
+from edgeprompt.arrays import largest
+from edgeprompt.errors import InputError
 from edgeprompt.request import GenerationOptions
 
 DEFAULT_NEW_TOKENS = 64
@@ -90,32 +91,6 @@ def _texts(name: str, value: object) -> tuple[str, ...]:
     return tuple(value)
 
 
-def _top(logits: Logits) -> Logits:
-    """The largest over the last axis, which stays.
-
-    Raises:
-        EdgePromptError: it is NaN or infinite; an answer that rests on it would look like one.
-    """
-    top: Logits = logits.max(axis=-1, keepdims=True)
-    if not np.isfinite(top).all():
-        raise EdgePromptError(
-            "the model's logits are NaN or infinite, so there is no answer: the prompt's values are too large for this "
-            "graph, or the graph is broken (edgeprompt validate tells)"
-        )
-    return top
-
-
-def log_softmax(logits: Logits) -> Logits:
-    """Log-probabilities over the last axis, in float32.
-
-    Raises:
-        EdgePromptError: the logits are NaN or infinite.
-    """
-    shifted: Logits = logits - _top(logits)
-    shifted -= np.log(np.exp(shifted).sum(axis=-1, keepdims=True, dtype=np.float64)).astype(np.float32)
-    return shifted
-
-
 class Sampler:
     """Chooses the next token of one request."""
 
@@ -158,7 +133,7 @@ class Sampler:
         if self._random is None:
             return _argmax(logits)
         options = self._options
-        falls = logits.astype(np.float32, copy=False) - _top(logits)
+        falls = logits.astype(np.float32, copy=False) - largest(logits)
         weights = np.exp(falls / np.float32(max(options.temperature, LEAST_TEMPERATURE)))
         count = min(options.top_k, weights.size) if options.top_k else weights.size
         order = _largest(weights, count, options)
@@ -177,7 +152,7 @@ class Sampler:
 def _argmax(logits: Logits) -> int:
     found = int(logits.argmax())  # the first NaN, where there is one
     if not np.isfinite(logits[found]):
-        _top(logits)
+        largest(logits)
     return found
 
 

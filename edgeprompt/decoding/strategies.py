@@ -9,8 +9,9 @@ from dataclasses import replace
 import numpy as np
 import numpy.typing as npt
 
+from edgeprompt.arrays import largest, log_softmax
 from edgeprompt.decoding.detokenizer import Detokenizer
-from edgeprompt.decoding.sampling import Sampler, Sampling, log_softmax
+from edgeprompt.decoding.sampling import Sampler, Sampling
 from edgeprompt.errors import InputError
 from edgeprompt.prompts.verbalizer import Node, Verbalizer, word_tree
 from edgeprompt.request import Classification, Generation, Timings
@@ -44,7 +45,12 @@ class LogitsWork:
         self._logits: Logits | None = None
 
     def advance(self, logits: Logits) -> None:
-        """Keep a copy; the buffer is the graph's."""
+        """Keep a copy; the buffer is the graph's.
+
+        Raises:
+            EdgePromptError: they are NaN or infinite.
+        """
+        largest(logits)
         self._logits = logits.copy()
 
     def result(self) -> Logits:

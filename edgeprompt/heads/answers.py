@@ -7,9 +7,10 @@ from collections.abc import Sequence
 import numpy as np
 import numpy.typing as npt
 
+from edgeprompt.arrays import softmax
 from edgeprompt.engines.encoder.batch import Row
 from edgeprompt.errors import InputError
-from edgeprompt.heads.layers import Floats, apply_head, sigmoid, softmax
+from edgeprompt.heads.layers import Floats, apply_head, sigmoid
 from edgeprompt.prompts.encoder_text import first_tokens, words_of
 from edgeprompt.prompts.file import PromptFile
 from edgeprompt.request import Answer, Classification, Span, Tagging

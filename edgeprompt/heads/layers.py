@@ -7,6 +7,7 @@ from collections.abc import Mapping
 import numpy as np
 import numpy.typing as npt
 
+from edgeprompt.arrays import require_finite
 from edgeprompt.prompts.file import Array, Head
 
 Floats = npt.NDArray[np.float32]
@@ -24,6 +25,9 @@ def apply_head(head: Head, tensors: Mapping[str, Array], states: Floats) -> Floa
 
     Returns:
         float32 `[n, num_labels]`.
+
+    Raises:
+        EdgePromptError: a score is NaN or infinite.
     """
     for step in head.steps:
         match step.operation:
@@ -42,19 +46,12 @@ def apply_head(head: Head, tensors: Mapping[str, Array], states: Floats) -> Floa
                 states = states * sigmoid(states)
             case "gelu":
                 states = states * (0.5 * (1 + _erf(states * np.float32(0.5**0.5)))).astype(np.float32)
-    return states.astype(np.float32, copy=False)
+    return require_finite(states.astype(np.float32, copy=False))
 
 
 def sigmoid(x: Floats) -> Floats:
     """1 / (1 + exp(-x)), without overflow."""
     result: Floats = (0.5 * (1 + np.tanh(0.5 * x))).astype(np.float32)
-    return result
-
-
-def softmax(x: Floats) -> Floats:
-    """Softmax over the last axis."""
-    exponents = np.exp(x - x.max(-1, keepdims=True))
-    result: Floats = (exponents / exponents.sum(-1, keepdims=True)).astype(np.float32)
     return result
 
 

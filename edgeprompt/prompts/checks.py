@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from edgeprompt import names
+from edgeprompt.prompts.verbalizer import AGGREGATIONS
 
 if TYPE_CHECKING:
     from edgeprompt.prompts.file import Array, PromptFile
@@ -49,6 +50,11 @@ def check_tensors(prompt: PromptFile, tensors: Mapping[str, Array]) -> None:
         raise ValueError(f"task is {prompt.task!r}, allowed: {', '.join(names.TASKS)}")
     if prompt.calibration and len(prompt.calibration) != len(prompt.verbalizer):
         raise ValueError(f"{len(prompt.calibration)} calibration values for {len(prompt.verbalizer)} labels")
+    if prompt.verbalizer_aggregation not in AGGREGATIONS:
+        allowed = ", ".join(AGGREGATIONS)
+        raise ValueError(f"verbalizer_aggregation is {prompt.verbalizer_aggregation!r}, allowed: {allowed}")
+    if prompt.verbalizer_aggregation != "sum" and not prompt.verbalizer:
+        raise ValueError(f"verbalizer_aggregation is {prompt.verbalizer_aggregation!r}, and there is no verbalizer")
     _check_head(prompt)
 
 

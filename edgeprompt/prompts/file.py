@@ -114,6 +114,8 @@ class PromptFile:
     head_spec: Head | None = None
     verbalizer: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
     """Label -> label words, in label order."""
+    verbalizer_aggregation: str = "sum"
+    """What makes a label's score of its words': "sum" of probabilities, "mean" or "max" of log-probabilities."""
     labels: tuple[str, ...] = ()
     """Label names by class index."""
     calibration: tuple[float, ...] = ()
@@ -158,6 +160,8 @@ class PromptFile:
             "template": self.template.to_json(),
             "head": dataclasses.asdict(self.head_spec) if self.head_spec else None,
             "verbalizer": [[label, list(words)] for label, words in self.verbalizer.items()],
+            # Left out where it is the default: files of earlier versions keep their bytes, and are read by them.
+            **({} if self.verbalizer_aggregation == "sum" else {"verbalizer_aggregation": self.verbalizer_aggregation}),
             "labels": list(self.labels),
             "calibration": list(self.calibration),
             "tokenizer_fingerprint": self.tokenizer_fingerprint,
@@ -325,6 +329,7 @@ class _Written:
     tuned_for: Any
     training: Any
     golden: Any
+    verbalizer_aggregation: Any = "sum"
 
 
 def _from_parts(data: dict[str, Any], tensors: dict[str, Array]) -> PromptFile:
@@ -355,6 +360,7 @@ def _from_parts(data: dict[str, Any], tensors: dict[str, Array]) -> PromptFile:
         head={name.removeprefix("head."): tensor for name, tensor in tensors.items() if name.startswith("head.")},
         head_spec=head,
         verbalizer=_verbalizer(data["verbalizer"]),
+        verbalizer_aggregation=check_type(data.get("verbalizer_aggregation", "sum"), str, "verbalizer_aggregation"),
         labels=tuple(check_type(label, str, "a label") for label in check_type(data["labels"], list, "labels")),
         calibration=tuple(_number(x, "calibration") for x in check_type(data["calibration"], list, "calibration")),
         tokenizer_fingerprint=check_type(data["tokenizer_fingerprint"], (str, type(None)), "tokenizer_fingerprint"),

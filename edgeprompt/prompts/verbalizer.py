@@ -3,8 +3,11 @@
 The formula, the same here and in tuning. With the label words ``w`` of a label, each of tokens ``w_1 ... w_k``::
 
     log p(w)     = sum_t log p(w_t | prompt, text, w_1 ... w_(t-1))      over the whole vocabulary
-    score(label) = logsumexp over the label's words of log p(w)
+    score(label) = aggregation over the label's words of log p(w)
     P(label)     = softmax over the labels of (score - calibration)
+
+The aggregation is "sum": logsumexp, so that the words' probabilities add up; "mean": the mean of the
+log-probabilities, as OpenPrompt's verbalizers take it; or "max": the best word alone.
 
 `Classification.logits` holds `score`, `Classification.scores` holds `P`. `calibration` is the content-free prior of
 Zhao et al. 2021, "Calibrate Before Use": log of the mean P over texts without content.
@@ -18,9 +21,11 @@ from dataclasses import dataclass, field
 import numpy as np
 import numpy.typing as npt
 
+from edgeprompt.arrays import softmax
 from edgeprompt.errors import TemplateError
 from edgeprompt.request import Classification
 
+AGGREGATIONS = ("sum", "mean", "max")
 CONTENT_FREE = ("", "N/A", "[MASK]")
 
 Floats = npt.NDArray[np.float64]
@@ -56,12 +61,15 @@ class Verbalizer:
     owner: tuple[int, ...]
     """Index of each word's label."""
     calibration: tuple[float, ...] = ()
+    aggregation: str = "sum"
+    """What makes a label's score of its words' (`AGGREGATIONS`)."""
 
     @staticmethod
     def compile(
         verbalizer: Mapping[str, Sequence[str]],
         encode: Callable[[str], Sequence[int]],
         calibration: Sequence[float] = (),
+        aggregation: str = "sum",
     ) -> Verbalizer:
         """Tokenise the label words, exactly as written (a leading space counts), without special tokens.
 
@@ -79,19 +87,24 @@ class Verbalizer:
                 if words.setdefault(ids, owner) != owner:
                     other = list(verbalizer)[words[ids]]
                     raise TemplateError(f"labels {other!r} and {label!r} share the label word {text!r}; change one")
-        return Verbalizer(tuple(verbalizer), tuple(words), tuple(words.values()), tuple(calibration))
+        return Verbalizer(tuple(verbalizer), tuple(words), tuple(words.values()), tuple(calibration), aggregation)
 
     def scores(self, word_logprobs: npt.ArrayLike) -> Floats:
         """float64 [num_labels]: `score(label)` from the log-probability of every word."""
-        values = np.asarray(word_logprobs, np.float64)
+        values, owner = np.asarray(word_logprobs, np.float64), np.asarray(self.owner)
+        if self.aggregation == "mean":
+            total = np.bincount(owner, values, len(self.labels)).astype(np.float64)
+            mean: Floats = total / np.bincount(owner, minlength=len(self.labels))
+            return mean
         found = np.full(len(self.labels), -np.inf)
-        np.logaddexp.at(found, np.asarray(self.owner), values)
+        join = np.maximum if self.aggregation == "max" else np.logaddexp
+        join.at(found, owner, values)
         return found
 
     def classification(self, word_logprobs: npt.ArrayLike) -> Classification:
         """The decision, with probabilities and raw scores."""
         raw = self.scores(word_logprobs)
-        chance = probabilities(raw - np.asarray(self.calibration) if self.calibration else raw)
+        chance = softmax(raw - np.asarray(self.calibration) if self.calibration else raw)
         return Classification(
             label=self.labels[int(chance.argmax())],
             scores=dict(zip(self.labels, chance.tolist(), strict=True)),
@@ -99,14 +112,7 @@ class Verbalizer:
         )
 
 
-def probabilities(scores: Floats) -> Floats:
-    """Softmax over the last axis."""
-    shifted = np.exp(scores - scores.max(axis=-1, keepdims=True))
-    found: Floats = shifted / shifted.sum(axis=-1, keepdims=True)
-    return found
-
-
 def contextual_calibration(raw_scores: npt.ArrayLike) -> tuple[float, ...]:
     """Calibration values from the raw scores [texts, num_labels] of content-free texts: log of the mean P(label)."""
-    mean = probabilities(np.asarray(raw_scores, np.float64)).mean(axis=0)
+    mean = softmax(np.asarray(raw_scores, np.float64)).mean(axis=0)
     return tuple(float(value) for value in np.log(np.maximum(mean, 1e-12)))

@@ -31,6 +31,7 @@ class LabelWords:
         self._token = torch.zeros(len(words), longest, dtype=torch.long)
         self._present = torch.zeros(len(words), longest, dtype=torch.bool)
         self._owner = torch.tensor(verbalizer.owner)
+        self._aggregation = verbalizer.aggregation
         for index, word in enumerate(words):
             row = next(row for row, stem in enumerate(self.stems) if stem[: len(word) - 1] == word[:-1])
             for offset, token in enumerate(word):
@@ -47,4 +48,11 @@ class LabelWords:
         words = logarithms[:, position, token].masked_fill(~present, 0.0).sum(-1)
         table = words.new_full((words.shape[0], self.num_labels, words.shape[1]), -torch.inf)
         index = owner[None, None].expand(words.shape[0], 1, -1)
-        return table.scatter(1, index, words[:, None]).logsumexp(-1)
+        table = table.scatter(1, index, words[:, None])
+        if self._aggregation == "max":
+            return table.amax(-1)
+        if self._aggregation == "mean":
+            return table.masked_fill(table == -torch.inf, 0.0).sum(-1) / torch.bincount(
+                owner, minlength=self.num_labels
+            )
+        return table.logsumexp(-1)

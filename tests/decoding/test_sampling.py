@@ -5,7 +5,8 @@ from collections import Counter
 import numpy as np
 import pytest
 
-from edgeprompt.decoding.sampling import DEFAULT_NEW_TOKENS, Sampler, Sampling, log_softmax, resolve
+from edgeprompt.arrays import log_softmax
+from edgeprompt.decoding.sampling import DEFAULT_NEW_TOKENS, Sampler, Sampling, resolve
 from edgeprompt.errors import EdgePromptError, InputError
 from edgeprompt.request import GenerationOptions
 

@@ -271,3 +271,19 @@ def test_a_file_larger_than_any_prompt_is_not_read(tmp_path: Path) -> None:
     for read in (load_prompt, PromptSource.open):
         with pytest.raises(PromptFileError, match=f"at most {MAX_FILE_BYTES} are allowed"):
             read(path)
+
+
+@pytest.mark.parametrize("aggregation", ["mean", "max"])
+def test_aggregation_is_read_back_and_its_default_changes_no_bytes(aggregation: str) -> None:
+    prompt = make_prompt(verbalizer_aggregation=aggregation)
+    assert from_bytes(prompt.to_bytes()).verbalizer_aggregation == aggregation
+    assert "verbalizer_aggregation" not in make_prompt().metadata()
+    assert from_bytes(make_prompt().to_bytes()).verbalizer_aggregation == "sum"
+
+
+@pytest.mark.parametrize(
+    "changes", [{"verbalizer_aggregation": "median"}, {"verbalizer_aggregation": "mean", "verbalizer": {}}]
+)
+def test_an_aggregation_without_sense_is_refused(changes) -> None:
+    with pytest.raises(PromptFileError, match="verbalizer_aggregation is"):
+        make_prompt(calibration=(), **changes).to_bytes()

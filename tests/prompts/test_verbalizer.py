@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 
 from edgeprompt.errors import TemplateError
-from edgeprompt.prompts.verbalizer import Verbalizer, contextual_calibration, word_tree
+from edgeprompt.prompts.verbalizer import AGGREGATIONS, Verbalizer, contextual_calibration, word_tree
 
 
 def letters(text: str) -> list[int]:
@@ -56,3 +56,30 @@ def test_word_tree_shares_beginnings() -> None:
     assert list(root.children) == [1]
     assert root.children[1].words == [2]
     assert {token: node.words for token, node in root.children[1].children.items()} == {2: [0], 3: [1]}
+
+
+@pytest.mark.parametrize(
+    ("aggregation", "expected"),
+    [("sum", np.log([0.3, 0.15])), ("mean", [np.log([0.2, 0.1]).mean(), np.log(0.15)]), ("max", np.log([0.2, 0.15]))],
+)
+def test_aggregations(aggregation: str, expected: list[float]) -> None:
+    verbalizer = Verbalizer.compile({"x": ["ab", "c"], "y": ["d"]}, letters, [0.5, 0.1], aggregation)
+    found = verbalizer.classification(np.log([0.2, 0.1, 0.15]))
+    assert list(found.logits.values()) == pytest.approx(list(expected))
+    chances = np.exp(np.asarray(expected) - [0.5, 0.1])
+    assert list(found.scores.values()) == pytest.approx(chances / chances.sum())
+
+
+@pytest.mark.parametrize("aggregation", AGGREGATIONS)
+def test_tuning_aggregates_as_the_runtime_does(aggregation: str) -> None:
+    import torch
+
+    from edgeprompt.tuning.verbalizer import LabelWords
+
+    verbalizer = Verbalizer.compile({"x": ["a", "c", "e"], "y": ["d"]}, letters, aggregation=aggregation)
+    words = LabelWords(verbalizer)
+    logits = torch.randn(2, words.num_positions, 128, generator=torch.Generator().manual_seed(0))
+    logarithms = logits.log_softmax(-1)[:, 0].numpy()
+    for found, row in zip(words.scores(logits), logarithms, strict=True):
+        expected = verbalizer.scores([row[word[0]] for word in verbalizer.words])
+        assert found.tolist() == pytest.approx(expected.tolist(), abs=1e-5)

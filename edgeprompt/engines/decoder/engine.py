@@ -92,6 +92,7 @@ class DecoderEngine:
                 prompt.verbalizer,
                 lambda text: self._tokenizer.encode(text, add_special_tokens=False),
                 prompt.calibration,
+                prompt.verbalizer_aggregation,
             )
         # Question answering as PEFT trains it reads the states of virtual tokens too, so these are run with the text.
         unshifted = prompt.head_spec is not None and prompt.head_spec.input == "tokens_unshifted"

@@ -102,7 +102,10 @@ def compile_cloze(name: str, prompt: PromptFile, graph: GraphFacts, tokenizer: T
     if masks != 1:
         raise TemplateError(f"prompt {name!r}: label words need one {{mask}} in the template, found {masks}")
     found = Verbalizer.compile(
-        prompt.verbalizer, lambda text: tokenizer.encode(text, add_special_tokens=False), prompt.calibration
+        prompt.verbalizer,
+        lambda text: tokenizer.encode(text, add_special_tokens=False),
+        prompt.calibration,
+        prompt.verbalizer_aggregation,
     )
     long = next((word for word in found.words if len(word) > 1), None)
     if long is not None:

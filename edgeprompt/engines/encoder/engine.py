@@ -12,6 +12,7 @@ import numpy as np
 import numpy.typing as npt
 
 from edgeprompt import names
+from edgeprompt.arrays import log_softmax
 from edgeprompt.decoding.strategies import Clock
 from edgeprompt.engines.base import side_by_side
 from edgeprompt.engines.encoder.batch import Row, make_feeds, make_row, split_batches
@@ -353,9 +354,7 @@ class EncoderEngine:
 
     def _classify(self, loaded: Loaded, row: Row, outputs: dict[str, npt.NDArray[Any]]) -> Classification:
         if loaded.verbalizer is not None:
-            logits = np.asarray(outputs[names.LOGITS], np.float64)
-            top = logits.max()
-            logprobs = logits - top - np.log(np.exp(logits - top).sum())
+            logprobs = log_softmax(np.asarray(outputs[names.LOGITS], np.float64))
             return loaded.verbalizer.classification([logprobs[word[0]] for word in loaded.verbalizer.words])
         head = loaded.prompt.head_spec
         assert head is not None

@@ -10,8 +10,8 @@ from typing import Any, Protocol, TypeAlias
 import numpy as np
 import numpy.typing as npt
 
+from edgeprompt.arrays import log_softmax
 from edgeprompt.decoding.beam_search import BeamSearch
-from edgeprompt.decoding.sampling import log_softmax
 from edgeprompt.decoding.strategies import Clock, GenerateWork, LogitsWork
 from edgeprompt.engines.seq2seq.graphs import DecoderState, Seq2SeqGraphs
 from edgeprompt.errors import RequestCancelledError, RequestTimeoutError

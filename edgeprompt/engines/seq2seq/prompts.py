@@ -157,7 +157,9 @@ class PromptShelf:
             )
         verbalizer = None
         if prompt.verbalizer:
-            verbalizer = Verbalizer.compile(prompt.verbalizer, self.encode, prompt.calibration)
+            verbalizer = Verbalizer.compile(
+                prompt.verbalizer, self.encode, prompt.calibration, prompt.verbalizer_aggregation
+            )
         rows = 0 if prompt.prompt_embeddings is None else len(prompt.prompt_embeddings)
         ready = Prompt(
             source=source,
