@@ -13,7 +13,9 @@ from pathlib import Path
 from typing import Any, cast
 
 from edgeprompt import names
+from edgeprompt.base.geometry import geometry_of
 from edgeprompt.base.load import LoadedBase, load_base
+from edgeprompt.base.tokenizer_files import check_tokenizer_files
 from edgeprompt.errors import BaseMismatchError, ExportError, InputError
 from edgeprompt.package.files import atomic_folder
 from edgeprompt.package.folder import open_package
@@ -159,14 +161,17 @@ def _build(
     tell: Progress,
 ) -> Manifest:
     tell("load", 0.0)
+    check_tokenizer_files(base)
     loaded = base if isinstance(base, LoadedBase) else load_base(base)
     for prompt in prompts.values():
         _check_fingerprint(prompt, loaded)
     exporter = find_exporter(loaded.family.architecture)
     with _few_threads(loaded.model):
         tell("build", 0.2)
+        fingerprint = write_tokenizer(
+            loaded.tokenizer, folder, scratch, vocab_size=geometry_of(loaded.config).vocab_size, base=loaded.name
+        )
         built = exporter.build(loaded, options, folder, scratch)
-        fingerprint = write_tokenizer(loaded.tokenizer, folder, scratch)
         manifest = make_manifest(loaded, built, options, folder, fingerprint)
         for prompt in prompts.values():
             prompt.check_base(manifest)

@@ -11,6 +11,7 @@ from typing import Any
 from edgeprompt import names
 from edgeprompt.base.geometry import geometry_of, tokens_of
 from edgeprompt.base.load import LoadedBase
+from edgeprompt.base.tokenizer_files import check_vocabulary
 from edgeprompt.errors import SourceError
 from edgeprompt.package.files import fingerprint_tokenizer, sha256_file
 from edgeprompt.package.manifest import Base, GraphFile, Manifest
@@ -21,11 +22,14 @@ _TOOLS = ("torch", "transformers", "onnx", "onnxruntime", "onnxruntime-genai")
 _TOKENIZER_FILES = (names.TOKENIZER, names.TOKENIZER_CONFIG, names.CHAT_TEMPLATE)
 
 
-def write_tokenizer(tokenizer: Any | None, folder: Path, scratch: Path) -> str | None:
+def write_tokenizer(
+    tokenizer: Any | None, folder: Path, scratch: Path, *, vocab_size: int | None = None, base: str = "the base"
+) -> str | None:
     """Write the tokenizer's files into `folder`; returns its fingerprint, None where the base has no tokenizer.
 
     Raises:
-        SourceError: the tokenizer exists in slow form only.
+        SourceError: the tokenizer exists in slow form only, or makes ids of text that are not below `vocab_size`
+            (None: whatever they are).
     """
     if tokenizer is None:
         return None
@@ -33,9 +37,11 @@ def write_tokenizer(tokenizer: Any | None, folder: Path, scratch: Path) -> str |
     tokenizer.save_pretrained(home)
     if not (home / names.TOKENIZER).exists():
         raise SourceError(
-            f"tokenizer {type(tokenizer).__name__} has no {names.TOKENIZER}: convert it to a fast tokenizer first "
-            "(transformers.convert_slow_tokenizer)"
+            f"tokenizer {type(tokenizer).__name__} has no {names.TOKENIZER}, and transformers makes none of it; choose "
+            f"a base that has a {names.TOKENIZER}"
         )
+    if vocab_size is not None:
+        check_vocabulary(tokenizer, vocab_size, base)
     for name in _TOKENIZER_FILES:
         if (home / name).exists():
             (home / name).replace(folder / name)

@@ -34,9 +34,14 @@ class Package:
         Raises:
             PackageError: missing, broken, or another than the manifest names.
         """
+        if self.manifest.tokenizer_fingerprint is None and not (self.path / names.TOKENIZER).exists():
+            raise PackageError(
+                f"the package in {str(self.path)!r} has no {names.TOKENIZER}: its base had none when it was exported; "
+                "export it again with its tokenizer's files beside the model"
+            )
         from edgeprompt.package.tokenizer import Tokenizer  # here: its library is imported beside the sessions
 
-        tokenizer = Tokenizer(self.path)
+        tokenizer = Tokenizer(self.path, self.manifest.geometry.vocab_size)
         expected = self.manifest.tokenizer_fingerprint
         # The file's hash is quick; where it differs, the fingerprint says whether it is the same tokenizer after all.
         unchanged = tokenizer.sha256 == self.manifest.tokenizer_sha256

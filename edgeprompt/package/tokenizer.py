@@ -23,13 +23,18 @@ MAX_BYTES = 256 << 20
 class Tokenizer:
     """Text to ids and back. Safe to use from several threads."""
 
-    def __init__(self, folder: str | os.PathLike[str]) -> None:
+    def __init__(self, folder: str | os.PathLike[str], vocab_size: int | None = None) -> None:
         """Read `tokenizer.json` and `tokenizer_config.json` of a package.
+
+        Args:
+            folder: Where they lie.
+            vocab_size: Rows of the base's embedding. Ids from there on are virtual tokens, so a text that has one would
+                read a prompt's rows, perhaps another task's: it is refused. None: the vocabulary is taken as it is.
 
         Raises:
             PackageError: a file is missing or broken.
         """
-        self._folder = Path(folder)
+        self._folder, self._vocab_size = Path(folder), vocab_size
         try:
             data = read_regular(self._folder / names.TOKENIZER, MAX_BYTES)
             self.sha256 = hashlib.sha256(data).hexdigest()
@@ -59,8 +64,24 @@ class Tokenizer:
         return content if isinstance(content, str) else None
 
     def encode(self, text: str, *, add_special_tokens: bool = True) -> list[int]:
-        """Token ids of `text`."""
-        return list(self._encoding(text, add_special_tokens=add_special_tokens).ids)
+        """Token ids of `text`.
+
+        Raises:
+            InputError: the text is no Unicode text, or has a token that the base has no embedding for.
+        """
+        return self._checked(self._encoding(text, add_special_tokens=add_special_tokens))
+
+    def _checked(self, encoding: tokenizers.Encoding) -> list[int]:
+        """The ids, all of them the base's own; every encoding of text comes through here."""
+        ids = list(encoding.ids)
+        if self._vocab_size is not None and ids and max(ids) >= self._vocab_size:
+            place = ids.index(max(ids))
+            raise InputError(
+                f"the text has the token {encoding.tokens[place]!r}, which has id {ids[place]} in this tokenizer, and "
+                f"the base has embeddings for {self._vocab_size} tokens; take it out of the text, or resize the base's "
+                "embeddings to its tokenizer and export it again"
+            )
+        return ids
 
     def _encoding(self, text: str, pair: str | None = None, *, add_special_tokens: bool) -> tokenizers.Encoding:
         try:
@@ -75,7 +96,7 @@ class Tokenizer:
     ) -> tuple[list[int], list[tuple[int, int]]]:
         """Token ids of `text`, and for each the characters it covers ((0, 0) for special tokens)."""
         encoding = self._encoding(text, add_special_tokens=add_special_tokens)
-        return list(encoding.ids), [(int(start), int(end)) for start, end in encoding.offsets]
+        return self._checked(encoding), [(int(start), int(end)) for start, end in encoding.offsets]
 
     def encode_pair(
         self, first: str, second: str, *, add_special_tokens: bool = True
@@ -83,7 +104,7 @@ class Tokenizer:
         """Two texts joined the tokenizer's way: ids, characters covered, segments, and which text (None: special)."""
         found = self._encoding(first, second, add_special_tokens=add_special_tokens)
         offsets = [(int(start), int(end)) for start, end in found.offsets]
-        return list(found.ids), offsets, list(found.type_ids), list(found.sequence_ids)
+        return self._checked(found), offsets, list(found.type_ids), list(found.sequence_ids)
 
     def truncate(self, text: str, count: int) -> str:
         """The longest prefix of `text` whose tokens number at most `count`, cut at a token's border."""

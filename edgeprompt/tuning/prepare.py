@@ -60,7 +60,9 @@ def prepare(base: Any, facts: DataFacts, options: TuneOptions, *, num_tasks: int
     """
     from edgeprompt.base.geometry import geometry_of, tokens_of
     from edgeprompt.base.load import LoadedBase, load_base
+    from edgeprompt.base.tokenizer_files import check_tokenizer_files
 
+    check_tokenizer_files(base)
     package = open_package(options.package) if options.package is not None else None
     loaded = base if isinstance(base, LoadedBase) else load_base(base)
     fingerprint = loaded.fingerprint
@@ -70,7 +72,8 @@ def prepare(base: Any, facts: DataFacts, options: TuneOptions, *, num_tasks: int
         load_package_weights(loaded.model, package.path)
     architecture = loaded.family.architecture
     plan = _plan(loaded, facts, options)
-    geometry, tokenizer = geometry_of(loaded.config), _tokenizer(loaded)
+    geometry = geometry_of(loaded.config)
+    tokenizer = _tokenizer(loaded, geometry.vocab_size)
     if options.max_length > geometry.max_positions > 0:
         raise InputError(f"max_length is {options.max_length}, {loaded.name} takes at most {geometry.max_positions}")
     soft = None
@@ -136,12 +139,12 @@ def _objective(name: str, model: Any, encoder: RecordEncoder, plan: TaskPlan, to
     return WordClassify(model, encoder, plan.verbalizer)
 
 
-def _tokenizer(loaded: Any) -> Tokenizer:
+def _tokenizer(loaded: Any, vocab_size: int) -> Tokenizer:
     if loaded.tokenizer is None:
         raise SourceError(f"{loaded.name} has no tokenizer; put its tokenizer files beside the model")
     with tempfile.TemporaryDirectory() as folder:
         loaded.tokenizer.save_pretrained(folder)
-        tokenizer = Tokenizer(folder)
+        tokenizer = Tokenizer(folder, vocab_size)
         _ = tokenizer.fingerprint  # reads the file, which will be gone
         return tokenizer
 

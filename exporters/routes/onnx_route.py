@@ -17,6 +17,7 @@ from edgeprompt import names
 from edgeprompt.base.fingerprint import fingerprint_of, sampled_rows
 from edgeprompt.base.geometry import geometry_of, text_config, tokens_of
 from edgeprompt.base.load import LoadedBase, load_base
+from edgeprompt.base.tokenizer_files import check_tokenizer_files
 from edgeprompt.errors import BaseMismatchError, EdgePromptError, ExportError, SourceError
 from edgeprompt.package.manifest import Base, Geometry, Manifest
 from edgeprompt.prompts.file import PromptFile
@@ -235,7 +236,9 @@ def _manifest(
         precision=built.precision,
         route="onnx",
         graphs=hash_graphs(built.graphs, folder),
-        tokenizer_fingerprint=write_tokenizer(tokenizer, folder, scratch),
+        tokenizer_fingerprint=write_tokenizer(
+            tokenizer, folder, scratch, vocab_size=geometry.vocab_size, base=base.name
+        ),
         tokenizer_sha256=hash_tokenizer(folder),
         door=options.door,
         kv_dtype=built.kv_dtype,
@@ -259,6 +262,7 @@ def _check_same_base(built: _Built, config: Any, geometry: Geometry, loaded: Loa
 def _tokenizer(folder: Path) -> Any | None:
     from transformers import AutoTokenizer
 
+    check_tokenizer_files(folder)
     if not (folder / names.TOKENIZER).is_file():
         return None
     try:

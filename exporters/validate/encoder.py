@@ -130,7 +130,7 @@ def _golden_row(prompt: PromptFile, folder: Path, manifest: Manifest) -> Row:
     count = 0 if prompt.prompt_embeddings is None else prompt.num_virtual_tokens
     encoded = encode_text(
         prompt.template,
-        Tokenizer(folder),
+        Tokenizer(folder, vocab),
         fields,
         num_virtual_tokens=count,
         first_virtual_id=vocab,
