@@ -21,7 +21,11 @@ COMMANDS = ("tune", "export", "convert", "run", "eval", "bench", "inspect", "val
 
 
 class _Failed(click.ClickException):
-    """The work failed: one line on stderr, exit code 1."""
+    """The work failed: one line on stderr, exit code 1 (of a signal 128 and its number)."""
+
+    def __init__(self, message: str, exit_code: int = 1) -> None:
+        super().__init__(message)
+        self.exit_code = exit_code  # type: ignore[misc]
 
     def show(self, file: Any = None) -> None:
         """Print the line."""
@@ -31,6 +35,14 @@ class _Failed(click.ClickException):
 class _Interrupted(KeyboardInterrupt):
     """Ctrl-C. CPython ends a process by the signal if a plain KeyboardInterrupt passed through `exec`, even one that
     was caught; dataclasses are made by `exec`, so that would depend on the moment."""
+
+
+class _Stopped(SystemExit):
+    """SIGTERM or SIGHUP: the exit code is 128 and the signal's number, as shells have it."""
+
+    def __init__(self, number: int) -> None:
+        super().__init__(128 + number)
+        self.name = signal.Signals(number).name
 
 
 class _Commands(click.Group):
@@ -57,8 +69,10 @@ class _Commands(click.Group):
         except OSError as error:
             where = f"{error.filename}: " if error.filename else ""
             raise _Failed(where + (error.strerror or str(error))) from error
+        except _Stopped as error:
+            raise _Failed(f"stopped by {error.name}", int(str(error.code))) from error
         except EdgePromptError as error:
-            raise _Failed(str(error)) from error
+            raise _Failed(str(error), getattr(error, "exit_code", 1)) from error
         except ModuleNotFoundError as error:
             raise _Failed(str(_missing(error))) from error
         except Exception as error:
@@ -79,22 +93,24 @@ def _missing(error: ModuleNotFoundError) -> Exception:
 
 @contextmanager
 def _terminable() -> Iterator[None]:
-    """Let Ctrl-C and a polite kill (SIGTERM) unwind, so that half-written outputs are removed."""
+    """Let Ctrl-C, SIGTERM and SIGHUP unwind, so that half-written outputs are removed; a second one ends at once."""
     if threading.current_thread() is not threading.main_thread():
         yield
         return
+    before: dict[signal.Signals, Any] = {}
 
-    def leave(number: int, frame: Any) -> None:
-        click.echo(f"error: stopped by {signal.Signals(number).name}", err=True)
-        raise SystemExit(128 + number)
+    def stop(number: int, frame: Any) -> None:
+        for known in before:
+            signal.signal(known, signal.SIG_DFL)
+        if number == signal.SIGINT:
+            raise _Interrupted
+        raise _Stopped(number)
 
-    def interrupt(number: int, frame: Any) -> None:
-        raise _Interrupted
-
-    handlers: dict[signal.Signals, Any] = {signal.SIGTERM: leave}
-    if signal.getsignal(signal.SIGINT) is signal.default_int_handler:  # not where Ctrl-C is ignored
-        handlers[signal.SIGINT] = interrupt
-    before = {number: signal.signal(number, handler) for number, handler in handlers.items()}
+    usual = dict.fromkeys(("SIGTERM", "SIGHUP"), signal.SIG_DFL) | {"SIGINT": signal.default_int_handler}
+    for name, handler in usual.items():
+        number = getattr(signal, name, None)  # Windows has no SIGHUP
+        if number is not None and signal.getsignal(number) is handler:  # not where it is ignored (nohup)
+            before[number] = signal.signal(number, stop)
     try:
         yield
     finally:

@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import io
 import math
+import signal
+import threading
 import time
-from collections.abc import Mapping, Sequence
-from contextlib import suppress
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -94,13 +96,14 @@ class Loop:
         optimizer = torch.optim.AdamW(_groups(objective.model, options), weight_decay=0.0)
         self._module, self._optimizer = self.accelerator.prepare(_Step(objective), optimizer)
         self.progress = Progress()
-        self._updating = False
+        self._random = torch.get_rng_state()
+        """Random state before the step that is under way."""
 
     def run(self, *, show: bool) -> Progress:
         """Train until the last step, or until evaluation stops getting better.
 
         Raises:
-            TuningError: the loss is not finite, or the run was interrupted (a checkpoint is written first).
+            TuningError: the loss is not finite, or Ctrl-C or a signal stopped the run (a checkpoint is written first).
         """
         every = self._options.eval_steps or max(1, math.ceil(self._steps / 5))
         progress = self.progress
@@ -109,6 +112,7 @@ class Loop:
         with Recorder(log, total=self._steps, start=progress.step, progress=show and main) as recorder:
             try:
                 while True:
+                    self._random = torch.get_rng_state()
                     due = progress.step and (progress.step % every == 0 or progress.step == self._steps)
                     if due and progress.evaluated != progress.step:
                         self._evaluate_and_keep(recorder)
@@ -116,17 +120,34 @@ class Loop:
                     if progress.step >= self._steps or self._patience_spent():
                         break
                     recorder.step(progress.step + 1, self._train_step())
-            except KeyboardInterrupt as error:
-                if not self._updating:  # half an update would be neither this step nor the next
-                    self.save(self._checkpoint)
-                raise TuningError(
-                    f"interrupted after step {progress.step}; go on with --resume {self._checkpoint}"
-                ) from error
+            except (KeyboardInterrupt, SystemExit) as error:
+                self.save(self._checkpoint)
+                raise self._stopped(error) from error
         if progress.best_parameters:
             self._set_parameters(progress.best_parameters)
         else:
             progress.best_step = progress.step
         return progress
+
+    def _stopped(self, error: BaseException) -> TuningError:
+        """What to raise for Ctrl-C, or for the SystemExit that a signal's handler raised, whose exit code it keeps."""
+        how = "interrupted"
+        code = getattr(error, "code", None)
+        if isinstance(code, int) and code > 128:
+            how = f"stopped by {signal.Signals(code - 128).name}"
+        stopped = TuningError(
+            f"{how} after step {self.progress.step}; go on with --resume {self._checkpoint} and the same other options"
+        )
+        stopped.exit_code = 1 if code is None else code  # type: ignore[attr-defined]
+        return stopped
+
+    def _why_not_finite(self, rate: float) -> str:
+        """What is wrong where a loss is not finite, and what to do about it."""
+        if self._options.mixed_precision == "fp16":
+            return "float16 ends at 65504, which this base exceeds; take --mixed-precision bf16 or no"
+        if not self.progress.step:
+            return "nothing was trained yet: the base's own weights give it, or the prompt that the run started as"
+        return f"try a lower --lr than {rate:g}"
 
     def _patience_spent(self) -> bool:
         return self._options.patience is not None and self.progress.waited >= self._options.patience
@@ -150,15 +171,14 @@ class Loop:
         loss = total * world / self._sum(count)
         shown = self._sum(loss.item()) / world
         if not math.isfinite(shown):
-            raise TuningError(f"the loss is {shown} at step {step + 1}; try a lower --lr than {rate:g}")
+            raise TuningError(f"the loss is {shown} at step {step + 1}; {self._why_not_finite(rate)}")
         self.accelerator.backward(loss)
         norm = self.accelerator.clip_grad_norm_(list(self.parameters.values()), _CLIP)
         seconds = time.perf_counter() - started
-        self._updating = True
-        self._optimizer.step()
-        self.progress.step += 1
-        self.progress.seconds += seconds
-        self._updating = False
+        with uninterrupted():  # half an update would be neither this step nor the next
+            self._optimizer.step()
+            self.progress.step += 1
+            self.progress.seconds += seconds
         return {
             "loss": shown,
             "learning_rate": rate,
@@ -176,14 +196,15 @@ class Loop:
     def _evaluate_and_keep(self, recorder: Recorder) -> None:
         figures = self.evaluate()
         progress, metric = self.progress, self._objective.metric
-        progress.evaluated = progress.step
-        if not figures:
-            return
-        if not progress.best or self._rank(figures) > self._rank(progress.best):
-            progress.best, progress.best_step, progress.waited = figures, progress.step, 0
-            progress.best_parameters = {name: value.detach().clone() for name, value in self.parameters.items()}
-        else:
-            progress.waited += 1
+        with uninterrupted():
+            progress.evaluated = progress.step
+            if not figures:
+                return
+            if not progress.best or self._rank(figures) > self._rank(progress.best):
+                progress.best, progress.best_step, progress.waited = figures, progress.step, 0
+                progress.best_parameters = {name: value.detach().clone() for name, value in self.parameters.items()}
+            else:
+                progress.waited += 1
         note = f"{metric} {figures[metric]:.3f} (best {progress.best[metric]:.3f})"
         recorder.evaluation(progress.step, figures, note)
 
@@ -202,7 +223,8 @@ class Loop:
                 sums += torch.tensor([float(outcome.loss), outcome.correct, outcome.count], dtype=torch.float64)
         loss, correct, count = accelerator.reduce(sums.float().to(accelerator.device), "sum").tolist()
         if not math.isfinite(loss):
-            raise TuningError(f"the eval loss is {loss} after step {self.progress.step}; try a lower --lr")
+            why = self._why_not_finite(self._options.rate)
+            raise TuningError(f"the eval loss is {loss} after step {self.progress.step}; {why}")
         return {"loss": loss / count, self._objective.metric: correct / count}
 
     def _rank(self, figures: Mapping[str, float]) -> tuple[float, float]:
@@ -228,7 +250,7 @@ class Loop:
             "signature": self._signature,
             "parameters": {name: value.detach().cpu() for name, value in self.parameters.items()},
             "optimizer": self._optimizer.state_dict(),
-            "random": torch.get_rng_state(),
+            "random": self._random,
             "progress": {name: getattr(progress, name) for name in progress.__dataclass_fields__},
         }
         # Through memory: on a full disk torch raises what no caller can tell from a bug.
@@ -268,6 +290,27 @@ class Loop:
         if self.accelerator.is_main_process:
             with suppress(FileNotFoundError):
                 self._checkpoint.unlink()
+
+
+@contextmanager
+def uninterrupted() -> Iterator[None]:
+    """Let signals wait until the block is done; their handlers, where Python has some, run then."""
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    waiting: list[tuple[int, Any]] = []
+    handlers: dict[int, Any] = {
+        number: signal.signal(number, lambda number, frame: waiting.append((number, frame)))
+        for name in ("SIGINT", "SIGTERM", "SIGHUP")
+        if (number := getattr(signal, name, None)) is not None and callable(signal.getsignal(number))
+    }
+    try:
+        yield
+    finally:
+        for number, handler in handlers.items():
+            signal.signal(number, handler)
+        for number, frame in waiting[:1]:
+            handlers[number](number, frame)
 
 
 def _schedule(step: int, steps: int) -> float:
