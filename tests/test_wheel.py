@@ -2,55 +2,26 @@
 
 import json
 import os
-import shutil
 import subprocess
-import sys
-import venv
 import zipfile
-from pathlib import Path
 
 import pytest
 
 import edgeprompt
+from tests.support.wheel import ROOT, ask, build_wheel, environment
 
-ROOT = Path(__file__).resolve().parent.parent
 HEAVY = ("torch", "transformers", "peft", "onnx", "optimum", "accelerate", "datasets", "sklearn")
 
 
 @pytest.fixture(scope="module")
 def wheel(tmp_path_factory):
-    out = tmp_path_factory.mktemp("wheel")
-    # From a copy: a build folder left in the checkout would put files that are gone into the wheel.
-    for folder in ("edgeprompt", "exporters"):
-        shutil.copytree(ROOT / folder, out / "source" / folder, ignore=shutil.ignore_patterns("__pycache__"))
-    for file in ("pyproject.toml", "README.md", "LICENSE"):
-        shutil.copy(ROOT / file, out / "source")
-    pip(sys.executable, "wheel", "--no-deps", "--wheel-dir", out, out / "source")
-    (found,) = out.glob("*.whl")
-    return found
+    return build_wheel(tmp_path_factory.mktemp("wheel"))
 
 
 @pytest.fixture(scope="module")
 def minimal(wheel, tmp_path_factory):
     """Python of an environment that holds the wheel with the `cpu` extra and nothing else."""
-    home = tmp_path_factory.mktemp("minimal")
-    venv.create(home, with_pip=True)
-    pip(home / "bin/python", "install", "-c", ROOT / "constraints.txt", f"{wheel}[cpu]")
-    return home / "bin/python"
-
-
-def pip(python, *args):
-    # -I: this environment's PYTHONPATH would make pip believe that the package is installed.
-    subprocess.run([python, "-I", "-m", "pip", *args, "-q", "--disable-pip-version-check"], check=True)
-
-
-def ask(python, *args, **options):
-    # -I: neither the checkout nor this environment's variables leak in.
-    done = subprocess.run(
-        [python, "-I", *map(str, args)], capture_output=True, text=True, check=False, cwd=python.parent, **options
-    )
-    assert done.returncode == 0, done.stderr
-    return done.stdout
+    return environment(tmp_path_factory.mktemp("minimal"), wheel, "cpu")
 
 
 def test_wheel_holds_the_packages_and_nothing_else(wheel):
