@@ -99,7 +99,7 @@ def export_best(
     route: str = "auto",
     provider: str = "cpu",
     force: bool = False,
-    door: str = "input",
+    prompt_input: str = "required",
     progress: Progress | None = None,
 ) -> ExportReport:
     """Export in the precision that serves `prompts` quickest here without losing more than `tolerance` points.
@@ -118,7 +118,7 @@ def export_best(
         route: As for `export_model`.
         provider: As for `export_model`, and where it is measured.
         force: Replace an older package, or an empty folder, at `out`, after the new package is whole.
-        door: As for `export_model`.
+        prompt_input: As for `export_model`.
         progress: Called with a stage's name and the fraction done.
 
     Raises:
@@ -152,7 +152,7 @@ def export_best(
             try:
                 found.report = export_model(
                     loaded, scratch / str(number), precision=precision, block_size=block_size, route=route,
-                    provider=provider, prompts=prompts, door=door,
+                    provider=provider, prompts=prompts, prompt_input=prompt_input,
                 )  # fmt: skip
             except (UnsupportedError, ValidationError, ExportError) as error:
                 if precision == REFERENCE or isinstance(error.__cause__, OSError):

@@ -15,7 +15,7 @@ from edgeprompt.prompts.file import PromptFile
 
 ROUTES = ("auto", *names.ROUTES)
 PROVIDERS = ("cpu", "cuda")
-DOORS = ("input", "adapter")
+PROMPT_INPUTS = ("required", "optional")
 
 Progress = Callable[[str, float], None]
 """Called with a stage's name and the fraction of the whole export done so far."""
@@ -28,7 +28,7 @@ class ExportOptions:
     precision: str = "fp32"
     route: str = "auto"
     provider: str = "cpu"
-    door: str = "input"
+    prompt_input: str = "required"
     block_size: int = 32
     """Of int4 weights."""
 
@@ -37,7 +37,7 @@ class ExportOptions:
             ("precision", names.PRECISIONS),
             ("route", ROUTES),
             ("provider", PROVIDERS),
-            ("door", DOORS),
+            ("prompt_input", PROMPT_INPUTS),
             ("block_size", names.BLOCK_SIZES),
         ):
             if getattr(self, name) not in allowed:

@@ -59,7 +59,7 @@ def finish_graph(model: ir.Model, loaded: LoadedBase, options: ExportOptions) ->
         vocab_size=geometry.vocab_size,
         hidden_size=geometry.hidden_size,
         after_scale=hasattr(loaded.model.get_input_embeddings(), "embed_scale"),
-        door=options.door,
+        prompt_input=options.prompt_input,
     )
 
 

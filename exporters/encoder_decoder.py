@@ -42,7 +42,7 @@ def build(loaded: LoadedBase, options: ExportOptions, folder: Path, scratch: Pat
         vocab_size=geometry.vocab_size,
         hidden_size=geometry.hidden_size,
         after_scale=_scales_embeddings(loaded.model),
-        door=options.door,
+        prompt_input=options.prompt_input,
     )
     save_graph(encoder, folder / ENCODER)
     decoder = seq2seq_graph.export_decoder(loaded.model, loaded.family)

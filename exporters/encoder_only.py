@@ -33,7 +33,7 @@ def build(loaded: LoadedBase, options: ExportOptions, folder: Path, scratch: Pat
     model = trace_graph(loaded)
     weights = quantize_graph(model, options.precision, loaded.model, levels=SIGNED_7, block_size=options.block_size)
     width = geometry.embedding_size or geometry.hidden_size
-    graft_virtual_tokens(model, vocab_size=geometry.vocab_size, hidden_size=width, door=options.door)
+    graft_virtual_tokens(model, vocab_size=geometry.vocab_size, hidden_size=width, prompt_input=options.prompt_input)
     save_graph(model, folder / GRAPH)
     return BuiltGraphs(
         {"model": GRAPH},

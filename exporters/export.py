@@ -59,7 +59,7 @@ def export_model(
     provider: str = "cpu",
     prompts: Sequence[str | os.PathLike[str]] = (),
     force: bool = False,
-    door: str = "input",
+    prompt_input: str = "required",
     block_size: int = 32,
     against: str | os.PathLike[str] | LoadedBase | None = None,
     progress: Progress | None = None,
@@ -74,8 +74,8 @@ def export_model(
         provider: "cpu" or "cuda": what the graph's operators and types are chosen for.
         prompts: Prompt files to validate with and to put into the package.
         force: Replace an older package, or an empty folder, at `out`, after the new package is whole.
-        door: "input": `prompt_embeddings` is required, as ORT GenAI needs it; "adapter": it is optional, as stock
-            ORT's adapters need it.
+        prompt_input: "required": `prompt_embeddings` must be fed, as ORT GenAI needs it; "optional": it has a default,
+            as stock ORT's adapters need it.
         block_size: Of int4 weights: 32 keeps every block's offset in float; 64 and 128 round it to an integer zero
             point, which is quicker and less exact, so tune prompts for that package.
         against: The base in PyTorch to compare with, for the onnx route, whose `base` is a folder of graphs.
@@ -88,7 +88,7 @@ def export_model(
         ValidationError: the graph does not compute what the base computes.
         ExportError: the export failed; nothing was written.
     """
-    options = ExportOptions(precision, route, provider, door, block_size)
+    options = ExportOptions(precision, route, provider, prompt_input, block_size)
     tell = progress or _silent
     files = _load_prompts(prompts)
     try:

@@ -75,7 +75,7 @@ def make_manifest(
         graphs=hash_graphs(built.graphs, folder),
         tokenizer_fingerprint=tokenizer_fingerprint,
         tokenizer_sha256=hash_tokenizer(folder),
-        door=options.door,
+        prompt_input=options.prompt_input,
         kv_dtype=built.kv_dtype,
         pooling=built.pooling,
         pads_right=built.pads_right,

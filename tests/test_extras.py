@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import cache
 from pathlib import Path
 
 import pytest
@@ -17,34 +18,30 @@ def wheel(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return build_wheel(tmp_path_factory.mktemp("wheel"))
 
 
-@pytest.fixture
-def python(request: pytest.FixtureRequest, wheel: Path, tmp_path: Path) -> Path:
-    """Python of an environment with the extra that the test names."""
-    return environment(tmp_path / "environment", wheel, request.param)
+@pytest.fixture(scope="module")
+def python(wheel: Path, tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path]:
+    """Python of the environment with one extra."""
+    return cache(lambda extra: environment(tmp_path_factory.mktemp(extra), wheel, extra))
 
 
-@pytest.fixture
-def edgeprompt(python: Path) -> Callable[..., str]:
-    """The command line of that environment; its stdout."""
-    return lambda *arguments: ask(python, python.parent / "edgeprompt", *arguments)
+@pytest.fixture(scope="module")
+def edgeprompt(python: Callable[[str], Path]) -> Callable[..., str]:
+    """`edgeprompt(extra, *arguments)`: what the command line prints in the environment with that extra."""
+    return lambda extra, *arguments: ask(python(extra), python(extra).parent / "edgeprompt", *arguments)
 
 
-@pytest.mark.parametrize("python", ["cpu"], indirect=True)
 def test_cpu_serves(edgeprompt: Callable[..., str], tiny_llama_package: Path) -> None:
-    assert '"token_ids"' in edgeprompt("run", tiny_llama_package, "Once upon a time", "--json")
+    assert '"token_ids"' in edgeprompt("cpu", "run", tiny_llama_package, "Once upon a time", "--json")
 
 
-@pytest.mark.parametrize("python", ["export"], indirect=True)
-@pytest.mark.parametrize("precision", ["fp32", "int8"])
 def test_export_exports(
-    edgeprompt: Callable[..., str], tiny_llama_base: Path, minilm_folder: Path, precision: str, tmp_path: Path
+    edgeprompt: Callable[..., str], tiny_llama_base: Path, minilm_folder: Path, tmp_path: Path
 ) -> None:
-    edgeprompt("export", tiny_llama_base, "-o", tmp_path / "decoder", "--precision", "fp32")
-    edgeprompt("export", minilm_folder, "-o", tmp_path / "encoder", "--precision", precision)
-    edgeprompt("validate", tmp_path / "decoder", "--against", tiny_llama_base)
+    edgeprompt("export", "export", tiny_llama_base, "-o", tmp_path / "decoder", "--precision", "fp32")
+    edgeprompt("export", "export", minilm_folder, "-o", tmp_path / "encoder", "--precision", "int8")
+    edgeprompt("export", "validate", tmp_path / "decoder", "--against", tiny_llama_base)
 
 
-@pytest.mark.parametrize("python", ["tune"], indirect=True)
 def test_tune_tunes_for_a_package(
     edgeprompt: Callable[..., str], tiny_llama_base: Path, tiny_llama_package: Path, tmp_path: Path
 ) -> None:
@@ -52,16 +49,15 @@ def test_tune_tunes_for_a_package(
     lines = [f"a {word} film number {i},{label}" for i in range(20) for word, label in (("good", "yes"), ("bad", "no"))]
     data.write_text("\n".join(["text,label", *lines]) + "\n", encoding="utf-8")
     out = tmp_path / "prompt.safetensors"
-    edgeprompt("tune", tiny_llama_base, data, "-o", out, "--for", tiny_llama_package, "--steps", 2)
-    edgeprompt("run", tiny_llama_package, "a good film", "--prompt", out)
+    edgeprompt("tune", "tune", tiny_llama_base, data, "-o", out, "--for", tiny_llama_package, "--steps", 2)
+    edgeprompt("tune", "run", tiny_llama_package, "a good film", "--prompt", out)
 
 
-@pytest.mark.parametrize("python", ["plot"], indirect=True)
-def test_plot_draws_and_compares(python: Path) -> None:
+def test_plot_draws_and_compares(python: Callable[[str], Path]) -> None:
     code = (
         "from edgeprompt.bench import compare, load_report\n"
         "from edgeprompt.bench.page import to_html\n"
         f"report = load_report({str(ROOT / 'benchmarks/results/bench-smollm2-int4.json')!r})\n"
         "print(to_html(report).count('<svg'), compare(report, report).count('same within noise') > 5)"
     )
-    assert ask(python, "-c", code).split() == ["4", "True"]
+    assert ask(python("plot"), "-c", code).split() == ["4", "True"]

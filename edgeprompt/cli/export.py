@@ -54,12 +54,13 @@ from edgeprompt.cli import console
     help="Prompt file to validate with and to put into the package; may be repeated.",
 )
 @click.option(
-    "--door",
-    type=click.Choice(("input", "adapter")),
-    default="input",
+    "--prompt-input",
+    type=click.Choice(("required", "optional")),
+    default="required",
     show_default=True,
-    help="input: prompt_embeddings is a required input (ORT GenAI); adapter: optional, for stock ORT adapters.",
+    help="Whether prompt_embeddings must be fed: required for ORT GenAI, optional for stock ORT's adapters.",
 )
+@click.option("--door", type=click.Choice(("input", "adapter")), hidden=True, help="Old name of --prompt-input.")
 @click.option("--against", help="The base in PyTorch to compare with, where BASE is a folder of graphs.")
 @click.option("--force", is_flag=True, help="Replace an older package at OUTPUT, once the new one is whole.")
 @click.option("--json", "as_json", is_flag=True, help="What was measured, as one JSON object.")
@@ -73,7 +74,8 @@ def command(
     block_size: str,
     provider: str,
     prompts: tuple[Path, ...],
-    door: str,
+    prompt_input: str,
+    door: str | None,
     against: str | None,
     force: bool,
     as_json: bool,
@@ -89,12 +91,16 @@ def command(
         raise click.UsageError("--block-size goes with --precision int4")
     if data is not None and against is not None:
         raise click.UsageError("--against is for graphs that others exported, whose precision is not chosen here")
+    if door is not None:
+        prompt_input = {"input": "required", "adapter": "optional"}[door]
+        console.note(f"--door {door} is now --prompt-input {prompt_input}; the old name goes with the next version")
     console.quiet_libraries()
     from exporters import export_best, export_model
 
     with console.stages("export") as tell:
         shared: dict[str, Any] = {
-            "route": route, "provider": provider, "prompts": prompts, "force": force, "door": door, "progress": tell
+            "route": route, "provider": provider, "prompts": prompts, "force": force,
+            "prompt_input": prompt_input, "progress": tell,
         }  # fmt: skip
         if data is not None:
             report = export_best(base, out, data=data, tolerance=tolerance, **shared)

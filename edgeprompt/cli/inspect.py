@@ -70,7 +70,7 @@ def _package(path: Path) -> dict[str, Any]:
         "precision": manifest.precision,
         **({"block_size": manifest.extra["block_size"]} if "block_size" in manifest.extra else {}),
         "route": manifest.route,
-        "door": manifest.door,
+        "prompt_input": manifest.prompt_input,
         "layers": size.num_layers,
         "hidden_size": size.hidden_size,
         "heads": f"{size.num_attention_heads} ({size.num_key_value_heads} key/value) of size {size.head_size}",

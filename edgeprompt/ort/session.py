@@ -103,7 +103,7 @@ def _open_graph(package: Package, key: str, options: EngineOptions, cache: Graph
 
 
 def graph_inputs(session: Any) -> list[Any]:
-    """All that a session can be fed: required inputs, and those with a default (door "adapter")."""
+    """All that a session can be fed: required inputs, and those with a (prompt_input "optional")."""
     return [*session.get_inputs(), *session.get_overridable_initializers()]
 
 

@@ -85,8 +85,9 @@ class Manifest:
     tokenizer_fingerprint: str | None = None
     tokenizer_sha256: str | None = None
     """Of `tokenizer.json` as the export wrote it: one that is unchanged needs no fingerprint, which is slow."""
-    door: str = "input"
-    """"input": `prompt_embeddings` is required; "adapter": optional, so that stock ORT adapters can fill it."""
+    prompt_input: str = "required"
+    """"required": `prompt_embeddings` must be fed; "optional": it has a default, and stock ORT adapters can fill it.
+    Older packages say "door": "input" or "adapter"."""
     kv_dtype: str = "float32"
     """Type of past_key_values: "float32" or "float16"."""
     pooling: str = "mean"
@@ -131,6 +132,9 @@ class Manifest:
                 raise ValueError(
                     f"contract version {version!r}, this edgeprompt reads {VERSION}; export the base again"
                 )
+            if "door" in data:
+                old = data.pop("door")
+                data["prompt_input"] = {"input": "required", "adapter": "optional"}.get(str(old), old)
             check_keys(Manifest, data, "the manifest")
             return _checked(Manifest(**{**data, **_parts(data)}))
         except (ValueError, TypeError, UnicodeDecodeError) as error:
@@ -167,7 +171,7 @@ def _checked(manifest: Manifest) -> Manifest:
         ("architecture", names.ARCHITECTURES),
         ("precision", names.PRECISIONS),
         ("route", names.ROUTES),
-        ("door", ("input", "adapter")),
+        ("prompt_input", ("required", "optional")),
         ("kv_dtype", ("float32", "float16")),
         ("pooling", ("mean", "cls", "last")),
     ):

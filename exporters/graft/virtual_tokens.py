@@ -23,7 +23,7 @@ _PRODUCTS = ("MatMul", "Gemm", "FusedMatMul", "MatMulNBits", "MatMulBnb4", "Dyna
 
 
 def graft_virtual_tokens(
-    model: ir.Model, *, vocab_size: int, hidden_size: int, after_scale: bool = False, door: str = "input"
+    model: ir.Model, *, vocab_size: int, hidden_size: int, after_scale: bool = False, prompt_input: str = "required"
 ) -> None:
     """Add the `prompt_embeddings` input to a graph, in place, at the node that looks `input_ids` up.
 
@@ -33,8 +33,8 @@ def graft_virtual_tokens(
         hidden_size: Width of an embedding row.
         after_scale: Whether the embedding table's own scale (Gemma) comes before the rows join: prompt rows take the
             place of what the embedding *module* returns.
-        door: "input": the new input is required; "adapter": it has a default of one zero row, so that stock ORT can
-            feed it from an adapter file.
+        prompt_input: "required": the new input must be fed; "optional": it has a default of one zero row, so that stock
+            ORT can feed it from an adapter file.
 
     Raises:
         ExportError: no node, or more than one, looks `input_ids` up.
@@ -54,7 +54,7 @@ def graft_virtual_tokens(
         type=ir.TensorType(ir.DataType.FLOAT),
     )
     graph.inputs.append(prompt)
-    if door == "adapter":
+    if prompt_input == "optional":
         prompt.const_value = ir.tensor(np.zeros((1, hidden_size), np.float32), name=names.PROMPT_EMBEDDINGS)
         graph.register_initializer(prompt)
     first = _constant(graph, "first_id", np.array(vocab_size, np.int64))

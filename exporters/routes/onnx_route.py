@@ -131,7 +131,11 @@ def _build(
         main = models["encoder"]
     width = geometry.embedding_size or geometry.hidden_size
     graft_virtual_tokens(
-        main, vocab_size=geometry.vocab_size, hidden_size=width, after_scale=after_scale, door=options.door
+        main,
+        vocab_size=geometry.vocab_size,
+        hidden_size=width,
+        after_scale=after_scale,
+        prompt_input=options.prompt_input,
     )
     graphs = {}
     for key, model in models.items():
@@ -240,7 +244,7 @@ def _manifest(
             tokenizer, folder, scratch, vocab_size=geometry.vocab_size, base=base.name
         ),
         tokenizer_sha256=hash_tokenizer(folder),
-        door=options.door,
+        prompt_input=options.prompt_input,
         kv_dtype=built.kv_dtype,
         pads_right=built.fused or built.architecture != names.DECODER_ONLY,
         batched_prefill=not built.fused,

@@ -89,7 +89,7 @@ class DecoderGraph:
         layers = range(self.manifest.geometry.num_layers)
         parts = [(layer, part) for layer in layers for part in ("key", "value")]
         inputs = {names.INPUT_IDS, names.ATTENTION_MASK, *(names.past(*part) for part in parts)}
-        if self.manifest.door == "input":
+        if self.manifest.prompt_input == "required":
             inputs.add(names.PROMPT_EMBEDDINGS)
         missing = sorted(inputs - set(self.inputs))
         missing += sorted({names.LOGITS, *(names.present(*part) for part in parts)} - set(self.outputs))

@@ -47,7 +47,7 @@ def validate_encoder(
     outputs = [value.name for value in session.get_outputs()]
     expected = {*input_names(loaded), names.PROMPT_EMBEDDINGS}
     lacking = sorted((expected - set(inputs)) | (set(output_names(loaded)) - set(outputs)))
-    if lacking and not (lacking == [names.PROMPT_EMBEDDINGS] and manifest.door == "adapter"):
+    if lacking and not (lacking == [names.PROMPT_EMBEDDINGS] and manifest.prompt_input == "optional"):
         raise ValidationError(f"the graph lacks {', '.join(lacking)}")
     batches = [*_batches(loaded, manifest)]
     if prompts:

@@ -3,6 +3,7 @@
 import dataclasses
 import hashlib
 import json
+from pathlib import Path
 
 import pytest
 
@@ -119,3 +120,12 @@ def test_a_broken_tokenizer_is_refused(folder):
     (folder / "tokenizer.json").write_text('{"model": 3}')
     with pytest.raises(PackageError, match="tokenizer"):
         _ = open_package(folder).tokenizer
+
+
+@pytest.mark.parametrize(("old", "new"), [("input", "required"), ("adapter", "optional")])
+def test_the_old_name_of_the_prompt_input_is_read(tiny_llama_package: Path, old: str, new: str):
+    data = json.loads((tiny_llama_package / "edgeprompt.json").read_text(encoding="utf-8"))
+    del data["prompt_input"]
+    assert Manifest.from_json(json.dumps({**data, "door": old})).prompt_input == new
+    with pytest.raises(PackageError, match="prompt_input is 'gate', allowed: required, optional"):
+        Manifest.from_json(json.dumps({**data, "door": "gate"}))

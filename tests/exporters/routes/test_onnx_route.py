@@ -244,13 +244,22 @@ def builder_folder(tiny_llama_base: Path, tmp_path_factory: pytest.TempPathFacto
     return home / "out"
 
 
-@pytest.mark.parametrize("door", ["input", "adapter"])
-def test_genai_builder_folder(door: str, builder_folder: Path, tiny_llama_base: Path, tmp_path: Path) -> None:
+@pytest.mark.parametrize("prompt_input", ["required", "optional"])
+def test_genai_builder_folder(prompt_input: str, builder_folder: Path, tiny_llama_base: Path, tmp_path: Path) -> None:
     report = export_model(
-        builder_folder, tmp_path / "out", precision="int4", route="onnx", against=tiny_llama_base, door=door
+        builder_folder,
+        tmp_path / "out",
+        precision="int4",
+        route="onnx",
+        against=tiny_llama_base,
+        prompt_input=prompt_input,
     )
     assert report.validation["identical"]
-    assert (report.manifest.precision, report.manifest.model_type, report.manifest.door) == ("int4", "llama", door)
+    assert (report.manifest.precision, report.manifest.model_type, report.manifest.prompt_input) == (
+        "int4",
+        "llama",
+        prompt_input,
+    )
     assert (tmp_path / "out/genai_config.json").exists()
     with edgeprompt.load(tmp_path / "out", provider="cpu", threads=1) as served:
         rows = np.ones((2, 64), np.float32)

@@ -203,7 +203,7 @@ def test_blocks_are_for_int4(tmp_path: Path) -> None:
 
 def test_adapter_door_needs_no_prompt(tmp_path: Path) -> None:
     loaded = loaded_decoder("llama")
-    package = export_model(loaded, tmp_path / "package", door="adapter").path
+    package = export_model(loaded, tmp_path / "package", prompt_input="optional").path
     graph = DecoderGraph(package, open_package(package).manifest)
     ids = np.arange(5, 12, dtype=np.int64)
     feeds = {names.INPUT_IDS: ids[None], names.ATTENTION_MASK: np.ones((1, 7), np.int64), **graph.empty_past()}

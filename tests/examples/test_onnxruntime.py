@@ -1,4 +1,4 @@
-"""The doors besides our runtime, by the examples that the guides show, token by token against PEFT."""
+"""Packages without our runtime, by the examples that the guides show, token by token against PEFT."""
 
 from __future__ import annotations
 
@@ -18,13 +18,13 @@ import torch
 
 from exporters import convert_prompt, export_model
 
-DOORS = Path(__file__).resolve().parents[2] / "examples/doors"
+EXAMPLES = Path(__file__).resolve().parents[2] / "examples/onnxruntime"
 VOCAB, NEW = 512, 12
 TEXTS = ([5, 9, 21, 7, 30], [11, 40, 2])
 
 
 def example(name: str) -> Any:
-    spec = importlib.util.spec_from_file_location(name, DOORS / f"{name}.py")
+    spec = importlib.util.spec_from_file_location(name, EXAMPLES / f"{name}.py")
     assert spec is not None
     assert spec.loader is not None
     module = importlib.util.module_from_spec(spec)
@@ -68,7 +68,7 @@ def tasks(
 
 @pytest.fixture(scope="module")
 def adapter_package(tiny_llama_base: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return export_model(tiny_llama_base, tmp_path_factory.mktemp("doors") / "adapter", door="adapter").path
+    return export_model(tiny_llama_base, tmp_path_factory.mktemp("optional") / "adapter", prompt_input="optional").path
 
 
 def until_end(tokens: list[int]) -> list[int]:
@@ -76,11 +76,11 @@ def until_end(tokens: list[int]) -> list[int]:
 
 
 def test_stock_python_swaps_tasks_by_adapter(adapter_package: Path, tasks: Any, tmp_path: Path) -> None:
-    door = example("stock_python")
-    base, loaded = door.Base(adapter_package), {}
+    script = example("stock_python")
+    base, loaded = script.Base(adapter_package), {}
     for name, (file, _) in tasks.items():
         convert_prompt(file, tmp_path / f"{name}.onnx_adapter")
-        loaded[name] = door.Task(tmp_path / f"{name}.onnx_adapter")
+        loaded[name] = script.Task(tmp_path / f"{name}.onnx_adapter")
     for index, ids in enumerate(TEXTS):  # task by task in turn, on one session
         for name, (_, told) in tasks.items():
             assert base.generate(loaded[name], ids, NEW) == told[index], name
@@ -100,7 +100,7 @@ def test_stock_python_script(adapter_package: Path, tasks: Any, tmp_path: Path) 
     convert_prompt(tasks["p-tuning"][0], tmp_path / "task.onnx_adapter")
     command = [
         sys.executable,
-        str(DOORS / "stock_python.py"),
+        str(EXAMPLES / "stock_python.py"),
         str(adapter_package),
         str(tmp_path / "task.onnx_adapter"),
     ]
@@ -111,10 +111,10 @@ def test_stock_python_script(adapter_package: Path, tasks: Any, tmp_path: Path) 
 def test_genai_runs_a_package_unchanged(tiny_llama_package: Path, tasks: Any) -> None:
     import onnxruntime_genai as og
 
-    door, model = example("genai_python"), og.Model(str(tiny_llama_package))
+    script, model = example("genai_python"), og.Model(str(tiny_llama_package))
     for file, told in tasks.values():
         for index, ids in enumerate(TEXTS):
-            assert until_end(door.generate(model, VOCAB, [(0, ids)], [table(file)], NEW)[0]) == told[index]
+            assert until_end(script.generate(model, VOCAB, [(0, ids)], [table(file)], NEW)[0]) == told[index]
 
 
 def table(file: Path) -> Any:
@@ -140,19 +140,19 @@ def all_logits_package(tiny_llama_base: Path, tmp_path_factory: pytest.TempPathF
 def test_genai_serves_two_tasks_in_one_ragged_batch(all_logits_package: Path, tasks: Any) -> None:
     import onnxruntime_genai as og
 
-    door, model = example("genai_python"), og.Model(str(all_logits_package))
+    script, model = example("genai_python"), og.Model(str(all_logits_package))
     names = list(tasks)
     tables = [table(tasks[name][0]) for name in names]
     requests = [(0, TEXTS[0]), (1, TEXTS[1]), (1, TEXTS[0]), (0, TEXTS[1])]
     want = [tasks[names[0]][1][0], tasks[names[1]][1][1], tasks[names[1]][1][0], tasks[names[0]][1][1]]
-    found = door.generate(model, VOCAB, requests, tables, NEW, pad=1)
+    found = script.generate(model, VOCAB, requests, tables, NEW, pad=1)
     assert [until_end(row) for row in found] == want
 
 
 def test_stock_python_batches_tasks_of_any_length(tiny_llama_package: Path, tasks: Any, tmp_path: Path) -> None:
-    door, names = example("batch_python"), list(tasks)
+    script, names = example("batch_python"), list(tasks)
     tables = [table(tasks[name][0]) for name in names]
-    base = door.Base(tiny_llama_package)
+    base = script.Base(tiny_llama_package)
     requests = [(0, TEXTS[0]), (1, TEXTS[1]), (None, TEXTS[1]), (1, TEXTS[0]), (0, TEXTS[1])]
     found = base.generate(requests, tables, NEW)
     told = [tasks[names[task]][1][TEXTS.index(ids)] for task, ids in requests if task is not None]
@@ -162,7 +162,7 @@ def test_stock_python_batches_tasks_of_any_length(tiny_llama_package: Path, task
     for name in names:
         convert_prompt(tasks[name][0], tmp_path / f"{name}.npy")
         files.append(str(tmp_path / f"{name}.npy"))
-    command = [sys.executable, str(DOORS / "batch_python.py"), str(tiny_llama_package), "the film", *files]
+    command = [sys.executable, str(EXAMPLES / "batch_python.py"), str(tiny_llama_package), "the film", *files]
     done = subprocess.run(command, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     assert done.stdout.strip()
@@ -173,16 +173,16 @@ def node_example(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., str]
     """Runs the Node.js example; skips where Node.js or its package is not there."""
     if shutil.which("node") is None or shutil.which("npm") is None:
         pytest.skip("Node.js is not installed")
-    home = tmp_path_factory.getbasetemp().parent / "node-door"
+    home = tmp_path_factory.getbasetemp().parent / "node-example"
     if not (home / "node_modules/onnxruntime-node").exists():
         home.mkdir(exist_ok=True)
-        shutil.copy(DOORS / "node/package.json", home)
+        shutil.copy(EXAMPLES / "node/package.json", home)
         installed = subprocess.run(
             ["npm", "install", "--ignore-scripts", "--no-audit", "--no-fund"], cwd=home, capture_output=True, text=True
         )
         if installed.returncode:
             pytest.skip(f"npm cannot install onnxruntime-node here: {installed.stderr.strip()[-200:]}")
-    shutil.copy(DOORS / "node/generate.mjs", home)
+    shutil.copy(EXAMPLES / "node/generate.mjs", home)
 
     def run(*arguments: str) -> str:
         done = subprocess.run(["node", "generate.mjs", *arguments], cwd=home, capture_output=True, text=True)
@@ -211,7 +211,7 @@ def cpp_example(tmp_path_factory: pytest.TempPathFactory) -> Path:
         if shutil.which(tool) is None:
             pytest.skip(f"{tool} is not installed")
     (library,) = (Path(onnxruntime.__file__).parent / "capi").glob("libonnxruntime.so.*")
-    home = tmp_path_factory.getbasetemp().parent / "cpp-door"
+    home = tmp_path_factory.getbasetemp().parent / "cpp-example"
     if not (headers := _headers(home)):
         home.mkdir(exist_ok=True)
         packed = subprocess.run(["npm", "pack", HEADERS_PACKAGE], cwd=home, capture_output=True, text=True)
@@ -226,7 +226,7 @@ def cpp_example(tmp_path_factory: pytest.TempPathFactory) -> Path:
     soname.unlink(missing_ok=True)
     soname.symlink_to(library)
     command = ["g++", "-std=c++17", "-Wall", "-Wextra", "-Werror", "-O1", "-isystem", str(headers[0].parent)]
-    command += [str(DOORS / "cpp/generate.cpp"), str(soname), f"-Wl,-rpath,{home}", "-o", str(home / "generate")]
+    command += [str(EXAMPLES / "cpp/generate.cpp"), str(soname), f"-Wl,-rpath,{home}", "-o", str(home / "generate")]
     built = subprocess.run(command, capture_output=True, text=True)
     assert built.returncode == 0, built.stderr
     return home / "generate"
@@ -263,15 +263,20 @@ def test_stock_python_starts_on_a_prefix(tiny_llama_package: Path, tiny_llama_ba
             parameter.copy_(torch.randn_like(parameter))
     model.save_pretrained(tmp_path / "prefix")
     convert_prompt(tmp_path / "prefix", tmp_path / "prefix.npy", base=tiny_llama_package)
-    door = example("prefix_python")
-    base = door.Base(tiny_llama_package)
+    script = example("prefix_python")
+    base = script.Base(tiny_llama_package)
     for ids in TEXTS:
         given = torch.tensor([ids])
         made = model.generate(
             input_ids=given, attention_mask=torch.ones_like(given), max_new_tokens=NEW, do_sample=False
         )[0].tolist()
-        assert door.generate(base, np.load(tmp_path / "prefix.npy"), ids, NEW) == until_end(made[len(ids) :])
-    command = [sys.executable, str(DOORS / "prefix_python.py"), str(tiny_llama_package), str(tmp_path / "prefix.npy")]
+        assert script.generate(base, np.load(tmp_path / "prefix.npy"), ids, NEW) == until_end(made[len(ids) :])
+    command = [
+        sys.executable,
+        str(EXAMPLES / "prefix_python.py"),
+        str(tiny_llama_package),
+        str(tmp_path / "prefix.npy"),
+    ]
     done = subprocess.run([*command, "the film"], capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     assert done.stdout.strip()

@@ -4,7 +4,7 @@
     edgeprompt convert sentiment.safetensors -o sentiment.npy
     python genai_python.py dist sentiment.npy "The movie was fantastic"
 
-Needs onnxruntime-genai and numpy. The input must be required (door "input", the default): GenAI ignores
+Needs onnxruntime-genai and numpy. The input must be required (`--prompt-input required`, the default): GenAI ignores
 `set_model_input` for inputs that have a default.
 """
 

@@ -1,11 +1,11 @@
 // Serves a package with ONNX Runtime's C++ API: one session, tasks are .onnx_adapter files, swapped per run.
 //
-//   edgeprompt export BASE -o dist --door adapter
+//   edgeprompt export BASE -o dist --prompt-input optional
 //   edgeprompt convert sentiment.safetensors -o sentiment.onnx_adapter
 //   g++ -std=c++17 -I HEADERS generate.cpp LIBRARY -o generate
 //   ./generate dist 16 12,7,431 sentiment.onnx_adapter:16 topic.onnx_adapter:8
 //
-// HEADERS and LIBRARY: docs/doors-c.md. Behind each adapter stands its number of virtual tokens (`edgeprompt inspect`
+// HEADERS and LIBRARY: docs/onnxruntime-c.md. Behind each adapter stands its number of virtual tokens (`edgeprompt inspect`
 // prints it; an adapter cannot be asked from C). Takes token ids and prints new ones, a line for each task.
 
 #include <onnxruntime_cxx_api.h>
@@ -90,7 +90,7 @@ class Base {
       if (name == "input_ids") feeds.push_back(tensor(ids));
       else if (name == "attention_mask") feeds.push_back(tensor(mask));
       else if (name == "position_ids") feeds.push_back(tensor(positions));
-      else if (name.rfind("past_key_values", 0) != 0) throw std::runtime_error("export with --door adapter: input " + name);
+      else if (name.rfind("past_key_values", 0) != 0) throw std::runtime_error("export with --prompt-input optional: input " + name);
       else if (past.empty()) feeds.push_back(Ort::Value::CreateTensor<float>(memory_, nothing.data(), 0, empty_shape_.data(), 4));
       else feeds.push_back(std::move(past[layer++]));
     }

@@ -1,6 +1,6 @@
 """Serve a package with stock ONNX Runtime alone: tasks are `.onnx_adapter` files, swapped per run.
 
-    edgeprompt export BASE -o dist --door adapter
+    edgeprompt export BASE -o dist --prompt-input optional
     edgeprompt convert sentiment.safetensors -o sentiment.onnx_adapter
     python stock_python.py dist sentiment.onnx_adapter "The movie was fantastic"
 
