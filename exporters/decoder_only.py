@@ -32,6 +32,12 @@ def build(loaded: LoadedBase, options: ExportOptions, folder: Path, scratch: Pat
     """
     from exporters.routes import genai, torch_route
 
+    head_size = geometry_of(loaded.config).head_size
+    if head_size % 8:
+        raise UnsupportedError(
+            f"{loaded.name!r} has heads of {head_size} values: ONNX Runtime's GroupQueryAttention takes multiples of "
+            "8; choose another base"
+        )
     route = options.route
     if route == "auto":
         route = "genai" if genai.suits(loaded) else "torch"

@@ -12,6 +12,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+from edgeprompt.base.geometry import geometry_of
 from edgeprompt.base.load import LoadedBase
 from edgeprompt.errors import ExportError, MissingDependencyError
 from exporters.contract import ExportOptions
@@ -32,6 +33,12 @@ def build_graph(loaded: LoadedBase, options: ExportOptions, folder: Path, scratc
         raise ExportError(
             f"the genai builder writes full attention, {loaded.name!r} has a sliding window of "
             f"{loaded.config.sliding_window}; use --route torch"
+        )
+    head_size = geometry_of(loaded.config).head_size
+    if head_size % 16:
+        raise ExportError(
+            f"the genai builder rotates inside the operator, which takes heads of multiples of 16, {loaded.name!r} has "
+            f"{head_size}; use --route torch"
         )
     home = scratch / "genai"
     home.mkdir()
@@ -69,7 +76,12 @@ def build_graph(loaded: LoadedBase, options: ExportOptions, folder: Path, scratc
 def suits(loaded: LoadedBase) -> bool:
     """Whether the builder is here and writes this model as it is."""
     installed = importlib.util.find_spec("onnxruntime_genai") is not None
-    return installed and bool(loaded.family.genai) and not has_window(loaded.config)
+    return (
+        installed
+        and bool(loaded.family.genai)
+        and not has_window(loaded.config)
+        and geometry_of(loaded.config).head_size % 16 == 0
+    )
 
 
 def has_window(config: Any) -> bool:

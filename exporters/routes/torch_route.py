@@ -83,7 +83,8 @@ def build_graph(loaded: LoadedBase, options: ExportOptions, folder: Path, scratc
     flat = [(layer, part) for layer in layers for part in ("key", "value")]
     try:
         with (
-            fused(loaded.model, rotary=loaded.family.fused_rotary),
+            # The operator rotates heads of a multiple of 16; others are rotated in front of it.
+            fused(loaded.model, rotary=loaded.family.fused_rotary and geometry.head_size % 16 == 0),
             loaded.family.patch(loaded.model),
             torch.no_grad(),
             quiet_export(),
