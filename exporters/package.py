@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from edgeprompt import names
+from edgeprompt.base.generation import generation_of
 from edgeprompt.base.geometry import geometry_of, tokens_of
 from edgeprompt.base.load import LoadedBase
 from edgeprompt.base.tokenizer_files import check_vocabulary
@@ -64,12 +65,14 @@ def make_manifest(
     loaded: LoadedBase, built: BuiltGraphs, options: ExportOptions, folder: Path, tokenizer_fingerprint: str | None
 ) -> Manifest:
     """Describe the graphs that lie in `folder`."""
+    written = getattr(loaded.model, "generation_config", None)
+    generation, notes = generation_of(loaded.config, written, loaded.family.architecture)
     return Manifest(
         architecture=loaded.family.architecture,
         model_type=loaded.config.model_type,
         base=Base(loaded.name, loaded.fingerprint),
         geometry=geometry_of(loaded.config),
-        tokens=tokens_of(loaded.config, getattr(loaded.model, "generation_config", None), loaded.tokenizer),
+        tokens=tokens_of(loaded.config, written, loaded.tokenizer),
         precision=options.precision,
         route=built.route,
         graphs=hash_graphs(built.graphs, folder),
@@ -80,8 +83,13 @@ def make_manifest(
         pooling=built.pooling,
         pads_right=built.pads_right,
         batched_prefill=built.batched_prefill,
+        generation=generation,
         versions=tool_versions(),
-        extra={**built.extra, **({"block_size": options.block_size} if options.precision == "int4" else {})},
+        extra={
+            **built.extra,
+            **({"generation_notes": notes} if notes else {}),
+            **({"block_size": options.block_size} if options.precision == "int4" else {}),
+        },
     )
 
 

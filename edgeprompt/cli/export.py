@@ -106,6 +106,8 @@ def command(
             report = export_best(base, out, data=data, tolerance=tolerance, **shared)
         else:
             report = export_model(base, out, precision=precision, block_size=int(block_size), against=against, **shared)
+    for line in report.manifest.extra.get("generation_notes", ()):
+        console.note(f"note: generation_config: {line}")
     choice = report.manifest.extra.get("precision_choice")
     if as_json:
         facts = {

@@ -12,6 +12,7 @@ from typing import Any
 from edgeprompt import names
 from edgeprompt.errors import PackageError
 from edgeprompt.package import strict_json
+from edgeprompt.package.generation import check_generation
 from edgeprompt.package.strict_json import check_keys, check_type
 
 FORMAT = "edgeprompt-package"
@@ -96,6 +97,8 @@ class Manifest:
     """Whether rows of a batch are padded on the right (GroupQueryAttention counts from the left)."""
     batched_prefill: bool = False
     """Whether several tokens of several rows may run on top of a past (GroupQueryAttention takes one row then)."""
+    generation: Mapping[str, Any] = field(default_factory=dict)
+    """What the base's generation_config says of every answer, under transformers' names (`package.generation`)."""
     prompts: tuple[str, ...] = ()
     """Prompt files inside the package, relative paths."""
     validation: Mapping[str, Any] = field(default_factory=dict)
@@ -157,6 +160,7 @@ def _parts(data: Mapping[str, Any]) -> dict[str, Any]:
         "geometry": Geometry(**check_keys(Geometry, data["geometry"], "geometry")),
         "tokens": Tokens(**tokens),
         "graphs": graphs,
+        "generation": check_generation(data.get("generation", {})),
         "prompts": tuple(check_type(data.get("prompts", []), list, "prompts")),
     }
 

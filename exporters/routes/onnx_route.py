@@ -15,6 +15,7 @@ import onnx_ir as ir
 
 from edgeprompt import names
 from edgeprompt.base.fingerprint import fingerprint_of, sampled_rows
+from edgeprompt.base.generation import generation_of
 from edgeprompt.base.geometry import geometry_of, text_config, tokens_of
 from edgeprompt.base.load import LoadedBase, load_base
 from edgeprompt.base.tokenizer_files import check_tokenizer_files
@@ -229,6 +230,10 @@ def _manifest(
             "lies beside it: give --against BASE, the model that was exported"
         )
     tokenizer = _tokenizer(source.folder) or (loaded.tokenizer if loaded else None)
+    written = _generation_config(source.folder)
+    if written is None and loaded is not None:
+        written = getattr(loaded.model, "generation_config", None)
+    generation, notes = generation_of(config, written, built.architecture)
     if (source.folder / GENAI_CONFIG).is_file() and built.graphs.get("model") == "model.onnx":
         (folder / GENAI_CONFIG).write_bytes((source.folder / GENAI_CONFIG).read_bytes())
     return Manifest(
@@ -236,7 +241,7 @@ def _manifest(
         model_type=config.model_type,
         base=base,
         geometry=geometry,
-        tokens=tokens_of(config, _generation_config(source.folder), tokenizer),
+        tokens=tokens_of(config, written, tokenizer),
         precision=built.precision,
         route="onnx",
         graphs=hash_graphs(built.graphs, folder),
@@ -248,8 +253,12 @@ def _manifest(
         kv_dtype=built.kv_dtype,
         pads_right=built.fused or built.architecture != names.DECODER_ONLY,
         batched_prefill=not built.fused,
+        generation=generation,
         versions=tool_versions(),
-        extra={"source_graphs": {key: path.name for key, path in source.graphs.items()}},
+        extra={
+            **({"generation_notes": notes} if notes else {}),
+            "source_graphs": {key: path.name for key, path in source.graphs.items()},
+        },
     )
 
 

@@ -1,0 +1,78 @@
+"""What a base's generation_config says goes into the manifest, and what is not carried out is told."""
+
+import json
+import shutil
+
+import pytest
+from transformers import GenerationConfig, LlamaConfig
+
+from edgeprompt import names
+from edgeprompt.base.generation import generation_of
+from edgeprompt.errors import PackageError, SourceError
+from edgeprompt.package.folder import open_package
+from edgeprompt.package.generation import FIELDS, check_generation
+from edgeprompt.package.manifest import Manifest
+from exporters import export_model
+
+SAID = {
+    "repetition_penalty": 1.3,
+    "no_repeat_ngram_size": 3,
+    "min_length": 4,
+    "min_new_tokens": 2,
+    "forced_bos_token_id": 5,
+    "forced_eos_token_id": 0,
+    "suppress_tokens": [7, 8],
+    "begin_suppress_tokens": [9],
+    "bad_words_ids": [[3, 4], [6]],
+}
+CARRIED = {**SAID, "forced_eos_token_id": [0]}
+
+
+def test_every_field_is_carried(tiny_llama_base, tmp_path):
+    base = shutil.copytree(tiny_llama_base, tmp_path / "base")
+    GenerationConfig(eos_token_id=[0, 2], **SAID).save_pretrained(base)
+    package = export_model(base, tmp_path / "package").path
+    manifest = open_package(package).manifest
+    assert set(CARRIED) == set(FIELDS)
+    assert dict(manifest.generation) == CARRIED
+    assert manifest.tokens.eos == (0, 2)
+    assert "generation_notes" not in manifest.extra
+
+
+def test_what_changes_nothing_is_left_out():
+    neutral = GenerationConfig(repetition_penalty=1.0, no_repeat_ngram_size=0, min_length=0, num_beams=1)
+    assert generation_of(LlamaConfig(), neutral, names.DECODER_ONLY) == ({}, [])
+    assert generation_of(LlamaConfig(), None, names.DECODER_ONLY) == ({}, [])
+    assert generation_of(LlamaConfig(), GenerationConfig(**SAID), names.ENCODER_ONLY) == ({}, [])
+
+
+def test_what_is_not_carried_out_is_told():
+    config = GenerationConfig(num_beams=4, penalty_alpha=0.6, guidance_scale=1.5, do_sample=True, temperature=0.7)
+    _, notes = generation_of(LlamaConfig(), config, names.ENCODER_DECODER)
+    for told in ("num_beams=4", "--num-beams 4", "penalty_alpha=0.6", "guidance_scale=1.5", "temperature=0.7"):
+        assert any(told in note for note in notes), notes
+    assert len(notes) == 4
+    _, notes = generation_of(LlamaConfig(), config, names.DECODER_ONLY)
+    assert any("decoders here answer without beams" in note for note in notes)
+
+
+def test_nonsense_is_refused():
+    with pytest.raises(SourceError, match="generation_config is not usable"):
+        generation_of(LlamaConfig(), GenerationConfig(suppress_tokens=["a"]), names.DECODER_ONLY)
+
+
+@pytest.mark.parametrize(
+    "bad",
+    [
+        {"repetition_penalty": 0}, {"repetition_penalty": "1"}, {"min_length": -1}, {"min_length": True},
+        {"bad_words_ids": [[]]}, {"bad_words_ids": [3]}, {"suppress_tokens": [-1]}, {"unknown": 1}, [],
+    ],
+)  # fmt: skip
+def test_the_reader_is_strict(bad, tiny_llama_package):
+    with pytest.raises(ValueError, match="generation"):
+        check_generation(bad)
+    written = json.loads((tiny_llama_package / "edgeprompt.json").read_text())
+    with pytest.raises(PackageError, match="generation"):
+        Manifest.from_json(json.dumps({**written, "generation": bad}))
+    written.pop("generation", None)  # as it was before
+    assert Manifest.from_json(json.dumps(written)).generation == {}
