@@ -23,12 +23,45 @@ import numpy.typing as npt
 
 from edgeprompt.arrays import softmax
 from edgeprompt.errors import TemplateError
+from edgeprompt.prompts.template import Literal, Mask, Template
 from edgeprompt.request import Classification
 
 AGGREGATIONS = ("sum", "mean", "max")
 CONTENT_FREE = ("", "N/A", "[MASK]")
 
+ANCHORS = (".", "a", "\n")
+"""What a word is encoded behind where the text's own end is not known, or the tokenizer joins it with the word."""
+
 Floats = npt.NDArray[np.float64]
+Encode = Callable[[str], Sequence[int]]
+
+
+def ids_behind(encode: Encode, text: str, word: str) -> list[int]:
+    """Ids of a word as it stands behind a text.
+
+    The rule: encode text and word together; what follows the text's own ids is the word. Some tokenizers put a space
+    in front of whatever they encode (Llama 2), so that a word encoded alone has tokens that no text contains. Where the
+    tokenizer joins the text's end with the word, or the end is not known, the first of `ANCHORS` that it does not join
+    stands for the text; where it joins all of them, the word is encoded alone.
+
+    Args:
+        encode: text to ids, without special tokens.
+        text: the end of the text; empty where it is not known.
+        word: the word, a leading space included.
+    """
+    for before in (text, *ANCHORS) if text else ANCHORS:
+        start, whole = list(encode(before)), list(encode(before + word))
+        if start and len(whole) > len(start) and whole[: len(start)] == start:
+            return whole[len(start) :]
+    return list(encode(word))
+
+
+def text_before_words(template: Template) -> str:
+    """The literal that label words stand behind (at the mask, or at the template's end); empty where it is a slot."""
+    parts = template.parts
+    end = next((place for place, part in enumerate(parts) if isinstance(part, Mask)), len(parts))
+    last = parts[end - 1] if end else None
+    return last.text if isinstance(last, Literal) else ""
 
 
 @dataclass
@@ -67,11 +100,15 @@ class Verbalizer:
     @staticmethod
     def compile(
         verbalizer: Mapping[str, Sequence[str]],
-        encode: Callable[[str], Sequence[int]],
+        encode: Encode,
         calibration: Sequence[float] = (),
         aggregation: str = "sum",
+        behind: str | None = None,
     ) -> Verbalizer:
         """Tokenise the label words, exactly as written (a leading space counts), without special tokens.
+
+        `behind` is the text that they stand behind (`ids_behind`); None where they begin a text of their own, as an
+        encoder-decoder's answer does.
 
         Raises:
             TemplateError: fewer than two labels, a word without tokens, or one word for two labels.
@@ -81,7 +118,7 @@ class Verbalizer:
         words: dict[tuple[int, ...], int] = {}
         for owner, (label, texts) in enumerate(verbalizer.items()):
             for text in texts:
-                ids = tuple(encode(text))
+                ids = tuple(encode(text) if behind is None or not text else ids_behind(encode, behind, text))
                 if not ids:
                     raise TemplateError(f"label word {text!r} of label {label!r} has no tokens")
                 if words.setdefault(ids, owner) != owner:

@@ -12,8 +12,9 @@ from torch import nn
 from edgeprompt.errors import DataError
 from edgeprompt.evaluation.cells import known_label, label_of, text_of
 from edgeprompt.evaluation.formats import Record
+from edgeprompt.names import ENCODER_DECODER
 from edgeprompt.prompts.file import Array, Golden, Head
-from edgeprompt.prompts.verbalizer import Verbalizer
+from edgeprompt.prompts.verbalizer import Verbalizer, text_before_words
 from edgeprompt.tuning.encoding import RecordEncoder
 from edgeprompt.tuning.examples import Example
 from edgeprompt.tuning.prompted import Prompted, PromptedLM
@@ -74,7 +75,11 @@ class WordClassify:
         self._model = model
         self.encoder = encoder
         self.words = LabelWords(
-            Verbalizer.compile(verbalizer, lambda word: encoder.tokenizer.encode(word, add_special_tokens=False))
+            Verbalizer.compile(
+                verbalizer,
+                lambda word: encoder.tokenizer.encode(word, add_special_tokens=False),
+                behind=None if encoder.architecture == ENCODER_DECODER else text_before_words(encoder.template),
+            )
         )
         self._labels = tuple(verbalizer)
         self._room = max(len(stem) for stem in self.words.stems)

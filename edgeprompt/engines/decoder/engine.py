@@ -26,11 +26,13 @@ from edgeprompt.package.folder import Package
 from edgeprompt.prompts.file import PromptFile
 from edgeprompt.prompts.source import PromptSource
 from edgeprompt.prompts.template import Literal, Slot, Template, VirtualTokens, as_fields
-from edgeprompt.prompts.verbalizer import Verbalizer
+from edgeprompt.prompts.verbalizer import Verbalizer, ids_behind, text_before_words
 from edgeprompt.request import Request
 
 PREFIX_BUDGET = 64 << 20
 KV_BUDGET = 1 << 30
+TEXT_END = 32
+"""Characters of a text's end that decide how a tokenizer splits what follows."""
 _CHAT_TEXT = "edgepromptusertext"
 _TEXT_ALONE = Template((Slot(),))
 
@@ -93,6 +95,7 @@ class DecoderEngine:
                 lambda text: self._tokenizer.encode(text, add_special_tokens=False),
                 prompt.calibration,
                 prompt.verbalizer_aggregation,
+                text_before_words(self._chat(prompt.template) if prompt.generation.get("chat") else prompt.template),
             )
         # Question answering as PEFT trains it reads the states of virtual tokens too, so these are run with the text.
         unshifted = prompt.head_spec is not None and prompt.head_spec.input == "tokens_unshifted"
@@ -252,7 +255,11 @@ class DecoderEngine:
                 sampling,
                 eos=self._manifest.tokens.eos,
                 decode=self._tokenizer.decode,
-                encode=lambda text: self._tokenizer.encode(text, add_special_tokens=False),
+                encode=lambda choice: ids_behind(
+                    lambda text: self._tokenizer.encode(text, add_special_tokens=False),
+                    self._text_end(request, template),
+                    choice,
+                ),
                 history=[token for token in ids if token < self._vocab],
                 clock=clock,
                 on_text=pieces.put if pieces is not None else None,
@@ -340,6 +347,17 @@ class DecoderEngine:
         if ids and max(ids) >= high:
             raise InputError(f"the tokenizer gave id {max(ids)}, and the base has {self._vocab} tokens")
         return ids
+
+    def _text_end(self, request: Request, template: Template) -> str:
+        """The end of the text that an answer stands behind; empty where only ids are known."""
+        if request.input_ids is not None:
+            return ""
+        loaded, _ = self._find(request)
+        chat = request.chat or (loaded is not None and loaded.prompt.generation.get("chat"))
+        last = (self._chat(template) if chat else template).parts[-1]
+        if isinstance(last, Slot):
+            return as_fields(request.text)[last.name][-TEXT_END:]
+        return last.text if isinstance(last, Literal) else ""
 
     def _chat(self, template: Template) -> Template:
         """The template's text as the user's turn in the package's chat template, behind leading virtual tokens."""

@@ -15,7 +15,7 @@ from edgeprompt.package.tokenizer import Tokenizer
 from edgeprompt.prompts.file import PromptFile
 from edgeprompt.prompts.source import PromptSource
 from edgeprompt.prompts.template import Mask, VirtualTokens
-from edgeprompt.prompts.verbalizer import Verbalizer
+from edgeprompt.prompts.verbalizer import Verbalizer, text_before_words
 
 NO_GENERATION = "encoder-only bases do not generate; they classify, tag, answer questions and embed"
 
@@ -106,6 +106,7 @@ def compile_cloze(name: str, prompt: PromptFile, graph: GraphFacts, tokenizer: T
         lambda text: tokenizer.encode(text, add_special_tokens=False),
         prompt.calibration,
         prompt.verbalizer_aggregation,
+        text_before_words(prompt.template),
     )
     long = next((word for word in found.words if len(word) > 1), None)
     if long is not None:
