@@ -361,7 +361,12 @@ class DecoderEngine:
 
     def _chat(self, template: Template) -> Template:
         """The template's text as the user's turn in the package's chat template, behind leading virtual tokens."""
-        before, after = self._tokenizer.chat(_CHAT_TEXT).split(_CHAT_TEXT)
+        around = self._tokenizer.chat(_CHAT_TEXT).split(_CHAT_TEXT)
+        if len(around) != 2:
+            raise UnsupportedError(
+                f"the package's chat template shows the user's text {len(around) - 1} times, as it is; leave out chat"
+            )
+        before, after = around
         lead = 1 if template.parts and isinstance(template.parts[0], VirtualTokens) else 0
         return Template((*template.parts[:lead], Literal(before), *template.parts[lead:], Literal(after)))
 
