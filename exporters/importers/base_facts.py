@@ -5,10 +5,11 @@ from __future__ import annotations
 import os
 import tempfile
 from pathlib import Path
+from typing import Any
 
 from edgeprompt import names
 from edgeprompt.package.folder import open_package
-from exporters.importers.foreign import BaseFacts
+from exporters.importers.foreign import Array, BaseFacts
 
 
 def read_base_facts(base: str | os.PathLike[str]) -> BaseFacts:
@@ -48,4 +49,11 @@ def read_base_facts(base: str | os.PathLike[str]) -> BaseFacts:
         fingerprint,
         loaded.tokenizer,
         loaded.config,
+        lambda: _embeddings(loaded.model),
     )
+
+
+def _embeddings(model: Any) -> tuple[Array, Array | None]:
+    output = model.get_output_embeddings()
+    weights = [layer.weight.detach().float().numpy() for layer in (model.get_input_embeddings(), output) if layer]
+    return weights[0], weights[1] if output is not None else None
