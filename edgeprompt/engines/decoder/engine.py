@@ -11,6 +11,7 @@ import numpy as np
 
 from edgeprompt import names
 from edgeprompt.decoding.detokenizer import TextStream
+from edgeprompt.decoding.processors import Processors, generation_fields
 from edgeprompt.decoding.sampling import DEFAULT_NEW_TOKENS, Sampling, resolve
 from edgeprompt.decoding.strategies import Clock, GenerateWork, LogitsWork, PrefixWork, ScoreWork
 from edgeprompt.engines.decoder.graph import DecoderGraph, open_graph
@@ -248,9 +249,12 @@ class DecoderEngine:
         elif task == "generate":
             if request.options.num_beams != 1:
                 raise UnsupportedError("num_beams is for encoder-decoders; decoders generate greedily or sample")
-            sampling = resolve(request.options, loaded.prompt.generation if loaded else {})
+            defaults = loaded.prompt.generation if loaded else {}
+            fields = {} if request.options.choices else generation_fields(self._manifest.generation, defaults)
+            sampling = resolve(request.options, defaults if request.options.choices else {**defaults, **fields})
             ids = self._encode(request, loaded, template, sampling)
             sampling = self._room(sampling, len(ids) + self._prefix_length(loaded))
+            history = [token for token in ids if token < self._vocab]
             work = GenerateWork(
                 sampling,
                 eos=self._manifest.tokens.eos,
@@ -260,7 +264,8 @@ class DecoderEngine:
                     self._text_end(request, template),
                     choice,
                 ),
-                history=[token for token in ids if token < self._vocab],
+                history=history,
+                processors=Processors(fields, history, self._manifest.tokens.eos, sampling.max_new_tokens),
                 clock=clock,
                 on_text=pieces.put if pieces is not None else None,
             )

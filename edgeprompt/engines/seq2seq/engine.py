@@ -16,6 +16,7 @@ import numpy.typing as npt
 
 from edgeprompt import names
 from edgeprompt.decoding.beam_search import BeamSearch
+from edgeprompt.decoding.processors import Processors, generation_fields
 from edgeprompt.decoding.sampling import Sampling, resolve
 from edgeprompt.decoding.strategies import Clock, GenerateWork, LogitsWork
 from edgeprompt.engines.base import side_by_side
@@ -219,7 +220,8 @@ class Seq2SeqEngine:
     def _generating(self, request: Request, prompt: Prompt | None, pieces: list[str] | None) -> _Item:
         clock = Clock()
         defaults = prompt.file.generation if prompt else {}
-        sampling = resolve(request.options, defaults)
+        fields = {} if request.options.choices else generation_fields(self._manifest.generation, defaults)
+        sampling = resolve(request.options, defaults if request.options.choices else {**defaults, **fields})
         beams = request.options.num_beams if request.options.num_beams != 1 else defaults.get("num_beams", 1)
         if type(beams) is not int or not 1 <= beams <= 64:
             raise InputError(f"num_beams is {beams!r}; it must be an integer between 1 and 64")
@@ -228,8 +230,12 @@ class Seq2SeqEngine:
         length = self._new_tokens(sampling, prompt, len(feed))
         first = tokens.forced_bos if len(feed) == 1 else None
         ending = Ending(length, first, tokens.forced_eos)
+        asked = request.options.repetition_penalty
+        processors = Processors(
+            fields if asked is None else {**fields, "repetition_penalty": asked}, feed, tokens.eos, length
+        )
         if beams > 1:
-            search = _search(sampling, beams, length, tokens.eos, defaults)
+            search = _search(sampling, beams, length, tokens.eos, defaults, processors)
             decision: Decision = Beams(search, ending, tokens.eos, self._tokenizer, clock)
         else:
             work = GenerateWork(
@@ -240,6 +246,7 @@ class Seq2SeqEngine:
                 history=feed,
                 clock=clock,
                 on_text=None if pieces is None else pieces.append,
+                processors=processors,
             )
             decision = OneRow(work, Ending(length) if sampling.choices else ending)
         item = self._assemble(request, prompt, decision, rows=beams, new_tokens=length)
@@ -350,11 +357,12 @@ class Seq2SeqEngine:
             yield from run_jobs(self._graphs, state, [item.job for item in items], self._cancellation)
 
 
-def _search(sampling: Sampling, beams: int, length: int, eos: Sequence[int], defaults: Any) -> BeamSearch:
-    plain = sampling.temperature == 0 and sampling.repetition_penalty == 1
-    if not plain or sampling.choices or sampling.stop or sampling.logprobs:
+def _search(
+    sampling: Sampling, beams: int, length: int, eos: Sequence[int], defaults: Any, processors: Processors
+) -> BeamSearch:
+    if sampling.temperature != 0 or sampling.choices or sampling.stop or sampling.logprobs:
         raise InputError(
-            f"num_beams is {beams}, and beam search goes without temperature, repetition_penalty, choices, stop and "
+            f"num_beams is {beams}, and beam search goes without temperature, choices, stop and "
             "logprobs; leave them out, or use num_beams=1"
         )
     penalty, early = defaults.get("length_penalty", 1.0), defaults.get("early_stopping", False)
@@ -362,7 +370,7 @@ def _search(sampling: Sampling, beams: int, length: int, eos: Sequence[int], def
         raise InputError(
             f"length_penalty is {penalty!r} and early_stopping {early!r}; allowed: a number, and true, false or 'never'"
         )
-    return BeamSearch(beams, length, eos, length_penalty=float(penalty), early_stopping=early)
+    return BeamSearch(beams, length, eos, length_penalty=float(penalty), early_stopping=early, processors=processors)
 
 
 def _pooled(source: Source, row: int, is_text: npt.NDArray[np.bool_], pooling: str) -> npt.NDArray[np.float32]:
