@@ -106,6 +106,8 @@ def command(
             report = export_best(base, out, data=data, tolerance=tolerance, **shared)
         else:
             report = export_model(base, out, precision=precision, block_size=int(block_size), against=against, **shared)
+    if reason := report.manifest.extra.get("route_instead_of_genai"):
+        console.note(f"note: exported by the torch route: {reason}")
     for line in report.manifest.extra.get("generation_notes", ()):
         console.note(f"note: generation_config: {line}")
     choice = report.manifest.extra.get("precision_choice")
