@@ -255,7 +255,7 @@ def _reread(
     labels: Sequence[str],
 ) -> PromptFile:
     """An edgeprompt prompt file as source: options replace what it holds; its base is never changed."""
-    if facts and facts.base.fingerprint != prompt.base.fingerprint:
+    if facts and not facts.base.matches(prompt.base):
         raise BaseMismatchError(
             f"prompt {prompt.name!r} was made for base {prompt.base.name} ({prompt.base.fingerprint}), "
             f"--base is {facts.base.name} ({facts.base.fingerprint})"

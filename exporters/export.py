@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import logging
 import os
 import tempfile
 from collections.abc import Iterator, Mapping, Sequence
@@ -19,12 +20,13 @@ from edgeprompt.base.tokenizer_files import check_tokenizer_files
 from edgeprompt.errors import BaseMismatchError, ExportError, InputError
 from edgeprompt.package.files import atomic_folder
 from edgeprompt.package.folder import open_package
-from edgeprompt.package.manifest import Manifest
+from edgeprompt.package.manifest import Base, Manifest
 from edgeprompt.package.outputs import PACKAGE
 from edgeprompt.prompts.file import PromptFile, load_prompt
 from exporters.contract import Exporter, ExportOptions, Progress
 from exporters.package import make_manifest, write_prompts, write_tokenizer
 
+_LOG = logging.getLogger("edgeprompt")
 EXPORTERS = {
     names.DECODER_ONLY: "exporters.decoder_only",
     names.ENCODER_ONLY: "exporters.encoder_only",
@@ -136,11 +138,13 @@ def validate_package(
     package.verify()
     loaded = against if isinstance(against, LoadedBase) else load_base(against)
     manifest = package.manifest
-    if loaded.fingerprint != manifest.base.fingerprint:
+    base = loaded.base
+    if not base.matches(manifest.base):
         raise BaseMismatchError(
             f"package {str(path)!r} was exported from {manifest.base.name!r} ({manifest.base.fingerprint}); "
-            f"{loaded.name!r} has {loaded.fingerprint}"
+            f"{base.name!r} has {base.fingerprint}{base.apart(manifest.base)}"
         )
+    _tell_weaker(manifest.base, base)
     files = _load_prompts(prompts)
     for prompt in files.values():
         prompt.check_base(manifest)
@@ -200,11 +204,20 @@ def _few_threads(model: Any) -> Iterator[None]:
 
 def _check_fingerprint(prompt: PromptFile, loaded: LoadedBase) -> None:
     # Before the graph is built: a wrong prompt should cost seconds, not the whole export.
-    if prompt.base.fingerprint != loaded.fingerprint:
+    base = loaded.base
+    if not prompt.base.matches(base):
         raise BaseMismatchError(
             f"prompt {prompt.name!r} was made for {prompt.base.name!r} ({prompt.base.fingerprint}), not for "
-            f"{loaded.name!r} ({loaded.fingerprint}); export that base, or tune the prompt for this one"
+            f"{base.name!r} ({base.fingerprint}){base.apart(prompt.base)}; export that base, or tune the prompt for "
+            "this one"
         )
+    _tell_weaker(prompt.base, base)
+
+
+def _tell_weaker(one: Base, other: Base) -> None:
+    weaker = one.weaker(other)
+    if weaker:
+        _LOG.warning("note: %s", weaker)
 
 
 def _load_prompts(paths: Sequence[str | os.PathLike[str]]) -> dict[str, PromptFile]:

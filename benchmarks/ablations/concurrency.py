@@ -58,7 +58,7 @@ def make_prompts(
 ) -> list[PromptFile]:
     """The shipped prompts of this base, then some of rows drawn from theirs; `deep`: every fifth of random KV."""
     shipped = [load_prompt(path) for path in sorted(SHIPPED.glob("*.safetensors"))]
-    shipped = [prompt for prompt in shipped if prompt.base.fingerprint == package.manifest.base.fingerprint]
+    shipped = [prompt for prompt in shipped if prompt.base.matches(package.manifest.base)]
     if not shipped:
         raise SystemExit(f"no prompt in {SHIPPED} is for {package.manifest.base.name}")
     found = list(shipped[:count])

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import hashlib
+import logging
 import os
 import struct
 from collections.abc import Mapping
@@ -27,6 +28,7 @@ from edgeprompt.package.strict_json import check_keys, check_type
 from edgeprompt.prompts.checks import check_tensors
 from edgeprompt.prompts.template import Template
 
+_LOG = logging.getLogger("edgeprompt")
 Array = npt.NDArray[np.float32] | npt.NDArray[np.float16]
 
 FORMAT = "edgeprompt-prompt"
@@ -200,11 +202,15 @@ class PromptFile:
         Raises:
             BaseMismatchError: base fingerprint, tokenizer or a tensor's shape differs; both values are named.
         """
-        if self.base.fingerprint != manifest.base.fingerprint:
+        if not self.base.matches(manifest.base):
             raise BaseMismatchError(
                 f"prompt {self.name!r} was made for base {self.base.name} ({self.base.fingerprint}), "
-                f"the package holds {manifest.base.name} ({manifest.base.fingerprint}); tune it for this base"
+                f"the package holds {manifest.base.name} ({manifest.base.fingerprint})"
+                f"{self.base.apart(manifest.base)}; tune it for this base"
             )
+        weaker = self.base.weaker(manifest.base)
+        if weaker:
+            _LOG.info("prompt %r: %s", self.name, weaker)
         ours, theirs = self.tokenizer_fingerprint, manifest.tokenizer_fingerprint
         if ours and theirs and ours != theirs:
             raise BaseMismatchError(f"prompt {self.name!r} was made with tokenizer {ours}, the package holds {theirs}")

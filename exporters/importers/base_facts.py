@@ -35,14 +35,13 @@ def read_base_facts(base: str | os.PathLike[str]) -> BaseFacts:
         )
     from edgeprompt.base.geometry import geometry_of
     from edgeprompt.base.load import load_base
-    from edgeprompt.package.manifest import Base
     from exporters.package import write_tokenizer
 
     loaded = load_base(base)
     with tempfile.TemporaryDirectory() as scratch:
         fingerprint = write_tokenizer(loaded.tokenizer, Path(scratch), Path(scratch))
     return BaseFacts(
-        Base(loaded.name, loaded.fingerprint),
+        loaded.base,
         loaded.family.architecture,
         loaded.config.model_type,
         geometry_of(loaded.config),

@@ -220,7 +220,7 @@ def _manifest(
     scratch: Path,
 ) -> Manifest:
     if loaded is not None:
-        base = Base(loaded.name, loaded.fingerprint)
+        base = loaded.base
         _check_same_base(built, config, geometry, loaded)
     elif built.table is not None:
         base = Base(source.folder.resolve().name, fingerprint_of(config.model_type, geometry, built.table))
@@ -266,7 +266,7 @@ def _check_same_base(built: _Built, config: Any, geometry: Geometry, loaded: Loa
     if built.table is None:
         return
     found = fingerprint_of(config.model_type, geometry, built.table)
-    if found != loaded.fingerprint:
+    if not Base(loaded.name, found).matches(loaded.base):
         raise BaseMismatchError(
             f"the graph's embedding gives fingerprint {found}, --against {loaded.name!r} has {loaded.fingerprint}"
         )
