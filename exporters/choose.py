@@ -12,7 +12,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from itertools import islice
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, cast
 
 from edgeprompt.base.load import LoadedBase, load_base
 from edgeprompt.errors import ExportError, InputError, UnsupportedError, ValidationError
@@ -24,7 +24,7 @@ from exporters.export import ExportReport, export_model, is_onnx_folder
 
 if TYPE_CHECKING:
     from edgeprompt.evaluation.metrics import Score
-    from edgeprompt.request import Request
+    from edgeprompt.request import Generation, Request
     from edgeprompt.runtime import Runtime
 
 REFERENCE = "fp32"
@@ -257,7 +257,7 @@ class _Judge:
         first, cost = [], []
         for asked in requests.values():
             if self.generates:
-                timings = [runtime.run([request])[0].timings for request in asked]
+                timings = [cast("Generation", runtime.run([request])[0]).timings for request in asked]
                 first.append(statistics.fmean(one.ttft for one in timings))
                 cost.append(sum(one.total for one in timings) / sum(one.new_tokens for one in timings))
             else:

@@ -144,7 +144,7 @@ def command(
         single = len(texts) == 1 and len(prompts) <= 1
         if single and not out and not as_json and sys.stdout.isatty() and _generates(prompts):
             _, request = next(ask(1, next(rows)))
-            for piece in runtime.stream_request(request):
+            for piece in runtime.stream(request):
                 click.echo(piece, nl=False)
             click.echo()
             return
