@@ -120,14 +120,14 @@ def _share_reshaped(model: ir.Model) -> bool:
 
 
 def validate(
-    loaded: LoadedBase, folder: Path, manifest: Manifest, prompts: tuple[PromptFile, ...]
+    loaded: LoadedBase, folder: Path, manifest: Manifest, prompts: tuple[PromptFile, ...], data: Any = None
 ) -> Mapping[str, Any]:
     """Compare the package with the base.
 
     Raises:
         ValidationError: it does not compute what the base computes.
     """
-    return validate_decoder(loaded, folder, manifest, prompts)
+    return validate_decoder(loaded, folder, manifest, prompts, data)
 
 
 def _name_shapes(model: ir.Model, kv_heads: int, head_size: int) -> None:

@@ -153,11 +153,18 @@ def check_closeness(
     )
 
 
-def dequantize_record(record: Mapping[str, Any], initializers: Mapping[str, ir.Value]) -> torch.Tensor:
-    """The float32 weight [out_features, in_features] that a `exporters.quantize.graph.WeightRecord` describes."""
-    codes, scales = _array(initializers, record["codes"]), _array(initializers, record["scales"])
-    zeros = _array(initializers, record["zero_points"]) if record["zero_points"] else None
-    if record["layout"] == "columns":
+def dequantize_record(
+    record: Mapping[str, Any], initializers: Mapping[str, ir.Value], rows: slice = slice(None)
+) -> torch.Tensor:
+    """The float32 weight [out_features, in_features] that a `exporters.quantize.graph.WeightRecord` describes.
+
+    `rows` takes some of its rows alone.
+    """
+    columns_first = record["layout"] == "columns"
+    codes = _array(initializers, record["codes"], (slice(None), rows) if columns_first else (rows,))
+    scales = _array(initializers, record["scales"], (rows,))
+    zeros = _array(initializers, record["zero_points"], (rows,)) if record["zero_points"] else None
+    if columns_first:
         middle = np.zeros_like(scales) if zeros is None else zeros.astype(np.float32)
         return torch.from_numpy(((codes.astype(np.float32) - middle) * scales).T)
     if record["layout"] != "blocks":
@@ -171,10 +178,10 @@ def dequantize_record(record: Mapping[str, Any], initializers: Mapping[str, ir.V
     return weight[:, :columns] + offsets.repeat_interleave(record["block"], dim=1)
 
 
-def _array(initializers: Mapping[str, ir.Value], name: str) -> npt.NDArray[Any]:
+def _array(initializers: Mapping[str, ir.Value], name: str, part: tuple[slice, ...]) -> npt.NDArray[Any]:
     if name not in initializers or initializers[name].const_value is None:
         raise PackageError(f"the graph lacks the initialiser {name!r} that the manifest names; export the base again")
-    array: npt.NDArray[Any] = np.array(initializers[name].const_value.numpy())
+    array: npt.NDArray[Any] = np.array(initializers[name].const_value.numpy()[part])
     return array.astype(np.float32) if array.dtype == np.float16 else array
 
 

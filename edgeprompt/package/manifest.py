@@ -124,6 +124,12 @@ class Manifest:
     """Prompt files inside the package, relative paths."""
     validation: Mapping[str, Any] = field(default_factory=dict)
     """What the export measured when it proved itself."""
+    quality: Mapping[str, Any] = field(default_factory=dict)
+    """How near the package is to its base over real text: "texts", "kl_mean", "kl_p90", "top1", "perplexity",
+    "perplexity_base"; of encoders the distance of embeddings. Empty where no base was there to compare with."""
+    quality_gate: str | None = None
+    """"passed"; "allowed": further from its base than the limits, and written because the user said so; None: not
+    judged."""
     versions: Mapping[str, str] = field(default_factory=dict)
     extra: Mapping[str, Any] = field(default_factory=dict)
     """Facts for tools other than the runtime (for example where each weight went)."""
@@ -232,6 +238,8 @@ def _checked(manifest: Manifest) -> Manifest:
             raise ValueError(f"file {file!r} points out of the package")
     for value in (manifest.base.name, manifest.base.fingerprint, manifest.model_type):
         check_type(value, str, "base and model_type")
-    for name in ("validation", "versions", "extra"):
+    if manifest.quality_gate not in (None, "passed", "allowed"):
+        raise ValueError(f"quality_gate is {manifest.quality_gate!r}, allowed: passed, allowed, null")
+    for name in ("validation", "quality", "versions", "extra"):
         check_type(getattr(manifest, name), dict, name)
     return manifest
