@@ -37,7 +37,7 @@ def check_weights(model: Any, folder: Path, manifest: Manifest) -> dict[str, Any
         initializers = ir.load(folder / graph.file).graph.initializers if mine else {}
         for record in mine:
             if record["codes"] in initializers:
-                errors[record["codes"]] = _compare(record, initializers, parameters)
+                errors[f"{record['codes']} ({key})"] = _compare(record, initializers, parameters)
     if not errors:
         return {}
     worst = max(errors, key=lambda name: errors[name])
