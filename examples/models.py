@@ -59,7 +59,6 @@ def package(precision: str, model: Model = SMOLLM2) -> Path:
     out = WORK / f"{model.name}-{precision}"
     if not out.exists():
         stored, _, block = precision.partition("-")
-        # Larger blocks lose much of the base: prompts are tuned for such a package.
-        blocks = ("--block-size", block, "--allow-quality-loss") if block else ()
+        blocks = ("--block-size", block) if block else ()
         edgeprompt("export", model_file(model), "-o", out, "--precision", stored, *blocks)
     return out

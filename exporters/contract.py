@@ -31,10 +31,6 @@ class ExportOptions:
     prompt_input: str = "required"
     block_size: int = 32
     """Of int4 weights."""
-    data: Any = None
-    """Texts that the package is judged by; None: those shipped with edgeprompt."""
-    allow_quality_loss: bool = False
-    """Whether a package is written that is further from its base than the limits allow."""
 
     def __post_init__(self) -> None:
         for name, allowed in (
@@ -77,9 +73,9 @@ class Exporter(Protocol):
         ...
 
     def validate(
-        self, loaded: LoadedBase, folder: Path, manifest: Manifest, prompts: tuple[PromptFile, ...], data: Any = None
+        self, loaded: LoadedBase, folder: Path, manifest: Manifest, prompts: tuple[PromptFile, ...]
     ) -> Mapping[str, Any]:
-        """Compare the package with the base; return what was measured, over `data`'s texts where some are given.
+        """Compare the package with the base; return what was measured.
 
         Raises:
             ValidationError: the package does not compute what its base computes.

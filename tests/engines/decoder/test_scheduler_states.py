@@ -227,7 +227,7 @@ class Machine(RuleBasedStateMachine):
     def mishap(self, name: str) -> None:
         """The prefix of a prompt is evicted, or the next prefill breaks."""
         if name:
-            self.engine.forget(self.runtime._prompts.find(name))
+            self.engine._prefixes.remove(self.engine._prompts[name])
         elif self.pending() and not self.gate.break_next:
             self.gate.break_next = True
             self.breaks += 1
@@ -247,7 +247,7 @@ class Machine(RuleBasedStateMachine):
                 continue
             flight.checked = True
             error = flight.job.exception()
-            if error is not None and isinstance(error.__cause__, BrokenError):
+            if isinstance(error, BrokenError):
                 self.breaks -= 1
                 assert self.breaks >= 0
             elif isinstance(error, RequestCancelledError):

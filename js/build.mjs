@@ -1,0 +1,55 @@
+// Builds dist/: ESM for Node and browsers, CommonJS for Node, workers, declarations. `node build.mjs`
+import { execFileSync } from "node:child_process";
+import { copyFileSync, readFileSync, rmSync } from "node:fs";
+import { gzipSync } from "node:zlib";
+import { createRequire } from "node:module";
+import { dirname, join } from "node:path";
+import { fileURLToPath } from "node:url";
+import { build } from "esbuild";
+
+const MOST_BYTES = 25_000; // of own code, gzipped, without Unicode tables
+const home = dirname(fileURLToPath(import.meta.url));
+process.chdir(home);
+rmSync("dist", { recursive: true, force: true });
+
+const shared = {
+  bundle: true,
+  minify: true,
+  sourcemap: true,
+  target: "es2022",
+  external: ["onnxruntime-node", "onnxruntime-web", "onnxruntime-web/*", "@huggingface/jinja"],
+  logLevel: "warning",
+  metafile: true,
+};
+const node = { ...shared, platform: "node", format: "esm" };
+const browser = { ...shared, platform: "browser", format: "esm" };
+await build({ ...node, entryPoints: ["src/node.ts"], outfile: "dist/index.js" });
+await build({ ...node, entryPoints: ["src/worker-node.ts"], outfile: "dist/worker.js" });
+await build({
+  ...node,
+  format: "cjs",
+  entryPoints: ["src/node.ts"],
+  outfile: "dist/index.cjs",
+  define: { "import.meta.url": "commonJsUrl" },
+  banner: { js: 'const commonJsUrl = require("node:url").pathToFileURL(__filename).href;' },
+});
+const page = await build({ ...browser, entryPoints: ["src/browser.ts"], outfile: "dist/browser.js" });
+await build({ ...browser, entryPoints: ["src/worker-browser.ts"], outfile: "dist/worker-browser.js" });
+
+const require = createRequire(import.meta.url);
+const compiler = join(dirname(require.resolve("typescript/package.json")), "bin/tsc");
+execFileSync(process.execPath, [compiler, "-p", "."], { stdio: "inherit" });
+copyFileSync("dist/types/node.d.ts", "dist/types/node.d.cts");
+
+const tables = page.metafile.outputs["dist/browser.js"].inputs["src/tokenizer/tables.ts"].bytesInOutput;
+const code = readFileSync("dist/browser.js", "utf8");
+const own = gzipSync(code.replace(/"[A-Za-z0-9+/=]{40,}"/g, '""')).length;
+console.log(`browser.js: ${gzipSync(code).length} bytes gzipped, ${own} without Unicode tables (${tables} bytes of tables)`);
+if (own > MOST_BYTES) {
+  console.error(`own code is ${own} bytes gzipped, at most ${MOST_BYTES} are allowed`);
+  if (process.env.CI) process.exitCode = 1;
+}
+if (process.argv.includes("--sizes")) {
+  const inputs = Object.entries(page.metafile.outputs["dist/browser.js"].inputs);
+  for (const [file, { bytesInOutput }] of inputs.sort((a, b) => b[1].bytesInOutput - a[1].bytesInOutput)) console.log(bytesInOutput, file);
+}

@@ -1,0 +1,39 @@
+/** edgeprompt for browsers (and for bundlers that build for them). */
+
+import { LocalHost, WorkerHost, type Channel, type Host } from "./host.ts";
+import { webPlatform } from "./platform/web.ts";
+import { Runtime, type LoadOptions } from "./runtime.ts";
+
+/**
+ * Open a package.
+ * @param source The URL of its folder.
+ */
+export async function load(source: string | URL, options: LoadOptions = {}): Promise<Runtime> {
+  const url = new URL(source, globalThis.location?.href).href;
+  return Runtime.open(makeHost(options.worker ?? true), url, options);
+}
+
+function makeHost(worker: boolean | object): Host {
+  if (worker === false || typeof Worker === "undefined") return new LocalHost(webPlatform);
+  const thread =
+    worker === true
+      ? new Worker(new URL("./worker-browser.js", import.meta.url), { type: "module" })
+      : (worker as Worker);
+  return new WorkerHost(channelTo(thread));
+}
+
+function channelTo(thread: Worker): Channel {
+  return {
+    post: (message) => thread.postMessage(message),
+    listen: (onMessage, onFailure) => {
+      thread.onmessage = (event) => onMessage(event.data);
+      thread.onerror = (event) => onFailure(new Error(event.message || "it could not be started"));
+    },
+    end: () => {
+      thread.terminate();
+      return Promise.resolve();
+    },
+  };
+}
+
+export * from "./public.ts";

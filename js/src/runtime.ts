@@ -1,0 +1,225 @@
+/** The runtime: one package, many prompts. */
+
+import type { GenerationOptions } from "./decoding/sampling.ts";
+import { InputError, unpackError } from "./errors.ts";
+import type { Host } from "./host.ts";
+import { repr } from "./json.ts";
+import type { Manifest } from "./manifest.ts";
+import type { Answer, Classification, Generation, GoldenCheck, Request, Result, Tagging } from "./results.ts";
+import { OPTION_NAMES, type Outcome, type Progress, type ServiceOptions } from "./service.ts";
+import type { Text } from "./template.ts";
+
+export interface LoadOptions extends ServiceOptions {
+  /** Prompts to add: paths, URLs or bytes. */
+  prompts?: readonly PromptSource[];
+  /**
+   * Where the model runs: true (default): in a worker, so that this thread stays free; false: here; or a worker of your
+   * own that runs `edgeprompt/worker`, as bundlers want it.
+   */
+  worker?: boolean | object;
+  onProgress?: (progress: Progress) => void;
+  signal?: AbortSignal;
+}
+
+/** A path (Node) or URL, or the file's bytes. */
+export type PromptSource = string | URL | Uint8Array | ArrayBuffer;
+
+/** What every question may carry. */
+export interface AskOptions {
+  prompt?: string | null;
+  /** Ids instead of a text, without the prompt's virtual tokens. */
+  inputIds?: readonly number[];
+  truncate?: boolean;
+  /** Seconds after which the request fails with RequestTimeoutError. */
+  timeout?: number;
+  signal?: AbortSignal;
+}
+
+export interface GenerateOptions extends AskOptions, GenerationOptions {
+  chat?: boolean;
+}
+
+const REQUEST_NAMES = ["prompt", "inputIds", "truncate", "timeout", "chat"] as const;
+
+/** Serves one package; make one with `load`. */
+export class Runtime implements AsyncDisposable {
+  private constructor(
+    private readonly host: Host,
+    /** What the package is. */
+    readonly manifest: Manifest,
+    /** The execution provider that runs it. */
+    readonly provider: string,
+  ) {}
+
+  /** @internal */
+  static async open(host: Host, source: string, options: LoadOptions): Promise<Runtime> {
+    const known = [...OPTION_NAMES, "prompts", "worker", "onProgress", "signal"];
+    const unknown = Object.keys(options).find((name) => !known.includes(name));
+    try {
+      if (unknown) throw new InputError(`unknown option ${repr(unknown)}; known: ${known.join(", ")}`);
+      const { threads } = options;
+      if (threads !== undefined && !(Number.isInteger(threads) && threads >= 1)) {
+        throw new InputError(`threads is ${repr(threads)}; it must be at least 1, or left out for one per core`);
+      }
+      const settings = Object.fromEntries(
+        OPTION_NAMES.filter((name) => name in options).map((name) => [name, options[name as keyof LoadOptions]]),
+      );
+      const { onProgress, signal } = options;
+      const { manifest, provider } = await host.ask("open", [source, settings], { onProgress, signal });
+      const runtime = new Runtime(host, manifest, provider);
+      for (const prompt of options.prompts ?? []) await runtime.addPrompt(prompt);
+      return runtime;
+    } catch (error) {
+      await host.end();
+      throw error;
+    }
+  }
+
+  /**
+   * Make a prompt ready, replacing one of the same name; requests that run keep the old one.
+   * @returns Its name.
+   */
+  async addPrompt(prompt: PromptSource, options: { name?: string; allowBaseMismatch?: boolean } = {}): Promise<string> {
+    const source = prompt instanceof URL ? prompt.href : prompt instanceof ArrayBuffer ? new Uint8Array(prompt) : prompt;
+    const { name, note } = await this.host.ask("addPrompt", [source, options]);
+    if (note) console.info(`edgeprompt: ${note}`);
+    return name;
+  }
+
+  /** Forget a prompt; requests that run keep it. */
+  removePrompt(name: string): Promise<void> {
+    return this.host.ask("removePrompt", [name]);
+  }
+
+  /** Names of the prompts that requests can name. */
+  prompts(): Promise<string[]> {
+    return this.host.ask("promptNames", []);
+  }
+
+  /** Answer a batch of mixed tasks, in order; with `returnErrors`, a request that fails is its error in the list. */
+  async run(requests: readonly Request[], options: { signal?: AbortSignal; returnErrors?: false }): Promise<Result[]>;
+  async run(requests: readonly Request[], options: { signal?: AbortSignal; returnErrors: true }): Promise<(Result | Error)[]>;
+  async run(requests: readonly Request[]): Promise<Result[]>;
+  async run(requests: readonly Request[], options: { signal?: AbortSignal; returnErrors?: boolean } = {}): Promise<(Result | Error)[]> {
+    const outcomes: Outcome[] = await this.host.ask("run", [requests], { signal: options.signal });
+    return outcomes.map((one) => {
+      if ("result" in one) return one.result;
+      if (!options.returnErrors) throw unpackError(one.error);
+      return unpackError(one.error);
+    });
+  }
+
+  /** One text, many tasks: prompt name -> result. */
+  async runTasks(text: Text, prompts: readonly string[], options: { truncate?: boolean; signal?: AbortSignal } = {}): Promise<Record<string, Result>> {
+    const { truncate = false, signal } = options;
+    const results = await this.run(prompts.map((prompt) => ({ text, prompt, truncate })), { signal });
+    return Object.fromEntries(prompts.map((prompt, i) => [prompt, results[i]!]));
+  }
+
+  /** Label a text, or a list of texts. */
+  classify(text: readonly Text[], options?: AskOptions): Promise<Classification[]>;
+  classify(text: Text, options?: AskOptions): Promise<Classification>;
+  classify(text: Text | readonly Text[], options: AskOptions = {}): Promise<any> {
+    return this.each(text, "classify", options);
+  }
+
+  /** Generate from a text, or from a list of texts; without `prompt`, exactly the base model. */
+  generate(text: readonly Text[], options?: GenerateOptions): Promise<Generation[]>;
+  generate(text: Text, options?: GenerateOptions): Promise<Generation>;
+  generate(text: Text | readonly Text[], options: GenerateOptions = {}): Promise<any> {
+    return this.each(text, "generate", options);
+  }
+
+  /** `generate`, piece by piece; cancelling the stream, or leaving a `for await` over it, cancels the request. */
+  stream(text: Text, options: GenerateOptions = {}): ReadableStream<string> {
+    const controller = new AbortController();
+    const { signal } = options;
+    const abort = (): void => controller.abort();
+    if (signal?.aborted) abort();
+    signal?.addEventListener("abort", abort, { once: true });
+    return new ReadableStream<string>({
+      start: (stream) => {
+        let open = true;
+        controller.signal.addEventListener("abort", () => (open = open && signal?.aborted === true));
+        this.host
+          .ask("stream", [request(text, "generate", options)], {
+            signal: controller.signal,
+            onText: (piece) => {
+              if (open) stream.enqueue(piece);
+            },
+          })
+          .then(
+            () => open && stream.close(),
+            (error: unknown) => open && stream.error(error),
+          )
+          .finally(() => signal?.removeEventListener("abort", abort));
+      },
+      cancel: abort,
+    });
+  }
+
+  /** Spans of a text, by a prompt for tagging. */
+  tag(text: readonly Text[], options?: AskOptions): Promise<Tagging[]>;
+  tag(text: Text, options?: AskOptions): Promise<Tagging>;
+  tag(text: Text | readonly Text[], options: AskOptions = {}): Promise<any> {
+    return this.each(text, "tag", options);
+  }
+
+  /** The span of `context` that answers `question`, by a prompt for question answering. */
+  answer(question: string, context: string, options: AskOptions = {}): Promise<Answer> {
+    return this.each({ question, context }, "qa", options);
+  }
+
+  /** Scores of the next token (first decoder step for encoder-decoders). */
+  logits(text: Text, options: AskOptions = {}): Promise<Float32Array> {
+    const { task: _, ...asked } = request(text, "generate", options);
+    return this.host.ask("logits", [asked], { signal: options.signal });
+  }
+
+  /** A vector for each text. `pooling` "mean", "cls" or "last"; left out: the package's default. */
+  async embed(texts: readonly Text[], options: AskOptions & { pooling?: string } = {}): Promise<Float32Array[]> {
+    if (!Array.isArray(texts)) throw new InputError("embed takes a list of texts; put the one text into a list");
+    const { pooling = null, ...others } = options;
+    const requests = texts.map((text: Text) => request(text, "embed", others));
+    return this.host.ask("embed", [requests, options.prompt ?? null, pooling], { signal: options.signal });
+  }
+
+  /** Ask a prompt its golden example, and compare with what it answered where it was made. */
+  check(prompt: string): Promise<GoldenCheck> {
+    return this.host.ask("check", [prompt]);
+  }
+
+  /** Values for a prompt file's calibration: what the verbalizer says about texts without content. */
+  calibration(prompt: string, texts?: readonly Text[]): Promise<number[]> {
+    return this.host.ask("calibration", [prompt, texts ?? null]);
+  }
+
+  /** Fail requests in flight with RequestCancelledError and free the model. Closing twice is fine. */
+  async close(): Promise<void> {
+    await this.host.ask("close", []).catch(() => undefined);
+    await this.host.end();
+  }
+
+  async [Symbol.asyncDispose](): Promise<void> {
+    await this.close();
+  }
+
+  private async each(text: any, task: Request["task"], options: GenerateOptions): Promise<any> {
+    const many = Array.isArray(text);
+    const requests = (many ? text : [text]).map((one: Text) => request(one, task, options));
+    const results = await this.run(requests, { signal: options.signal });
+    return many ? results : results[0];
+  }
+}
+
+/** A request from a text and flat options. */
+function request(text: Text, task: Request["task"], options: GenerateOptions): Request {
+  const { signal: _, ...others } = options;
+  const found: Record<string, unknown> = { text, task };
+  for (const name of REQUEST_NAMES) {
+    if (others[name] !== undefined) found[name] = others[name];
+    delete others[name];
+  }
+  if (Object.keys(others).length) found["options"] = others;
+  return found as Request;
+}
