@@ -5,12 +5,15 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from edgeprompt.decoding.detokenizer import TextStream
+    from edgeprompt.engines.scheduler import Job
     from edgeprompt.errors import (
         BaseMismatchError,
         CapacityError,
         DataError,
         EdgePromptError,
         ExportError,
+        InferenceError,
         InputError,
         MissingDependencyError,
         PackageError,
@@ -27,16 +30,25 @@ if TYPE_CHECKING:
     )
     from edgeprompt.loading import load
     from edgeprompt.options import EngineOptions
+    from edgeprompt.package.manifest import Manifest
     from edgeprompt.prompts.file import PromptFile, load_prompt, save_prompt
     from edgeprompt.prompts.golden import GoldenCheck
     from edgeprompt.request import (
         Answer,
+        ChatKeywords,
         Classification,
+        Embedding,
         Generation,
+        GenerationKeywords,
         GenerationOptions,
+        Ids,
+        Message,
         Request,
+        RequestKeywords,
+        Result,
         Span,
         Tagging,
+        Text,
         Timings,
     )
     from edgeprompt.runtime import Runtime
@@ -47,15 +59,23 @@ __all__ = [
     "Answer",
     "BaseMismatchError",
     "CapacityError",
+    "ChatKeywords",
     "Classification",
     "DataError",
     "EdgePromptError",
+    "Embedding",
     "EngineOptions",
     "ExportError",
     "Generation",
+    "GenerationKeywords",
     "GenerationOptions",
     "GoldenCheck",
+    "Ids",
+    "InferenceError",
     "InputError",
+    "Job",
+    "Manifest",
+    "Message",
     "MissingDependencyError",
     "PackageError",
     "PromptFile",
@@ -64,12 +84,16 @@ __all__ = [
     "ProviderError",
     "Request",
     "RequestCancelledError",
+    "RequestKeywords",
     "RequestTimeoutError",
+    "Result",
     "Runtime",
     "SourceError",
     "Span",
     "Tagging",
     "TemplateError",
+    "Text",
+    "TextStream",
     "Timings",
     "TuningError",
     "UnsupportedError",
@@ -79,7 +103,18 @@ __all__ = [
     "save_prompt",
 ]
 
-_MODULES = ("errors", "options", "loading", "request", "prompts.file", "prompts.golden", "runtime")
+_MODULES = (
+    "errors",
+    "options",
+    "loading",
+    "request",
+    "package.manifest",
+    "prompts.file",
+    "prompts.golden",
+    "engines.scheduler",
+    "decoding.detokenizer",
+    "runtime",
+)
 """Where the public names are defined, the lightest first."""
 
 

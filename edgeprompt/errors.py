@@ -65,6 +65,10 @@ class RequestTimeoutError(EdgePromptError, TimeoutError):
     """The request's deadline passed between two steps."""
 
 
+class InferenceError(EdgePromptError, RuntimeError):
+    """A graph failed on a request, or the request ended on an error that nobody foresaw."""
+
+
 class ExportError(EdgePromptError, RuntimeError):
     """An export failed; nothing was written."""
 

@@ -23,6 +23,7 @@ PRECISIONS = ("fp32", "fp16", "int8", "int4")
 BLOCK_SIZES = (32, 64, 128)
 ROUTES = ("genai", "torch", "onnx")
 TASKS = ("classify", "generate", "tag", "qa", "embed")
+PROBLEM_TYPES = ("single_label", "multi_label", "regression")
 METHODS = (
     "prompt-tuning",
     "p-tuning",

@@ -5,7 +5,7 @@ from __future__ import annotations
 import operator
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any, TypeAlias
+from typing import Any, TypeAlias, TypedDict
 
 import numpy as np
 import numpy.typing as npt
@@ -14,6 +14,11 @@ from edgeprompt.errors import InputError
 
 Text: TypeAlias = str | Mapping[str, str]
 """A string fills the template's `{text}`; a mapping fills slots by name."""
+Ids: TypeAlias = Sequence[int]
+"""Token ids of one text."""
+Message: TypeAlias = Mapping[str, str]
+"""A turn of a conversation: its `role` ("system", "user" or "assistant") and its `content`."""
+POOLINGS = ("mean", "cls", "last")
 
 
 @dataclass(frozen=True)
@@ -44,7 +49,8 @@ class Request:
     prompt: str | None = None
     input_ids: Sequence[int] | None = None
     task: str | None = None
-    """"classify", "generate", "tag", "qa" or "embed"; None takes the prompt's task, or "generate"."""
+    """"classify", "generate", "tag", "qa", "embed" or "logits"; None takes the prompt's task, or the bare base's:
+    "generate", on an encoder "embed"."""
     options: GenerationOptions = field(default_factory=GenerationOptions)
     chat: bool = False
     """Wrap the text in the package's chat template."""
@@ -52,13 +58,18 @@ class Request:
     """Seconds after which the request fails with RequestTimeoutError."""
     truncate: bool = False
     """Cut the text slot where the request exceeds the context; False refuses it."""
+    messages: Sequence[Message] = ()
+    """A conversation instead of `text`, in the package's chat template; its last turn, the user's, fills the prompt's
+    template."""
+    pooling: str | None = None
+    """Of "embed": "mean", "cls" or "last"; None takes the package's default."""
 
     def __post_init__(self) -> None:
         """Check what every engine relies on.
 
         Raises:
-            InputError: `prompt` is no name, `input_ids` no integers, `options` no GenerationOptions, or `timeout` no
-                number of seconds from 0 on.
+            InputError: `prompt` is no name, `input_ids` no integers, `options` no GenerationOptions, `timeout` no
+                number of seconds from 0 on, `pooling` no known one, or `messages` no conversation.
         """
         if not isinstance(self.prompt, str | None):
             raise InputError(f"prompt is {self.prompt!r}; give the name of a prompt, or None")
@@ -73,6 +84,78 @@ class Request:
         timeout = self.timeout
         if timeout is not None and (not isinstance(timeout, int | float) or not timeout >= 0):
             raise InputError(f"timeout is {timeout!r}; it must be a number of seconds, or None")
+        if self.pooling not in (None, *POOLINGS):
+            raise InputError(f"pooling is {self.pooling!r}, allowed: {', '.join(POOLINGS)}")
+        if self.messages:
+            object.__setattr__(self, "messages", _conversation(self.messages))
+            if self.text or self.input_ids is not None:
+                raise InputError("give messages, a text, or input_ids; not several")
+
+
+class RequestKeywords(TypedDict, total=False):
+    """Keywords of the calls that ask one thing of a text: fields of `Request`."""
+
+    prompt: str | None
+    input_ids: Ids | None
+    truncate: bool
+    timeout: float | None
+
+
+class ChatKeywords(RequestKeywords, total=False):
+    """Keywords of `chat`: fields of `Request` and of `GenerationOptions`."""
+
+    options: GenerationOptions | None
+    max_new_tokens: int | None
+    temperature: float | None
+    top_k: int | None
+    top_p: float | None
+    min_p: float | None
+    repetition_penalty: float | None
+    seed: int | None
+    stop: str | Sequence[str]
+    logprobs: bool
+    num_beams: int
+    choices: Sequence[str]
+
+
+class GenerationKeywords(ChatKeywords, total=False):
+    """Keywords of the calls that generate: also what may come instead of a text."""
+
+    chat: bool
+    messages: Sequence[Message]
+
+
+def make_request(text: Text, task: str, keywords: Mapping[str, Any]) -> Request:
+    """A request from the keywords of a call.
+
+    Raises:
+        InputError: a keyword is unknown, or options come twice.
+    """
+    fields = {name: value for name, value in keywords.items() if name in _FIELDS}
+    settings = {name: value for name, value in keywords.items() if name not in _FIELDS and name != "options"}
+    known = _OPTIONS if task == "generate" else ()
+    unknown = next((name for name in settings if name not in known), None)
+    if unknown is not None or (task != "generate" and "options" in keywords):
+        raise InputError(f"unknown option {unknown or 'options'!r}; known: {', '.join((*known, *_FIELDS))}")
+    options = keywords.get("options")
+    if settings and options is not None:
+        raise InputError(f"give options= or {next(iter(settings))}=, not both")
+    if options is None:
+        options = GenerationOptions(**settings)
+    return Request(text, task=task, options=options, **fields)
+
+
+def _conversation(messages: Sequence[Message]) -> tuple[Message, ...]:
+    for message in messages if isinstance(messages, list | tuple) else ({},):
+        if not isinstance(message, Mapping) or not all(isinstance(message.get(k), str) for k in ("role", "content")):
+            raise InputError("messages must be a list of {'role': ..., 'content': ...}, both texts")
+    if messages[-1]["role"] != "user":
+        raise InputError(f"the last message is the {messages[-1]['role']}'s; it must be the user's, to be answered")
+    return tuple(messages)
+
+
+_OPTIONS = tuple(GenerationOptions.__dataclass_fields__)
+_FIELDS = ("prompt", "input_ids", "truncate", "timeout", "chat", "messages")
 
 
 @dataclass(frozen=True)

@@ -66,7 +66,7 @@ def is_for(path: Path, package: Path) -> bool:
     """Whether a prompt is of a package's base, and was tuned for its precision."""
     prompt, manifest = ep.load_prompt(path), open_package(package).manifest
     same_precision = prompt.tuned_for is None or prompt.tuned_for.precision == manifest.precision
-    return same_precision and prompt.base.fingerprint == manifest.base.fingerprint
+    return same_precision and prompt.base.matches(manifest.base)
 
 
 def accuracy_table(package: Path, mine: Path, shipped: dict[str, Path]) -> Table:

@@ -59,6 +59,7 @@ def package(precision: str, model: Model = SMOLLM2) -> Path:
     out = WORK / f"{model.name}-{precision}"
     if not out.exists():
         stored, _, block = precision.partition("-")
-        blocks = ("--block-size", block) if block else ()
+        # Larger blocks lose much of the base: prompts are tuned for such a package.
+        blocks = ("--block-size", block, "--allow-quality-loss") if block else ()
         edgeprompt("export", model_file(model), "-o", out, "--precision", stored, *blocks)
     return out

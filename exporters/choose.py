@@ -12,7 +12,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from itertools import islice
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, cast
 
 from edgeprompt.base.load import LoadedBase, load_base
 from edgeprompt.errors import ExportError, InputError, UnsupportedError, ValidationError
@@ -24,7 +24,7 @@ from exporters.export import ExportReport, export_model, is_onnx_folder
 
 if TYPE_CHECKING:
     from edgeprompt.evaluation.metrics import Score
-    from edgeprompt.request import Request
+    from edgeprompt.request import Generation, Request
     from edgeprompt.runtime import Runtime
 
 REFERENCE = "fp32"
@@ -63,6 +63,7 @@ class Candidate:
             what["block_size"] = self.block_size
         if self.report is None:
             return {**what, "verdict": f"failed: {self.failure}"}
+        what |= {"quality": self.report.manifest.quality, "quality_gate": self.report.manifest.quality_gate}
         return {
             **what,
             "size_bytes": self.report.size_bytes,
@@ -100,6 +101,7 @@ def export_best(
     provider: str = "cpu",
     force: bool = False,
     prompt_input: str = "required",
+    allow_quality_loss: bool = False,
     progress: Progress | None = None,
 ) -> ExportReport:
     """Export in the precision that serves `prompts` quickest here without losing more than `tolerance` points.
@@ -119,6 +121,7 @@ def export_best(
         provider: As for `export_model`, and where it is measured.
         force: Replace an older package, or an empty folder, at `out`, after the new package is whole.
         prompt_input: As for `export_model`.
+        allow_quality_loss: Let candidates take part that are further from the base than `export_model` allows.
         progress: Called with a stage's name and the fraction done.
 
     Raises:
@@ -153,6 +156,7 @@ def export_best(
                 found.report = export_model(
                     loaded, scratch / str(number), precision=precision, block_size=block_size, route=route,
                     provider=provider, prompts=prompts, prompt_input=prompt_input,
+                    allow_quality_loss=allow_quality_loss,
                 )  # fmt: skip
             except (UnsupportedError, ValidationError, ExportError) as error:
                 if precision == REFERENCE or isinstance(error.__cause__, OSError):
@@ -257,7 +261,7 @@ class _Judge:
         first, cost = [], []
         for asked in requests.values():
             if self.generates:
-                timings = [runtime.run([request])[0].timings for request in asked]
+                timings = [cast("Generation", runtime.run([request])[0]).timings for request in asked]
                 first.append(statistics.fmean(one.ttft for one in timings))
                 cost.append(sum(one.total for one in timings) / sum(one.new_tokens for one in timings))
             else:

@@ -31,6 +31,10 @@ class ExportOptions:
     prompt_input: str = "required"
     block_size: int = 32
     """Of int4 weights."""
+    data: Any = None
+    """Texts that the package is judged by; None: those shipped with edgeprompt."""
+    allow_quality_loss: bool = False
+    """Whether a package is written that is further from its base than the limits allow."""
 
     def __post_init__(self) -> None:
         for name, allowed in (
@@ -73,9 +77,9 @@ class Exporter(Protocol):
         ...
 
     def validate(
-        self, loaded: LoadedBase, folder: Path, manifest: Manifest, prompts: tuple[PromptFile, ...]
+        self, loaded: LoadedBase, folder: Path, manifest: Manifest, prompts: tuple[PromptFile, ...], data: Any = None
     ) -> Mapping[str, Any]:
-        """Compare the package with the base; return what was measured.
+        """Compare the package with the base; return what was measured, over `data`'s texts where some are given.
 
         Raises:
             ValidationError: the package does not compute what its base computes.

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import os
 import re
@@ -17,7 +18,8 @@ from edgeprompt.prompts.template import Template, VirtualTokens
 from exporters import writers
 from exporters.importers import read_foreign
 from exporters.importers.base_facts import read_base_facts
-from exporters.importers.foreign import BaseFacts, ForeignPrompt, ReadOptions
+from exporters.importers.foreign import BaseFacts, ForeignPrompt, NeedsBaseError, ReadOptions
+from exporters.importers.servable import check_servable
 
 TARGETS = ("auto", "prompt", "onnx-adapter", "npy", "peft", "trtllm")
 _BY_ENDING = {".safetensors": "prompt", ".onnx_adapter": "onnx-adapter", ".npy": "npy"}
@@ -77,8 +79,10 @@ def convert_prompt(
     kind = _target(Path(output), target)
     sources = [source] if isinstance(source, (str, os.PathLike)) else list(source)
     check_output(output, _output_kind(kind, Path(output)), force=force, sources=(base, *sources))
-    facts = base if isinstance(base, BaseFacts) or base is None else read_base_facts(base)
     options = ReadOptions(template, tuple(labels))
+    if base is not None and not isinstance(base, BaseFacts):
+        _check_sources([Path(one) for one in sources], source_format, options)
+    facts = base if isinstance(base, BaseFacts) or base is None else read_base_facts(base)
     prompts: list[PromptFile] = []
     found: list[str] = []
     dropped: list[str] = []
@@ -100,6 +104,8 @@ def convert_prompt(
         prompts = [dataclasses.replace(prompt, name=name) for prompt in prompts]
     for prompt in prompts:
         prompt.to_bytes()  # every check of the format, whatever the target
+        if facts and kind == "prompt":
+            check_servable(prompt, facts)
     outputs = _write(prompts, Path(output), kind, facts, force)
     return ConversionReport(
         ", ".join(dict.fromkeys(source_formats)),
@@ -133,6 +139,16 @@ def _output_kind(target: str, output: Path) -> Kind:
     if target == "prompt":
         return PROMPT if output.suffix else PROMPT_SET
     return {"peft": ADAPTER, "onnx-adapter": ONNX_ADAPTER}.get(target, TABLE)
+
+
+def _check_sources(sources: Sequence[Path], source_format: str, options: ReadOptions) -> None:
+    """Say what is wrong with a source before its base is loaded, which takes seconds."""
+    for path in sources:
+        if _is_prompt_file(path):
+            load_prompt(path)
+            continue
+        with contextlib.suppress(NeedsBaseError):
+            read_foreign(path, source_format, None, dataclasses.replace(options, template=None))
 
 
 def _is_prompt_file(path: Path) -> bool:
@@ -239,7 +255,7 @@ def _reread(
     labels: Sequence[str],
 ) -> PromptFile:
     """An edgeprompt prompt file as source: options replace what it holds; its base is never changed."""
-    if facts and facts.base.fingerprint != prompt.base.fingerprint:
+    if facts and not facts.base.matches(prompt.base):
         raise BaseMismatchError(
             f"prompt {prompt.name!r} was made for base {prompt.base.name} ({prompt.base.fingerprint}), "
             f"--base is {facts.base.name} ({facts.base.fingerprint})"

@@ -11,7 +11,7 @@ import onnx_ir as ir
 from edgeprompt import names
 from edgeprompt.base.geometry import geometry_of
 from edgeprompt.base.load import LoadedBase
-from edgeprompt.errors import UnsupportedError
+from edgeprompt.errors import ExportError, UnsupportedError
 from edgeprompt.package.manifest import Manifest
 from edgeprompt.prompts.file import PromptFile
 from exporters.contract import BuiltGraphs, ExportOptions
@@ -42,10 +42,17 @@ def build(loaded: LoadedBase, options: ExportOptions, folder: Path, scratch: Pat
     if route == "auto":
         route = "genai" if genai.suits(loaded) else "torch"
     builder = genai.build_graph if route == "genai" else torch_route.build_graph
-    model = builder(loaded, options, folder, scratch)
+    instead: dict[str, str] = {}
+    try:
+        model = builder(loaded, options, folder, scratch)
+    except ExportError as error:
+        if route == options.route or route == "torch":
+            raise
+        instead = {"route_instead_of_genai": str(error)}
+        route, model = "torch", torch_route.build_graph(loaded, options, folder, scratch)
     finish_graph(model, loaded, options)
     save_graph(model, folder / GRAPH)
-    return BuiltGraphs({"model": GRAPH}, route, extra={"weights": model.meta["weights"]})
+    return BuiltGraphs({"model": GRAPH}, route, extra={"weights": model.meta["weights"], **instead})
 
 
 def finish_graph(model: ir.Model, loaded: LoadedBase, options: ExportOptions) -> None:
@@ -113,14 +120,14 @@ def _share_reshaped(model: ir.Model) -> bool:
 
 
 def validate(
-    loaded: LoadedBase, folder: Path, manifest: Manifest, prompts: tuple[PromptFile, ...]
+    loaded: LoadedBase, folder: Path, manifest: Manifest, prompts: tuple[PromptFile, ...], data: Any = None
 ) -> Mapping[str, Any]:
     """Compare the package with the base.
 
     Raises:
         ValidationError: it does not compute what the base computes.
     """
-    return validate_decoder(loaded, folder, manifest, prompts)
+    return validate_decoder(loaded, folder, manifest, prompts, data)
 
 
 def _name_shapes(model: ir.Model, kv_heads: int, head_size: int) -> None:

@@ -58,7 +58,7 @@ def build(loaded: LoadedBase, options: ExportOptions, folder: Path, scratch: Pat
 
 
 def validate(
-    loaded: LoadedBase, folder: Path, manifest: Manifest, prompts: tuple[PromptFile, ...]
+    loaded: LoadedBase, folder: Path, manifest: Manifest, prompts: tuple[PromptFile, ...], data: Any = None
 ) -> Mapping[str, Any]:
     """Compare the package with the base.
 
@@ -68,7 +68,7 @@ def validate(
     from exporters.validate.seq2seq import validate_seq2seq
 
     loaded.family.prepare(loaded.model)
-    return validate_seq2seq(loaded, folder, manifest, prompts)
+    return validate_seq2seq(loaded, folder, manifest, prompts, data)
 
 
 def _scales_embeddings(model: Any) -> bool:

@@ -45,14 +45,14 @@ def build(loaded: LoadedBase, options: ExportOptions, folder: Path, scratch: Pat
 
 
 def validate(
-    loaded: LoadedBase, folder: Path, manifest: Manifest, prompts: tuple[PromptFile, ...]
+    loaded: LoadedBase, folder: Path, manifest: Manifest, prompts: tuple[PromptFile, ...], data: Any = None
 ) -> Mapping[str, Any]:
     """Compare the package with the base.
 
     Raises:
         ValidationError: it does not compute what the base computes.
     """
-    return validate_encoder(loaded, folder, manifest, prompts)
+    return validate_encoder(loaded, folder, manifest, prompts, data)
 
 
 def _pooling(config: Any) -> str:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import logging
 import os
 import tempfile
 from collections.abc import Iterator, Mapping, Sequence
@@ -19,12 +20,14 @@ from edgeprompt.base.tokenizer_files import check_tokenizer_files
 from edgeprompt.errors import BaseMismatchError, ExportError, InputError
 from edgeprompt.package.files import atomic_folder
 from edgeprompt.package.folder import open_package
-from edgeprompt.package.manifest import Manifest
+from edgeprompt.package.manifest import Base, Manifest
 from edgeprompt.package.outputs import PACKAGE
 from edgeprompt.prompts.file import PromptFile, load_prompt
 from exporters.contract import Exporter, ExportOptions, Progress
 from exporters.package import make_manifest, write_prompts, write_tokenizer
+from exporters.validate.quality import with_quality
 
+_LOG = logging.getLogger("edgeprompt")
 EXPORTERS = {
     names.DECODER_ONLY: "exporters.decoder_only",
     names.ENCODER_ONLY: "exporters.encoder_only",
@@ -61,6 +64,8 @@ def export_model(
     force: bool = False,
     prompt_input: str = "required",
     block_size: int = 32,
+    data: Any = None,
+    allow_quality_loss: bool = False,
     against: str | os.PathLike[str] | LoadedBase | None = None,
     progress: Progress | None = None,
 ) -> ExportReport:
@@ -78,6 +83,10 @@ def export_model(
             as stock ORT's adapters need it.
         block_size: Of int4 weights: 32 keeps every block's offset in float; 64 and 128 round it to an integer zero
             point, which is quicker and less exact, so tune prompts for that package.
+        data: Texts that the package is judged by: a file or rows as `tune` reads them, or lines of a `.txt` file; None
+            for the text shipped with edgeprompt.
+        allow_quality_loss: Write the package even if it is further from its base than the limits allow
+            (`exporters.validate.quality.LIMITS`); its manifest says "allowed".
         against: The base in PyTorch to compare with, for the onnx route, whose `base` is a folder of graphs.
         progress: Called with a stage's name and the fraction done.
 
@@ -85,10 +94,10 @@ def export_model(
         SourceError: the base is missing, unreadable or of an unknown architecture.
         BaseMismatchError: a prompt was made for another base.
         InputError: `out` exists, is not replaced even with `force`, or an option has an unknown value.
-        ValidationError: the graph does not compute what the base computes.
+        ValidationError: the graph does not compute what the base computes, or keeps too little of it.
         ExportError: the export failed; nothing was written.
     """
-    options = ExportOptions(precision, route, provider, prompt_input, block_size)
+    options = ExportOptions(precision, route, provider, prompt_input, block_size, data, allow_quality_loss)
     tell = progress or _silent
     files = _load_prompts(prompts)
     try:
@@ -124,8 +133,12 @@ def validate_package(
     *,
     against: str | os.PathLike[str] | LoadedBase,
     prompts: Sequence[str | os.PathLike[str]] = (),
+    data: Any = None,
+    allow_quality_loss: bool = False,
 ) -> Mapping[str, Any]:
     """Compare an existing package with a base model in PyTorch; returns what was measured.
+
+    `data` and `allow_quality_loss` are those of `export_model`; a package that was allowed once stays allowed.
 
     Raises:
         PackageError: the package is broken, or its files are not those of the manifest.
@@ -136,15 +149,21 @@ def validate_package(
     package.verify()
     loaded = against if isinstance(against, LoadedBase) else load_base(against)
     manifest = package.manifest
-    if loaded.fingerprint != manifest.base.fingerprint:
+    base = loaded.base
+    if not base.matches(manifest.base):
         raise BaseMismatchError(
             f"package {str(path)!r} was exported from {manifest.base.name!r} ({manifest.base.fingerprint}); "
-            f"{loaded.name!r} has {loaded.fingerprint}"
+            f"{base.name!r} has {base.fingerprint}{base.apart(manifest.base)}"
         )
+    _tell_weaker(manifest.base, base)
     files = _load_prompts(prompts)
     for prompt in files.values():
         prompt.check_base(manifest)
-    return find_exporter(manifest.architecture).validate(loaded, Path(path), manifest, tuple(files.values()))
+    exporter = find_exporter(manifest.architecture)
+    measured = exporter.validate(loaded, Path(path), manifest, tuple(files.values()), data)
+    allow = allow_quality_loss or manifest.quality_gate == "allowed"
+    judged = with_quality(manifest, measured, allow=allow)
+    return {**judged.validation, "quality": judged.quality, "quality_gate": judged.quality_gate}
 
 
 def find_exporter(architecture: str) -> Exporter:
@@ -177,8 +196,8 @@ def _build(
             prompt.check_base(manifest)
         manifest.write(folder)
         tell("validate", 0.7)
-        measured = exporter.validate(loaded, folder, manifest, tuple(prompts.values()))
-    return dataclasses.replace(manifest, validation=measured)
+        measured = exporter.validate(loaded, folder, manifest, tuple(prompts.values()), options.data)
+    return with_quality(manifest, measured, allow=options.allow_quality_loss)
 
 
 @contextlib.contextmanager
@@ -200,11 +219,20 @@ def _few_threads(model: Any) -> Iterator[None]:
 
 def _check_fingerprint(prompt: PromptFile, loaded: LoadedBase) -> None:
     # Before the graph is built: a wrong prompt should cost seconds, not the whole export.
-    if prompt.base.fingerprint != loaded.fingerprint:
+    base = loaded.base
+    if not prompt.base.matches(base):
         raise BaseMismatchError(
             f"prompt {prompt.name!r} was made for {prompt.base.name!r} ({prompt.base.fingerprint}), not for "
-            f"{loaded.name!r} ({loaded.fingerprint}); export that base, or tune the prompt for this one"
+            f"{base.name!r} ({base.fingerprint}){base.apart(prompt.base)}; export that base, or tune the prompt for "
+            "this one"
         )
+    _tell_weaker(prompt.base, base)
+
+
+def _tell_weaker(one: Base, other: Base) -> None:
+    weaker = one.weaker(other)
+    if weaker:
+        _LOG.warning("note: %s", weaker)
 
 
 def _load_prompts(paths: Sequence[str | os.PathLike[str]]) -> dict[str, PromptFile]:

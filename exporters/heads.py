@@ -12,7 +12,7 @@ from edgeprompt.errors import UnsupportedError
 from edgeprompt.prompts.file import Head, HeadStep
 
 _ACTIVATIONS = {"gelu": "gelu", "relu": "relu", "silu": "silu", "swish": "silu", "tanh": "tanh"}
-_PROBLEMS = {
+PROBLEMS = {
     "single_label_classification": "single_label",
     "multi_label_classification": "multi_label",
     "regression": "regression",
@@ -46,7 +46,7 @@ def head_from_model(model: Any) -> tuple[Head, dict[str, npt.NDArray[np.float32]
     problem = getattr(model.config, "problem_type", None)
     if problem is None and source != "tokens":
         problem = "regression" if model.config.num_labels == 1 else None
-    head = Head(source, tuple(steps), _PROBLEMS.get(problem or "", "single_label"))
+    head = Head(source, tuple(steps), PROBLEMS.get(problem or "", "single_label"))
     return head, head_tensors(model, head)
 
 

@@ -15,7 +15,7 @@ from edgeprompt.base.load import LoadedBase
 from edgeprompt.base.tokenizer_files import check_vocabulary
 from edgeprompt.errors import SourceError
 from edgeprompt.package.files import fingerprint_tokenizer, sha256_file
-from edgeprompt.package.manifest import Base, GraphFile, Manifest
+from edgeprompt.package.manifest import GraphFile, Manifest
 from edgeprompt.prompts.file import PromptFile, save_prompt
 from exporters.contract import BuiltGraphs, ExportOptions
 
@@ -70,7 +70,7 @@ def make_manifest(
     return Manifest(
         architecture=loaded.family.architecture,
         model_type=loaded.config.model_type,
-        base=Base(loaded.name, loaded.fingerprint),
+        base=loaded.base,
         geometry=geometry_of(loaded.config),
         tokens=tokens_of(loaded.config, written, loaded.tokenizer),
         precision=options.precision,

@@ -44,8 +44,8 @@ def write_table(prompts: Sequence[PromptFile], path: str | os.PathLike[str]) -> 
         if prompt.prompt_embeddings is None:
             raise UnsupportedError(f"prompt {prompt.name!r} has no embeddings, and a prompt table holds nothing else")
         tables.append(prompt.prompt_embeddings)
-    bases = {(prompt.base.fingerprint, table.shape[1]) for prompt, table in zip(prompts, tables, strict=True)}
-    if len(bases) != 1:
+    one = bool(prompts) and all(prompt.base.matches(prompts[0].base) for prompt in prompts)
+    if not one or len({table.shape[1] for table in tables}) != 1:
         raise InputError("the prompts of one table must be made for one base")
     full = np.zeros((len(tables), max(map(len, tables)), tables[0].shape[1]), np.float32)
     for row, table in enumerate(tables):

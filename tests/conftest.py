@@ -262,3 +262,15 @@ def minilm_package(minilm_folder: Path, cached_package: Callable[..., Path]) -> 
 def minilm_int8_package(minilm_folder: Path, cached_package: Callable[..., Path]) -> Path:
     """all-MiniLM-L6-v2 at int8."""
     return cached_package("minilm-int8", minilm_folder, precision="int8")
+
+
+@pytest.fixture(scope="module")
+def minilm(minilm_package: Path) -> Iterator[Any]:
+    """all-MiniLM-L6-v2 with the prompts of `add_all`; each module has its own."""
+    import edgeprompt
+    from tests.support.encoder_prompts import add_all
+    from tests.support.runtimes import QUIET
+
+    with edgeprompt.load(minilm_package, options=QUIET) as loaded:
+        add_all(loaded)
+        yield loaded

@@ -35,6 +35,7 @@ from edgeprompt import EngineOptions, PromptFile, Request, Runtime, load_prompt,
 from edgeprompt.bench.device import clock, describe_device, throttling
 from edgeprompt.bench.memory import split_rss
 from edgeprompt.bench.statistics import percentile
+from edgeprompt.names import PAST_KEY_VALUES
 from edgeprompt.package.folder import Package, open_package
 from edgeprompt.prompts.template import Template
 from edgeprompt.request import Classification, GenerationOptions
@@ -58,7 +59,7 @@ def make_prompts(
 ) -> list[PromptFile]:
     """The shipped prompts of this base, then some of rows drawn from theirs; `deep`: every fifth of random KV."""
     shipped = [load_prompt(path) for path in sorted(SHIPPED.glob("*.safetensors"))]
-    shipped = [prompt for prompt in shipped if prompt.base.fingerprint == package.manifest.base.fingerprint]
+    shipped = [prompt for prompt in shipped if prompt.base.matches(package.manifest.base)]
     if not shipped:
         raise SystemExit(f"no prompt in {SHIPPED} is for {package.manifest.base.name}")
     found = list(shipped[:count])
@@ -295,22 +296,21 @@ def swap(runtime: Runtime, names: Sequence[str]) -> dict[str, Any]:
     slot, which the same prompt finds there. Beside it, whole requests in pairs.
     """
     engine: Any = runtime._engine
-    graph, prompts = engine._lanes[0].graph, [engine._prompts[name] for name in names[:2]]
+    graph, prompts = engine._lanes[0].graph, [runtime._prompts.find(name) for name in names[:2]]
     direct = []
     for number in range(SAMPLES + 50):
         name = names[number % 2]
         started = time.perf_counter_ns()
-        runtime._ensure(name)
-        loaded, _ = engine._find(Request("", name))
-        graph.place(0, engine._prefixes.get(loaded), 64, 0)
+        prefix = engine.derived.get((runtime._prompts.find(name), PAST_KEY_VALUES))
+        graph.place(0, prefix, 64, 0)
         direct.append((time.perf_counter_ns() - started) / 1000)
     direct = sorted(direct[50:])
-    assert prompts[0].count == prompts[1].count
+    assert prompts[0].num_virtual_tokens == prompts[1].num_virtual_tokens
     differences = []
     for number in range(60):
         first, second = names[number % 2], names[1 - number % 2]
         times = []
-        runtime.classify("a film", prompt=first) if engine._prompts[first].verbalizer else None
+        runtime.classify("a film", prompt=first) if runtime._prompts.find(first).verbalizer else None
         for name in (second, second):
             started = time.perf_counter_ns()
             runtime.logits("a film of a kind", prompt=name)
@@ -320,7 +320,7 @@ def swap(runtime: Runtime, names: Sequence[str]) -> dict[str, Any]:
         "swap_microseconds": {f"p{p}": percentile(direct, p) for p in (50, 90, 99)} | {"max": direct[-1]},
         "swap_samples": len(direct),
         "request_difference_microseconds": {f"p{p}": percentile(sorted(differences), p) for p in (10, 50, 90)},
-        "virtual_tokens": prompts[0].count,
+        "virtual_tokens": prompts[0].num_virtual_tokens,
     }
 
 
@@ -328,14 +328,14 @@ def evicted(runtime: Runtime, names: Sequence[str]) -> bool:
     """Whether a prefix that others put out is computed again to the same bytes."""
     engine: Any = runtime._engine
     runtime.logits("a film", prompt=names[0])
-    loaded = engine._prompts[names[0]]
-    before = engine._prefixes.get(loaded).copy()
-    others = 2 + engine._prefixes.budget // before.nbytes
+    key = runtime._prompts.find(names[0]), PAST_KEY_VALUES
+    before = engine.derived.get(key).copy()
+    others = 2 + engine.derived.budget // before.nbytes
     for name in names[1 : 1 + others]:
         runtime.logits("a film", prompt=name)
-    assert engine._prefixes.get(loaded) is None
+    assert engine.derived.get(key) is None
     runtime.logits("a film", prompt=names[0])
-    return bool(np.array_equal(before, engine._prefixes.get(loaded)))
+    return bool(np.array_equal(before, engine.derived.get(key)))
 
 
 PARTS: dict[str, Callable[[Package, int], dict[str, Any]]] = {

@@ -36,6 +36,10 @@ def _median(seconds: list[float] | None) -> float:
     return statistics.median(seconds) * 1e3 if seconds else math.nan
 
 
+IN_README = ("edgeprompt", "edgeprompt-int8", "llamacpp", "genai-pruned", "pytorch", "optimum")
+"""Peers of the README's table, and of its columns the places in MEASURES; docs/benchmarks.md has all."""
+README_MEASURES = (0, 2, 3, 4)
+
 RATIO = "ratio of medians (lowest to highest of any two rounds)"
 HEAD = ["| | " + " | ".join(title for title, _, _ in MEASURES) + " |", "|" + " --- |" * (len(MEASURES) + 1)]
 
@@ -84,6 +88,27 @@ def to_markdown(result: dict[str, Any], starts: dict[str, Any] | None = None) ->
             cells.append(_shown(statistics.median(seconds)) if seconds else "absent")
         lines.append(f"| {peer['title']} | " + " | ".join(cells) + " |")
     return "\n".join([*lines, "", *_notes(result, rounds)]) + "\n"
+
+
+def summary_to_markdown(result: dict[str, Any]) -> str:
+    """The README's table: at most six rows, with the share of labels that are PyTorch's beside the speed."""
+    result = undisturbed(result)
+    measures, agree = [MEASURES[place] for place in README_MEASURES], _agreement(result["peers"]) | {"pytorch": 1.0}
+    titles = ["", *(title for title, _, _ in measures), "labels as PyTorch fp32"]
+    lines = [f"| {' | '.join(titles)} |", "|" + " --- |" * len(titles)]
+    for name in IN_README:
+        peer = result["peers"].get(name)
+        if peer is None or not peer["rounds"]:
+            continue
+        cells = [_shown(statistics.median(value(r) for r in peer["rounds"])) for _, value, _ in measures]
+        lines.append(f"| {peer['title']} | {' | '.join(cells)} | {agree.get(name, math.nan):.0%} |")
+    device = result["device"]
+    lines += [
+        "",
+        f"{result['model']}, {result['threads']} threads, 16-token prompt, 32-token text. {device['cpu']} "
+        f"({', '.join(device['isa'])}), {result['time'][:10]}.",
+    ]
+    return "\n".join(lines) + "\n"
 
 
 def ratios_to_markdown(result: dict[str, Any]) -> str:
@@ -238,8 +263,9 @@ def main() -> None:
     file = Path(sys.argv[1]) if len(sys.argv) > 1 else newest()
     result = json.loads(file.read_text(encoding="utf-8"))
     starts = json.loads(cold.RESULT.read_text(encoding="utf-8")) if cold.RESULT.exists() else None
-    write_table(ROOT / "README.md", to_markdown(result, starts))
-    write_table(ROOT / "docs/benchmarks.md", f"{ratios_to_markdown(result)}\n{sweep_to_markdown(result)}")
+    write_table(ROOT / "README.md", summary_to_markdown(result))
+    tables = (to_markdown(result, starts), ratios_to_markdown(result), sweep_to_markdown(result))
+    write_table(ROOT / "docs/benchmarks.md", "\n".join(tables))
 
 
 if __name__ == "__main__":

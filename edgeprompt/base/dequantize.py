@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import logging
 import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
+from weakref import WeakKeyDictionary
 
 import numpy as np
 import numpy.typing as npt
@@ -17,7 +19,13 @@ from edgeprompt.base.blockwise import unpack_blocks
 from edgeprompt.base.fingerprint import base_fingerprint
 from edgeprompt.errors import BaseMismatchError, PackageError, UnsupportedError
 from edgeprompt.package.folder import open_package
+from edgeprompt.package.manifest import Base
 
+_LOG = logging.getLogger("edgeprompt")
+_FARTHEST = 0.5
+"""How far a quantised matrix may be from its float one, as a share of its norm; 4 bits take about 0.1."""
+_TAKEN: WeakKeyDictionary[Any, Base] = WeakKeyDictionary()
+"""Models that hold a package's weights, and what they were before."""
 WEIGHTS = "weights"
 """Key of the weight records in the manifest's `extra`."""
 
@@ -62,12 +70,16 @@ def load_package_weights(model: Any, package: str | os.PathLike[str]) -> LoadedW
     manifest = opened.manifest
     if hasattr(model, "get_base_model"):
         model = model.get_base_model()
-    found = base_fingerprint(model)
-    if found != manifest.base.fingerprint:
+    # A model that holds a package's weights already is still that base.
+    found = _TAKEN.setdefault(model, Base("the model", base_fingerprint(model)))
+    if not found.matches(manifest.base):
         raise BaseMismatchError(
             f"package {str(package)!r} was exported from {manifest.base.name!r} ({manifest.base.fingerprint}), the "
-            f"model has {found}"
+            f"model has {found.fingerprint}{found.apart(manifest.base)}"
         )
+    weaker = manifest.base.weaker(found)
+    if weaker:
+        _LOG.warning("note: package %r: %s", str(package), weaker)
     records: Sequence[Mapping[str, Any]] = manifest.extra.get(WEIGHTS, ())
     if not records and manifest.precision in ("int8", "int4"):
         raise UnsupportedError(
@@ -87,7 +99,14 @@ def load_package_weights(model: Any, package: str | os.PathLike[str]) -> LoadedW
                 piece = weight[row : row + rows]
                 target = parameters[name].data
                 value = (piece.T if transposed else piece).to(target.device, target.dtype)
-                largest = max(largest, float((value - target).abs().max()))
+                difference = value - target
+                if float(difference.norm()) > _FARTHEST * float(target.norm()):
+                    raise BaseMismatchError(
+                        f"package {str(package)!r} holds other weights than the model: {name} differs by "
+                        f"{float(difference.norm() / target.norm()):.2f} of its size, quantisation by at most "
+                        f"{_FARTHEST}; export the model again"
+                    )
+                largest = max(largest, float(difference.abs().max()))
                 target.copy_(value)
                 changed.append(name)
                 row += rows
@@ -134,11 +153,18 @@ def check_closeness(
     )
 
 
-def dequantize_record(record: Mapping[str, Any], initializers: Mapping[str, ir.Value]) -> torch.Tensor:
-    """The float32 weight [out_features, in_features] that a `exporters.quantize.graph.WeightRecord` describes."""
-    codes, scales = _array(initializers, record["codes"]), _array(initializers, record["scales"])
-    zeros = _array(initializers, record["zero_points"]) if record["zero_points"] else None
-    if record["layout"] == "columns":
+def dequantize_record(
+    record: Mapping[str, Any], initializers: Mapping[str, ir.Value], rows: slice = slice(None)
+) -> torch.Tensor:
+    """The float32 weight [out_features, in_features] that a `exporters.quantize.graph.WeightRecord` describes.
+
+    `rows` takes some of its rows alone.
+    """
+    columns_first = record["layout"] == "columns"
+    codes = _array(initializers, record["codes"], (slice(None), rows) if columns_first else (rows,))
+    scales = _array(initializers, record["scales"], (rows,))
+    zeros = _array(initializers, record["zero_points"], (rows,)) if record["zero_points"] else None
+    if columns_first:
         middle = np.zeros_like(scales) if zeros is None else zeros.astype(np.float32)
         return torch.from_numpy(((codes.astype(np.float32) - middle) * scales).T)
     if record["layout"] != "blocks":
@@ -152,10 +178,10 @@ def dequantize_record(record: Mapping[str, Any], initializers: Mapping[str, ir.V
     return weight[:, :columns] + offsets.repeat_interleave(record["block"], dim=1)
 
 
-def _array(initializers: Mapping[str, ir.Value], name: str) -> npt.NDArray[Any]:
+def _array(initializers: Mapping[str, ir.Value], name: str, part: tuple[slice, ...]) -> npt.NDArray[Any]:
     if name not in initializers or initializers[name].const_value is None:
         raise PackageError(f"the graph lacks the initialiser {name!r} that the manifest names; export the base again")
-    array: npt.NDArray[Any] = np.array(initializers[name].const_value.numpy())
+    array: npt.NDArray[Any] = np.array(initializers[name].const_value.numpy()[part])
     return array.astype(np.float32) if array.dtype == np.float16 else array
 
 

@@ -27,6 +27,7 @@ from edgeprompt.base.source import (
     read_json,
 )
 from edgeprompt.errors import SourceError
+from edgeprompt.package.manifest import Base
 
 
 @dataclass(frozen=True)
@@ -51,6 +52,11 @@ class LoadedBase:
     def fingerprint(self) -> str:
         """The base fingerprint (`edgeprompt.base.fingerprint`)."""
         return base_fingerprint(self.model)
+
+    @property
+    def base(self) -> Base:
+        """Its name and fingerprint, as prompts and packages note them."""
+        return Base(self.name, self.fingerprint)
 
 
 def load_base(base: str | os.PathLike[str]) -> LoadedBase:

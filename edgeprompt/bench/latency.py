@@ -7,7 +7,7 @@ import hashlib
 import time
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 
@@ -189,7 +189,7 @@ class Latency:
             digest = hashlib.sha256()
             for number in range(self._options.warmup + self._options.repetitions):
                 before = meter.read()
-                found: list[Generation] = runtime.run(requests)
+                found = cast(list[Generation], runtime.run(requests))
                 used = meter.since(before)
                 if number == 0:
                     for row in found:
@@ -220,7 +220,7 @@ class Latency:
         gaps = []
         for _ in range(self._options.repetitions):
             last = None
-            for _piece in runtime.stream_request(request):
+            for _piece in runtime.stream(request):
                 now = time.perf_counter_ns()
                 if last is not None:
                     gaps.append(now - last)

@@ -82,12 +82,16 @@ def command(
     """
     if (shots is None) != (shots_from is None):
         raise click.UsageError("--shots and --shots-from go together")
-    from edgeprompt.evaluation.data import read_records
+    from edgeprompt.evaluation.data import column_names, read_records
     from edgeprompt.evaluation.evaluate import Columns, check_task, draw_shots, evaluate
     from edgeprompt.prompts.hard_prompt import few_shot_text, hard_prompt
     from edgeprompt.request import GenerationOptions
 
     columns = Columns(text_column, label_column, target_column)
+    for source in (data, *([shots_from] if shots_from else [])):  # before the model is loaded, which takes seconds
+        column_names(source)
+    for item in wanted:
+        serving.find_prompt(package, item)
     with serving.open_runtime(package, provider=provider, threads=threads, lanes=lanes, cache=cache) as runtime:
         prompts = serving.add_prompts(runtime, package, wanted, allow_base_mismatch=allow_base_mismatch)
         first = next(iter(prompts.values()))
@@ -96,6 +100,7 @@ def command(
         if hard is not None:
             baselines.append(hard_prompt(first, hard, name="hard prompt"))
         if shots and shots_from:
+            hard_prompt(first, "", name="")  # what has no counterpart in text is said before examples are drawn
             text = few_shot_text(first, draw_shots(first, shots_from, columns, shots, seed))
             baselines.append(hard_prompt(first, text, name=f"{shots}-shot hard prompt"))
         for baseline in baselines:

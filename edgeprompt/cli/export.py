@@ -5,12 +5,15 @@ from __future__ import annotations
 import json
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import click
 
 from edgeprompt import names
 from edgeprompt.cli import console
+
+if TYPE_CHECKING:
+    from edgeprompt.package.manifest import Manifest
 
 
 @click.command("export")
@@ -23,7 +26,17 @@ from edgeprompt.cli import console
     show_default=True,
     help="auto: export fp32, int8 (cuda: fp16) and int4 in two block sizes; keep what serves --prompt quickest here.",
 )
-@click.option("--data", metavar="DATA", help="For --precision auto: labelled rows that the prompts are judged by.")
+@click.option(
+    "--data",
+    metavar="DATA",
+    help="Texts that the package is judged by, instead of shipped ones: rows with a column text, or lines of a .txt "
+    "file. For --precision auto: labelled rows that the prompts are judged by.",
+)
+@click.option(
+    "--allow-quality-loss",
+    is_flag=True,
+    help="Write the package even if it keeps too little of BASE; its manifest says so.",
+)
 @click.option(
     "--tolerance",
     type=click.FloatRange(min=0),
@@ -69,6 +82,7 @@ def command(
     out: Path,
     precision: str,
     data: str | None,
+    allow_quality_loss: bool,
     tolerance: float,
     route: str,
     block_size: str,
@@ -85,11 +99,12 @@ def command(
     BASE is a Hugging Face id, a local folder or a .gguf file. A package that does not compute what its base computes
     is not written.
     """
-    if (precision == "auto") != (data is not None) or (data is not None and not prompts):
+    choosing = precision == "auto"
+    if choosing and (data is None or not prompts):
         raise click.UsageError("--precision auto, --data and at least one --prompt go together")
     if precision != "int4" and block_size != "32":
         raise click.UsageError("--block-size goes with --precision int4")
-    if data is not None and against is not None:
+    if choosing and against is not None:
         raise click.UsageError("--against is for graphs that others exported, whose precision is not chosen here")
     if door is not None:
         prompt_input = {"input": "required", "adapter": "optional"}[door]
@@ -100,15 +115,18 @@ def command(
     with console.stages("export") as tell:
         shared: dict[str, Any] = {
             "route": route, "provider": provider, "prompts": prompts, "force": force,
-            "prompt_input": prompt_input, "progress": tell,
+            "prompt_input": prompt_input, "progress": tell, "data": data, "allow_quality_loss": allow_quality_loss,
         }  # fmt: skip
-        if data is not None:
-            report = export_best(base, out, data=data, tolerance=tolerance, **shared)
+        if choosing:
+            report = export_best(base, out, tolerance=tolerance, **shared)
         else:
             report = export_model(base, out, precision=precision, block_size=int(block_size), against=against, **shared)
+    if reason := report.manifest.extra.get("route_instead_of_genai"):
+        console.note(f"note: exported by the torch route: {reason}")
     for line in report.manifest.extra.get("generation_notes", ()):
         console.note(f"note: generation_config: {line}")
     choice = report.manifest.extra.get("precision_choice")
+    tell_quality(report.manifest, report.manifest.quality)
     if as_json:
         facts = {
             "path": str(report.path),
@@ -116,6 +134,8 @@ def command(
             "route": report.manifest.route,
             "precision": report.manifest.precision,
             "validation": report.validation,
+            "quality": report.manifest.quality,
+            "quality_gate": report.manifest.quality_gate,
             **({"precision_choice": choice} if choice else {}),
         }
         click.echo(json.dumps(facts, ensure_ascii=False))
@@ -123,20 +143,33 @@ def command(
     if choice:
         show_choice(choice)
     click.echo(f"{report.path}: {report.size_bytes / 1e6:.1f} MB, {report.manifest.precision}, {report.manifest.route}")
-    console.print_measured(report.validation)
+    console.print_measured({**report.validation, "quality": report.manifest.quality})
+
+
+def tell_quality(manifest: Manifest, quality: Mapping[str, Any]) -> None:
+    """One line on stderr: what the package keeps of its base, and what to do where that is little."""
+    from exporters.validate.quality import in_words, warning
+
+    if quality:
+        warned = warning(quality, manifest)
+        console.note(f"warning: {warned}" if warned else f"{manifest.precision} {in_words(quality)}")
 
 
 def show_choice(choice: Mapping[str, Any]) -> None:
     """The candidates of `--precision auto` as a table on stdout."""
-    rows = [("precision", "MB", "first ms", f"ms a {choice['cost']}", f"metric ({choice['rows']} rows)", "verdict")]
+    metric = f"metric ({choice['rows']} rows)"
+    rows = [("precision", "MB", "first ms", f"ms a {choice['cost']}", metric, "next tokens kept", "KL", "verdict")]
     for found in choice["candidates"]:
         scores = (
             f"{name}: {100 * score['value']:.1f} ± {100 * score['standard_error']:.1f}"
             for name, score in found.get("scores", {}).items()
         )
+        quality = found.get("quality", {})
+        kept = (f"{100 * quality['top1']:.0f} %", f"{quality['kl_mean']:.3g}") if "top1" in quality else ("", "")
         figures = (
-            f"{found['size_bytes'] / 1e6:.1f}", f"{found['first_ms']:.2f}", f"{found['cost_ms']:.2f}", ", ".join(scores)
-        ) if "cost_ms" in found else ("", "", "", "")  # fmt: skip
+            f"{found['size_bytes'] / 1e6:.1f}", f"{found['first_ms']:.2f}", f"{found['cost_ms']:.2f}",
+            ", ".join(scores), *kept,
+        ) if "cost_ms" in found else ("", "", "", "", *kept)  # fmt: skip
         block = f", blocks of {found['block_size']}" if "block_size" in found else ""
         rows.append((f"{found['precision']}{block}", *figures, found["verdict"]))
     widths = [max(map(len, column)) for column in zip(*rows, strict=True)]

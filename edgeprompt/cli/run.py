@@ -2,26 +2,26 @@
 
 from __future__ import annotations
 
-import csv
 import json
 import sys
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from dataclasses import replace
+from itertools import islice
 from pathlib import Path
-from typing import IO, TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any
 
 import click
 
 from edgeprompt.cli import console, serving
-from edgeprompt.evaluation.requests import RECORDS_AT_ONCE, answers, batches, fields_of
+from edgeprompt.cli.output import Answered, Form, Lines, Table, kind_of, table
+from edgeprompt.errors import EdgePromptError
+from edgeprompt.evaluation.requests import RECORDS_AT_ONCE, batches, fields_of
 
 if TYPE_CHECKING:
     from edgeprompt.prompts.file import PromptFile
-    from edgeprompt.request import GenerationOptions, Request, Result
+    from edgeprompt.request import GenerationOptions, Request
     from edgeprompt.runtime import Runtime
-
-Row = tuple[str, str | None, Any]
-"""(text, prompt, result)"""
 
 
 @click.command("run")
@@ -47,7 +47,20 @@ Row = tuple[str, str | None, Any]
     "--output",
     "out",
     type=click.Path(path_type=Path),
-    help="Write here instead of stdout, whole or not at all: .jsonl, .csv, .tsv or text.",
+    help="Write here instead of stdout, whole or not at all: .jsonl, .csv, .tsv, .parquet (with the columns of "
+    "--input; one that is called as a part of the result becomes input_NAME) or text.",
+)
+@click.option(
+    "--on-error",
+    type=click.Choice(("stop", "skip", "record")),
+    default="stop",
+    show_default=True,
+    help="A row that cannot be answered: end with exit code 1, leave it out, or say why in a column `error`.",
+)
+@click.option(
+    "--resume",
+    is_flag=True,
+    help="Keep answers in OUTPUT.part while the run is on, and go on from it where it was stopped.",
 )
 @click.option("--max-new-tokens", type=click.IntRange(min=1))
 @click.option("--temperature", type=click.FloatRange(min=0), help="0 is greedy.")
@@ -70,6 +83,8 @@ def command(
     text_column: str,
     prompt_column: str | None,
     out: Path | None,
+    on_error: str,
+    resume: bool,
     max_new_tokens: int | None,
     temperature: float | None,
     top_k: int | None,
@@ -92,12 +107,14 @@ def command(
     """
     if texts and source:
         raise click.UsageError("give TEXT or --input, not both")
-    if not texts and not source and sys.stdin.isatty():
+    if resume and not (source and out):
+        raise click.UsageError("--resume needs --input and --output")
+    if not texts and not source and (sys.stdin is None or sys.stdin.isatty()):
         raise click.UsageError("give TEXT, --input FILE, or lines on stdin")
     if prompt_column and not source:
         raise click.UsageError("--prompt-column needs --input")
 
-    from edgeprompt.package.outputs import TEXT, check_output
+    from edgeprompt.package.outputs import check_output
     from edgeprompt.request import GenerationOptions
 
     options = GenerationOptions(
@@ -111,23 +128,37 @@ def command(
     )
     sources = (package, source, *wanted)
     if out:
-        check_output(out, TEXT, sources=sources)
+        check_output(out, kind_of(out), sources=sources)
+    for item in wanted:  # before the model is loaded, which takes seconds
+        serving.find_prompt(package, item)
+    if source and source.suffix.lower() == ".txt":
+        source.stat()
+    elif source:
+        next(serving.read_texts(source))
     rows = _rows(texts, source)
+    form = Form(as_json=as_json, named=len(wanted) > 1 or bool(prompt_column), with_errors=on_error == "record")
+    failures = _Failures(on_error)
     with serving.open_runtime(package, provider=provider, threads=threads, lanes=lanes, cache=cache) as runtime:
         prompts = serving.add_prompts(runtime, package, wanted, allow_base_mismatch=allow_base_mismatch)
         ask = _asker(prompts, options, text_column, prompt_column, chat=chat, truncate=truncate)
         single = len(texts) == 1 and len(prompts) <= 1
         if single and not out and not as_json and sys.stdout.isatty() and _generates(prompts):
             _, request = next(ask(1, next(rows)))
-            for piece in runtime.stream_request(request):
+            for piece in runtime.stream(request):
                 click.echo(piece, nl=False)
             click.echo()
             return
-        with _writer(
-            out, sources=sources, as_json=as_json, named=len(prompts) > 1 or bool(prompt_column), single=single
-        ) as write:
-            for answer in _answer(runtime, console.track(rows, "run"), ask):
-                write(answer)
+        settings = _settings(
+            package, source, wanted, options=options, text_column=text_column, prompt_column=prompt_column, chat=chat,
+            truncate=truncate, on_error=on_error,
+        ) if resume else ""  # fmt: skip
+        form = replace(form, single=single)
+        with _writer(out, form, resume=resume, settings=settings, sources=sources) as writer:
+            for answered, count in _answer(runtime, _progress(rows, source), ask, failures, writer.done):
+                writer.write(answered, count)
+    if failures.count:
+        left = "left out" if on_error == "skip" else "recorded"
+        console.note(f"note: {failures.count} answers failed and were {left}; the first: {failures.first}")
 
 
 def _rows(texts: tuple[str, ...], source: Path | None) -> Iterator[Mapping[str, Any]]:
@@ -177,82 +208,84 @@ def _generates(prompts: Mapping[str, PromptFile]) -> bool:
     return all(prompt.task == "generate" for prompt in prompts.values())
 
 
-def _answer(runtime: Runtime, rows: Iterator[Mapping[str, Any]], ask: Asker) -> Iterator[Row]:
-    """(text, prompt, result) of every request, in order; memory holds one batch."""
-    number = 0
-    for batch in batches(rows, RECORDS_AT_ONCE):
-        asked = []
-        for row in batch:
+class _Failures:
+    """What becomes of a record without an answer: `--on-error`."""
+
+    def __init__(self, on_error: str) -> None:
+        self._on_error = on_error
+        self.count = 0
+        self.first = ""
+
+    def note(self, number: int, error: EdgePromptError) -> str | None:
+        """The message to record; None leaves the record out.
+
+        Raises:
+            EdgePromptError: the error itself, where the first one ends the run.
+        """
+        row = f"row {number}"
+        message = str(error) if str(error).startswith(row) else f"{row}: {error}"
+        if self._on_error == "stop":
+            raise type(error)(message) from error
+        self.count += 1
+        self.first = self.first or message
+        return message if self._on_error == "record" else None
+
+
+def _answer(
+    runtime: Runtime, rows: Iterator[Mapping[str, Any]], ask: Asker, failures: _Failures, done: int
+) -> Iterator[tuple[list[Answered], int]]:
+    """Answers to each batch of records, in order, and how many records they were; memory holds one batch.
+
+    `done` records at the start are passed over.
+    """
+    number = done
+    for batch in batches(islice(rows, done, None), RECORDS_AT_ONCE):
+        asked: list[tuple[int, Mapping[str, Any], str, Request | EdgePromptError]] = []
+        for record in batch:
             number += 1
-            asked += [(number, text, request) for text, request in ask(number, row)]
-        results = answers(runtime, [(place, request) for place, _, request in asked])
-        yield from ((text, request.prompt, result) for (_, text, request), result in zip(asked, results, strict=True))
+            try:
+                asked += [(number, record, text, request) for text, request in ask(number, record)]
+            except EdgePromptError as error:
+                asked.append((number, record, "", error))
+        wanted = [request for *_, request in asked if not isinstance(request, EdgePromptError)]
+        results = iter(runtime.run(wanted, return_errors=True))
+        found = []
+        for place, record, text, request in asked:
+            result = request if isinstance(request, EdgePromptError) else next(results)
+            prompt = None if isinstance(request, EdgePromptError) else request.prompt
+            if isinstance(result, EdgePromptError):
+                message = failures.note(place, result)
+                if message is not None:
+                    found.append(Answered(record, text, prompt, None, message))
+            elif isinstance(result, BaseException):
+                raise result
+            else:
+                found.append(Answered(record, text, prompt, result))
+        yield found, len(batch)
+
+
+def _progress(rows: Iterator[Mapping[str, Any]], source: Path | None) -> Iterator[Mapping[str, Any]]:
+    return console.track(rows, "run", total=serving.count_records(source) if source else None)
 
 
 @contextmanager
 def _writer(
-    out: Path | None, *, sources: tuple[object, ...], as_json: bool, named: bool, single: bool
-) -> Iterator[Callable[[Row], None]]:
-    """A function that writes one answer; a file appears when all are written."""
-    kind = out.suffix.lower() if out else ""
+    out: Path | None, form: Form, *, resume: bool, settings: str, sources: tuple[object, ...]
+) -> Iterator[Lines | Table]:
     if out is None:
-        yield _lines(sys.stdout, as_json=as_json, named=named, single=single)
+        yield Lines(form)
         return
-    from edgeprompt.package.files import atomic_file
-    from edgeprompt.package.outputs import TEXT
-
-    with (
-        atomic_file(out, TEXT, sources=sources) as temporary,
-        temporary.open("w", encoding="utf-8", newline="") as file,
-    ):
-        if kind in (".csv", ".tsv") and not as_json:
-            yield _table(file, "," if kind == ".csv" else "\t")
-        else:
-            yield _lines(file, as_json=as_json or kind == ".jsonl", named=named, single=single)
+    with table(out, form, resume=resume, settings=settings, sources=sources) as made:
+        yield made
 
 
-def _lines(file: IO[str], *, as_json: bool, named: bool, single: bool) -> Callable[[Row], None]:
-    from edgeprompt.request import as_json as plain
+def _settings(package: Path, source: Path | None, wanted: Sequence[str], **options: Any) -> str:
+    """What a resumed run must share with the one that it goes on from."""
+    from edgeprompt.package.files import sha256_file
+    from edgeprompt.package.folder import open_package
 
-    def write(row: Row) -> None:
-        text, prompt, result = row
-        if as_json:
-            found = plain(result)
-            facts = found if isinstance(found, dict) else {"embedding": found}
-            click.echo(json.dumps({"input": text, "prompt": prompt, **facts}, ensure_ascii=False), file=file)
-            return
-        answer, score = _shown(result)
-        if not single:  # one line an answer
-            answer = answer.replace("\\", "\\\\").replace("\n", "\\n").replace("\t", "\\t")
-        cells = [*([prompt or ""] if named else []), answer, *([score] if score else [])]
-        click.echo("\t".join(cells), file=file)
-
-    return write
-
-
-def _table(file: IO[str], delimiter: str) -> Callable[[Row], None]:
-    writer = csv.writer(file, delimiter=delimiter, lineterminator="\n")
-    writer.writerow(("text", "prompt", "answer", "score"))
-
-    def write(row: Row) -> None:
-        text, prompt, result = row
-        writer.writerow((text, prompt or "", *_shown(result)))
-
-    return write
-
-
-def _shown(result: Result) -> tuple[str, str]:
-    """(answer, score) as text; the score is empty where there is none."""
-    from edgeprompt.request import Answer, Classification, Generation, Tagging, as_json
-
-    match result:
-        case Classification():
-            return result.label, f"{result.scores[result.label]:.4f}" if result.label in result.scores else ""
-        case Generation():
-            return result.text, ""
-        case Answer():
-            return result.text, f"{result.score:.4f}"
-        case Tagging():
-            return ", ".join(f"{span.label}:{span.text}" for span in result.spans), ""
-        case _:
-            return json.dumps(as_json(result)), ""
+    manifest = open_package(package).manifest
+    file = None if source is None else [source.name, source.stat().st_size]
+    known = [sha256_file(serving.find_prompt(package, item)) for item in wanted]
+    weights = manifest.weights_hash
+    return json.dumps({"input": file, "weights": weights, "prompts": known, **options}, sort_keys=True, default=str)

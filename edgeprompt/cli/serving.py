@@ -127,3 +127,19 @@ def read_texts(source: Path) -> Iterator[Mapping[str, Any]]:
             yield from read_lines(file, str(source))
     else:
         yield from read_records(source)
+
+
+def count_records(source: Path) -> int | None:
+    """About how many records a file has (lines, for text), to show what is left; None where that takes reading it."""
+    if source.suffix.lower() == ".parquet":
+        try:
+            import pyarrow.parquet as parquet
+
+            return int(parquet.ParquetFile(source).metadata.num_rows)
+        except (ImportError, OSError, ValueError):
+            return None
+    if not source.is_file():
+        return None
+    with source.open("rb") as file:
+        lines = sum(piece.count(b"\n") for piece in iter(lambda: file.read(1 << 20), b""))
+    return max(1, lines - (source.suffix.lower() in (".csv", ".tsv")))

@@ -10,7 +10,6 @@ import click
 
 from edgeprompt import names
 from edgeprompt.cli import console
-from edgeprompt.prompts.checks import PROBLEM_TYPES
 from edgeprompt.tuning.options import ENCODERS, INITS, METHODS, PRECISIONS, TuneOptions
 
 if TYPE_CHECKING:
@@ -45,7 +44,7 @@ def _template(_context: click.Context, _parameter: click.Parameter, value: str |
 )
 @click.option(
     "--problem-type",
-    type=click.Choice(PROBLEM_TYPES),
+    type=click.Choice(names.PROBLEM_TYPES),
     help="Of classification with a head; without it: lists of labels are several, everything else is one.",
 )
 @click.option("--virtual-tokens", "num_virtual_tokens", type=click.IntRange(1), default=16, show_default=True)

@@ -20,22 +20,31 @@ from edgeprompt.cli import console
     type=click.Path(path_type=Path),
     help="Prompt file to compare with as well, and to ask its golden example; may be repeated.",
 )
+@click.option("--data", metavar="DATA", help="Texts to judge by: rows with a column text, or lines of a .txt file.")
+@click.option("--allow-quality-loss", is_flag=True, help="Accept a package that keeps too little of its base.")
 @click.option("--json", "as_json", is_flag=True, help="What was measured, as one JSON object.")
-def command(package: Path, base: str, prompts: tuple[Path, ...], as_json: bool) -> None:
+def command(
+    package: Path, base: str, prompts: tuple[Path, ...], data: str | None, allow_quality_loss: bool, as_json: bool
+) -> None:
     """Check PACKAGE's files, compare it with its base in PyTorch, and ask its prompts their golden examples."""
     console.quiet_libraries()
+    from edgeprompt.cli.export import tell_quality
     from edgeprompt.loading import load
+    from edgeprompt.package.folder import open_package
     from edgeprompt.prompts.golden import check_all
     from exporters import validate_package
 
     with console.stages("validate") as tell:
         tell("compare", 0.0)
-        measured = dict(validate_package(package, against=base, prompts=prompts))
+        measured = dict(
+            validate_package(package, against=base, prompts=prompts, data=data, allow_quality_loss=allow_quality_loss)
+        )
         tell("golden examples", 0.9)
         with load(package, provider="cpu", prompts=prompts) as runtime:
             golden = check_all(runtime)
     if golden:
         measured["golden"] = {name: check.max_logit_difference for name, check in golden.items()}
+    tell_quality(open_package(package).manifest, measured["quality"])
     if as_json:
         click.echo(json.dumps(measured, ensure_ascii=False))
         return

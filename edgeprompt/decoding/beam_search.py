@@ -9,6 +9,7 @@ import numpy as np
 import numpy.typing as npt
 
 from edgeprompt.arrays import log_softmax
+from edgeprompt.decoding.processors import Processors
 
 _NEVER = -1e9
 
@@ -28,6 +29,7 @@ class BeamSearch:
         *,
         length_penalty: float = 1.0,
         early_stopping: bool | Literal["never"] = False,
+        processors: Processors | None = None,
     ) -> None:
         self._num_beams = num_beams
         self._max = max_new_tokens
@@ -35,6 +37,7 @@ class BeamSearch:
         self._keep = max(2, 1 + len(self._eos)) * num_beams
         self._penalty = length_penalty
         self._early = early_stopping
+        self._processors = processors
         self._scores = np.zeros(1, np.float32)
         self._running: list[list[int]] = [[]]
         self._finished: list[tuple[float, list[int]]] = []
@@ -62,7 +65,11 @@ class BeamSearch:
         Raises:
             EdgePromptError: the logits are NaN or infinite.
         """
-        logarithms = log_softmax(logits) + self._scores[:, None]
+        logarithms = log_softmax(logits)
+        if self._processors is not None:  # of log-probabilities, which are not normalised again
+            beams = zip(logarithms, self._running, strict=True)
+            logarithms = np.stack([self._processors(row, beam, penalise=True) for row, beam in beams])
+        logarithms = logarithms + self._scores[:, None]
         vocab = logits.shape[1]
         flat = logarithms.ravel()
         keep = min(self._keep, flat.size)

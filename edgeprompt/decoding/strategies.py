@@ -11,6 +11,7 @@ import numpy.typing as npt
 
 from edgeprompt.arrays import largest, log_softmax
 from edgeprompt.decoding.detokenizer import Detokenizer
+from edgeprompt.decoding.processors import Processors
 from edgeprompt.decoding.sampling import Sampler, Sampling
 from edgeprompt.errors import InputError
 from edgeprompt.prompts.verbalizer import Node, Verbalizer, word_tree
@@ -121,10 +122,12 @@ class GenerateWork:
         history: Sequence[int],
         clock: Clock,
         on_text: Callable[[str], None] | None = None,
+        processors: Processors | None = None,
     ) -> None:
         self.length = 0
         self._sampling, self._eos, self._decode, self._clock = sampling, frozenset(eos), decode, clock
         self._sampler = Sampler(sampling, history)
+        self._processors = processors if processors is not None and processors.active and not sampling.choices else None
         self._on_text = on_text
         self._text = Detokenizer(decode, sampling.stop) if on_text or sampling.stop else None
         self._choice = _choice_tree(sampling, encode) if sampling.choices else None
@@ -138,7 +141,11 @@ class GenerateWork:
         allowed = None
         if self._choice is not None:
             allowed = [*self._choice.children, *(self._eos if self._choice.words else ())]
-        token = self._sampler(logits, allowed)
+        scores = logits
+        if self._processors is not None:
+            largest(logits)
+            scores = self._processors(logits, self._ids)
+        token = self._sampler(scores, allowed)
         self._clock.tick()
         if token in self._eos and (self._choice is None or token not in self._choice.children):
             return self._end("stop" if self._choice else "eos")

@@ -2,23 +2,26 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Sequence
 from importlib import import_module
-from typing import Any, Protocol, TypeVar
-
-import numpy as np
-import numpy.typing as npt
 
 from edgeprompt import names
+from edgeprompt.engines.scheduler import Job, Scheduler
+from edgeprompt.errors import InputError, TemplateError
 from edgeprompt.options import EngineOptions
+from edgeprompt.ort.kv_cache import PrefixCache
 from edgeprompt.ort.session import Sessions
 from edgeprompt.package.folder import Package
-from edgeprompt.prompts.file import PromptFile
-from edgeprompt.prompts.source import PromptSource
-from edgeprompt.request import Request, Result
+from edgeprompt.package.tokenizer import Tokenizer
+from edgeprompt.prompts.registry import LoadedPrompt
+from edgeprompt.prompts.template import VirtualTokens
+from edgeprompt.prompts.verbalizer import Verbalizer
+from edgeprompt.request import Request
 
-T = TypeVar("T")
+ENCODER_PAST = f"encoder_{names.PAST_KEY_VALUES}"
+PARTS = (names.PROMPT_EMBEDDINGS, names.PAST_KEY_VALUES, ENCODER_PAST)
+"""What engines derive from a prompt, by name."""
 
 _ENGINES = {
     names.DECODER_ONLY: ("edgeprompt.engines.decoder.engine", "DecoderEngine"),
@@ -27,42 +30,111 @@ _ENGINES = {
 }
 
 
-class Engine(Protocol):
+class Engine(ABC):
     """What the runtime asks of an architecture. Every method may be called from any thread."""
 
     provider: str
+    """What runs it, as "cpu" or "cuda"."""
+    derived: PrefixCache
+    """What was computed from prompts."""
+    scheduler: Scheduler
+    group = 1
+    """Requests of one call that are queued together, so that they can run sorted by length."""
 
-    def add_prompt(self, name: str, prompt: PromptFile | PromptSource) -> None:
-        """Make a checked prompt ready under `name`, replacing one of that name."""
+    @abstractmethod
+    def accept(self, prompt: LoadedPrompt) -> None:
+        """Check a prompt and make it ready.
 
-    def remove_prompt(self, name: str) -> None:
-        """Forget a prompt; requests that already run keep it."""
+        Raises:
+            EdgePromptError: it cannot be served here; the message says why.
+        """
 
-    def run(self, requests: Sequence[Request], *, return_errors: bool = False) -> list[Any]:
-        """Answer a batch of mixed tasks, in order; with `return_errors`, a failed row is its exception."""
+    @abstractmethod
+    def prepare(self, request: Request, prompt: LoadedPrompt | None, on_text: Callable[[str], None] | None) -> Job:
+        """Check and encode a request.
 
-    def stream(self, request: Request) -> Iterator[str]:
-        """Generate piece by piece."""
+        Args:
+            request: what is asked.
+            prompt: which its name was resolved to.
+            on_text: gets text as it is generated, on the scheduler's thread.
 
-    def logits(self, request: Request) -> npt.NDArray[np.float32]:
-        """float32 [vocab_size]: scores of the next token (first decoder step for encoder-decoders)."""
+        Raises:
+            EdgePromptError: it cannot be answered; the message says why.
+        """
 
-    def embed(self, requests: Sequence[Request], pooling: str | None) -> npt.NDArray[np.float32]:
-        """float32 [len(requests), hidden_size]."""
+    def submit(
+        self,
+        request: Request,
+        prompt: LoadedPrompt | None,
+        on_text: Callable[[str], None] | None = None,
+        *,
+        wait: bool = False,
+    ) -> Job:
+        """Queue one request.
+
+        Raises:
+            CapacityError: the queue is full, and `wait` is false.
+            EdgePromptError: as `prepare`.
+        """
+        job = self.prepare(request, prompt, on_text)
+        self.queue([job], wait=wait)
+        return job
+
+    def queue(self, jobs: Sequence[Job], *, wait: bool) -> None:
+        """Queue prepared requests (`Scheduler.submit`)."""
+        self.scheduler.submit(jobs, wait=wait)
+
+    def forget(self, prompt: LoadedPrompt) -> None:
+        """Drop what was computed from a prompt."""
+        self.derived.forget(prompt, PARTS)
 
     def close(self) -> None:
-        """Fail what is waiting and free the sessions."""
+        """Fail what waits or runs, after the step that is under way."""
+        self.scheduler.close()
 
 
-def side_by_side(lanes: int | None, function: Callable[[T], object], items: Sequence[T]) -> None:
-    """Call `function` with every item, on as many threads as there are lanes; the first error is raised."""
-    if lanes is None or lanes == 1 or len(items) < 2:
-        for item in items:
-            function(item)
-        return
-    with ThreadPoolExecutor(lanes, "edgeprompt-lane") as pool:
-        for _ in pool.map(function, items):
-            pass
+def check_template(prompt: LoadedPrompt) -> None:
+    """Refuse virtual tokens that have no place.
+
+    Raises:
+        TemplateError: the prompt has virtual tokens, and its template no `{prompt}`.
+    """
+    template = prompt.file.template
+    if prompt.rows and not any(isinstance(part, VirtualTokens) for part in template.parts):
+        raise TemplateError(
+            f"prompt {prompt.name!r} has {prompt.rows} virtual tokens, and its template {str(template)!r} no {{prompt}}"
+        )
+
+
+def compile_words(prompt: LoadedPrompt, tokenizer: Tokenizer, behind: str | None = None) -> Verbalizer:
+    """A prompt's label words as token ids; `behind` is the text that they stand behind (`Verbalizer.compile`).
+
+    Raises:
+        TemplateError: fewer than two labels, a word without tokens, or one word for two labels.
+    """
+    file = prompt.file
+    return Verbalizer.compile(
+        file.verbalizer,
+        lambda text: tokenizer.encode(text, add_special_tokens=False),
+        file.calibration,
+        file.verbalizer_aggregation,
+        behind,
+    )
+
+
+def given_ids(request: Request, prompt: LoadedPrompt | None, vocab_size: int) -> list[int]:
+    """The ids that a request brings instead of a text.
+
+    Raises:
+        InputError: one is none of the base's, or the prompt's virtual tokens stand inside its text.
+    """
+    ids = [int(token) for token in request.input_ids or ()]
+    bad = next((token for token in ids if not 0 <= token < vocab_size), None)
+    if bad is not None:
+        raise InputError(f"input_ids holds {bad}; ids of this base are 0 to {vocab_size - 1}")
+    if prompt is not None and prompt.rows and not prompt.file.template.prompt_is_prefix:
+        raise InputError(f"prompt {prompt.name!r} has virtual tokens inside its template, so it needs text, not ids")
+    return ids
 
 
 def create_engine(package: Package, options: EngineOptions, sessions: Sessions) -> Engine:
@@ -73,6 +145,3 @@ def create_engine(package: Package, options: EngineOptions, sessions: Sessions) 
     _ = package.tokenizer  # read here, beside the sessions
     engine: Engine = make(package, options, sessions)
     return engine
-
-
-__all__ = ["Engine", "Result", "create_engine", "side_by_side"]

@@ -1,7 +1,7 @@
-"""One scheduler per session: requests from any thread, prefilled one by one, decoded together.
+"""The life of a request, the same for every architecture: a job waits, a lane takes it, steps follow, it ends once.
 
-Its thread repeats: drop what was cancelled or is late; prefill a chunk of the next request; run one decode step for
-all rows. Rows join and leave between steps. The thread alone touches the graph and its cache.
+Every lane has a thread of its own, which alone touches the lane's caches. It repeats: drop what was cancelled or is
+late, take from the queue what there is room for, compute one step. Jobs join and leave between steps.
 """
 
 from __future__ import annotations
@@ -9,287 +9,230 @@ from __future__ import annotations
 import threading
 import time
 from collections import deque
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from concurrent.futures import Future
 from typing import Any, Protocol
 
-import numpy as np
-import numpy.typing as npt
-
-from edgeprompt.engines.decoder.graph import DecoderGraph
-from edgeprompt.errors import CapacityError, EdgePromptError, RequestCancelledError, RequestTimeoutError
-from edgeprompt.ort.kv_cache import KV
-
-Logits = npt.NDArray[np.float32]
-
+from edgeprompt.errors import (
+    CapacityError,
+    EdgePromptError,
+    InferenceError,
+    RequestCancelledError,
+    RequestTimeoutError,
+)
 
 LOOK_EVERY = 0.02
 """Seconds; a long queue is not searched at every step."""
 
 
-class Work(Protocol):
-    """What one request does with its logits. Called by the scheduler's thread only."""
-
-    length: int
-    """Positions of the row that count; a step may lower it to go back."""
-
-    def advance(self, logits: Logits) -> int | None:
-        """Take the logits [vocab_size] behind the last token; the next token to run, or None when done."""
-
-    def result(self) -> Any:
-        """The answer, once done."""
-
-
-class Start(Protocol):
-    """How a request begins."""
-
-    ids: Sequence[int]
-    """What to prefill, behind the prefix; nothing where only the prefix is to be made ready."""
-    total: int
-    """Most positions that the row may reach."""
-    states: list[Logits] | None
-    """Gets the hidden states behind every piece of `ids`; None: nobody asks for them."""
-
-    def prefix(self, graph: DecoderGraph, slot: int, total: int) -> KV | None:
-        """Keys and values to start on, or None; a prefix that is not resident is computed in the free `slot`."""
-
-    def rows(self) -> Logits | None:
-        """Prompt rows that virtual ids among `ids` index, or None."""
-
-
 class Job(Future[Any]):
-    """A request in flight: a Future that can be cancelled at any time (asyncio's wrap_future does so too)."""
+    """A request in flight: a Future that can be cancelled at any time (asyncio's `wrap_future` does so too).
 
-    def __init__(self, start: Start, work: Work, timeout: float | None) -> None:
+    A cancelled job fails with `RequestCancelledError`, a late one with `RequestTimeoutError`.
+    """
+
+    def __init__(self, timeout: float | None, answer: Callable[[], Any]) -> None:
+        """`timeout`: seconds from now, or None. `answer` makes the result, once all is computed."""
         super().__init__()
-        self.start, self.work = start, work
         self.deadline = None if timeout is None else time.monotonic() + timeout
-        self.cancel_asked = False
-        self.token = 0
-        self.filled = 0
-        """How many of `start.ids` are prefilled."""
+        self.answer = answer
+        self._cancel_asked = self._ending = False
 
     def cancel(self) -> bool:
         """Ask for cancellation, which takes effect before the next step; False if the job is done."""
-        self.cancel_asked = True
-        return not self.done()
+        with self._condition:
+            self._cancel_asked = self._cancel_asked or not self._ending
+            return self._cancel_asked and not self._ending
 
-    def finish(self, error: BaseException | None = None) -> None:
-        """Set the result, or the error."""
-        if error is not None:
-            self.set_exception(error)
-            return
+    def why_stop(self, now: float) -> EdgePromptError | None:
+        """Why a job must not go on at `now` (`time.monotonic`), or None."""
+        if self._cancel_asked:
+            return RequestCancelledError("the request was cancelled")
+        if self.deadline is not None and now > self.deadline:
+            return RequestTimeoutError("the request's timeout passed before it finished")
+        return None
+
+    def finish(self) -> None:
+        """Set the result; the error, where the answer cannot be made, comes too late, or was cancelled."""
         try:
-            self.set_result(self.work.result())
-        except Exception as failure:
-            self.set_exception(failure)
+            found = self.answer()
+        except Exception as error:
+            self.fail(error)
+            return
+        stop = self._end()
+        if stop is None:
+            self.set_result(found)
+        else:
+            self.set_exception(stop)
+
+    def fail(self, error: BaseException) -> None:
+        """Set the error; one that nobody raised on purpose becomes an `InferenceError`."""
+        self._end()
+        if not isinstance(error, EdgePromptError):
+            wrapped = InferenceError(f"the request failed: {(str(error) or repr(error)).splitlines()[0]}")
+            wrapped.__cause__ = error
+            error = wrapped
+        self.set_exception(error)
+
+    def abandon(self, error: EdgePromptError) -> None:
+        """`fail` in a forked child, where a thread that is no more may have held the lock."""
+        self._condition = threading.Condition()
+        if not self.done():
+            self.fail(error)
+
+    def _end(self) -> EdgePromptError | None:
+        with self._condition:
+            self._ending = True
+            return self.why_stop(time.monotonic())
+
+
+class Lane(Protocol):
+    """Where jobs are computed. All but `running` is called by the lane's own thread."""
+
+    @property
+    def running(self) -> Sequence[Any]:
+        """Jobs that were taken and have not ended."""
+
+    def take(self, waiting: deque[Any]) -> bool:
+        """Take from the queue what there is room for; whether anything was. Called with the queue locked."""
+
+    def step(self) -> None:
+        """Compute one step of what runs. A job that fails ends with its error, and only that one."""
+
+    def drop(self, job: Any, error: BaseException) -> None:
+        """End a running job with an error."""
+
+    def idle(self) -> None:
+        """Nothing runs: give back what a long request took."""
 
 
 class Scheduler:
-    """Runs jobs on one graph."""
+    """Jobs from any thread, on one lane or several."""
 
-    def __init__(self, graph: DecoderGraph, *, max_rows: int, max_queue: int) -> None:
-        self.graph, self._max_rows, self._max_queue = graph, max_rows, max_queue
+    def __init__(self, lanes: Sequence[Lane], *, max_queue: int) -> None:
+        self._lanes, self._max_queue = lanes, max_queue
         self._waiting: deque[Job] = deque()
-        self._rows: list[Job] = []
-        """Rows of the decode step, by slot."""
-        self._filling: Job | None = None
-        """The job that is being prefilled, in the slot behind the rows."""
         self._next_look = 0.0
         """When to look through the waiting jobs again for those that were cancelled or are late."""
         self._changed = threading.Condition()
         self._closed = False
-        self._thread = threading.Thread(target=self._loop, name="edgeprompt-scheduler", daemon=True)
-        self._thread.start()
+        self._threads: list[threading.Thread] = []
 
-    @property
-    def load(self) -> int:
-        """Jobs that wait or run."""
-        return len(self._waiting) + len(self._rows) + (self._filling is not None)
+    def submit(self, jobs: Sequence[Job], *, wait: bool = False) -> None:
+        """Queue jobs, all at once.
 
-    def submit(self, job: Job, *, wait: bool = False) -> Job:
-        """Queue a job. A full queue makes the caller wait with `wait`, and is an error without.
+        With `wait`, a full queue makes the caller wait, and a job that cannot be queued in the end (late, cancelled,
+        the runtime closed) fails by itself.
 
         Raises:
-            CapacityError: the queue is full, or the job alone is larger than the cache's budget.
-            RequestCancelledError: the scheduler is closed, or the job was cancelled meanwhile.
-            RequestTimeoutError: the job's time passed while it waited for room.
+            CapacityError: the queue is full.
+            RequestCancelledError: the runtime is closed.
         """
-        if not self.graph.fits(1, job.start.total):
-            raise CapacityError(
-                f"a request of {job.start.total} positions is larger than the KV budget; "
-                "raise kv_budget, or lower max_new_tokens or the text's length"
-            )
+        todo = list(jobs)
         with self._changed:
-            while wait and not self._closed and len(self._waiting) >= self._max_queue:
-                error = _why_stop(job, time.monotonic())
-                if error is not None:
-                    raise error
-                self._changed.wait(None if job.deadline is None else job.deadline - time.monotonic())
-            if self._closed:
-                raise RequestCancelledError("the runtime is closed")
-            if len(self._waiting) >= self._max_queue:
-                raise CapacityError(
-                    f"{len(self._waiting)} requests are waiting, the most that max_queue allows; try again later"
-                )
-            self._waiting.append(job)
-            self._changed.notify_all()
-        return job
+            while wait and todo and not self._closed and self._waiting and not self._has_room(todo):
+                now = time.monotonic()
+                late = [(job, error) for job in todo if (error := job.why_stop(now)) is not None]
+                for job, error in late:
+                    todo.remove(job)
+                    job.fail(error)
+                first = min((job.deadline for job in todo if job.deadline is not None), default=None)
+                if not late:
+                    self._changed.wait(None if first is None else max(0.0, first - now))
+            if not self._closed and (wait or self._has_room(todo)):
+                self._waiting += todo
+                self._start()
+                self._changed.notify_all()
+                return
+            full, closed = len(self._waiting), self._closed
+        if not closed:
+            raise CapacityError(f"{full} requests are waiting, the most that max_queue allows; try again later")
+        for job in todo:
+            job.fail(RequestCancelledError("the runtime is closed"))
+        if not wait:
+            raise RequestCancelledError("the runtime is closed")
 
     def close(self) -> None:
         """Fail what waits or runs with RequestCancelledError, after the step that is under way."""
         with self._changed:
             self._closed = True
             self._changed.notify_all()
-        if threading.current_thread() is not self._thread:
-            self._thread.join()
+        for thread in self._threads:
+            if thread is not threading.current_thread():
+                thread.join()
 
-    def _loop(self) -> None:
+    def abandon(self, error: EdgePromptError) -> None:
+        """In a forked child, which has none of the threads: fail all jobs, and take no more."""
+        self._changed, self._closed = threading.Condition(), True
+        for job in [*self._waiting, *(job for lane in self._lanes for job in lane.running)]:
+            job.abandon(error)
+
+    def _has_room(self, jobs: Sequence[Job]) -> bool:
+        return len(self._waiting) + len(jobs) <= self._max_queue
+
+    def _start(self) -> None:
+        """Start the threads, with the first job."""
+        for lane in self._lanes[len(self._threads) :]:
+            thread = threading.Thread(target=self._loop, args=(lane,), name="edgeprompt-scheduler", daemon=True)
+            self._threads.append(thread)
+            thread.start()
+
+    def _loop(self, lane: Lane) -> None:
         try:
-            while self._await_work():
-                self._reap()
-                self._prefill()
-                self._decode()
+            while self._await_work(lane):
+                lane.step()
         except BaseException as error:  # of the scheduler itself: nobody may wait for ever
-            self._fail_all(f"the scheduler stopped on {error!r}")
+            self._fail_all(lane, f"the scheduler stopped on {error!r}")
             raise
-        self._fail_all("the runtime was closed before the request finished")
+        self._fail_all(lane, "the runtime was closed before the request finished")
 
-    def _await_work(self) -> bool:
-        with self._changed:
-            if not (self._waiting or self._rows or self._filling or self._closed):
-                self.graph.idle()
-            while not (self._waiting or self._rows or self._filling or self._closed):
-                self._changed.wait()
-            return not self._closed
+    def _await_work(self, lane: Lane) -> bool:
+        """Wait until the lane has something to do; False once the runtime is closed."""
+        while True:
+            dropped: list[tuple[Job, EdgePromptError]] = []
+            with self._changed:
+                if self._closed:
+                    return False
+                now = time.monotonic()
+                if self._waiting:
+                    if now >= self._next_look:
+                        dropped = self._late(now)
+                    if self._waiting and lane.take(self._waiting):
+                        self._changed.notify_all()
+                running = lane.running
+                if not running and not dropped:
+                    if not self._waiting:
+                        lane.idle()
+                    # What waits has no room beside what other lanes run, and may be cancelled or late meanwhile.
+                    self._changed.wait(LOOK_EVERY if self._waiting else None)
+                    continue
+            for job, error in dropped:
+                job.fail(error)
+            for job in running:
+                if (stop := job.why_stop(now)) is not None:
+                    lane.drop(job, stop)
+            if running:
+                return True
 
-    def _fail_all(self, reason: str) -> None:
+    def _late(self, now: float) -> list[tuple[Job, EdgePromptError]]:
+        """Take out of the queue what was cancelled or is late."""
+        self._next_look = now + LOOK_EVERY
+        dropped = [(job, error) for job in self._waiting if (error := job.why_stop(now)) is not None]
+        if dropped:
+            gone = {job for job, _ in dropped}
+            left = [job for job in self._waiting if job not in gone]
+            self._waiting.clear()
+            self._waiting += left
+            self._changed.notify_all()
+        return dropped
+
+    def _fail_all(self, lane: Lane, reason: str) -> None:
         with self._changed:
             self._closed = True
-            left = [*self._waiting, *self._rows, *([self._filling] if self._filling else [])]
+            left = [*self._waiting]
             self._waiting.clear()
-            self._rows.clear()
-            self._filling = None
             self._changed.notify_all()
         for job in left:
-            job.finish(RequestCancelledError(reason))
-
-    def _reap(self) -> None:
-        """Drop jobs that were cancelled or are late."""
-        now = time.monotonic()
-        for slot in reversed(range(len(self._rows))):
-            error = _why_stop(self._rows[slot], now)
-            if error is not None:
-                self._leave(slot, error)
-        if self._filling is not None:
-            error = _why_stop(self._filling, now)
-            if error is not None:
-                self._filling.finish(error)
-                self._filling = None
-        if now < self._next_look:
-            return
-        self._next_look = now + LOOK_EVERY
-        with self._changed:
-            dropped = [(job, error) for job in self._waiting if (error := _why_stop(job, now)) is not None]
-            if dropped:
-                gone = {job for job, _ in dropped}
-                self._waiting = deque(job for job in self._waiting if job not in gone)
-                self._changed.notify_all()
-        for job, error in dropped:
-            job.finish(error)
-
-    def _admit(self) -> Job | None:
-        """The next waiting job, once there is room for it."""
-        with self._changed:
-            if not self._waiting or len(self._rows) >= self._max_rows:
-                return None
-            job = self._waiting[0]
-            if self._rows and not self.graph.fits(len(self._rows) + 1, self._longest(job)):
-                return None
-            self._waiting.popleft()
-            self._changed.notify_all()
-            return job
-
-    def _longest(self, job: Job) -> int:
-        return max(job.start.total, *(row.start.total for row in self._rows), 0)
-
-    def _prefill(self) -> None:
-        """Run one chunk of one request."""
-        job, slot = self._filling, len(self._rows)
-        try:
-            if job is None:
-                job = self._admit()
-                if job is None:
-                    return
-                error = _why_stop(job, time.monotonic())
-                if error is not None:
-                    job.finish(error)
-                    return
-                total = self._longest(job)
-                prefix = job.start.prefix(self.graph, slot, total)
-                job.work.length = 0 if prefix is None else prefix.shape[2]
-                if not job.start.ids:
-                    job.finish()
-                    return
-                self.graph.place(slot, prefix, total, slot)
-            piece = job.start.ids[job.filled : job.filled + self.graph.chunk]
-            logits = self.graph.prefill(slot, piece, job.work.length, job.start.rows(), job.start.states)
-            job.filled += len(piece)
-            job.work.length += len(piece)
-            if job.filled < len(job.start.ids):
-                self._filling = job
-                return
-            self._filling = None
-            token = job.work.advance(logits)
-        except Exception as failure:
-            self._filling = None
-            if job is not None:
-                job.finish(failure)
-            return
-        if token is None:
-            job.finish()
-            return
-        job.token = token
-        self._rows.append(job)
-
-    def _decode(self) -> None:
-        """One step for all rows. If it fails, each row is tried alone, so that only the culprit fails."""
-        rows = self._rows
-        if not rows:
-            return
-        try:
-            logits = list(self.graph.decode([job.token for job in rows], [job.work.length for job in rows]))
-        except Exception:
-            logits = []
-        for slot in reversed(range(len(rows))):
-            job = rows[slot]
-            try:
-                row = logits[slot] if logits else self.graph.decode_one(slot, job.token, job.work.length)
-                job.work.length += 1
-                token = job.work.advance(row)
-            except Exception as error:
-                self._leave(slot, error)
-                continue
-            if token is None:
-                self._leave(slot)
-            else:
-                job.token = token
-
-    def _leave(self, slot: int, error: BaseException | None = None) -> None:
-        """Take a row out; the last row takes its slot."""
-        job, last = self._rows[slot], len(self._rows) - 1
-        if slot != last:
-            self.graph.move(last, slot, self._rows[last].work.length)
-            self._rows[slot] = self._rows[last]
-        if self._filling is not None:
-            self.graph.move(last + 1, last, self._filling.work.length)
-        self._rows.pop()
-        job.finish(error)
-
-
-def _why_stop(job: Job, now: float) -> EdgePromptError | None:
-    if job.cancel_asked:
-        return RequestCancelledError("the request was cancelled")
-    if job.deadline is not None and now > job.deadline:
-        return RequestTimeoutError("the request's timeout passed before it finished")
-    return None
+            job.fail(RequestCancelledError(reason))
+        for job in lane.running:
+            lane.drop(job, RequestCancelledError(reason))

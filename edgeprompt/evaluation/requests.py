@@ -59,9 +59,11 @@ def answers(runtime: Runtime, requests: Sequence[tuple[int, Request]]) -> list[R
         EdgePromptError: of the first row that failed.
     """
     results = runtime.run([request for _, request in requests], return_errors=True)
+    found: list[Result] = []
     for (number, _), result in zip(requests, results, strict=True):
         if isinstance(result, EdgePromptError):
             raise type(result)(f"row {number}: {result}") from result
         if isinstance(result, BaseException):
             raise result
-    return list(results)
+        found.append(result)
+    return found

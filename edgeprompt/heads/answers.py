@@ -8,7 +8,6 @@ import numpy as np
 import numpy.typing as npt
 
 from edgeprompt.arrays import softmax
-from edgeprompt.engines.encoder.batch import Row
 from edgeprompt.errors import InputError
 from edgeprompt.heads.layers import Floats, apply_head, sigmoid
 from edgeprompt.prompts.encoder_text import first_tokens, words_of
@@ -20,18 +19,17 @@ MAX_ANSWER_TOKENS = 30
 OUTSIDE = "O"
 
 
-def pool(states: Floats, row: Row, how: str) -> Floats:
-    """One vector of a row's states.
+def pool(states: Floats, text: npt.NDArray[np.intp], how: str) -> Floats:
+    """One vector of a text's states.
 
     Args:
-        states: float32 `[sequence_length, hidden_size]`, the row's own positions, virtual ones included.
-        row: The row.
+        states: float32 `[sequence_length, hidden_size]`, the text's own positions, virtual ones included.
+        text: Positions that hold no virtual token.
         how: "first", "first_text", "cls" (the same), "mean", "mean_all" or "last".
 
     Returns:
         float32 `[hidden_size]`.
     """
-    text = row.text
     if how not in ("first", "mean_all") and not len(text):
         raise InputError("the text has no token, so there is nothing to pool; give at least one character")
     found: Floats

@@ -8,7 +8,9 @@ import numpy as np
 import numpy.typing as npt
 
 from edgeprompt.arrays import require_finite
-from edgeprompt.prompts.file import Array, Head
+from edgeprompt.errors import BaseMismatchError, InputError
+from edgeprompt.package.manifest import Manifest
+from edgeprompt.prompts.file import Array, Head, PromptFile
 
 Floats = npt.NDArray[np.float32]
 
@@ -47,6 +49,33 @@ def apply_head(head: Head, tensors: Mapping[str, Array], states: Floats) -> Floa
             case "gelu":
                 states = states * (0.5 * (1 + _erf(states * np.float32(0.5**0.5)))).astype(np.float32)
     return require_finite(states.astype(np.float32, copy=False))
+
+
+def check_head(name: str, prompt: PromptFile, manifest: Manifest, *, has_pooler: bool = False) -> None:
+    """Refuse a head that does not fit the base, the task or the labels.
+
+    Raises:
+        BaseMismatchError: the head reads what the base lacks, or does not fit its hidden size.
+        InputError: it does not fit the prompt's task or labels.
+    """
+    head = prompt.head_spec
+    assert head is not None
+    if head.input == "pooler" and not has_pooler:
+        raise BaseMismatchError(
+            f"prompt {name!r} reads the pooled vector, and {manifest.base.name} has no trained pooler"
+        )
+    by_token = head.input.startswith("tokens")
+    if by_token != (prompt.task in ("tag", "qa")):
+        raise InputError(f"prompt {name!r} is for {prompt.task!r}, and its head reads {head.input!r}")
+    try:
+        shape = apply_head(head, prompt.head, np.zeros((1, manifest.geometry.hidden_size), np.float32)).shape
+    except ValueError as error:
+        raise BaseMismatchError(
+            f"the head of prompt {name!r} does not fit hidden size {manifest.geometry.hidden_size}: {error}"
+        ) from error
+    wanted = 2 if prompt.task == "qa" else len(prompt.labels)
+    if wanted and shape[1] != wanted:
+        raise InputError(f"the head of prompt {name!r} gives {shape[1]} scores for {wanted} labels")
 
 
 def sigmoid(x: Floats) -> Floats:

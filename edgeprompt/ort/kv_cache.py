@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import threading
 from collections import OrderedDict
-from collections.abc import Hashable, Iterable
+from collections.abc import Callable, Hashable, Iterable
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Protocol
 
 import numpy as np
 import numpy.typing as npt
@@ -173,6 +173,14 @@ def _round(length: int) -> int:
     return max(LEAST_LENGTH, 1 << (length - 1).bit_length())
 
 
+class Owner(Hashable, Protocol):
+    """What things are derived from: a loaded prompt."""
+
+    @property
+    def removed(self) -> bool:
+        """Whether it is gone, so that nothing derived from it may stay."""
+
+
 class PrefixCache:
     """Resident prefixes, least recently used first out, within a budget in bytes. Safe from any thread."""
 
@@ -204,6 +212,22 @@ class PrefixCache:
                 self.size -= old.nbytes
             self._entries[key] = prefix
             self.size += prefix.nbytes
+
+    def derive(self, owner: Owner, part: str, make: Callable[[], KV]) -> KV:
+        """A part of what is derived from an owner; made where it is not resident, and kept while its owner is there."""
+        key = (owner, part)
+        found = self.get(key)
+        if found is None:
+            found = make()
+            self.put(key, found)
+            if owner.removed:  # while it was made
+                self.remove(key)
+        return found
+
+    def forget(self, owner: Owner, parts: Iterable[str]) -> None:
+        """Drop what is derived from an owner."""
+        for part in parts:
+            self.remove((owner, part))
 
     def has_room(self, size: int) -> bool:
         """Whether `size` more bytes fit without putting anything out."""

@@ -1,23 +1,23 @@
-"""Bytes that running batches of several threads share."""
+"""Bytes that the lanes of one engine share."""
 
 from __future__ import annotations
 
 import threading
-from dataclasses import dataclass
+from collections.abc import Hashable
 
 from edgeprompt.errors import CapacityError
 
 
 class MemoryBudget:
-    """Bytes that running batches share; who finds none left waits."""
+    """Bytes, and who holds how many of them. Nobody waits here: who finds none left asks again later."""
 
     def __init__(self, total: int) -> None:
         self.total = total
-        self._free = total
-        self._changed = threading.Condition()
+        self._held: dict[Hashable, int] = {}
+        self._lock = threading.Lock()
 
-    def taken(self, size: int) -> Share:
-        """A context in which `size` bytes are this batch's.
+    def check(self, size: int) -> None:
+        """Refuse what can never be held.
 
         Raises:
             CapacityError: more than there is in all.
@@ -27,25 +27,17 @@ class MemoryBudget:
                 f"the request needs {size} bytes of keys and values, kv_budget is {self.total}; "
                 "raise it, or lower max_new_tokens, num_beams or the text's length"
             )
-        return Share(self, size)
 
-    def move(self, size: int) -> None:
-        """Take `size` bytes (waits), or give them back where it is negative."""
-        with self._changed:
-            self._changed.wait_for(lambda: self._free >= size)
-            self._free -= size
-            self._changed.notify_all()
+    def resize(self, holder: Hashable, size: int) -> bool:
+        """Let `holder` have `size` bytes in all; False, and nothing changed, where others hold too many."""
+        with self._lock:
+            others = sum(held for other, held in self._held.items() if other is not holder)
+            if size and others + size > self.total:
+                return False
+            self._held[holder] = size
+            return True
 
-
-@dataclass(frozen=True)
-class Share:
-    """Bytes taken for as long as the context lasts."""
-
-    budget: MemoryBudget
-    size: int
-
-    def __enter__(self) -> None:
-        self.budget.move(self.size)
-
-    def __exit__(self, *_: object) -> None:
-        self.budget.move(-self.size)
+    @property
+    def held(self) -> int:
+        """Bytes that somebody holds."""
+        return sum(self._held.values())

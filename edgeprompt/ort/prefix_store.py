@@ -67,8 +67,10 @@ class PrefixStore:
     def write(self, prompt_sha256: str, prefix: KV) -> None:
         """Keep a prefix; where the folder cannot be written the prefix is simply not kept."""
         metadata = {_KEY: self._key(prompt_sha256), _DIGEST: _digest(prefix)}
+        path = self.path(prompt_sha256)
         try:
-            write_atomic(self.path(prompt_sha256), save({names.PAST_KEY_VALUES: prefix}, metadata=metadata), PREFIX)
+            path.unlink(missing_ok=True)  # what was read and was not used; its name is a hash, so it is ours
+            write_atomic(path, save({names.PAST_KEY_VALUES: prefix}, metadata=metadata), PREFIX)
         except OSError as error:
             _LOG.warning("cannot keep a prefix in %s: %s", self._folder, error.strerror or error)
 

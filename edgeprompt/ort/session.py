@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ctypes
 import os
 import time
 from concurrent.futures import Future, ThreadPoolExecutor, wait
@@ -89,6 +90,20 @@ class Sessions:
             PackageError, ProviderError, InputError: as `open_session`.
         """
         return self._found[key].result()
+
+    def abandon(self) -> None:
+        """In a forked child: let nothing free a session, whose threads are not there and would be waited for.
+
+        ONNX Runtime's own threads are waited for when the process ends, behind Python's end (its library's static
+        destructors), so these are skipped: handlers of `on_exit` run last in, first out. Only glibc has it.
+        """
+        for future in self._found.values():
+            if future.done() and future.exception() is None:
+                ctypes.pythonapi.Py_IncRef(ctypes.py_object(future.result().ort))
+        libc = ctypes.CDLL(None)
+        if hasattr(libc, "on_exit") and hasattr(libc, "fcloseall"):
+            libc.on_exit(libc._exit, None)
+            libc.on_exit(libc.fcloseall, None)
 
     def give_head_start(self) -> None:
         """Wait until `HEAD_START` is over."""

@@ -18,6 +18,8 @@ from edgeprompt.package.strict_json import check_keys, check_type
 FORMAT = "edgeprompt-package"
 VERSION = 1
 MAX_BYTES = 4 << 20
+FINGERPRINT_2 = "sha256-2:"
+"""What base fingerprints of format 2 start with (`edgeprompt.base.fingerprint`)."""
 
 
 @dataclass(frozen=True)
@@ -65,10 +67,29 @@ class GraphFile:
 
 @dataclass(frozen=True)
 class Base:
-    """The frozen model that was exported."""
+    """The frozen model that was exported, or that a prompt was made for."""
 
     name: str
     fingerprint: str
+
+    def matches(self, other: Base) -> bool:
+        """Whether both are one base: by every matrix, or by the embedding alone where either says no more."""
+        ours, theirs = _digests(self.fingerprint), _digests(other.fingerprint)
+        return ours == theirs if ours[0] and theirs[0] else ours[1] == theirs[1]
+
+    def apart(self, other: Base) -> str:
+        """What an error adds where bases do not match and all that older fingerprints cover is the same."""
+        same = _digests(self.fingerprint)[1] == _digests(other.fingerprint)[1]
+        return "; their embeddings are the same, so one of both was fine-tuned or merged" if same else ""
+
+    def weaker(self, other: Base) -> str | None:
+        """What to say where `matches` rests on the embedding alone, so that a fine-tuned base would pass for it."""
+        if _digests(self.fingerprint)[0] and _digests(other.fingerprint)[0]:
+            return None
+        return (
+            f"the fingerprint of base {self.name!r} is of an older format, which covers its embedding alone: a "
+            "fine-tuned or merged base would not be noticed"
+        )
 
 
 @dataclass(frozen=True)
@@ -103,6 +124,12 @@ class Manifest:
     """Prompt files inside the package, relative paths."""
     validation: Mapping[str, Any] = field(default_factory=dict)
     """What the export measured when it proved itself."""
+    quality: Mapping[str, Any] = field(default_factory=dict)
+    """How near the package is to its base over real text: "texts", "kl_mean", "kl_p90", "top1", "perplexity",
+    "perplexity_base"; of encoders the distance of embeddings. Empty where no base was there to compare with."""
+    quality_gate: str | None = None
+    """"passed"; "allowed": further from its base than the limits, and written because the user said so; None: not
+    judged."""
     versions: Mapping[str, str] = field(default_factory=dict)
     extra: Mapping[str, Any] = field(default_factory=dict)
     """Facts for tools other than the runtime (for example where each weight went)."""
@@ -146,6 +173,15 @@ class Manifest:
     def write(self, folder: str | os.PathLike[str]) -> None:
         """Write `edgeprompt.json` into `folder`."""
         (Path(folder) / names.MANIFEST).write_text(self.to_json(), encoding="utf-8")
+
+
+def _digests(fingerprint: str) -> tuple[str, str]:
+    """What a fingerprint says of every matrix ("" in format 1), and what format 1 says."""
+    if fingerprint.startswith(FINGERPRINT_2):
+        every, _, first = fingerprint.removeprefix(FINGERPRINT_2).partition(".")
+        return every, first
+    kind, _, digits = fingerprint.partition(":")
+    return "", digits[:16] if kind == "sha256" else fingerprint
 
 
 def _parts(data: Mapping[str, Any]) -> dict[str, Any]:
@@ -202,6 +238,8 @@ def _checked(manifest: Manifest) -> Manifest:
             raise ValueError(f"file {file!r} points out of the package")
     for value in (manifest.base.name, manifest.base.fingerprint, manifest.model_type):
         check_type(value, str, "base and model_type")
-    for name in ("validation", "versions", "extra"):
+    if manifest.quality_gate not in (None, "passed", "allowed"):
+        raise ValueError(f"quality_gate is {manifest.quality_gate!r}, allowed: passed, allowed, null")
+    for name in ("validation", "quality", "versions", "extra"):
         check_type(getattr(manifest, name), dict, name)
     return manifest

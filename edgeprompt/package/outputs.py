@@ -145,6 +145,7 @@ ONNX_ADAPTER = Kind("ONNX Runtime adapter", _begins(b"TORT", 4))
 TABLE = Kind("table of numbers (.npy)", _begins(b"\x93NUMPY"))
 CHECKPOINT = Kind("checkpoint of edgeprompt tune", _begins(b"archive/data.pkl", 30))
 METRICS = Kind("metrics.jsonl of edgeprompt tune", _metrics)
+PARQUET = Kind("parquet", _begins(b"PAR1"))
 TEXT = Kind("text", _text, marked=False)
 
 

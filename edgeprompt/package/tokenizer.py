@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import os
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -13,7 +13,7 @@ from typing import Any
 import tokenizers
 
 from edgeprompt import names
-from edgeprompt.errors import InputError, MissingDependencyError, PackageError, UnsupportedError
+from edgeprompt.errors import InputError, PackageError, UnsupportedError
 from edgeprompt.package.files import fingerprint_tokenizer, read_regular
 
 MAX_BYTES = 256 << 20
@@ -120,22 +120,38 @@ class Tokenizer:
         found = self._tokenizer.token_to_id(token)
         return None if found is None else int(found)
 
-    def chat(self, text: str) -> str:
-        """`text` as the user's turn in the package's chat template, ready for the answer.
+    def chat(self, messages: str | Sequence[Mapping[str, Any]], *, add_generation_prompt: bool = True) -> str:
+        """A conversation as the text that the model reads, as `apply_chat_template(tokenize=False)` gives it.
+
+        Args:
+            messages: Each with `role` and `content`; a string is the one message of a user.
+            add_generation_prompt: Whether the assistant's turn is opened at the end.
 
         Raises:
             UnsupportedError: the package has no chat template.
+            InputError: a message is broken, or the template refuses the conversation.
+            PackageError: the template is broken.
             MissingDependencyError: jinja2 is not installed.
         """
+        from edgeprompt.package.chat import render_chat
+
+        turns = [{"role": "user", "content": messages}] if isinstance(messages, str) else messages
+        return render_chat(
+            self._chat_template, turns, specials=self._specials, add_generation_prompt=add_generation_prompt
+        )
+
+    @cached_property
+    def _chat_template(self) -> str:
         file = self._folder / names.CHAT_TEMPLATE
         source = read_regular(file, MAX_BYTES).decode() if file.exists() else self._config.get("chat_template")
+        if isinstance(source, list):  # older configs: several by name
+            source = next((one.get("template") for one in source if one.get("name") == "default"), None)
         if not isinstance(source, str):
             raise UnsupportedError(f"the package in {str(self._folder)!r} has no chat template; leave out chat")
-        try:
-            from jinja2.sandbox import ImmutableSandboxedEnvironment
-        except ImportError as error:
-            raise MissingDependencyError("chat templates need jinja2: pip install 'edgeprompt[chat]'") from error
-        specials = {key: self._special(key) or "" for key in ("bos_token", "eos_token")}
-        template = ImmutableSandboxedEnvironment(trim_blocks=True, lstrip_blocks=True).from_string(source)
-        messages = [{"role": "user", "content": text}]
-        return str(template.render(messages=messages, add_generation_prompt=True, **specials))
+        return source
+
+    @cached_property
+    def _specials(self) -> dict[str, str]:
+        """Special tokens by name; one that the tokenizer does not have is not defined in a template."""
+        named = [name for name in self._config if name.endswith("_token")]
+        return {name: text for name in named if (text := self._special(name)) is not None}

@@ -55,6 +55,19 @@ def located_slot(template: Template) -> str:
     return next((name for name in ("context", "text") if name in template.slots), template.slots[-1])
 
 
+def pair_of(template: Template) -> tuple[str, str]:
+    """The slots of a template that a question and its context fill.
+
+    Raises:
+        InputError: it has others than two.
+    """
+    context = located_slot(template)
+    others = [name for name in template.slots if name != context]
+    if len(others) != 1:
+        raise InputError(f"the template {str(template)!r} has slots {', '.join(template.slots)}; a question needs two")
+    return others[0], context
+
+
 def encode_text(
     template: Template,
     tokenizer: Tokenizer,

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import hashlib
+import logging
 import os
 import struct
 from collections.abc import Mapping
@@ -24,9 +25,10 @@ from edgeprompt.package.files import read_regular, write_atomic
 from edgeprompt.package.manifest import Base, Geometry, Manifest
 from edgeprompt.package.outputs import PROMPT
 from edgeprompt.package.strict_json import check_keys, check_type
-from edgeprompt.prompts.checks import check_tensors
 from edgeprompt.prompts.template import Template
+from edgeprompt.prompts.verbalizer import AGGREGATIONS
 
+_LOG = logging.getLogger("edgeprompt")
 Array = npt.NDArray[np.float32] | npt.NDArray[np.float16]
 
 FORMAT = "edgeprompt-prompt"
@@ -34,6 +36,9 @@ VERSION = 1
 METADATA_KEY = names.PROMPT_METADATA
 MAX_HEADER_BYTES = 1 << 20
 MAX_FILE_BYTES = 1 << 30
+MAX_VIRTUAL_TOKENS = 65_536
+HEAD_INPUTS = ("first", "first_text", "pooler", "mean", "mean_all", "last", "tokens", "tokens_unshifted")
+HEAD_OPERATIONS = ("linear", "tanh", "gelu", "relu", "silu", "layer_norm")
 
 
 @dataclass(frozen=True)
@@ -180,7 +185,7 @@ class PromptFile:
         """
         tensors = {name: np.require(tensor, requirements="C") for name, tensor in sorted(self.tensors().items())}
         try:
-            check_tensors(self, self.tensors())
+            _check_tensors(self, self.tensors())
             text = strict_json.dumps(self.metadata())
             text.encode()
             if not tensors:  # safetensors needs no tensor, but a prompt without any would be no prompt
@@ -200,11 +205,15 @@ class PromptFile:
         Raises:
             BaseMismatchError: base fingerprint, tokenizer or a tensor's shape differs; both values are named.
         """
-        if self.base.fingerprint != manifest.base.fingerprint:
+        if not self.base.matches(manifest.base):
             raise BaseMismatchError(
                 f"prompt {self.name!r} was made for base {self.base.name} ({self.base.fingerprint}), "
-                f"the package holds {manifest.base.name} ({manifest.base.fingerprint}); tune it for this base"
+                f"the package holds {manifest.base.name} ({manifest.base.fingerprint})"
+                f"{self.base.apart(manifest.base)}; tune it for this base"
             )
+        weaker = self.base.weaker(manifest.base)
+        if weaker:
+            _LOG.info("prompt %r: %s", self.name, weaker)
         ours, theirs = self.tokenizer_fingerprint, manifest.tokenizer_fingerprint
         if ours and theirs and ours != theirs:
             raise BaseMismatchError(f"prompt {self.name!r} was made with tokenizer {ours}, the package holds {theirs}")
@@ -272,7 +281,7 @@ def from_bytes(data: bytes) -> PromptFile:
         written = check_type(strict_json.loads(text), dict, "metadata")
         strict_json.dumps(written).encode()  # JSON can escape half a surrogate pair, which no UTF-8 holds
         prompt = _from_parts(written, tensors)
-        check_tensors(prompt, prompt.tensors())
+        _check_tensors(prompt, prompt.tensors())
         if len(prompt.tensors()) != len(tensors):
             raise ValueError(f"unknown tensor {min(set(tensors) - set(prompt.tensors()))!r}")
         if prompt.num_virtual_tokens != written["num_virtual_tokens"]:
@@ -404,3 +413,61 @@ def _verbalizer(data: object) -> dict[str, tuple[str, ...]]:
         if not found[label] or not all(found[label]):
             raise ValueError(f"the verbalizer has no word for label {label!r}")
     return found
+
+
+def _check_tensors(prompt: PromptFile, tensors: Mapping[str, Array]) -> None:
+    """Refuse tensors and words that the format does not have.
+
+    Raises:
+        ValueError: says which, and what is allowed.
+    """
+    known = {names.PROMPT_EMBEDDINGS: 2, names.PAST_KEY_VALUES: 5, f"encoder_{names.PAST_KEY_VALUES}": 5}
+    for name, tensor in tensors.items():
+        rank = known.get(name)
+        if rank is None and not name.startswith("head."):
+            raise ValueError(f"unknown tensor {name!r}; known: {', '.join(known)}, head.*")
+        if tensor.dtype not in (np.float32, np.float16):
+            raise ValueError(f"tensor {name!r} is {tensor.dtype}, allowed: float32, float16")
+        if rank is not None and tensor.ndim != rank:
+            raise ValueError(f"tensor {name!r} has shape {list(tensor.shape)}, {rank} dimensions are needed")
+        if tensor.size == 0:
+            raise ValueError(f"tensor {name!r} is empty, shape {list(tensor.shape)}")
+        if not np.isfinite(tensor).all():
+            raise ValueError(f"tensor {name!r} holds NaN or infinity")
+    if prompt.num_virtual_tokens > MAX_VIRTUAL_TOKENS:
+        raise ValueError(f"{prompt.num_virtual_tokens} virtual tokens, at most {MAX_VIRTUAL_TOKENS} are allowed")
+    if prompt.prompt_embeddings is not None and prompt.past_key_values is not None:
+        raise ValueError("both prompt_embeddings and past_key_values; a prompt has one of them")
+    if not tensors:
+        raise ValueError("no tensor")
+    if prompt.method not in names.METHODS and prompt.method != "head":
+        raise ValueError(f"method is {prompt.method!r}, allowed: {', '.join(names.METHODS)}, head")
+    if prompt.task not in names.TASKS:
+        raise ValueError(f"task is {prompt.task!r}, allowed: {', '.join(names.TASKS)}")
+    if prompt.calibration and len(prompt.calibration) != len(prompt.verbalizer):
+        raise ValueError(f"{len(prompt.calibration)} calibration values for {len(prompt.verbalizer)} labels")
+    if prompt.verbalizer_aggregation not in AGGREGATIONS:
+        allowed = ", ".join(AGGREGATIONS)
+        raise ValueError(f"verbalizer_aggregation is {prompt.verbalizer_aggregation!r}, allowed: {allowed}")
+    if prompt.verbalizer_aggregation != "sum" and not prompt.verbalizer:
+        raise ValueError(f"verbalizer_aggregation is {prompt.verbalizer_aggregation!r}, and there is no verbalizer")
+    _check_head(prompt)
+
+
+def _check_head(prompt: PromptFile) -> None:
+    spec = prompt.head_spec
+    if spec is None:
+        if prompt.head:
+            raise ValueError("head tensors without a head description")
+        return
+    if spec.input not in HEAD_INPUTS:
+        raise ValueError(f"head input is {spec.input!r}, allowed: {', '.join(HEAD_INPUTS)}")
+    if spec.problem_type not in names.PROBLEM_TYPES:
+        raise ValueError(f"problem_type is {spec.problem_type!r}, allowed: {', '.join(names.PROBLEM_TYPES)}")
+    for step in spec.steps:
+        if step.operation not in HEAD_OPERATIONS:
+            raise ValueError(f"head operation is {step.operation!r}, allowed: {', '.join(HEAD_OPERATIONS)}")
+        if step.operation in ("linear", "layer_norm") and f"{step.name}.weight" not in prompt.head:
+            raise ValueError(
+                f"the head needs tensor head.{step.name}.weight; there: {', '.join(prompt.head) or 'none'}"
+            )

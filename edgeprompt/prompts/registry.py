@@ -1,136 +1,264 @@
-"""The prompts that a runtime serves: those that were added, and those in folders, read when a request names them."""
+"""The prompts of a runtime: their names, the folders they come from, and what a request takes with it.
+
+A request gets its `LoadedPrompt` once, by name, and keeps it whatever happens to the name. An engine keeps no table of
+names: what it derives from a prompt hangs on the `LoadedPrompt`, and goes when that is removed.
+"""
 
 from __future__ import annotations
 
+import dataclasses
+import hashlib
 import logging
 import os
 import threading
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable
+from functools import cached_property
 from pathlib import Path
+from typing import TypeAlias
 
-from edgeprompt.engines.base import Engine
-from edgeprompt.errors import PromptNotFoundError
+from edgeprompt.errors import InputError, PromptFileError, PromptNotFoundError
+from edgeprompt.package.files import read_regular
 from edgeprompt.package.manifest import Manifest
-from edgeprompt.prompts.file import PromptFile, TunedFor
-from edgeprompt.prompts.source import PromptSource
-from edgeprompt.prompts.store import PromptStore
+from edgeprompt.prompts.file import MAX_FILE_BYTES, PromptFile, TunedFor, from_bytes
+from edgeprompt.prompts.verbalizer import Verbalizer
+
+SUFFIX = ".safetensors"
+Stamp: TypeAlias = tuple[int, int, int]
+"""Of a file in a folder of prompts: it changes when the file is replaced."""
 
 _LOG = logging.getLogger("edgeprompt")
 
 
-class PromptRegistry(Mapping[str, PromptSource]):
-    """The prompts that are ready in an engine, by name. Every method may be called from any thread."""
+class LoadedPrompt:
+    """A checked prompt that requests can name.
 
-    def __init__(self, engine: Engine, folders: Iterable[Path]) -> None:
-        self._engine = engine
-        self._ready: dict[str, PromptSource] = {}
-        self._stores = [PromptStore(folder) for folder in folders]
-        self._stamps: dict[str, tuple[int, int, int]] = {}
-        """Of prompts that came from a store: which state of the file."""
+    From a file, its tensors are kept until an engine is ready (`release`), then read again when they are needed, and
+    the file must not change: thousands of prompts take little memory.
+    """
+
+    def __init__(
+        self,
+        name: str,
+        prompt: PromptFile,
+        *,
+        path: Path | None = None,
+        sha256: str | None = None,
+        stamp: Stamp | None = None,
+    ) -> None:
+        self.name = name
+        self.file = dataclasses.replace(
+            prompt, prompt_embeddings=None, past_key_values=None, encoder_past_key_values=None
+        )
+        """Everything but the prompt's own tensors; the head is there."""
+        self.num_virtual_tokens = prompt.num_virtual_tokens
+        self.has_encoder_prefix = prompt.encoder_past_key_values is not None
+        self.rows = 0 if prompt.prompt_embeddings is None else len(prompt.prompt_embeddings)
+        """Virtual tokens in the text."""
+        self.past_length = 0 if prompt.past_key_values is None else int(prompt.past_key_values.shape[3])
+        """Positions in front of the text whose keys and values the prompt brings."""
+        self.verbalizer: Verbalizer | None = None
+        """Label words as the engine compiled them, which it does once."""
+        self.stamp = stamp
+        self.removed = False
+        """Whether requests can no longer name it; nothing that is derived from it then stays."""
+        self._path, self._sha256 = path, sha256
+        self._whole: PromptFile | None = prompt
+
+    @staticmethod
+    def open(path: str | os.PathLike[str], *, name: str | None = None, stamp: Stamp | None = None) -> LoadedPrompt:
+        """Read and check a file, once: what is added is what was checked, whoever replaces the file meanwhile.
+
+        Raises:
+            PromptFileError: missing, too large, broken, or breaking the format.
+        """
+        file = Path(path).absolute()
+        data = _read(file)
+        try:
+            prompt = from_bytes(data)
+        except PromptFileError as error:
+            raise PromptFileError(f"bad prompt file {str(path)!r}: {error}") from error
+        return LoadedPrompt(
+            name or prompt.name, prompt, path=file, sha256=hashlib.sha256(data).hexdigest(), stamp=stamp
+        )
+
+    @property
+    def sha256(self) -> str:
+        """Hash of the prompt's file."""
+        return self._sha256 or self.tensors().sha256
+
+    @cached_property
+    def is_prefix(self) -> bool:
+        """Whether, in a decoder, keys and values in front of the text carry it; else virtual ids in the text do.
+
+        Question answering as PEFT trains it reads the states of virtual tokens too, so these are run with the text.
+        """
+        unshifted = self.file.head_spec is not None and self.file.head_spec.input == "tokens_unshifted"
+        return self.past_length > 0 or (self.file.template.prompt_is_prefix and not unshifted)
+
+    def release(self) -> None:
+        """Keep the path and the hash of a prompt that came from a file, and its tensors no longer."""
+        if self._path is not None:
+            self._whole = None
+
+    def tensors(self) -> PromptFile:
+        """The prompt with its tensors.
+
+        Raises:
+            PromptFileError: the file is gone, or another than the one that was added.
+        """
+        whole = self._whole
+        if whole is not None:
+            return whole
+        assert self._path is not None
+        data = _read(self._path)
+        if hashlib.sha256(data).hexdigest() != self._sha256:
+            raise PromptFileError(f"prompt file {str(self._path)!r} has changed since it was added; add it again")
+        return from_bytes(data)
+
+
+class PromptRegistry:
+    """Prompts by name. Every method may be called from any thread."""
+
+    def __init__(
+        self,
+        manifest: Manifest,
+        folders: Iterable[Path] = (),
+        *,
+        accept: Callable[[LoadedPrompt], None],
+        forget: Callable[[LoadedPrompt], None],
+    ) -> None:
+        """`accept` checks a prompt and makes it ready, or raises; `forget` hears of every one that goes."""
+        self._manifest, self._accept, self._forget = manifest, accept, forget
+        self._prompts: dict[str, LoadedPrompt] = {}
+        self._folders = [*folders]
         self._lock = threading.RLock()
-
-    def __getitem__(self, name: str) -> PromptSource:
-        return self._ready[name]
-
-    def __iter__(self) -> Iterator[str]:
-        return iter(self._ready)
-
-    def __len__(self) -> int:
-        return len(self._ready)
 
     @property
     def names(self) -> tuple[str, ...]:
         """Names that requests can use: of the prompts that are ready, and of those in folders."""
-        return tuple(dict.fromkeys((*self._ready, *(name for store in self._stores for name in store))))
+        files = (path.stem for folder in tuple(self._folders) for path in sorted(folder.glob(f"*{SUFFIX}")))
+        return tuple(dict.fromkeys((*tuple(self._prompts), *files)))
 
-    def add(self, name: str, source: PromptSource) -> None:
-        """Make a prompt ready, replacing one of the same name."""
+    def add(
+        self, prompt: str | os.PathLike[str] | PromptFile, *, name: str | None, allow_base_mismatch: bool = False
+    ) -> str:
+        """Make a prompt ready, replacing one of the same name.
+
+        Args:
+            prompt: path of a prompt file, or a `PromptFile`.
+            name: None takes the file's.
+            allow_base_mismatch: accept a prompt of another base whose sizes fit.
+
+        Returns:
+            The name.
+
+        Raises:
+            PromptFileError: broken file.
+            BaseMismatchError: made for another base, tokenizer or geometry.
+            InputError: `prompt` is neither, or the name is no text.
+        """
+        if not isinstance(prompt, PromptFile | str | os.PathLike) or not isinstance(name, str | None):
+            raise InputError(f"cannot add {prompt!r} as {name!r}; give a path or a PromptFile, and a name as text")
+        if isinstance(prompt, PromptFile):
+            loaded = LoadedPrompt(name or prompt.name, prompt)
+        else:
+            loaded = LoadedPrompt.open(prompt, name=name)
         with self._lock:
-            self._engine.add_prompt(name, source)
-            source.release()
-            self._ready[name] = source
-            self._stamps.pop(name, None)
+            self._add(loaded, allow_base_mismatch=allow_base_mismatch)
+        return loaded.name
 
     def add_folder(self, folder: str | os.PathLike[str]) -> None:
-        """Let requests name every prompt of a folder.
+        """Let requests name every prompt of a folder: prompt `name` is the file `name.safetensors`.
 
         Raises:
             InputError: there is no such folder.
         """
-        self._stores.append(PromptStore(folder))
+        if not isinstance(folder, str | os.PathLike) or not Path(folder).is_dir():
+            raise InputError(f"no folder of prompts at {folder!r}")
+        self._folders.append(Path(folder).absolute())
 
     def remove(self, name: str) -> None:
-        """Forget a prompt.
+        """Forget a prompt; requests that run keep it.
 
         Raises:
             PromptNotFoundError: no prompt of that name is ready.
         """
         with self._lock:
-            if name not in self._ready:
-                raise PromptNotFoundError(f"no prompt {name!r}; loaded: {', '.join(self._ready) or 'none'}")
-            self._engine.remove_prompt(name)
-            del self._ready[name]
-            self._stamps.pop(name, None)
+            if name not in self._prompts:
+                raise PromptNotFoundError(f"no prompt {name!r}; loaded: {', '.join(self._prompts) or 'none'}")
+            self._replace(name, None)
 
-    def ensure(self, name: str, read: Callable[[Path], object]) -> None:
-        """Have a prompt ready: one in a folder is read when it is first named, and again when its file was replaced.
-
-        Args:
-            name: of the prompt.
-            read: adds the prompt of a file under this name.
+    def find(self, name: str) -> LoadedPrompt:
+        """A prompt by name; one in a folder is read when it is first named, and again when its file was replaced.
 
         Raises:
             PromptNotFoundError: no prompt of that name.
+            PromptFileError, BaseMismatchError: the file of that name in a folder cannot be served.
         """
-        if name in self._ready and name not in self._stamps:
-            return
-        for store in self._stores:
-            found = store.find(name)
-            if found is not None:
-                path, stamp = found
-                if self._stamps.get(name) != stamp:
-                    with self._lock:
-                        if self._stamps.get(name) != stamp:  # else another thread was faster
-                            read(path)
-                            self._stamps[name] = stamp
-                return
+        prompt = self._prompts.get(name)
+        if prompt is not None and prompt.stamp is None:
+            return prompt
+        for folder in self._folders:
+            path, stamp = _file_of(folder, name)
+            if stamp is None:
+                continue
+            if prompt is not None and prompt.stamp == stamp:
+                return prompt
+            with self._lock:
+                prompt = self._prompts.get(name)
+                if prompt is None or prompt.stamp not in (None, stamp):  # else another thread was faster
+                    prompt = LoadedPrompt.open(path, name=name, stamp=stamp)
+                    self._add(prompt)
+            return prompt
         with self._lock:
-            if name in self._stamps:  # its file is gone
-                self.remove(name)
-        if name not in self._ready:
-            raise PromptNotFoundError(f"no prompt {name!r}; there are: {', '.join(self.names[:20]) or 'none'}")
+            prompt = self._prompts.get(name)
+            if prompt is not None and prompt.stamp is None:
+                return prompt
+            if prompt is not None:  # its file is gone
+                self._replace(name, None)
+        raise PromptNotFoundError(f"no prompt {name!r}; there are: {', '.join(self.names[:20]) or 'none'}")
 
+    def _add(self, prompt: LoadedPrompt, *, allow_base_mismatch: bool = False) -> None:
+        whole = prompt.tensors()
+        if allow_base_mismatch:
+            whole.check_geometry(self._manifest)
+        else:
+            whole.check_base(self._manifest)
+        tuned = whole.tuned_for
+        if tuned is not None and _other_weights(tuned, self._manifest):
+            _LOG.info("prompt %r was tuned for %s, and the package is %s", prompt.name, tuned, self._manifest.precision)
+        self._accept(prompt)
+        prompt.release()
+        self._replace(prompt.name, prompt)
 
-def open_prompt(
-    prompt: str | os.PathLike[str] | PromptFile, manifest: Manifest, *, name: str | None, allow_base_mismatch: bool
-) -> tuple[str, PromptSource]:
-    """A prompt that fits a package, and the name to serve it under.
-
-    Args:
-        prompt: path of a prompt file, or a `PromptFile`.
-        manifest: of the package.
-        name: None takes the file's.
-        allow_base_mismatch: accept a prompt of another base whose sizes fit.
-
-    Raises:
-        PromptFileError: broken file.
-        BaseMismatchError: made for another base, tokenizer or geometry.
-    """
-    if isinstance(prompt, PromptFile):
-        source, whole = PromptSource(prompt), prompt
-    else:
-        source = PromptSource.open(prompt)
-        whole = source.tensors()
-    if allow_base_mismatch:
-        whole.check_geometry(manifest)
-    else:
-        whole.check_base(manifest)
-    name = name or whole.name
-    tuned = whole.tuned_for
-    if tuned is not None and _other_weights(tuned, manifest):
-        _LOG.info("prompt %r was tuned for %s, and the package is %s", name, tuned, manifest.precision)
-    return name, source
+    def _replace(self, name: str, prompt: LoadedPrompt | None) -> None:
+        old = self._prompts.get(name)
+        if prompt is None:
+            del self._prompts[name]
+        else:
+            self._prompts[name] = prompt
+        if old is not None:
+            old.removed = True
+            self._forget(old)
 
 
 def _other_weights(tuned: TunedFor, manifest: Manifest) -> bool:
     return tuned.precision != manifest.precision or tuned.weights_hash not in (None, manifest.weights_hash)
+
+
+def _file_of(folder: Path, name: str) -> tuple[Path, Stamp | None]:
+    path = folder / f"{name}{SUFFIX}"
+    if not isinstance(name, str) or name != os.path.basename(name) or "\0" in name or name.startswith("."):
+        return path, None
+    try:
+        status = path.stat()
+    except OSError:
+        return path, None
+    return path, (status.st_ino, status.st_mtime_ns, status.st_size)
+
+
+def _read(file: Path) -> bytes:
+    try:
+        return read_regular(file, MAX_FILE_BYTES)
+    except OSError as error:
+        raise PromptFileError(f"cannot read prompt file {str(file)!r}: {error.strerror or error}") from error

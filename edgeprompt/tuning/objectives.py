@@ -21,6 +21,8 @@ from edgeprompt.tuning.prompted import Prompted, PromptedLM
 from edgeprompt.tuning.verbalizer import LabelWords
 
 GOLDEN_TOKENS = 8
+_ROWS = 64
+"""Most continuations of texts by label words that are computed at once: what bounds the memory of many labels."""
 
 
 @dataclass(frozen=True)
@@ -119,8 +121,17 @@ class WordClassify:
 
     def scores(self, texts: Sequence[Sequence[int]], shared: Any = None) -> torch.Tensor:
         """Label scores float32 [len(texts), num_labels]."""
-        logits = self._model.logits(texts, [self.words.stems] * len(texts), shared)
-        return self.words.scores(logits.view(len(texts), self.words.num_positions, -1))
+        stems = self.words.stems
+        if len(stems) * len(texts) <= _ROWS:
+            logits = self._model.logits(texts, [stems] * len(texts), shared)
+            return self.words.scores(logits.view(len(texts), self.words.num_positions, -1))
+        shared = self._model.shared() if shared is None else shared
+
+        def words_behind(first: int, last: int) -> torch.Tensor:
+            found = self._model.logits(texts, [stems[first:last]] * len(texts), shared)
+            return self.words.words_of(found.view(len(texts), -1, found.shape[-1]), first, last)
+
+        return self.words.in_parts(max(1, _ROWS // len(texts)), words_behind)
 
     def measure(self, batch: Sequence[Example], shared: Any = None) -> Outcome:
         """Cross-entropy over the labels, and how many of the best-scored labels are right."""

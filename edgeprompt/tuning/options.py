@@ -10,7 +10,6 @@ from pathlib import Path
 from edgeprompt import names
 from edgeprompt.errors import InputError
 from edgeprompt.evaluation.data import DataSource
-from edgeprompt.prompts.checks import PROBLEM_TYPES
 from edgeprompt.prompts.template import Template
 
 INITS = ("text", "vocab", "labels", "random")
@@ -101,7 +100,7 @@ class TuneOptions:
         for name, allowed in (
             ("method", METHODS),
             ("task", (None, *names.TASKS)),
-            ("problem_type", (None, *PROBLEM_TYPES)),
+            ("problem_type", (None, *names.PROBLEM_TYPES)),
             ("init", INITS),
             ("encoder", ENCODERS),
             ("mixed_precision", PRECISIONS),

@@ -30,6 +30,8 @@ from edgeprompt.tuning.prepare import Run, prepare
 _EVAL_BATCHES = 2
 """Evaluation batches are this many times the training batch: no gradients to keep."""
 _CLOSENESS_TEXTS = 8
+_LEAST_AGREEMENT, _MOST_DIFFERENCE = 0.5, 0.1
+"""Of next tokens, and of logits as a share of their scale: where both are missed, the package is of other weights."""
 
 
 @dataclass(frozen=True)
@@ -108,6 +110,8 @@ def tune(
         if options.adapter is not None and run.plan.has_head:
             raise UnsupportedError("a prompt with a head of its own is no PEFT adapter; leave out --adapter")
         found = read_data(run, data)
+        if run.package is not None:
+            _check_package(run, found)
         loop, batches = make_loop(run, found, path)
         if options.resume is not None:
             _resume(run, loop, options.resume)
@@ -215,7 +219,7 @@ def _resume(run: Run, loop: Loop, path: Path) -> None:
         loop.resume(path)
         return
     prompt, soft = load_prompt(path), run.objective.model.soft
-    if prompt.base.fingerprint != run.fingerprint:
+    if not prompt.base.matches(Base(run.loaded.name, run.fingerprint)):
         raise BaseMismatchError(
             f"prompt {str(path)!r} was made for base {prompt.base.name} ({prompt.base.fingerprint}), "
             f"this base is {run.loaded.name} ({run.fingerprint})"
@@ -275,6 +279,19 @@ def prompt_file(run: Run, loop: Loop, progress: Progress, path: Path, data: RunD
         },
         golden=golden,
     )
+
+
+def _check_package(run: Run, data: RunData) -> None:
+    """Refuse a package that computes something else than the model in training, before that is trained."""
+    found = _closeness(run, data)
+    if not found or found["graph_top1_agreement"] >= _LEAST_AGREEMENT:
+        return
+    if found["graph_mean_difference"] > _MOST_DIFFERENCE * found["logit_scale"]:
+        assert run.package is not None
+        raise BaseMismatchError(
+            f"package {str(run.package.path)!r} does not compute what {run.loaded.name!r} computes with its weights: "
+            f"the next token agrees in {found['graph_top1_agreement']:.0%} of texts; export this base again"
+        )
 
 
 def _closeness(run: Run, data: RunData) -> dict[str, float]:

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
 from importlib import import_module
 from pathlib import Path
 from typing import cast
 
-from edgeprompt.errors import InputError, SourceError
+from edgeprompt.errors import InputError, MissingDependencyError, SourceError, UnsupportedError
 from exporters.importers.foreign import BaseFacts, ForeignPrompt, Importer, ReadOptions
 from exporters.importers.reading import peek
 
@@ -36,9 +37,25 @@ def detect_format(source: Path) -> str:
     for name in FORMATS:
         if find_importer(name).recognises(source, contents):
             return name
+    inside = _prompts_inside(source) if source.is_dir() else []
+    if inside:
+        raise SourceError(
+            f"{str(source)!r} holds no prompt itself; its folders do: {', '.join(inside)}; give one of them"
+        )
     raise SourceError(
         f"{str(source)!r} is in no known prompt format; name it with --from if it is one of {', '.join(FORMATS)}"
     )
+
+
+def _prompts_inside(folder: Path) -> list[str]:
+    """Folders of a training's output that hold a prompt (`checkpoint-500`), at most four."""
+    found = []
+    for child in sorted(path for path in folder.iterdir() if path.is_dir()):
+        with contextlib.suppress(SourceError, UnsupportedError, MissingDependencyError, OSError):
+            contents = peek(child)
+            if any(find_importer(name).recognises(child, contents) for name in FORMATS):
+                found.append(child.name)
+    return found[:4]
 
 
 def read_foreign(

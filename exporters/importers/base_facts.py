@@ -5,10 +5,11 @@ from __future__ import annotations
 import os
 import tempfile
 from pathlib import Path
+from typing import Any
 
 from edgeprompt import names
 from edgeprompt.package.folder import open_package
-from exporters.importers.foreign import BaseFacts
+from exporters.importers.foreign import Array, BaseFacts
 
 
 def read_base_facts(base: str | os.PathLike[str]) -> BaseFacts:
@@ -34,18 +35,24 @@ def read_base_facts(base: str | os.PathLike[str]) -> BaseFacts:
         )
     from edgeprompt.base.geometry import geometry_of
     from edgeprompt.base.load import load_base
-    from edgeprompt.package.manifest import Base
     from exporters.package import write_tokenizer
 
     loaded = load_base(base)
     with tempfile.TemporaryDirectory() as scratch:
         fingerprint = write_tokenizer(loaded.tokenizer, Path(scratch), Path(scratch))
     return BaseFacts(
-        Base(loaded.name, loaded.fingerprint),
+        loaded.base,
         loaded.family.architecture,
         loaded.config.model_type,
         geometry_of(loaded.config),
         fingerprint,
         loaded.tokenizer,
         loaded.config,
+        lambda: _embeddings(loaded.model),
     )
+
+
+def _embeddings(model: Any) -> tuple[Array, Array | None]:
+    output = model.get_output_embeddings()
+    weights = [layer.weight.detach().float().numpy() for layer in (model.get_input_embeddings(), output) if layer]
+    return weights[0], weights[1] if output is not None else None

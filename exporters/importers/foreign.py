@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Protocol
@@ -33,6 +33,8 @@ class BaseFacts:
     """A transformers or an edgeprompt tokenizer; None where the base has none."""
     config: Any = None
     """The transformers config; None where the facts come from a package."""
+    embeddings: Callable[[], tuple[Array, Array | None]] | None = None
+    """Gives the float32 input and output embeddings [rows, width]; None where the facts come from a package."""
 
 
 @dataclass(frozen=True)
@@ -85,6 +87,10 @@ class Importer(Protocol):
         """
 
 
+class NeedsBaseError(SourceError):
+    """What a file says cannot be read without its base."""
+
+
 def need_base(base: BaseFacts | None, kind: str, why: str) -> BaseFacts:
     """`base`, or an error that says what it is needed for.
 
@@ -92,7 +98,7 @@ def need_base(base: BaseFacts | None, kind: str, why: str) -> BaseFacts:
         SourceError: there is none.
     """
     if base is None:
-        raise SourceError(f"{kind} needs --base: {why}")
+        raise NeedsBaseError(f"{kind} needs --base: {why}")
     return base
 
 

@@ -16,6 +16,10 @@ from exporters.importers.foreign import BaseFacts
 Array = npt.NDArray[Any]
 
 
+_BIASLESS = {"SEQ_CLS": ("score",)}
+"""Linear layers that transformers gives no bias."""
+
+
 def describe_head(tensors: Mapping[str, Array], task_type: str, base: BaseFacts) -> tuple[Head, tuple[str, ...]]:
     """The head of a transformers model for PEFT's task types SEQ_CLS, TOKEN_CLS and QUESTION_ANS.
 
@@ -49,6 +53,13 @@ def describe_head(tensors: Mapping[str, Array], task_type: str, base: BaseFacts)
             raise SourceError(
                 f"the {task_type} head of {base.model_type} needs {step.name}.weight, and the file has "
                 f"{', '.join(sorted(tensors)) or 'no head'}; save it with the adapter (modules_to_save)"
+            )
+    for step in steps:
+        biased = step.name and step.name not in _BIASLESS.get(task_type, ()) and base.model_type != "modernbert"
+        if biased and f"{step.name}.bias" not in tensors:
+            raise SourceError(
+                f"the {task_type} head of {base.model_type} needs {step.name}.bias, and the file has "
+                f"{', '.join(sorted(tensors))}; save the adapter again"
             )
     classes = tensors[f"{steps[-1].name}.weight"].shape[0]
     problem = "regression" if task_type == "SEQ_CLS" and classes == 1 else "single_label"

@@ -7,19 +7,24 @@ import tarfile
 import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 
 from edgeprompt.errors import SourceError, UnsupportedError
 from exporters.importers.foreign import BaseFacts, ForeignPrompt, ReadOptions, as_rows, prompt_name
-from exporters.importers.reading import PICKLES, Contents, check_file, read_tensors
+from exporters.importers.reading import PICKLES, Contents, check_file, read_checkpoint
 
 WEIGHTS = "model_weights.ckpt"
-MAX_ARCHIVE_MEMBER = 4 << 30
+MAX_ARCHIVE = 4 << 30
 MAX_MEMBERS = 10_000
 
 _TASK = re.compile(r"(?:^|\.)prompt_table\.(?!prompt_table\.)(.+?)\.prompt_embeddings\.weight$")
 _TABLE = re.compile(r"(?:^|\.)inference_table(?:\.inference_table)?$")
-_ENCODER = re.compile(r"(?:^|\.)prompt_encoder\.")
+_ENCODER = re.compile(r"(?:^|\.)(?:prompt_encoder|ptuning_adapter)\.")
+_BASE = re.compile(
+    r"^(?:frozen_model|language_model|embedding|encoder|decoder|output_layer|word_embeddings|enc_dec_model)"
+    r"\.(?!.*(?:adapter|lora|prompt|ia3))"
+)
 
 
 def recognises(source: Path, contents: Contents) -> bool:
@@ -32,9 +37,9 @@ def recognises(source: Path, contents: Contents) -> bool:
 def read(source: Path, base: BaseFacts | None, options: ReadOptions) -> list[ForeignPrompt]:
     """One prompt per task of the table."""
     with _weights(source) as file:
-        tables = read_tensors(file, lambda name: bool(_TASK.search(name) or _TABLE.search(name)))
-        encoder = not tables and bool(read_tensors(file, lambda name: bool(_ENCODER.search(name))))
-    if encoder:
+        checkpoint = read_checkpoint(file, lambda name: bool(_TASK.search(name) or _TABLE.search(name)))
+    tables = checkpoint.tensors
+    if not tables and any(map(_ENCODER.search, checkpoint.names)):
         raise UnsupportedError(
             f"{source.name} holds a prompt encoder and no table; let NeMo finish the p-tuning (it then writes the "
             "inference table), and convert that"
@@ -44,6 +49,10 @@ def read(source: Path, base: BaseFacts | None, options: ReadOptions) -> list[For
         tasks = {prompt_name(source): name for name in tables}
     if not tasks:
         raise SourceError(f"{source.name} has no prompt_table.<task>.prompt_embeddings.weight and no inference_table")
+    if len(tables) > 1 and not any(map(_TASK.search, tables)):
+        raise SourceError(f"{source.name} has several tables without a task: {', '.join(sorted(tables))}")
+    # The encoder made the table; the base is frozen, and `word_embeddings` a copy of its own.
+    replace(checkpoint, file=source).account(lambda name: bool(_ENCODER.search(name) or _BASE.search(name)), "NeMo")
     where = "NeMo's task template, which says where virtual tokens stand: give --template (default: all in front)"
     dropped = () if options.template else (where,)
     return [
@@ -71,12 +80,13 @@ def _weights(source: Path) -> Iterator[Path]:
         try:
             with tarfile.open(source, "r:*") as archive:
                 for count, member in enumerate(archive):
-                    if count > MAX_MEMBERS:
-                        raise SourceError(f"{source.name} has more than {MAX_MEMBERS} members")
+                    if count > MAX_MEMBERS or member.offset_data + member.size > MAX_ARCHIVE:
+                        raise SourceError(
+                            f"{source.name} unpacks to more than {MAX_MEMBERS} members or {MAX_ARCHIVE} bytes, too "
+                            "many for a prompt"
+                        )
                     if not member.isfile() or Path(member.name).name != WEIGHTS:
                         continue
-                    if member.size > MAX_ARCHIVE_MEMBER:
-                        raise SourceError(f"{WEIGHTS} in {source.name} has {member.size} bytes, too many for a prompt")
                     content = archive.extractfile(member)
                     with target.open("wb") as file:
                         while content and (piece := content.read(1 << 20)):
@@ -90,4 +100,7 @@ def _weights(source: Path) -> Iterator[Path]:
             ) from error
         if not target.exists():
             raise SourceError(f"{source.name} has no {WEIGHTS}; it is no NeMo prompt archive")
-        yield target
+        try:
+            yield target
+        except (SourceError, UnsupportedError) as error:  # which name the temporary file
+            raise type(error)(str(error).replace(str(target), f"{source}:{WEIGHTS}")) from error

@@ -26,7 +26,7 @@ from exporters.importers.foreign import (
 )
 from exporters.importers.openprompt_template import ReadTemplate, read_template
 from exporters.importers.p_tuning_v2 import project
-from exporters.importers.reading import PICKLES, Contents, read_tensors
+from exporters.importers.reading import PICKLES, Contents, read_checkpoint
 
 _TEMPLATE = re.compile(
     r"^(?:(?:prompt_model\.)?template\.)?(soft_embeds|soft_embedding\.weight|new_embedding\.weight"
@@ -34,7 +34,21 @@ _TEMPLATE = re.compile(
 )
 _VERBALIZER = re.compile(r"^(?:prompt_model\.)?verbalizer\.(label_words_ids|words_ids_mask|label_words_mask|head\..+)$")
 _SOFT = "SoftTemplate"
-_KINDS = ("soft_embeds", "soft_embedding.weight", "decoder_wte.weight", "wte.weight")
+_KINDS = ("new_embedding.weight", "soft_embeds", "soft_embedding.weight", "decoder_wte.weight", "wte.weight")
+_PREFIX = ("wte.", "decoder_wte.", "control_trans.", "decoder_control_trans.")
+_BELONGS = {
+    "new_embedding.weight": ("new_embedding.", "new_lstm_head.", "new_mlp_head.", "soft_embedding."),
+    "soft_embeds": ("soft_embeds",),
+    "soft_embedding.weight": ("soft_embedding.",),
+    "decoder_wte.weight": _PREFIX,
+    "wte.weight": _PREFIX,
+}
+"""What else a template of each kind has."""
+_BASE = re.compile(
+    r"^(?:prompt_model\.)?(?:plm\.(?!.*(?:adapter|lora_|ia3_|prompt|prefix|soft|delta))"
+    r"|(?:template\.)?(?:raw_embedding\.weight|new_ids|input_tokens|prefix_tokens)$)"
+)
+"""The base's own weights, and what a template makes again from its text."""
 
 
 def recognises(source: Path, contents: Contents) -> bool:
@@ -47,7 +61,8 @@ def read(source: Path, base: BaseFacts | None, options: ReadOptions) -> list[For
     """The template's soft tokens or prefix, and the verbalizer."""
     if source.suffix not in (*PICKLES, ".safetensors"):
         raise SourceError(f"{source.name} is no PyTorch or safetensors file")
-    tensors = read_tensors(source, lambda name: bool(_TEMPLATE.search(name) or _VERBALIZER.search(name)))
+    checkpoint = read_checkpoint(source, lambda name: bool(_TEMPLATE.search(name) or _VERBALIZER.search(name)))
+    tensors = checkpoint.tensors
     parts = {match[1]: tensor for name, tensor in tensors.items() if (match := _TEMPLATE.search(name))}
     words = {match[1]: tensor for name, tensor in tensors.items() if (match := _VERBALIZER.search(name))}
     prompt = ForeignPrompt(
@@ -56,6 +71,13 @@ def read(source: Path, base: BaseFacts | None, options: ReadOptions) -> list[For
         source={"format": "openprompt"},
         dropped=("the checkpoint's copy of the base's weights: --base names them",),
     )
+    kind = next((kind for kind in _KINDS if kind in parts), None)
+    if kind is None:
+        raise SourceError(f"{source.name} has no soft tokens of OpenPrompt; looked for {', '.join(_KINDS)}")
+    mixed = sorted(name for name in parts if not name.startswith(_BELONGS[kind]))
+    if mixed:
+        raise SourceError(f"{source.name} holds {kind} and {', '.join(mixed)}, which are of different templates")
+    checkpoint.account(lambda name: bool(_BASE.search(name)), "OpenPrompt")
     template = read_template(options.template, base)
     if "new_embedding.weight" in parts:
         prompt = _ptuning(prompt, parts, template, base)
@@ -68,10 +90,8 @@ def read(source: Path, base: BaseFacts | None, options: ReadOptions) -> list[For
         )
     elif "soft_embedding.weight" in parts:
         prompt = _mixed(prompt, parts["soft_embedding.weight"], template, base)
-    elif {"wte.weight", "decoder_wte.weight"} & set(parts):
-        prompt = _prefix(prompt, parts, template, base)
     else:
-        raise SourceError(f"{source.name} has no soft tokens of OpenPrompt; looked for {', '.join(_KINDS)}")
+        prompt = _prefix(prompt, parts, template, base)
     return [_with_verbalizer(prompt, words, base, options)]
 
 
@@ -195,15 +215,22 @@ def _with_verbalizer(
         raise SourceError(
             f"label_words_ids is {ids.dtype} {list(ids.shape)}; integers [classes, words, tokens] are needed"
         )
+    used, there = (words.get(name) for name in ("words_ids_mask", "label_words_mask"))
+    if used is None or there is None:
+        raise SourceError("the checkpoint has label_words_ids, and lacks words_ids_mask or label_words_mask")
+    if used.shape != ids.shape or there.shape != ids.shape[:2] or not np.array_equal(used[..., 0] != 0, there != 0):
+        raise SourceError(
+            f"words_ids_mask {list(used.shape)} and label_words_mask {list(there.shape)} do not fit label_words_ids "
+            f"{list(ids.shape)}"
+        )
+    if not there.any(axis=1).all():
+        raise SourceError("the verbalizer has a class without label words")
     if base is None or base.tokenizer is None:
         lost = "the verbalizer: its word ids need the base's tokenizer; give --base with one, or --verbalizer"
         return replace(prompt, dropped=(*prompt.dropped, lost))
     labels = options.labels or tuple(f"LABEL_{index}" for index in range(len(ids)))
     if len(labels) != len(ids):
         raise SourceError(f"{len(labels)} labels given, the verbalizer has {len(ids)} classes")
-    used = words.get("words_ids_mask", np.ones(ids.shape)).astype(bool)
-    if used.shape != ids.shape:
-        raise SourceError(f"words_ids_mask is {list(used.shape)}, label_words_ids {list(ids.shape)}")
     # T5 answers behind its first sentinel: <pad> <extra_id_0> word.
     lead = {"decoder_prefix": "<extra_id_0>"} if base.architecture == names.ENCODER_DECODER else {}
     found: dict[str, tuple[str, ...]] = {}

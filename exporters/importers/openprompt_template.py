@@ -67,12 +67,12 @@ def read_template(text: str | None, base: BaseFacts | None) -> ReadTemplate | No
     parts_found: list[Part] = []
     soft_ids: list[int] = []
     named: dict[int, list[int]] = {}
-    fresh = skipped = 0
+    fresh, skipped = 0, set[int]()
     for piece in pieces:
         if "soft" in piece or "soft_id" in piece:
             mine, fresh = _soft(piece, named, fresh, base)
             if piece.get("soft") is None and base and base.architecture == names.DECODER_ONLY:
-                skipped += len(mine)  # OpenPrompt's wrapper for causal models drops parts without text, these too
+                skipped |= set(mine)  # OpenPrompt's wrapper for causal models drops parts without text, these too
                 continue
             soft_ids += mine
             parts_found.append(VirtualTokens(len(mine)))
@@ -86,7 +86,7 @@ def read_template(text: str | None, base: BaseFacts | None) -> ReadTemplate | No
             break  # OpenPrompt's wrapper for causal models ends the input at the mask
         else:
             parts_found += _plain(piece, slots)
-    return ReadTemplate(tuple(parts_found), tuple(soft_ids), _specials(base), skipped)
+    return ReadTemplate(tuple(parts_found), tuple(soft_ids), _specials(base), len(skipped))
 
 
 def _plain(piece: dict[str, Any], slots: set[str]) -> list[Part]:
@@ -108,8 +108,6 @@ def _soft(
     known = piece.get("soft_id")
     if known in named:
         return named[known], fresh
-    if piece.get("same"):
-        raise TemplateError('OpenPrompt\'s "same" cannot be converted; use soft_id')
     if piece.get("soft") is None:
         count = piece.get("duplicate", 1)
     else:
@@ -119,10 +117,11 @@ def _soft(
         count = len(base.tokenizer.encode(words, add_special_tokens=False))
     if not isinstance(count, int) or not 0 < count < 1 << 16:
         raise TemplateError(f"a soft part of OpenPrompt's template has {count!r} tokens")
-    ids = list(range(fresh + 1, fresh + count + 1))
+    same = piece.get("soft") is None and bool(piece.get("same"))  # one soft token, as often as "duplicate" says
+    ids = [fresh + 1] * count if same else list(range(fresh + 1, fresh + count + 1))
     if known is not None:
         named[known] = ids
-    return ids, fresh + count
+    return ids, fresh + (1 if same else count)
 
 
 def _pieces(text: str) -> list[dict[str, Any]]:

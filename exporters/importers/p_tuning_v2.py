@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+import dataclasses
 import re
 from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
 from edgeprompt.errors import SourceError, UnsupportedError
 from edgeprompt.prompts.file import Head, HeadStep
+from exporters.heads import PROBLEMS
 from exporters.importers.foreign import (
     Array,
     BaseFacts,
@@ -20,13 +23,19 @@ from exporters.importers.foreign import (
     prefix_sizes,
     prompt_name,
 )
-from exporters.importers.reading import PICKLES, Contents, is_there, peek, read_tensors
+from exporters.importers.reading import PICKLES, Contents, is_there, peek, read_checkpoint, read_json
 
 WEIGHTS = ("model.safetensors", "pytorch_model.bin")
 
 _PREFIX = re.compile(r"(?:^|\.)prefix_encoder\.(embedding\.weight|trans\.[02]\.(?:weight|bias)|weight)$")
 _HEAD = re.compile(r"^(classifier|qa_outputs)\.(weight|bias)$")
 _POOLER = re.compile(r"^\w+\.(pooler\.dense\.(?:weight|bias))$")
+_BASE = re.compile(
+    r"^(?:bert|roberta|deberta|albert|electra|distilbert|transformer|model|gpt2|lm_head)"
+    r"\.(?!.*(?:adapter|lora_|ia3_|prompt|prefix|soft|delta))"
+)
+"""The frozen base's own weights, without what other methods train inside it."""
+_TASKS = {"SequenceClassification": "classify", "TokenClassification": "tag", "QuestionAnswering": "qa"}
 
 
 def recognises(source: Path, contents: Contents) -> bool:
@@ -41,9 +50,13 @@ def read(source: Path, base: BaseFacts | None, options: ReadOptions) -> list[For
     file = _file(source)
     if file is None:
         raise SourceError(f"{str(source)!r} has neither {' nor '.join(WEIGHTS)}")
-    facts = need_base(base, "a P-Tuning v2 checkpoint", "its rows say nothing of layers and heads")
-    tensors = read_tensors(file, lambda name: bool(_PREFIX.search(name) or _HEAD.search(name) or _POOLER.search(name)))
+    checkpoint = read_checkpoint(
+        file, lambda name: bool(_PREFIX.search(name) or _HEAD.search(name) or _POOLER.search(name))
+    )
+    tensors = checkpoint.tensors
     parts = {match[1]: tensor for name, tensor in tensors.items() if (match := _PREFIX.search(name))}
+    if len(parts) != sum(bool(_PREFIX.search(name)) for name in tensors):
+        raise SourceError(f"{file.name} has two prefix encoders; save the file with one of them")
     if "embedding.weight" not in parts:
         if "weight" in parts:
             raise UnsupportedError(
@@ -51,7 +64,11 @@ def read(source: Path, base: BaseFacts | None, options: ReadOptions) -> list[For
                 "no serving runtime computes that: train with --prefix, or prompt tuning in PEFT"
             )
         raise SourceError(f"{file.name} has no prefix_encoder.embedding.weight")
+    checkpoint.account(lambda name: bool(_BASE.search(name)), "P-Tuning v2")
     rows, projected = _projected(parts, file.name)
+    config = _config(file)
+    _check_config(config, len(rows), projected, file.name)
+    facts = need_base(base, "a P-Tuning v2 checkpoint", "its rows say nothing of layers and heads")
     layers, heads = prefix_sizes(facts)
     prompt = ForeignPrompt(
         prompt_name(source),
@@ -61,7 +78,7 @@ def read(source: Path, base: BaseFacts | None, options: ReadOptions) -> list[For
         found=(f"prefix of {len(rows)} tokens{', projected by its MLP' if projected else ''}",),
         dropped=("the frozen base's own weights: --base names them",),
     )
-    return [_with_head(prompt, tensors, facts)]
+    return [_with_head(prompt, tensors, config)]
 
 
 def _file(source: Path) -> Path | None:
@@ -79,6 +96,26 @@ def _projected(parts: Mapping[str, Array], file: str) -> tuple[Array, bool]:
     if missing:
         raise SourceError(f"{file} projects its prefix, and lacks prefix_encoder.{missing[0]}")
     return project(rows, *(parts[name] for name in needed), name="prefix_encoder"), True
+
+
+def _config(file: Path) -> dict[str, Any]:
+    """The config that the trainer writes beside the weights; empty where there is none."""
+    beside = file.with_name("config.json")
+    return read_json(beside) if is_there(beside) else {}
+
+
+def _check_config(config: Mapping[str, Any], rows: int, projected: bool, file: str) -> None:
+    for name, found in (("pre_seq_len", rows), ("prefix_projection", projected)):
+        said = config.get(name, found)
+        if said != found:
+            raise SourceError(f"config.json says {name} {said!r}, and the tensors in {file} say {found!r}")
+
+
+def _task_of(config: Mapping[str, Any]) -> str | None:
+    """The task that the config's class is for, None where it names no class with a head."""
+    classes = config.get("architectures")
+    said = str(classes[0]) if isinstance(classes, list) and classes else ""
+    return next((task for ending, task in _TASKS.items() if said.endswith(f"For{ending}")), None)
 
 
 def project(rows: Array, first: Array, first_bias: Array, second: Array, second_bias: Array, *, name: str) -> Array:
@@ -100,35 +137,53 @@ def project(rows: Array, first: Array, first_bias: Array, second: Array, second_
     return np.asarray(hidden @ wide[3].T + wide[4], np.float32)
 
 
-def _with_head(prompt: ForeignPrompt, tensors: Mapping[str, Array], facts: BaseFacts) -> ForeignPrompt:
+def _with_head(prompt: ForeignPrompt, tensors: Mapping[str, Array], config: Mapping[str, Any]) -> ForeignPrompt:
     """Classification heads read the pooled first token; question answering and tagging read every token.
 
     The repository's classes for sequences and for tokens both call their head `classifier`. Only a sequence
-    classifier's model has a pooler, so a pooler in the checkpoint decides. The pooler travels with the prompt: RoBERTa
-    bases have none of their own, and the checkpoint's was frozen at its random start.
+    classifier's model has a pooler, so a pooler in the checkpoint decides, and must not contradict the config. The
+    pooler travels with the prompt: RoBERTa bases have none of their own, and the checkpoint's was frozen at its random
+    start.
     """
-    import dataclasses
-
     head = {name: tensor for name, tensor in tensors.items() if _HEAD.search(name)}
     pooler = {match[1]: tensor for name, tensor in tensors.items() if (match := _POOLER.search(name))}
+    said = _task_of(config)
     if not head:
+        labels = config.get("id2label")
+        if said is not None or labels:
+            raise SourceError(
+                f"config.json says that the checkpoint of {prompt.name!r} is for "
+                f"{said or 'classification'}{f' with {len(labels)} labels' if labels else ''}, and it holds no head "
+                "(classifier.* or qa_outputs.*); save the whole model again"
+            )
         return prompt
+    found = "qa" if "qa_outputs.weight" in head else "classify" if pooler else "tag"
+    if said is not None and said != found:
+        raise SourceError(
+            f"config.json says that the checkpoint of {prompt.name!r} is for {said}, and its tensors "
+            f"({', '.join([*head, *pooler])}) are those of a model for {found}; save the whole model again"
+        )
     shapes = (f"{name} {list(tensor.shape)}" for name, tensor in {**pooler, **head}.items())
     prompt = dataclasses.replace(prompt, found=(*prompt.found, *shapes))
-    if "qa_outputs.weight" in head:
+    wanted = {f"{'qa_outputs' if found == 'qa' else 'classifier'}.{part}" for part in ("weight", "bias")}
+    if set(head) != wanted:
+        raise SourceError(
+            f"the checkpoint's head has {', '.join(sorted(head))}; {', '.join(sorted(wanted))} are needed"
+        )
+    if found == "qa":
         return dataclasses.replace(
             prompt, task="qa", head=head, head_spec=Head("tokens", (HeadStep("linear", "qa_outputs"),))
         )
-    if "classifier.weight" not in head:
-        raise SourceError(f"the checkpoint's head has {', '.join(head)}, and no classifier.weight")
+    classes, labels = head["classifier.weight"].shape[0], config.get("id2label")
+    if isinstance(labels, dict) and len(labels) != classes:
+        raise SourceError(f"config.json has {len(labels)} labels, and classifier.weight {classes} classes")
     if not pooler:
         spec = Head("tokens", (HeadStep("linear", "classifier"),))
         return dataclasses.replace(prompt, task="tag", head=head, head_spec=spec)
     if set(pooler) != {"pooler.dense.weight", "pooler.dense.bias"}:
         raise SourceError(f"the checkpoint's pooler has only {', '.join(pooler)}")
-    classes = head["classifier.weight"].shape[0]
     steps = (HeadStep("linear", "pooler.dense"), HeadStep("tanh"), HeadStep("linear", "classifier"))
-    problem = "regression" if classes == 1 else "single_label"
+    problem = PROBLEMS.get(str(config.get("problem_type")), "regression" if classes == 1 else "single_label")
     return dataclasses.replace(
         prompt, task="classify", head={**pooler, **head}, head_spec=Head("first", steps, problem)
     )

@@ -2,15 +2,16 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 import numpy as np
 
 from edgeprompt import names
-from edgeprompt.errors import SourceError, UnsupportedError
+from edgeprompt.errors import BaseMismatchError, SourceError, UnsupportedError
 from edgeprompt.prompts.template import Literal, Slot, Template, VirtualTokens
 from exporters.importers.foreign import (
     Array,
@@ -23,7 +24,7 @@ from exporters.importers.foreign import (
     prompt_name,
 )
 from exporters.importers.foreign_heads import describe_head
-from exporters.importers.reading import Contents, is_there, read_json, read_tensors
+from exporters.importers.reading import Contents, is_there, read_checkpoint, read_json
 
 CONFIG = "adapter_config.json"
 WEIGHTS = ("adapter_model.safetensors", "adapter_model.bin")
@@ -37,6 +38,12 @@ _METHODS = {
     "CARTRIDGE": "prefix-tuning",
     "MULTITASK_PROMPT_TUNING": "multitask-prompt-tuning",
 }
+_CHANGES_WEIGHTS = (
+    *("LORA", "ADALORA", "ADAMSS", "BOFT", "ADAPTION_PROMPT", "IA3", "BEFT", "LILY", "LOHA", "LOKR", "OFT", "POLY"),
+    *("LN_TUNING", "VERA", "FROD", "PVERA", "FOURIERFT", "GLORA", "XLORA", "HRA", "VBLORA", "UNILORA", "MISS", "BONE"),
+    *("RANDLORA", "ROAD", "HIRA", "SHIRA", "C3A", "WAVEFT", "OSF", "DELORA", "GRALORA", "TINYLORA", "PSOFT", "PEANUT"),
+    *("SHADOW", "SUPERTUNING", "DEFT"),
+)
 _TASKS = {
     "CAUSAL_LM": "generate",
     "SEQ_2_SEQ_LM": "generate",
@@ -46,6 +53,12 @@ _TASKS = {
     "FEATURE_EXTRACTION": "embed",
 }
 _HEAD_TASKS = ("SEQ_CLS", "TOKEN_CLS", "QUESTION_ANS")
+_SIZES = ("token_dim", "num_layers", "num_attention_heads")
+_OUTPUT = re.compile(r"(?:^|\.)(?:lm_head|embed_out|output_layer)\.weight$")
+_EMBEDDING = re.compile(
+    _OUTPUT.pattern + r"|(?:^|\.)(?:embed_tokens|wte|word_embeddings?|shared|embed_in|tok_embeddings)\.weight$"
+)
+_COPIES = re.compile(r"\.modules_to_save(?:\.default)?(?=\.)")
 _ROWS, _COLUMNS, _FACTORS = names.PROMPT_EMBEDDINGS, "prefix_task_cols", "prefix_task_rows"
 _DELTA = "trainable_tokens_delta"
 _SCALES_IDS_ONLY = ("pegasus", "marian")
@@ -66,6 +79,8 @@ def read(source: Path, base: BaseFacts | None, options: ReadOptions) -> list[For
     kind = config.get("peft_type")
     if not isinstance(kind, str):
         raise SourceError(f"{CONFIG} in {str(folder)!r} names no peft_type")
+    if kind not in _METHODS and kind not in _CHANGES_WEIGHTS:
+        raise UnsupportedError(f"peft_type {kind!r} is no method of PEFT that is known here: {', '.join(_METHODS)}")
     if kind not in _METHODS:
         raise UnsupportedError(
             f"{kind!r} changes the base's weights, and a soft prompt cannot carry that: merge it into the base with "
@@ -76,7 +91,7 @@ def read(source: Path, base: BaseFacts | None, options: ReadOptions) -> list[For
     task_type = config.get("task_type") or "CAUSAL_LM"
     if not isinstance(task_type, str) or task_type not in _TASKS:
         raise SourceError(f"task_type is {task_type!r}, known: {', '.join(_TASKS)}")
-    tensors = read_tensors(_weights(folder))
+    tensors = _tensors(folder, base)
     if _ROWS not in tensors:
         raise SourceError(f"the adapter in {str(folder)!r} has no {_ROWS}; it has {', '.join(tensors) or 'nothing'}")
     prompt = ForeignPrompt(
@@ -92,11 +107,12 @@ def read(source: Path, base: BaseFacts | None, options: ReadOptions) -> list[For
     if task_type == "QUESTION_ANS" and options.template is None:
         prompt = replace(prompt, template=_without_segments(base, deep=deep))
     rows = tensors[_ROWS]
+    _check_sizes(config, rows, base, deep=deep)
     if deep:
         return [_with_prefix(prompt, rows, config, base)]
     if kind != "MULTITASK_PROMPT_TUNING":
         return [_with_rows(prompt, rows, config, base)]
-    composed = _compose(rows, tensors)
+    composed = _compose(rows, tensors, config)
     return [
         _with_rows(replace(prompt, name=f"{prompt.name}-{task}"), table, config, base)
         for task, table in enumerate(composed)
@@ -114,6 +130,82 @@ def _weights(folder: Path) -> Path:
         if is_there(folder / name):
             return folder / name
     raise SourceError(f"the adapter in {str(folder)!r} has neither {' nor '.join(WEIGHTS)}")
+
+
+def _tensors(folder: Path, base: BaseFacts | None) -> dict[str, Array]:
+    """The adapter's tensors by their names in PEFT; copies of what was frozen are left out.
+
+    Embeddings that PEFT saved because the vocabulary had been resized are left out where they are the base's own.
+    """
+    found = read_checkpoint(_weights(folder)).tensors
+    plain: dict[str, Array] = {}
+    for name, tensor in found.items():
+        if ".original_module." in name:
+            continue
+        name = _COPIES.sub("", name)
+        if _EMBEDDING.search(name):
+            _check_embedding(name, tensor, base)
+            continue
+        if name in plain:
+            raise SourceError(f"the adapter in {str(folder)!r} has {name} twice")
+        plain[name] = tensor
+    return plain
+
+
+def _check_embedding(name: str, tensor: Array, base: BaseFacts | None) -> None:
+    """Refuse embeddings that are not the base's own.
+
+    Raises:
+        NeedsBaseError: there is no base to compare with.
+        UnsupportedError: the base is a package, or has others.
+    """
+    saved = f"the adapter also holds {name} {list(tensor.shape)}, as PEFT saves embeddings of a resized vocabulary"
+    facts = need_base(base, f"an adapter with {name}", "only where it is the base's own, the prompt fits that base")
+    if facts.embeddings is None:
+        raise UnsupportedError(
+            f"{saved}: give the resized model itself as --base, not its package, so that they can be compared"
+        )
+    rows, output = facts.embeddings()
+    own = output if _OUTPUT.search(name) and output is not None else rows
+    if own.shape == tensor.shape and np.array_equal(own.astype(tensor.dtype), tensor):
+        return
+    differ = "other values" if own.shape == tensor.shape else f"{list(own.shape)}"
+    raise UnsupportedError(
+        f"{saved}; base {facts.base.name} has {differ}: save the model that the prompt was trained on "
+        "(model.get_base_model().save_pretrained(FOLDER), and its tokenizer), and give that folder as --base"
+    )
+
+
+def _check_sizes(config: Mapping[str, Any], rows: Array, base: BaseFacts | None, *, deep: bool) -> None:
+    """Refuse a config whose sizes are not those of the tensor, or of the base (PEFT fills them in from its config).
+
+    Raises:
+        SourceError: it contradicts the tensor.
+        BaseMismatchError: it contradicts the base.
+    """
+    if rows.ndim != 2:
+        return  # refused with its shape, where it is read
+    said = {name: _count(config, name) for name in _SIZES if config.get(name) is not None}
+    width = said.get("token_dim")
+    if deep:
+        layers = _count(config, "num_layers")
+        if width is not None and rows.shape[1] != 2 * layers * width:
+            raise SourceError(
+                f"{_ROWS} is {list(rows.shape)}; {CONFIG} says 2 x {layers} layers x token_dim {width}, which are "
+                f"{2 * layers * width} values a token"
+            )
+        return
+    if width is not None and rows.shape[1] != width:
+        raise SourceError(f"{_ROWS} is {list(rows.shape)}; {CONFIG} says token_dim {width}")
+    if base is None or base.architecture == names.ENCODER_DECODER:
+        return
+    sizes = base.geometry
+    for name, allowed in (
+        ("num_layers", (sizes.num_layers,)),
+        ("num_attention_heads", (sizes.num_attention_heads, sizes.num_key_value_heads)),
+    ):
+        if name in said and said[name] not in allowed:
+            raise BaseMismatchError(f"{CONFIG} says {name} {said[name]}; base {base.base.name} has {allowed[0]}")
 
 
 def _with_rows(prompt: ForeignPrompt, rows: Array, config: Mapping[str, Any], base: BaseFacts | None) -> ForeignPrompt:
@@ -160,7 +252,7 @@ def _with_prefix(
     return replace(prompt, past_key_values=np.ascontiguousarray(prefix[slots]), dropped=(*prompt.dropped, *dropped))
 
 
-def _compose(rows: Array, tensors: Mapping[str, Array]) -> list[Array]:
+def _compose(rows: Array, tensors: Mapping[str, Array], config: Mapping[str, Any]) -> list[Array]:
     """prompt[t] = rows * (columns[t] @ factors[t]) (Wang et al. 2023, arXiv:2303.02861)."""
     columns, factors = tensors.get(_COLUMNS), tensors.get(_FACTORS)
     if columns is None or factors is None:
@@ -171,6 +263,9 @@ def _compose(rows: Array, tensors: Mapping[str, Array]) -> list[Array]:
             f"{_COLUMNS} {list(columns.shape)} and {_FACTORS} {list(factors.shape)} do not fit "
             f"{_ROWS} {list(rows.shape)}"
         )
+    for name, size in (("num_tasks", columns.shape[0]), ("num_ranks", columns.shape[2])):
+        if config.get(name) is not None and _count(config, name) != size:
+            raise SourceError(f"{_COLUMNS} is {list(columns.shape)}; {CONFIG} says {name} {config[name]}")
     return [rows * (columns[task] @ factors[task]) for task in range(len(columns))]
 
 
@@ -181,22 +276,27 @@ def _with_head(
     head = {
         name.removeprefix("base_model.").removeprefix("model."): tensor
         for name, tensor in tensors.items()
-        if name not in (_ROWS, _COLUMNS, _FACTORS)
+        if name != _ROWS and not (prompt.method == "multitask-prompt-tuning" and name in (_COLUMNS, _FACTORS))
     }
     if task_type not in _HEAD_TASKS:
         if head:
-            raise UnsupportedError(
-                f"the adapter also changes the base's {next(iter(head))}, which a soft prompt cannot carry: "
-                "merge it into the base and export that, or train without modules_to_save"
-            )
+            _refuse_extra(head)
         return prompt
     facts = need_base(base, f"a {task_type} adapter", "the base's family says what its head does")
     spec, used = describe_head(head, task_type, facts)
     if task_type == "QUESTION_ANS" and not deep:
         spec = replace(spec, input="tokens_unshifted")
     kept = {name: tensor for name, tensor in head.items() if name.rpartition(".")[0] in used}
-    dropped = tuple(f"{name}: not part of the {task_type} head" for name in head if name not in kept)
-    return replace(prompt, head=kept, head_spec=spec, dropped=(*prompt.dropped, *dropped))
+    if len(kept) != len(head):
+        _refuse_extra({name: tensor for name, tensor in head.items() if name not in kept})
+    return replace(prompt, head=kept, head_spec=spec)
+
+
+def _refuse_extra(tensors: Mapping[str, Array]) -> NoReturn:
+    raise UnsupportedError(
+        f"the adapter also changes the base's {', '.join(sorted(tensors))}, which a soft prompt cannot carry: merge it "
+        "into the base and export that, or train without modules_to_save"
+    )
 
 
 def _without_segments(base: BaseFacts | None, *, deep: bool) -> Template | None:
@@ -224,7 +324,7 @@ def _trainable_tokens(
     folder: Path, config: Mapping[str, Any], base: BaseFacts | None, options: ReadOptions
 ) -> ForeignPrompt:
     """Replaced rows of the input embedding become virtual tokens (the "delta" holds whole rows, not differences)."""
-    tensors = read_tensors(_weights(folder))
+    tensors = _tensors(folder, base)
     ids = config.get("token_indices")
     if not isinstance(ids, list) or not ids or not all(isinstance(number, int) for number in ids):
         raise SourceError(f"{CONFIG} of a TRAINABLE_TOKENS adapter must list token_indices, found {ids!r}")
@@ -245,6 +345,13 @@ def _trainable_tokens(
             "there; use prompt tuning"
         )
     others = set(tensors) - {inputs[0]}
+    odd = sorted(
+        name
+        for name in others
+        if name not in found or not np.array_equal(found[name], found[inputs[0]], equal_nan=True)
+    )
+    if odd:  # PEFT writes the same rows again for a tied output layer, and nothing else
+        _refuse_extra({name: tensors[name] for name in odd})
     unplaced = "the places of these tokens: give --template with {prompt:1} where each stands (default: all in front)"
     return ForeignPrompt(
         prompt_name(folder),

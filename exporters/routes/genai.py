@@ -80,8 +80,16 @@ def suits(loaded: LoadedBase) -> bool:
         installed
         and bool(loaded.family.genai)
         and not has_window(loaded.config)
+        and not scales_rope(loaded.config)
         and geometry_of(loaded.config).head_size % 16 == 0
     )
+
+
+def scales_rope(config: Any) -> bool:
+    """Whether rotary positions are scaled so that the torch route is exact and the builder is not."""
+    rope = getattr(config, "rope_parameters", None) or {}
+    nested = [value for value in rope.values() if isinstance(value, dict)]
+    return any(part.get("rope_type", "default") not in ("default", "llama3") for part in (rope, *nested))
 
 
 def has_window(config: Any) -> bool:

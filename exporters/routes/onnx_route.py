@@ -30,6 +30,7 @@ from exporters.routes.onnx_seq2seq import MERGE_INPUT, make_seq2seq, split_merge
 from exporters.routes.onnx_source import GENAI_CONFIG, OnnxSource, find_source, graph_precision, has_half
 from exporters.validate.onnx_base import compare_with_base
 from exporters.validate.onnx_graphs import check_encoder_decoder, check_single
+from exporters.validate.quality import with_quality
 
 _SCALED = ("gemma", "bart", "bigbird_pegasus", "blenderbot", "m2m_100", "mbart", "nllb", "pegasus_x", "plbart", "xglm")
 """Families whose embedding module scales what it looks up; prompt rows join behind that."""
@@ -90,7 +91,9 @@ def _package(
         check = check_encoder_decoder if len(built.originals) > 1 else check_single
         measured = check(built.originals, folder, manifest, built.after_scale, built.half, Path(scratch))
     if loaded is not None:
-        measured["against_base"] = compare_with_base(loaded, folder, manifest, tuple(prompts.values()))
+        against = compare_with_base(loaded, folder, manifest, tuple(prompts.values()), options.data)
+        manifest = with_quality(manifest, against, allow=options.allow_quality_loss)
+        measured["against_base"] = manifest.validation
     return dataclasses.replace(manifest, validation=measured)
 
 
@@ -220,7 +223,7 @@ def _manifest(
     scratch: Path,
 ) -> Manifest:
     if loaded is not None:
-        base = Base(loaded.name, loaded.fingerprint)
+        base = loaded.base
         _check_same_base(built, config, geometry, loaded)
     elif built.table is not None:
         base = Base(source.folder.resolve().name, fingerprint_of(config.model_type, geometry, built.table))
@@ -266,7 +269,7 @@ def _check_same_base(built: _Built, config: Any, geometry: Geometry, loaded: Loa
     if built.table is None:
         return
     found = fingerprint_of(config.model_type, geometry, built.table)
-    if found != loaded.fingerprint:
+    if not Base(loaded.name, found).matches(loaded.base):
         raise BaseMismatchError(
             f"the graph's embedding gives fingerprint {found}, --against {loaded.name!r} has {loaded.fingerprint}"
         )

@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-import numpy.typing as npt
 import torch
 
 from edgeprompt import names
@@ -20,19 +19,17 @@ from edgeprompt.package.tokenizer import Tokenizer
 from edgeprompt.prompts.encoder_text import encode_text
 from edgeprompt.prompts.file import PromptFile
 from exporters.routes.encoder_graph import EncoderGraph, input_names, output_names
-from exporters.validate.decoder import LEAST_CORRELATION, TOLERANCE
+from exporters.validate.core import Comparison, Floats, Ids, embed, prove, sample_ids
+from exporters.validate.quality import Prediction
 
-Floats = npt.NDArray[np.float32]
-
-_TEXTS = (
-    "A gripping, beautifully acted film that never lets go.",
-    "The plot is thin and the jokes fall flat.",
-    "The battery lasts two days, and the screen is bright enough for a sunny afternoon in the garden.",
-)
+MASKED = 4
+"""Tokens of a text that are masked, one at a time."""
+_SLOT = "The plot is thin and the jokes fall flat."
+"""What stands in a prompt's slots where it has no golden example."""
 
 
 def validate_encoder(
-    loaded: LoadedBase, folder: Path, manifest: Manifest, prompts: tuple[PromptFile, ...]
+    loaded: LoadedBase, folder: Path, manifest: Manifest, prompts: tuple[PromptFile, ...], data: Any = None
 ) -> dict[str, Any]:
     """Compare over texts without a prompt, with virtual tokens, and in a batch of deep prompts of mixed length.
 
@@ -42,39 +39,64 @@ def validate_encoder(
     Raises:
         ValidationError: names or values differ by more than the precision allows.
     """
-    session = open_session(folder / manifest.graphs["model"].file, provider="cpu").ort
-    inputs = [value.name for value in graph_inputs(session)]
-    outputs = [value.name for value in session.get_outputs()]
-    expected = {*input_names(loaded), names.PROMPT_EMBEDDINGS}
-    lacking = sorted((expected - set(inputs)) | (set(output_names(loaded)) - set(outputs)))
-    if lacking and not (lacking == [names.PROMPT_EMBEDDINGS] and manifest.prompt_input == "optional"):
-        raise ValidationError(f"the graph lacks {', '.join(lacking)}")
-    batches = [*_batches(loaded, manifest)]
-    if prompts:
-        batches.append([_golden_row(prompt, folder, manifest) for prompt in prompts])
-    measured: dict[str, dict[str, float]] = {}
-    pairs: dict[str, list[tuple[Floats, Floats]]] = {name: [] for name in output_names(loaded)}
-    for rows in batches:
-        found = dict(zip(outputs, session.run(outputs, make_feeds(rows, manifest, inputs)), strict=True))
-        for index, row in enumerate(rows):
-            for name, want in reference(loaded, row, manifest).items():
-                got = found[name][index]
-                pairs[name].append((got[: row.length] if name == names.LAST_HIDDEN_STATE else got, want))
-    for name, results in pairs.items():
-        measured[name] = _compare(results)
-        _judge(name, measured[name], manifest.precision)
-    return {"rows": sum(map(len, batches)), "prompts": [prompt.name for prompt in prompts], **measured}
+    encoder = _Encoder(loaded, folder, manifest, prompts)
+    measured = prove(encoder, loaded, folder, manifest, data)
+    return {"rows": sum(map(len, encoder.batches)), "prompts": [prompt.name for prompt in prompts], **measured}
+
+
+class _Encoder:
+    def __init__(self, loaded: LoadedBase, folder: Path, manifest: Manifest, prompts: tuple[PromptFile, ...]) -> None:
+        self.loaded, self.manifest = loaded, manifest
+        self.session = open_session(folder / manifest.graphs["model"].file, provider="cpu").ort
+        self.inputs = [value.name for value in graph_inputs(self.session)]
+        self.outputs = [value.name for value in self.session.get_outputs()]
+        expected = {*input_names(loaded), names.PROMPT_EMBEDDINGS}
+        lacking = sorted((expected - set(self.inputs)) | (set(output_names(loaded)) - set(self.outputs)))
+        if lacking and not (lacking == [names.PROMPT_EMBEDDINGS] and manifest.prompt_input == "optional"):
+            raise ValidationError(f"the graph lacks {', '.join(lacking)}")
+        self.batches = [*_batches(loaded, manifest)]
+        if prompts:
+            self.batches.append([_golden_row(prompt, folder, manifest) for prompt in prompts])
+
+    def comparisons(self) -> Iterator[Comparison]:
+        """Every output of every row, with padding cut off."""
+        for rows in self.batches:
+            found = self._run(rows)
+            for index, row in enumerate(rows):
+                for name, want in reference(self.loaded, row, self.manifest).items():
+                    got = found[name][index]
+                    yield Comparison(name, got[: row.length] if name == names.LAST_HIDDEN_STATE else got, want)
+
+    def predictions(self, ids: Ids) -> Iterator[Prediction]:
+        """The text's embedding; where the base has a masked-language-model head, tokens behind a mask."""
+        row = make_row(ids.tolist(), self.manifest.geometry.vocab_size)
+        got, want = self._run([row]), reference(self.loaded, row, self.manifest)
+        states = names.LAST_HIDDEN_STATE
+        yield Prediction(self._pooled(got[states][0]), self._pooled(want[states]), None)
+        mask = self.manifest.tokens.mask
+        if mask is None or names.LOGITS not in self.outputs:
+            return
+        for at in sorted({*np.linspace(1, len(ids) - 2, MASKED + 2, dtype=int)[1:-1].tolist()} if len(ids) > 2 else ()):
+            masked = np.where(np.arange(len(ids)) == at, mask, ids)
+            row = make_row(masked.tolist(), self.manifest.geometry.vocab_size, mask_position=at)
+            want = reference(self.loaded, row, self.manifest)
+            yield Prediction(self._run([row])[names.LOGITS][0], want[names.LOGITS], int(ids[at]))
+
+    def _run(self, rows: Sequence[Row]) -> dict[str, Floats]:
+        found = self.session.run(self.outputs, make_feeds(rows, self.manifest, self.inputs))
+        return dict(zip(self.outputs, found, strict=True))
+
+    def _pooled(self, states: Floats) -> Floats:
+        at = {"cls": 0, "last": -1}.get(self.manifest.pooling)
+        pooled: Floats = states.mean(0) if at is None else states[at]
+        return pooled
 
 
 def reference(loaded: LoadedBase, row: Row, manifest: Manifest) -> dict[str, Floats]:
     """PyTorch's outputs for one row alone, without the batch dimension."""
     size = manifest.geometry
-    ids = torch.from_numpy(row.ids)[None]
-    virtual = ids >= size.vocab_size
+    embedded = embed(loaded.model, row.ids, row.embeddings, size.vocab_size)
     with torch.no_grad():
-        embedded = loaded.model.get_input_embeddings()(torch.where(virtual, 0, ids))
-        if row.embeddings is not None:
-            embedded[virtual] = torch.from_numpy(row.embeddings.astype(np.float32))[ids[virtual] - size.vocab_size]
         feeds = make_feeds([row], manifest, input_names(loaded))
         inputs = {name: torch.from_numpy(value) for name, value in feeds.items()}
         if row.prefix is not None:
@@ -95,7 +117,7 @@ def reference(loaded: LoadedBase, row: Row, manifest: Manifest) -> dict[str, Flo
 
 def _batches(loaded: LoadedBase, manifest: Manifest) -> Iterator[list[Row]]:
     size = manifest.geometry
-    texts = _text_ids(loaded, size.vocab_size)
+    texts = [ids.tolist() for ids in sample_ids(loaded, size.vocab_size)]
     width = size.embedding_size or size.hidden_size
     generator = np.random.default_rng(0)
     spread = float(loaded.model.get_input_embeddings().weight.detach().std())
@@ -115,17 +137,8 @@ def _batches(loaded: LoadedBase, manifest: Manifest) -> Iterator[list[Row]]:
     yield [row(texts[2], None, deep[0]), row(texts[0], None, deep[1]), row(texts[1]), row(texts[1], tables[0])]
 
 
-def _text_ids(loaded: LoadedBase, vocab_size: int) -> list[list[int]]:
-    if loaded.tokenizer is not None:
-        texts = [list(loaded.tokenizer.encode(text)) for text in _TEXTS]
-        if all(len(ids) >= 4 and max(ids) < vocab_size for ids in texts):
-            return texts
-    generator = np.random.default_rng(0)
-    return [generator.integers(0, vocab_size, length).tolist() for length in (15, 13, 11)]
-
-
 def _golden_row(prompt: PromptFile, folder: Path, manifest: Manifest) -> Row:
-    fields = dict(prompt.golden.fields) if prompt.golden else dict.fromkeys(prompt.template.slots, _TEXTS[0])
+    fields = dict(prompt.golden.fields) if prompt.golden else dict.fromkeys(prompt.template.slots, _SLOT)
     vocab = manifest.geometry.vocab_size
     count = 0 if prompt.prompt_embeddings is None else prompt.num_virtual_tokens
     encoded = encode_text(
@@ -143,31 +156,3 @@ def _golden_row(prompt: PromptFile, folder: Path, manifest: Manifest) -> Row:
         embeddings=prompt.prompt_embeddings,
         prefix=prompt.past_key_values,
     )
-
-
-def _compare(results: Sequence[tuple[Floats, Floats]]) -> dict[str, float]:
-    differences = np.concatenate([np.abs(got - want).ravel() for got, want in results])
-    correlations = [float(np.corrcoef(got.ravel(), want.ravel())[0, 1]) for got, want in results]
-    return {
-        "max_difference": round(float(differences.max()), 6),
-        "mean_difference": round(float(differences.mean()), 6),
-        "scale": round(max(float(np.abs(want).max()) for _, want in results), 4),
-        "least_correlation": round(min(correlations), 5),
-    }
-
-
-def _judge(name: str, measured: Mapping[str, float], precision: str) -> None:
-    if not np.isfinite(measured["max_difference"]):
-        raise ValidationError(f"{name} holds NaN or infinity")
-    share = measured["max_difference"] / max(measured["scale"], 1e-9)
-    limit = TOLERANCE.get(precision)
-    if limit is not None and share > limit:
-        raise ValidationError(
-            f"{name} differs from PyTorch by {measured['max_difference']} at a scale of {measured['scale']}; "
-            f"{precision} allows a share of {limit}"
-        )
-    if limit is None and not measured["least_correlation"] >= LEAST_CORRELATION:
-        raise ValidationError(
-            f"{name} correlates with PyTorch's by {measured['least_correlation']} only; at {precision} at least "
-            f"{LEAST_CORRELATION} is needed: export at a higher precision"
-        )

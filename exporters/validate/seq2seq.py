@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
@@ -22,16 +22,11 @@ from edgeprompt.ort.session import Sessions
 from edgeprompt.package.folder import Package
 from edgeprompt.package.manifest import Manifest
 from edgeprompt.prompts.file import PromptFile
-from exporters.validate.decoder import LEAST_CORRELATION, TOLERANCE
+from exporters.validate.core import Comparison, Floats, Ids, embed, prove, sample_ids
+from exporters.validate.quality import PREDICTIONS, Prediction
 
-Floats = npt.NDArray[np.float32]
 STEPS = 6
 _REFERENCE = "edgeprompt_encoder_prefix"
-_TEXTS = (
-    "The film starts slowly, but the last half hour is worth the ticket.",
-    "Paris is the capital of France.",
-    "She opened the old box and found a letter.",
-)
 
 
 @dataclass(frozen=True)
@@ -44,27 +39,57 @@ class Row:
 
 
 def validate_seq2seq(
-    loaded: LoadedBase, folder: Path, manifest: Manifest, prompts: tuple[PromptFile, ...]
+    loaded: LoadedBase, folder: Path, manifest: Manifest, prompts: tuple[PromptFile, ...], data: Any = None
 ) -> dict[str, Any]:
     """Compare step by step, rows alone and in mixed batches; PyTorch always runs a row alone and without padding.
 
     Raises:
         ValidationError: values or greedy tokens differ by more than the precision allows.
     """
-    package = Package(folder, manifest)
-    graphs = Seq2SeqGraphs(package, Sessions(package, EngineOptions(provider="cpu")))
-    plain, virtual, deep, encoder_deep = _rows(loaded, manifest, graphs.has_encoder_prefix)
-    mixed = [plain, virtual, deep, *([encoder_deep] if encoder_deep else [])]
-    alone = [[row] for row in mixed]
-    # Rows of a dynamically quantised batch share their scales, so the runtime runs them alone.
-    batches = alone if manifest.precision == "int8" else [*alone, mixed]
-    measured: dict[str, Any] = _measure([pair for batch in batches for pair in _compare(loaded, graphs, batch)])
-    measured["prompts"] = {
-        prompt.name: _measure(_compare(loaded, graphs, [_with_prompt(prompt, plain, manifest)])) for prompt in prompts
-    }
+    measured = prove(_Seq2Seq(loaded, Package(folder, manifest), prompts), loaded, folder, manifest, data)
+    measured.setdefault("prompts", {})
     for name, found in (("the base", measured), *measured["prompts"].items()):
-        _judge(name, found, manifest.precision)
+        if manifest.precision == "fp32" and found["top1_agreement"] < 1:
+            raise ValidationError(
+                f"fp32 tokens of {name} agree with PyTorch's in {found['top1_agreement']:.0%}, all must"
+            )
     return measured
+
+
+class _Seq2Seq:
+    def __init__(self, loaded: LoadedBase, package: Package, prompts: tuple[PromptFile, ...]) -> None:
+        self.loaded, self.manifest, self.prompts = loaded, package.manifest, prompts
+        self.graphs = Seq2SeqGraphs(package, Sessions(package, EngineOptions(provider="cpu")))
+
+    def comparisons(self) -> Iterator[Comparison]:
+        """Logits of every step of rows alone, of a mixed batch, and behind real prompts."""
+        plain, virtual, deep, encoder_deep = _rows(self.loaded, self.manifest, self.graphs.has_encoder_prefix)
+        mixed = [plain, virtual, deep, *([encoder_deep] if encoder_deep else [])]
+        # Rows of a dynamically quantised batch share their scales, so the runtime runs them alone.
+        for batch in [[row] for row in mixed] + ([] if self.manifest.precision == "int8" else [mixed]):
+            yield from self._compare("", batch)
+        for prompt in self.prompts:
+            yield from self._compare(f"prompts.{prompt.name}", [_with_prompt(prompt, plain, self.manifest)])
+
+    def predictions(self, ids: Ids) -> Iterator[Prediction]:
+        """The text's first tokens, said by the decoder one after another while the encoder holds the text."""
+        count = min(PREDICTIONS, len(ids))
+        row = Row(SourceRow(ids), None, [_start(self.manifest), *ids[: count - 1].tolist()])
+        for step, (got, want) in enumerate(self._logits([row])[0]):
+            yield Prediction(got, want, int(ids[step]))
+
+    def _compare(self, what: str, rows: Sequence[Row]) -> Iterator[Comparison]:
+        for pairs in self._logits(rows):
+            yield from (Comparison(what, got, want) for got, want in pairs)
+
+    def _logits(self, rows: Sequence[Row]) -> list[list[tuple[Floats, Floats]]]:
+        """For every row of one batch, the package's logits and PyTorch's at each of its steps."""
+        state = self.graphs.begin(self.graphs.encode([row.source for row in rows]), [row.prefix for row in rows])
+        steps = [self.graphs.step(state, list(tokens)) for tokens in zip(*(row.tokens for row in rows), strict=True)]
+        return [
+            [(steps[at][index], want) for at, want in enumerate(reference_logits(self.loaded, row))]
+            for index, row in enumerate(rows)
+        ]
 
 
 def reference_logits(loaded: LoadedBase, row: Row) -> Floats:
@@ -87,15 +112,14 @@ def reference_logits(loaded: LoadedBase, row: Row) -> Floats:
 
 
 def _embed(model: Any, source: SourceRow) -> torch.Tensor:
-    vocab = model.config.vocab_size
-    ids = torch.from_numpy(source.ids)
-    virtual = ids >= vocab
-    embedded: torch.Tensor = model.get_input_embeddings()(torch.where(virtual, 0, ids))
     # Pegasus and Marian scale behind their lookup, where inputs_embeds no longer pass.
-    embedded = embedded * getattr(model.get_encoder(), "embed_scale", 1.0)
-    if source.table is not None:
-        embedded[virtual] = torch.from_numpy(source.table.astype(np.float32))[ids[virtual] - vocab]
-    return embedded[None]
+    scale = getattr(model.get_encoder(), "embed_scale", 1.0)
+    return embed(model, source.ids, source.table, model.config.vocab_size, scale)
+
+
+def _start(manifest: Manifest) -> int:
+    tokens = manifest.tokens
+    return tokens.decoder_start if tokens.decoder_start is not None else tokens.bos or 0
 
 
 @contextmanager
@@ -136,8 +160,7 @@ def _unused(*_: Any, **__: Any) -> None:
 def _rows(loaded: LoadedBase, manifest: Manifest, encoder_prefix: bool) -> tuple[Row, Row, Row, Row | None]:
     """A plain row, one with virtual tokens, one with a decoder prefix, and one with encoder deep prompts."""
     size, generator = manifest.geometry, np.random.default_rng(0)
-    texts = _text_ids(loaded, size.vocab_size)
-    start = manifest.tokens.decoder_start if manifest.tokens.decoder_start is not None else manifest.tokens.bos or 0
+    texts = sample_ids(loaded, size.vocab_size, (12, 5, 9))
 
     def noise(*shape: int) -> Floats:
         return generator.standard_normal(shape).astype(np.float32)
@@ -145,7 +168,7 @@ def _rows(loaded: LoadedBase, manifest: Manifest, encoder_prefix: bool) -> tuple
     def row(text: npt.NDArray[np.int64], **parts: Any) -> Row:
         said = generator.integers(0, size.vocab_size, STEPS - 1)
         source = SourceRow(text, parts.get("table"), parts.get("encoder_prefix"))
-        return Row(source, parts.get("prefix"), [start, *said.tolist()])
+        return Row(source, parts.get("prefix"), [_start(manifest), *said.tolist()])
 
     spread = float(_embed(loaded.model, SourceRow(texts[0])).std())
     virtual = np.concatenate([size.vocab_size + np.arange(5), texts[1]])
@@ -166,53 +189,3 @@ def _with_prompt(prompt: PromptFile, like: Row, manifest: Manifest) -> Row:
     if table is not None:
         ids = np.concatenate([manifest.geometry.vocab_size + np.arange(len(table)), ids])
     return Row(SourceRow(ids, table, prompt.encoder_past_key_values), prompt.past_key_values, like.tokens)
-
-
-def _text_ids(loaded: LoadedBase, vocab_size: int) -> list[npt.NDArray[np.int64]]:
-    if loaded.tokenizer is not None:
-        texts = [np.array(loaded.tokenizer.encode(text), np.int64) for text in _TEXTS]
-        if all(ids.size >= 3 and ids.max() < vocab_size for ids in texts):
-            return texts
-    generator = np.random.default_rng(1)
-    return [generator.integers(0, vocab_size, length, dtype=np.int64) for length in (12, 5, 9)]
-
-
-def _compare(loaded: LoadedBase, graphs: Seq2SeqGraphs, rows: Sequence[Row]) -> list[tuple[Floats, Floats]]:
-    """Pairs of logits, the package's and PyTorch's, for every step of every row of one batch."""
-    state = graphs.begin(graphs.encode([row.source for row in rows]), [row.prefix for row in rows])
-    steps = [graphs.step(state, [row.tokens[step] for row in rows]) for step in range(STEPS)]
-    wanted = [reference_logits(loaded, row) for row in rows]
-    return [(steps[step][index], wanted[index][step]) for index in range(len(rows)) for step in range(STEPS)]
-
-
-def _measure(pairs: Sequence[tuple[Floats, Floats]]) -> dict[str, Any]:
-    differences = [np.abs(got - want) for got, want in pairs]
-    # Two tokens within rounding of each other are a tie that either side may decide.
-    gaps = [float(want.max() - want[got.argmax()]) / float(np.abs(want).max()) for got, want in pairs]
-    return {
-        "comparisons": len(pairs),
-        "max_difference": round(max(float(difference.max()) for difference in differences), 6),
-        "mean_difference": round(float(np.mean([difference.mean() for difference in differences])), 6),
-        "logit_scale": round(max(float(np.abs(want).max()) for _, want in pairs), 4),
-        "top1_agreement": round(float(np.mean([gap <= 1e-4 for gap in gaps])), 4),
-        "least_correlation": round(min(float(np.corrcoef(got, want)[0, 1]) for got, want in pairs), 5),
-    }
-
-
-def _judge(name: str, found: Mapping[str, Any], precision: str) -> None:
-    tolerance = TOLERANCE.get(precision)
-    if tolerance is None:
-        if not found["least_correlation"] >= LEAST_CORRELATION:
-            raise ValidationError(
-                f"{precision} logits of {name} correlate with PyTorch's by {found['least_correlation']:.3f}, at least "
-                f"{LEAST_CORRELATION} is needed; try another precision"
-            )
-        return
-    allowed = tolerance * found["logit_scale"]
-    if not found["max_difference"] <= allowed:
-        raise ValidationError(
-            f"{precision} logits of {name} differ from PyTorch's by {found['max_difference']:.3g}, allowed "
-            f"{allowed:.3g} ({tolerance:g} of their scale {found['logit_scale']:.3g})"
-        )
-    if precision == "fp32" and found["top1_agreement"] < 1:
-        raise ValidationError(f"fp32 tokens of {name} agree with PyTorch's in {found['top1_agreement']:.0%}, all must")

@@ -5,7 +5,16 @@ from typing import Any
 
 import pytest
 
-from benchmarks.peers.table import BEGIN, END, ratios_to_markdown, sweep_to_markdown, to_markdown, write_table
+from benchmarks.peers.table import (
+    BEGIN,
+    END,
+    IN_README,
+    ratios_to_markdown,
+    summary_to_markdown,
+    sweep_to_markdown,
+    to_markdown,
+    write_table,
+)
 
 
 def _round(speed: float, **changes: Any) -> dict[str, Any]:
@@ -113,3 +122,13 @@ def test_a_table_is_replaced_between_its_markers(result: dict[str, Any], tmp_pat
     assert text.endswith("\nafter\n")
     assert "last year" not in text
     assert text.count("| other |") == 1
+
+
+def test_the_readme_has_six_rows_at_most_and_says_whose_labels_differ(result: dict[str, Any]):
+    result["peers"]["pytorch"] = {"title": "PyTorch", "rounds": [_round(1)]}
+    result["peers"]["edgeprompt"]["rounds"][0]["labels"] = [1, 0, 0, 0]
+    result["peers"]["llamacpp"] = {"title": "llama.cpp", "rounds": [], "absent": "no wheel"}
+    rows = [line for line in summary_to_markdown(result).splitlines() if line.startswith("| ")]
+    assert [row.split("|")[1].strip() for row in rows[2:]] == ["ours", "PyTorch"]
+    assert rows[2].split("|")[-2].strip() == "75%"
+    assert len(IN_README) <= 6

@@ -170,6 +170,34 @@ def test_questions_take_the_columns_that_tune_reads(column, cli, encoder_prompts
     assert found["value"] == score("f1", [answers[0].text], ["Anna"]).value
 
 
+@pytest.mark.parametrize("name", ["genres", "stars", "names", "who"])
+def test_solved_examples_are_for_prompts_that_answer_in_text(name, refused, encoder_prompts, tmp_path):
+    package, folder = encoder_prompts
+    rows = {
+        "genres": {"text": "a", "label": ["drama", "war"]},
+        "stars": {"text": "a", "label": 1.5},
+        "names": {"tokens": ["Anna", "met"], "tags": ["B-PER", "O"]},
+        "who": {"question": "Who?", "context": "Anna met Bob.", "answers": {"text": ["Anna"], "answer_start": [0]}},
+    }
+    file = tmp_path / "data.jsonl"
+    file.write_text((json.dumps(rows[name]) + "\n") * 4)
+    prompt = folder / f"{name}.safetensors"
+    error = refused("eval", package, file, "--prompt", prompt, "--shots", 2, "--shots-from", file)
+    assert "answers through a trained head" in error
+
+
+def test_a_wrong_path_is_told_before_the_model_is_loaded(refused, tiny_llama_package, prompt_folder, data, monkeypatch):
+    def load(*args, **keywords):
+        raise AssertionError("the model was loaded")
+
+    monkeypatch.setattr(edgeprompt, "load", load)
+    prompt = prompt_folder / "sentiment.safetensors"
+    assert "no data file" in refused("eval", tiny_llama_package, "no.csv", "--prompt", prompt)
+    assert "no prompt file" in refused("eval", tiny_llama_package, data, "--prompt", "no.safetensors")
+    assert "no data file" in refused("run", tiny_llama_package, "--input", "no.csv", "--prompt", prompt)
+    assert "no prompt file" in refused("run", tiny_llama_package, "text", "--prompt", "no.safetensors")
+
+
 @pytest.mark.parametrize(
     ("name", "metric", "fits"), [("genres", "f1", "accuracy"), ("stars", "bleu", "mae"), ("names", "mae", "f1")]
 )

@@ -34,7 +34,10 @@ def test_validate_agrees(cli, exported, tiny_llama_base):
     out, _ = exported
     result = cli("validate", out, "--against", tiny_llama_base, "--json")
     assert result.exit_code == 0, result.stderr
-    assert set(json.loads(result.stdout)) == set(open_package(out).manifest.validation)
+    manifest = open_package(out).manifest
+    measured = json.loads(result.stdout)
+    assert set(measured) == {*manifest.validation, "quality", "quality_gate"}
+    assert (measured["quality"], measured["quality_gate"]) == (manifest.quality, manifest.quality_gate)
 
 
 def test_validate_refuses_another_base_and_a_changed_graph(

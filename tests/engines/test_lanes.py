@@ -11,7 +11,6 @@ import pytest
 
 from edgeprompt import EngineOptions, GenerationOptions, Request, Runtime, load
 from edgeprompt.bench.workload import synthetic_prompt
-from edgeprompt.engines.base import side_by_side
 from edgeprompt.errors import InputError, RequestCancelledError
 from edgeprompt.package.folder import open_package
 
@@ -72,15 +71,6 @@ def test_encoder_decoders(seq2seq_package: Callable[..., Path]) -> None:
     with load(package, options=options[0]) as one, load(package, options=options[1]) as two:
         found = [[answer.token_ids for answer in runtime.generate(TEXTS, max_new_tokens=4)] for runtime in (one, two)]
     assert found[0] == found[1]
-
-
-def test_an_error_in_a_lane_is_raised() -> None:
-    def function(item: int) -> None:
-        if item == 3:
-            raise InputError("three")
-
-    with pytest.raises(InputError, match="three"):
-        side_by_side(2, function, range(6))
 
 
 @pytest.mark.parametrize(

@@ -79,8 +79,8 @@ def test_unshifted_heads_answer_for_the_token_that_peft_means(minilm: edgeprompt
     logits = []
     for prompt in (shifted, unshifted):
         minilm.add_prompt(prompt)
-        work = engine._encode(Request(fields, prompt.name))
-        _, outputs = engine._forward([work])
-        logits.append(token_logits(prompt, outputs["last_hidden_state"][0], work.num_virtual_tokens))
+        job = engine.prepare(Request(fields, prompt.name), minilm._prompts.find(prompt.name), None)
+        (outputs,) = engine._graph.run([job.row()], job.outputs)
+        logits.append(token_logits(prompt, outputs["last_hidden_state"], prompt.num_virtual_tokens))
     count = shifted.num_virtual_tokens
     np.testing.assert_array_equal(logits[1][count:], logits[0][:-count])

@@ -24,7 +24,7 @@ from edgeprompt.prompts.file import (
     load_prompt,
     save_prompt,
 )
-from edgeprompt.prompts.source import PromptSource
+from edgeprompt.prompts.registry import LoadedPrompt
 from edgeprompt.prompts.template import Template
 from tests.support.files import IRREGULAR, make_irregular
 
@@ -257,7 +257,7 @@ def test_sha256_is_the_files():
 
 @pytest.mark.skipif(os.name == "nt", reason="pipes and sockets with a path")
 @pytest.mark.parametrize("kind", IRREGULAR)
-@pytest.mark.parametrize("read", [load_prompt, PromptSource.open])
+@pytest.mark.parametrize("read", [load_prompt, LoadedPrompt.open])
 def test_only_regular_files_are_read(kind: str, read: Callable[[Path], object], tmp_path: Path) -> None:
     path = make_irregular(kind, tmp_path / "x.safetensors")
     with pytest.raises(PromptFileError, match=f"it is {kind}, and only regular files are read"):
@@ -268,7 +268,7 @@ def test_a_file_larger_than_any_prompt_is_not_read(tmp_path: Path) -> None:
     path = tmp_path / "x.safetensors"
     with path.open("wb") as file:
         file.truncate(MAX_FILE_BYTES + 1)
-    for read in (load_prompt, PromptSource.open):
+    for read in (load_prompt, LoadedPrompt.open):
         with pytest.raises(PromptFileError, match=f"at most {MAX_FILE_BYTES} are allowed"):
             read(path)
 

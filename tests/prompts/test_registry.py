@@ -35,7 +35,7 @@ def test_a_prompt_file_that_changes_or_goes(runtime: Runtime, tmp_path: Path) ->
     before = runtime.logits("a", prompt="file")
     save_prompt(make_prompt(runtime.manifest, "file", seed=5), path)
     assert (runtime.logits("a", prompt="file") == before).all()  # its prefix is resident
-    runtime._engine._prefixes.remove(runtime._engine._prompts["file"])
+    runtime._engine.forget(runtime._prompts.find("file"))
     with pytest.raises(PromptFileError, match="has changed since it was added; add it again"):
         runtime.logits("a", prompt="file")
     path.unlink()
@@ -71,9 +71,9 @@ def test_a_folder_of_prompts_is_read_on_demand(tiny_llama_package: Path, tmp_pat
             save_prompt(make_prompt(runtime.manifest, "any", seed=index), tmp_path / f"task{index}.safetensors")
         runtime.add_folder(tmp_path)
         assert len(runtime.prompts) == 30
-        assert not runtime._prompts
+        assert not runtime._prompts._prompts
         first = runtime.logits("a", prompt="task7")
-        assert list(runtime._prompts) == ["task7"]
+        assert list(runtime._prompts._prompts) == ["task7"]
         save_prompt(make_prompt(runtime.manifest, "any", seed=99), tmp_path / "task7.safetensors")
         assert (runtime.logits("a", prompt="task7") != first).any()  # the new file is served
         for name in ("task30", "../task1", "", ".hidden"):
@@ -96,10 +96,8 @@ def test_a_prompt_that_many_ask_for_first_is_read_once(
         save_prompt(make_prompt(runtime.manifest, "any"), tmp_path / "task.safetensors")
         runtime.add_folder(tmp_path)
         added: list[str] = []
-        real = runtime.add_prompt
-        monkeypatch.setattr(
-            runtime, "add_prompt", lambda path, **keywords: (added.append(str(path)), real(path, **keywords))[1]
-        )
+        real = runtime._engine.accept
+        monkeypatch.setattr(runtime._prompts, "_accept", lambda prompt: (added.append(prompt.name), real(prompt))[1])
         threads = [threading.Thread(target=runtime.logits, args=("a",), kwargs={"prompt": "task"}) for _ in range(16)]
         for thread in threads:
             thread.start()
@@ -174,14 +172,14 @@ def test_prefixes_on_disk(tiny_llama_package: Path, tmp_path: Path, caplog: pyte
     def logits() -> tuple[list[float], int]:
         with edgeprompt.load(tiny_llama_package, options=options) as runtime:
             computed = 0
-            real = runtime._engine._compute
+            real = runtime._engine._prefixes.compute
 
             def compute(*arguments: object) -> object:
                 nonlocal computed
                 computed += 1
                 return real(*arguments)
 
-            runtime._engine._compute = compute
+            runtime._engine._prefixes.compute = compute
             runtime.add_prompt(make_prompt(runtime.manifest, "p"))
             return runtime.logits("the film", prompt="p").tolist(), computed
 

@@ -283,7 +283,7 @@ class Targets:
             try:
                 self._runtime.run([request])
                 if request.prompt is None or request.task != "classify":
-                    "".join(self._runtime.stream_request(request))
+                    "".join(self._runtime.stream(request))
             finally:
                 assert self._answer(self._runtime.run([self._pool[0]])[0]) == self._expected[0]
             return True

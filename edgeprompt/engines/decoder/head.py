@@ -12,16 +12,13 @@ import numpy.typing as npt
 from edgeprompt import names
 from edgeprompt.decoding.strategies import Clock
 from edgeprompt.engines.decoder.graph import DecoderGraph
-from edgeprompt.engines.decoder.prompts import Loaded
-from edgeprompt.engines.encoder.checks import GraphFacts, check_head
 from edgeprompt.errors import UnsupportedError
 from edgeprompt.heads.answers import answer, classify_head, tag, token_logits
+from edgeprompt.heads.layers import check_head
 from edgeprompt.package.manifest import Manifest
-from edgeprompt.package.tokenizer import Tokenizer
-from edgeprompt.prompts.encoder_text import EncodedText, encode_text, fields_of, located_slot
+from edgeprompt.prompts.encoder_text import EncodedText
 from edgeprompt.prompts.file import PromptFile
-from edgeprompt.prompts.template import as_fields
-from edgeprompt.request import Answer, Classification, Request, Tagging
+from edgeprompt.request import Answer, Classification, Tagging
 
 Floats = npt.NDArray[np.float32]
 
@@ -44,7 +41,7 @@ def check_head_of(name: str, prompt: PromptFile, manifest: Manifest, graph: Deco
             "every token, and encoder packages the others"
         )
     check_states(graph, everywhere=source != "last")
-    check_head(name, prompt, GraphFacts(manifest, (), (names.LOGITS, names.HIDDEN_STATES)))
+    check_head(name, prompt, manifest)
 
 
 def check_states(graph: DecoderGraph, *, everywhere: bool = False) -> None:
@@ -59,29 +56,6 @@ def check_states(graph: DecoderGraph, *, everywhere: bool = False) -> None:
             f"the graph has no output {names.HIDDEN_STATES} {which}, which heads and embeddings read; export the base "
             "again with this version of edgeprompt"
         )
-
-
-def encode_words(
-    request: Request, loaded: Loaded, tokenizer: Tokenizer, *, first_virtual_id: int, limit: int
-) -> EncodedText:
-    """A request whose words are labelled or searched: ids behind the prefix, and where each token stands.
-
-    Raises:
-        InputError: it has ids instead of a text, or is too long.
-        TemplateError: virtual tokens stand inside the text.
-    """
-    prompt = loaded.prompt
-    return encode_text(
-        prompt.template,
-        tokenizer,
-        fields_of(request),
-        num_virtual_tokens=0 if loaded.as_prefix else loaded.count,
-        first_virtual_id=first_virtual_id,
-        max_length=limit - (loaded.count if loaded.as_prefix else 0) if limit else None,
-        truncate=request.truncate,
-        add_special_tokens=prompt.add_special_tokens,
-        locate=located_slot(prompt.template),
-    )
 
 
 class StateWork:
@@ -117,11 +91,12 @@ class ClassWork(StateWork):
 class WordWork(StateWork):
     """Labels words, or looks for an answer, by the prompt's head on every token."""
 
-    def __init__(self, states: Sequence[Floats], loaded: Loaded, encoded: EncodedText, request: Request) -> None:
+    def __init__(
+        self, states: Sequence[Floats], prompt: PromptFile, encoded: EncodedText, text: str, virtual_tokens: int
+    ) -> None:
+        """`virtual_tokens`: how many stand among the encoded ids, in front of `text`."""
         super().__init__(states)
-        self._prompt, self._encoded = loaded.prompt, encoded
-        self._text = as_fields(request.text)[located_slot(loaded.template)]
-        self._virtual = 0 if loaded.as_prefix else loaded.count
+        self._prompt, self._encoded, self._text, self._virtual = prompt, encoded, text, virtual_tokens
 
     def result(self) -> Tagging | Answer:
         """Spans."""

@@ -41,6 +41,11 @@ class Source:
     cross: tuple[Array, ...]
     """Per decoder layer keys and values `[batch_size, num_heads, sequence_length, head_size]`."""
 
+    def take(self, rows: Sequence[int]) -> Source:
+        """Some of its rows."""
+        index = list(rows)
+        return Source(self.states[index], self.mask[index], tuple(tensor[index] for tensor in self.cross))
+
     @property
     def text_mask(self) -> Array:
         """The mask without deep prompts, `[batch_size, sequence_length]`."""
@@ -70,6 +75,34 @@ class DecoderState:
             [tensor[index, :, start:] for tensor in self.past],
             mask[:, start:],
         )
+
+
+def joined(states: Sequence[DecoderState]) -> DecoderState:
+    """Rows of several states as one, in order; pasts and texts of different length are padded."""
+    if len(states) == 1:
+        return states[0]
+    past = max(state.mask.shape[1] for state in states)
+    text = max(state.cross_mask.shape[1] for state in states)
+
+    def wide(tensor: Array, axis: int, front: int, back: int) -> Array:
+        width = [(0, 0)] * tensor.ndim
+        width[axis] = (front, back)
+        return np.pad(tensor, width) if front or back else tensor
+
+    pads = [past - state.mask.shape[1] for state in states]
+    rests = [text - state.cross_mask.shape[1] for state in states]
+    return DecoderState(
+        tuple(
+            np.concatenate([wide(tensor, 2, 0, rest) for tensor, rest in zip(tensors, rests, strict=True)])
+            for tensors in zip(*(state.cross for state in states), strict=True)
+        ),
+        np.concatenate([wide(state.cross_mask, 1, 0, rest) for state, rest in zip(states, rests, strict=True)]),
+        [
+            np.concatenate([wide(tensor, 2, pad, 0) for tensor, pad in zip(tensors, pads, strict=True)])
+            for tensors in zip(*(state.past for state in states), strict=True)
+        ],
+        np.concatenate([wide(state.mask, 1, pad, 0) for state, pad in zip(states, pads, strict=True)]),
+    )
 
 
 class Seq2SeqGraphs:
@@ -140,16 +173,17 @@ class Seq2SeqGraphs:
     def step(self, state: DecoderState, tokens: Sequence[int] | Array) -> npt.NDArray[np.float32]:
         """Run one token per row; grows the state. Returns the next token's logits `[rows, vocab_size]`."""
         ids = np.asarray(tokens, np.int64)[:, None]
-        state.mask = np.concatenate([state.mask, np.ones_like(ids)], axis=1)
+        mask = np.concatenate([state.mask, np.ones_like(ids)], axis=1)
         feeds = {
             names.INPUT_IDS: ids,
-            names.ATTENTION_MASK: state.mask,
+            names.ATTENTION_MASK: mask,
             names.ENCODER_ATTENTION_MASK: state.cross_mask,
             **dict(zip(self._past_names, state.past, strict=True)),
             **dict(zip(self._cross_names, state.cross, strict=True)),
         }
         known = {name: value for name, value in feeds.items() if name in self._decoder_inputs}
         logits, *state.past = self._decoder.run(self._decoder_outputs, known)
+        state.mask = mask
         found: npt.NDArray[np.float32] = logits[:, -1].astype(np.float32, copy=False)
         return found
 

@@ -1,9 +1,8 @@
-"""What one request does with the decoder's logits, and the loop that runs many requests in one batch of rows."""
+"""What one request does with the decoder's logits."""
 
 from __future__ import annotations
 
-import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Any, Protocol, TypeAlias
 
@@ -13,8 +12,6 @@ import numpy.typing as npt
 from edgeprompt.arrays import log_softmax
 from edgeprompt.decoding.beam_search import BeamSearch
 from edgeprompt.decoding.strategies import Clock, GenerateWork, LogitsWork
-from edgeprompt.engines.seq2seq.graphs import DecoderState, Seq2SeqGraphs
-from edgeprompt.errors import RequestCancelledError, RequestTimeoutError
 from edgeprompt.package.tokenizer import Tokenizer
 from edgeprompt.prompts.verbalizer import Node, Verbalizer, word_tree
 from edgeprompt.request import Classification, Generation
@@ -130,66 +127,3 @@ class Beams:
             finish_reason="eos" if ended else "length",
             timings=self._clock.timings(len(tokens)),
         )
-
-
-class Job:
-    """One request in a batch: first it feeds the decoder's own start, then its decision moves on."""
-
-    def __init__(self, feed: Sequence[int], decision: Decision, deadline: float | None) -> None:
-        self.feed, self.decision, self.deadline = feed, decision, deadline
-        self.rows = 1
-        self.error: Exception | None = None
-        self._fed = 1
-
-    def advance(self, logits: Logits) -> Move | None:
-        """The next tokens and the rows they continue; None when done or failed (its failure reaches no other row)."""
-        try:
-            if self.deadline is not None and time.monotonic() > self.deadline:
-                raise RequestTimeoutError("the request's timeout passed before it finished")
-            if self._fed < len(self.feed):
-                self._fed += 1
-                return [self.feed[self._fed - 1]], [0]
-            return self.decision.advance(logits)
-        except Exception as error:
-            self.error = error
-            return None
-
-
-class Cancellation:
-    """Tells running batches that the runtime is closed."""
-
-    closed = False
-
-
-def run_jobs(
-    graphs: Seq2SeqGraphs, state: DecoderState, jobs: Sequence[Job], cancellation: Cancellation
-) -> Iterator[None]:
-    """Decode until every job is done or failed (`Job.error`); yields after each step.
-
-    Args:
-        graphs: The package's graphs.
-        state: One row per job, fresh from `Seq2SeqGraphs.begin`.
-        jobs: What each row does.
-        cancellation: Looked at between steps.
-
-    Raises:
-        RequestCancelledError: the runtime was closed.
-    """
-    running = list(jobs)
-    tokens = [job.feed[0] for job in running]
-    while running:
-        if cancellation.closed:
-            raise RequestCancelledError("the runtime was closed before the request finished")
-        logits = graphs.step(state, tokens)
-        tokens, rows, left, first = [], [], [], 0
-        for job in running:
-            move = job.advance(logits[first : first + job.rows])
-            if move is not None:
-                tokens += move[0]
-                rows += [first + parent for parent in move[1]]
-                left.append(job)
-            first, job.rows = first + job.rows, len(move[0]) if move is not None else 0
-        running = left
-        if running and rows != list(range(first)):
-            state = state.take(rows)
-        yield

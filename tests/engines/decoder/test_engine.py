@@ -180,7 +180,7 @@ def test_mixed_requests_from_many_threads_equal_each_alone(tiny_llama_package: P
             names.append(runtime.add_prompt(prompt))
         requests = [random_request(rng, names) for _ in range(200)]
         alone = [answer_of(runtime.run([request])[0]) for request in requests]
-        assert runtime._engine._prefixes.misses > 20  # the budget holds few of the prompts: prefixes were rebuilt
+        assert runtime._engine.derived.misses > 20  # the budget holds few of the prompts: prefixes were rebuilt
         found: list[Any] = [None] * len(requests)
         order = list(range(len(requests)))
         rng.shuffle(order)

@@ -227,7 +227,7 @@ class Machine(RuleBasedStateMachine):
     def mishap(self, name: str) -> None:
         """The prefix of a prompt is evicted, or the next prefill breaks."""
         if name:
-            self.engine._prefixes.remove(self.engine._prompts[name])
+            self.engine.forget(self.runtime._prompts.find(name))
         elif self.pending() and not self.gate.break_next:
             self.gate.break_next = True
             self.breaks += 1
@@ -247,7 +247,7 @@ class Machine(RuleBasedStateMachine):
                 continue
             flight.checked = True
             error = flight.job.exception()
-            if isinstance(error, BrokenError):
+            if error is not None and isinstance(error.__cause__, BrokenError):
                 self.breaks -= 1
                 assert self.breaks >= 0
             elif isinstance(error, RequestCancelledError):

@@ -265,9 +265,9 @@ def test_bad_requests_are_one_clear_line(
     runtime = bart if "96" in message else t5
     good = Request(TEXT, options=GenerationOptions(max_new_tokens=2))
     with pytest.raises(kind, match=message) as caught:
-        runtime._engine.run([good, request_])
+        runtime.run([good, request_])
     assert "\n" not in str(caught.value)
-    found, error = runtime._engine.run([good, request_], return_errors=True)
+    found, error = runtime.run([good, request_], return_errors=True)
     assert len(found.token_ids) <= 2
     assert isinstance(error, kind)
 
@@ -307,35 +307,39 @@ def test_prompts_that_cannot_run_are_refused(
     assert "bad" not in bart.prompts
 
 
-def test_closing_fails_what_runs(seq2seq_package: Callable[..., Path]) -> None:
+def test_closing_fails_what_runs(seq2seq_package: Callable[..., Path], monkeypatch: pytest.MonkeyPatch) -> None:
     runtime = edgeprompt.load(seq2seq_package("T5"), options=OPTIONS)
-    engine = runtime._engine
-    stream = engine.stream(Request(TEXT, options=GenerationOptions(max_new_tokens=50)))
-    next(stream)
+    graphs, go = runtime._engine._graphs, threading.Event()
+    real = graphs.step
+    monkeypatch.setattr(graphs, "step", lambda *given: (go.wait(20), real(*given))[1])
+    stream = runtime.stream(TEXT, max_new_tokens=50)
+    threading.Timer(0.05, go.set).start()
     runtime.close()
     with pytest.raises(RequestCancelledError):
         list(stream)
-    with pytest.raises(RequestCancelledError):
-        engine.run([Request(TEXT)])
+    with pytest.raises(InputError, match="closed"):
+        runtime.run([Request(TEXT)])
 
 
-def test_the_memory_budget_makes_batches_smaller_and_not_different(seq2seq_package: Callable[..., Path]) -> None:
+def test_the_memory_budget_makes_batches_smaller_and_not_different(
+    seq2seq_package: Callable[..., Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
     requests = [Request("x " * size, options=GenerationOptions(max_new_tokens=4)) for size in (3, 30, 9, 20)]
     with edgeprompt.load(seq2seq_package("T5"), options=OPTIONS) as runtime:
         wanted = [found.token_ids for found in runtime.run(requests)]
-    tight = dataclasses.replace(OPTIONS, kv_budget=100_000)
-    with edgeprompt.load(seq2seq_package("T5"), options=tight) as runtime:
-        assert (
-            len(
-                list(
-                    runtime._engine._batches(
-                        {0: runtime._engine._item(requests[1]), 1: runtime._engine._item(requests[3])}
-                    )
-                )
-            )
-            == 2
-        )
+    with edgeprompt.load(seq2seq_package("T5"), options=dataclasses.replace(OPTIONS, kv_budget=100_000)) as runtime:
+        engine, sizes = runtime._engine, []
+        real = engine._graphs.step
+
+        def step(state: Any, tokens: Any) -> Any:
+            sizes.append(len(tokens))
+            assert engine._budget.held <= 100_000
+            return real(state, tokens)
+
+        monkeypatch.setattr(engine._graphs, "step", step)
         assert [found.token_ids for found in runtime.run(requests)] == wanted
+        assert 1 < max(sizes) < 4
+        assert engine._budget.held == 0
 
 
 def test_the_package_opens_by_itself(seq2seq_package: Callable[..., Path]) -> None:

@@ -102,7 +102,7 @@ CASES: dict[str, tuple[Make, type[EdgePromptError], str]] = {
     "nothing there": (lambda d: d / "no", SourceError, "nothing is at"),
     "unknown folder": (lambda d: d, SourceError, "no known prompt format"),
     "unknown file": (lambda d: written(d / "x.bin", b"abc"), SourceError, "no readable PyTorch file"),
-    "empty pickle": (lambda d: written(d / "x.pt", b""), SourceError, "no readable PyTorch file"),
+    "empty pickle": (lambda d: written(d / "x.pt", b""), SourceError, "is empty"),
     "peft: config is no JSON": (lambda d: adapter(d / "a", "{"), SourceError, "is no JSON"),
     "peft: config is a list": (lambda d: adapter(d / "a", "[]"), SourceError, "JSON object"),
     "peft: no type": (lambda d: adapter(d / "a", {"peft_type": None}), SourceError, "names no peft_type"),
@@ -124,7 +124,7 @@ CASES: dict[str, tuple[Make, type[EdgePromptError], str]] = {
     "peft: type of two lines": (
         lambda d: adapter(d / "a", {"peft_type": "a\nb"}),
         UnsupportedError,
-        "merge_and_unload",
+        "no method of PEFT that is known",
     ),
     "peft: task is a list": (lambda d: adapter(d / "a", {"task_type": [[]]}), SourceError, "task_type"),
     "peft: NaN": (lambda d: adapter(d / "a", None, {"prompt_embeddings": NAN}), SourceError, "NaN or infinity"),
@@ -144,10 +144,12 @@ CASES: dict[str, tuple[Make, type[EdgePromptError], str]] = {
     "peft: prefix does not divide": (
         lambda d: adapter(d / "a", PREFIX, {"prompt_embeddings": np.ones((4, 47), np.float32)}),
         SourceError,
-        "not divisible",
+        "token_dim 8, which are 48 values a token",
     ),
     "peft: prefix of other geometry": (
-        lambda d: adapter(d / "a", {**PREFIX, "num_layers": 2}, {"prompt_embeddings": np.ones((4, 48), np.float32)}),
+        lambda d: adapter(
+            d / "a", {**PREFIX, "num_layers": 2, "token_dim": 12}, {"prompt_embeddings": np.ones((4, 48), np.float32)}
+        ),
         BaseMismatchError,
         "2 layers",
     ),
@@ -155,7 +157,7 @@ CASES: dict[str, tuple[Make, type[EdgePromptError], str]] = {
     "peft: changed base": (
         lambda d: adapter(d / "a", None, {"prompt_embeddings": ROWS, "base_model.embed_tokens.weight": ROWS}),
         UnsupportedError,
-        "also changes the base",
+        "as PEFT saves embeddings of a resized vocabulary",
     ),
     "peft: multitask lacks factors": (
         lambda d: adapter(d / "a", {"peft_type": "MULTITASK_PROMPT_TUNING"}),
@@ -313,6 +315,7 @@ def test_heads_on_an_encoder_decoders_decoder(task_type: str, tmp_path: Path) ->
 
 def test_head_labels_are_counted(tmp_path: Path) -> None:
     tensors = {"prompt_embeddings": ROWS, "base_model.classifier.weight": ROWS[:3].copy()}
+    tensors["base_model.classifier.bias"] = ROWS[0, :3].copy()
     source = adapter(tmp_path / "a", {"task_type": "SEQ_CLS"}, tensors)
     with pytest.raises(InputError, match="2 labels given, the head of 'a' has 3 classes"):
         convert_prompt(source, tmp_path / "out.safetensors", base=BERT, labels=("x", "y"))

@@ -163,11 +163,11 @@ def scores(runtime: edgeprompt.Runtime, text: str, task: str) -> Any:
     if task == "classify":
         return np.array(list(runtime.classify(text, prompt="parity").logits.values()))
     engine: Any = runtime._engine
-    work = engine._encode(Request(text, "parity"))
-    (row,), outputs = engine._forward([work])
-    states = outputs["last_hidden_state"][0]
-    found = states if task == "embed" else token_logits(work.loaded.prompt, states, work.num_virtual_tokens)
-    return found[row.text]
+    prompt = runtime._prompts.find("parity")
+    job = engine.prepare(Request(text, "parity"), prompt, None)
+    row = job.row()
+    states = engine._graph.run([row], job.outputs)[0]["last_hidden_state"]
+    return (states if task == "embed" else token_logits(prompt.file, states, prompt.rows))[row.text]
 
 
 def close(got: Any, want: Any) -> None:

@@ -1,0 +1,277 @@
+"""Where answers of `run` go: lines on stdout, or a file that keeps the input's columns and can be resumed."""
+
+from __future__ import annotations
+
+import csv
+import io
+import json
+import os
+import sys
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import IO, TYPE_CHECKING, Any
+
+import click
+
+from edgeprompt.errors import InputError
+
+if TYPE_CHECKING:
+    from edgeprompt.package.outputs import Kind
+    from edgeprompt.request import Result
+
+SUFFIXES = (".csv", ".tsv", ".jsonl", ".parquet")
+_TABLE = ("prompt", "answer", "score")
+
+
+@dataclass(frozen=True)
+class Answered:
+    """One answer, or why there is none."""
+
+    record: Mapping[str, Any]
+    """The input's columns."""
+    text: str
+    prompt: str | None
+    result: Result | None
+    error: str | None = None
+
+
+@dataclass(frozen=True)
+class Form:
+    """How answers are written."""
+
+    as_json: bool = False
+    named: bool = False
+    """Whether a line says which prompt answered."""
+    single: bool = False
+    """One answer, printed as it is."""
+    with_errors: bool = False
+    """Whether there is a column for what went wrong."""
+
+    def line(self, answered: Answered) -> str:
+        """A line of text, or of JSON."""
+        if self.as_json:
+            return self.json(answered)
+        answer, score = shown(answered)
+        if answered.error is not None:
+            answer = f"error: {answered.error}"
+        if not self.single:  # one line an answer
+            answer = answer.replace("\\", "\\\\").replace("\n", "\\n").replace("\t", "\\t")
+        cells = [*([answered.prompt or ""] if self.named else []), answer, *([score] if score else [])]
+        return "\t".join(cells)
+
+    def json(self, answered: Answered) -> str:
+        """An object with the input's columns, the text, the prompt and the whole result."""
+        from edgeprompt.request import as_json as plain
+
+        found = {} if answered.result is None else plain(answered.result)
+        facts = {
+            "input": answered.text,
+            "prompt": answered.prompt,
+            **(found if isinstance(found, dict) else {"embedding": found}),
+            **({"error": answered.error} if self.with_errors else {}),
+        }
+        return json.dumps({**columns_of(answered.record, facts), **facts}, ensure_ascii=False, default=str)
+
+    def cells(self, answered: Answered) -> dict[str, Any]:
+        """The input's columns, and prompt, answer, score (and error) as text."""
+        answer, score = shown(answered)
+        facts = dict(zip(_TABLE, (answered.prompt or "", answer, score), strict=True))
+        if self.with_errors:
+            facts["error"] = answered.error or ""
+        return {**columns_of(answered.record, facts), **facts}
+
+
+def columns_of(record: Mapping[str, Any], facts: Mapping[str, Any]) -> dict[str, Any]:
+    """The input's columns beside a result: one that is called as a part of the result becomes `input_NAME`."""
+    columns = {f"input_{name}" if name in facts else str(name): value for name, value in record.items()}
+    if len(columns) < len(record):
+        raise InputError(f"the columns {', '.join(map(str, record))} clash with those of the result; rename one")
+    return columns
+
+
+def shown(answered: Answered) -> tuple[str, str]:
+    """(answer, score) as text; the score is empty where there is none."""
+    from edgeprompt.request import Answer, Classification, Generation, Tagging, as_json
+
+    match answered.result:
+        case None:
+            return "", ""
+        case Classification() as found:
+            return found.label, f"{found.scores[found.label]:.4f}" if found.label in found.scores else ""
+        case Generation() as found:
+            return found.text, ""
+        case Answer() as found:
+            return found.text, f"{found.score:.4f}"
+        case Tagging() as found:
+            return ", ".join(f"{span.label}:{span.text}" for span in found.spans), ""
+        case _ as vector:
+            return json.dumps(as_json(vector)), ""
+
+
+class Lines:
+    """Answers on stdout."""
+
+    done = 0
+
+    def __init__(self, form: Form) -> None:
+        self._form = form
+
+    def write(self, answers: list[Answered], records: int) -> None:
+        """Write the answers to some records."""
+        for answered in answers:
+            click.echo(self._form.line(answered), file=sys.stdout)
+
+
+class Table:
+    """Answers in a file that appears when all are written; `done` records were answered by an earlier run."""
+
+    def __init__(self, path: Path, form: Form, part: Path, *, journal: Path | None, settings: str) -> None:
+        """`part`: where answers are collected; `journal`: how far they are, None: nothing will be resumed."""
+        self._form, self._part, self._journal, self._settings = form, part, journal, settings
+        self._suffix = path.suffix.lower()
+        self.done = 0
+        self._header: list[str] | None = None
+        size = 0
+        if journal is not None and journal.exists():
+            try:
+                state = json.loads(journal.read_text("utf-8"))
+                self.done, size, self._header = int(state["records"]), int(state["bytes"]), state["header"]
+            except (ValueError, KeyError, TypeError) as error:
+                raise InputError(
+                    f"{str(journal)!r} is no journal of edgeprompt run; remove it to begin anew"
+                ) from error
+            if state.get("settings") != settings:
+                raise InputError(
+                    f"{str(part)!r} was begun with another input, package, prompt or option; give the same, or remove "
+                    f"it and {journal.name!r} to begin anew"
+                )
+        elif journal is not None:
+            self._note(0)
+        if size and not part.exists():
+            raise InputError(f"{str(part)!r} is gone; remove {part.name + '.json'!r} to begin anew")
+        self._file: IO[bytes] = part.open("r+b" if size else "w+b")
+        self._file.truncate(size)  # answers behind the journal may be half written
+        self._file.seek(size)
+
+    def write(self, answers: list[Answered], records: int) -> None:
+        """Write the answers to `records` records, and note how far the file is."""
+        text = io.StringIO(newline="")
+        for answered in answers:
+            self._row(answered, text)
+        self._file.write(text.getvalue().encode("utf-8", "replace"))
+        self.done += records
+        if self._journal is not None:
+            self._file.flush()
+            os.fsync(self._file.fileno())
+            self._note(self._file.tell())
+
+    def _note(self, size: int) -> None:
+        from edgeprompt.package.files import write_atomic
+        from edgeprompt.package.outputs import TEXT
+
+        assert self._journal is not None
+        state = {"records": self.done, "bytes": size, "header": self._header, "settings": self._settings}
+        write_atomic(self._journal, json.dumps(state).encode(), TEXT)
+
+    def _row(self, answered: Answered, text: IO[str]) -> None:
+        if self._suffix in (".csv", ".tsv") and not self._form.as_json:
+            cells = self._form.cells(answered)
+            writer = csv.writer(text, delimiter="," if self._suffix == ".csv" else "\t", lineterminator="\n")
+            if self._header is None:
+                self._header = list(cells)
+                writer.writerow(self._header)
+            if set(cells) != set(self._header):
+                raise InputError(f"a row has other columns than the first ({', '.join(self._header)}); write .jsonl")
+            writer.writerow(_flat(cells[name]) for name in self._header)
+        elif self._suffix == ".parquet":
+            text.write(json.dumps(self._form.cells(answered), ensure_ascii=False, default=str) + "\n")
+        elif self._suffix == ".jsonl":
+            text.write(self._form.json(answered) + "\n")
+        else:
+            text.write(self._form.line(answered) + "\n")
+
+    def finish(self) -> Path:
+        """Close the file; a parquet file is made of the lines. Returns the file that is whole."""
+        self._file.close()
+        return _to_parquet(self._part) if self._suffix == ".parquet" else self._part
+
+    def close(self) -> None:
+        """Close the file as it is."""
+        self._file.close()
+
+
+def _flat(value: Any) -> Any:
+    return json.dumps(value, ensure_ascii=False, default=str) if isinstance(value, (list, dict)) else value
+
+
+def kind_of(path: Path) -> Kind:
+    """What an output file is, for the rule about what it may replace."""
+    from edgeprompt.package.outputs import PARQUET, TEXT
+
+    return PARQUET if path.suffix.lower() == ".parquet" else TEXT
+
+
+@contextmanager
+def table(path: Path, form: Form, *, resume: bool, settings: str, sources: tuple[object, ...]) -> Iterator[Table]:
+    """A file of answers, whole or not at all; with `resume` what is answered lies in `PATH.part` until it is whole.
+
+    Raises:
+        InputError: what lies there is of another run.
+    """
+    from edgeprompt.package.files import atomic_file
+
+    kind = kind_of(path)
+    if not resume:
+        with atomic_file(path, kind, sources=sources) as temporary:
+            made = Table(path, form, temporary, journal=None, settings=settings)
+            try:
+                yield made
+                if (whole := made.finish()) != temporary:
+                    whole.replace(temporary)
+            finally:
+                made.close()
+        return
+    part, journal = (path.with_name(path.name + end) for end in (".part", ".part.json"))
+    part.parent.mkdir(parents=True, exist_ok=True)
+    if part.exists() and not journal.exists():
+        raise InputError(f"{str(part)!r} lies there, and no journal of edgeprompt run beside it; move it away")
+    made = Table(path, form, part, journal=journal, settings=settings)
+    try:
+        yield made
+        made.finish().replace(path)
+    finally:
+        made.close()
+    part.unlink(missing_ok=True)
+    journal.unlink(missing_ok=True)
+
+
+def _to_parquet(lines: Path) -> Path:
+    """A parquet file beside a file of JSON lines, made of 1024 rows at a time."""
+    from itertools import islice
+
+    from edgeprompt.errors import DataError, MissingDependencyError
+
+    try:
+        import pyarrow
+        import pyarrow.parquet as parquet
+    except ImportError as error:
+        raise MissingDependencyError("parquet files need pyarrow: pip install 'edgeprompt[tune]'") from error
+    target = lines.with_name(lines.name + ".parquet")
+    with lines.open(encoding="utf-8") as file:
+        writer = None
+        try:
+            while rows := [json.loads(line) for line in islice(file, 1024)]:
+                if writer is None:
+                    found = pyarrow.Table.from_pylist(rows).schema
+                    texts = [f.with_type(pyarrow.string()) if pyarrow.types.is_null(f.type) else f for f in found]
+                    writer = parquet.ParquetWriter(target, pyarrow.schema(texts))
+                writer.write_table(pyarrow.Table.from_pylist(rows, schema=writer.schema))
+        except pyarrow.ArrowException as error:
+            target.unlink(missing_ok=True)
+            raise DataError(f"the columns are no table ({' '.join(str(error).split())}); write .jsonl") from error
+        finally:
+            if writer is not None:
+                writer.close()
+    return target

@@ -1,0 +1,67 @@
+"""Prompts as keys and values: computed on the graph that serves them, resident within a budget, and kept on disk."""
+
+from __future__ import annotations
+
+import numpy as np
+import numpy.typing as npt
+
+from edgeprompt import names
+from edgeprompt.engines.decoder.graph import DecoderGraph
+from edgeprompt.ort.kv_cache import KV, KVShape, PrefixCache
+from edgeprompt.ort.prefix_store import PrefixStore
+from edgeprompt.prompts.registry import LoadedPrompt
+
+
+class Prefixes:
+    """What decoders derive from prompts. `find` is for the thread that owns the graph it gets."""
+
+    def __init__(self, cache: PrefixCache, shape: KVShape, vocab_size: int, store: PrefixStore | None) -> None:
+        self.cache, self._shape, self._vocab, self._store = cache, shape, vocab_size, store
+
+    def has_room(self, prompt: LoadedPrompt) -> bool:
+        """Whether its keys and values fit beside those that are resident."""
+        return self.cache.has_room(prompt.num_virtual_tokens * self._shape.bytes_per_position)
+
+    def find(self, prompt: LoadedPrompt, graph: DecoderGraph, slot: int, total: int) -> KV:
+        """A prompt's keys and values [2 * num_layers, heads, positions, head_size].
+
+        Args:
+            prompt: one that stands in front of the text.
+            graph: computes them where they are not resident.
+            slot: a free one of the graph.
+            total: positions to reserve there.
+        """
+        return self.cache.derive(prompt, names.PAST_KEY_VALUES, lambda: self._make(prompt, graph, slot, total))
+
+    def rows(self, prompt: LoadedPrompt) -> npt.NDArray[np.float32]:
+        """A prompt's rows, float32 [num_virtual_tokens, hidden_size]."""
+        found = self.cache.derive(
+            prompt,
+            names.PROMPT_EMBEDDINGS,
+            lambda: np.ascontiguousarray(prompt.tensors().prompt_embeddings, np.float32),
+        )
+        return found.astype(np.float32, copy=False)
+
+    def _make(self, prompt: LoadedPrompt, graph: DecoderGraph, slot: int, total: int) -> KV:
+        size = self._shape
+        found = None
+        if self._store is not None:
+            shape = (2 * size.num_layers, size.num_heads, prompt.num_virtual_tokens, size.head_size)
+            found = self._store.read(prompt.sha256, shape)
+        if found is None:
+            found = self.compute(prompt, graph, slot, total)
+            if self._store is not None:
+                self._store.write(prompt.sha256, found)
+        return found
+
+    def compute(self, prompt: LoadedPrompt, graph: DecoderGraph, slot: int, total: int) -> KV:
+        """The keys and values, neither looked up nor kept."""
+        tensors, count = prompt.tensors(), prompt.num_virtual_tokens
+        if tensors.past_key_values is not None:
+            return self._shape.prefix(tensors.past_key_values)
+        graph.place(slot, None, max(total, count), slot)
+        ids = range(self._vocab, self._vocab + count)
+        rows = np.asarray(tensors.prompt_embeddings, np.float32)
+        for done in range(0, count, graph.chunk):
+            graph.prefill(slot, ids[done : done + graph.chunk], done, rows)
+        return graph.read(slot, count)

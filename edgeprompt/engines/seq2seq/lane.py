@@ -1,0 +1,212 @@
+"""Requests on an encoder-decoder: encoded together as they come, then decoded together, one token a step.
+
+A step encodes what was taken since the last one, and runs one token of every request. Their sequences, several for
+beams and label words, join and leave between steps.
+"""
+
+from __future__ import annotations
+
+from collections import deque
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import numpy as np
+
+from edgeprompt.engines.scheduler import Job
+from edgeprompt.engines.seq2seq.graphs import DecoderState, Seq2SeqGraphs, Source, SourceRow, joined
+from edgeprompt.engines.seq2seq.jobs import Decision, Logits, Move
+from edgeprompt.ort.memory_budget import MemoryBudget
+
+
+class Seq2SeqJob(Job):
+    """A request on an encoder-decoder: its text is encoded, then either read, or answered by the decoder."""
+
+    def __init__(self, source: SourceRow, timeout: float | None, answer: Callable[[], Any]) -> None:
+        super().__init__(timeout, answer)
+        self.source = source
+        self.read: Callable[[Source, int], None] | None = None
+        """Takes what the encoder made of the text, and the row; nothing is decoded then."""
+        self.decision: Decision | None = None
+        self.feed: Sequence[int] = ()
+        """What the decoder is given before it decides: its start, and what the prompt lets it have said."""
+        self.fed = 1
+        self.prefix: Any = None
+        """`[num_layers, 2, num_key_value_heads, prefix_length, head_size]` of the decoder's self-attention, or None."""
+        self.width = 1
+        """Most sequences that it takes."""
+        self.positions = source.ids.size
+        """Most positions of self-attention and cross-attention that one of them takes."""
+        self.rows = 1
+        """Sequences that it has now."""
+
+    @property
+    def prefix_length(self) -> int:
+        """Positions of its prefix."""
+        return 0 if self.prefix is None else int(self.prefix.shape[3])
+
+    def advance(self, logits: Logits) -> Move | None:
+        """The next tokens, and the sequences that they continue; None when done."""
+        if self.fed < len(self.feed):
+            self.fed += 1
+            return [self.feed[self.fed - 1]], [0]
+        assert self.decision is not None
+        return self.decision.advance(logits)
+
+
+class Seq2SeqLane:
+    """Runs jobs in one batch of sequences (`edgeprompt.engines.scheduler.Lane`)."""
+
+    def __init__(self, graphs: Seq2SeqGraphs, budget: MemoryBudget, *, max_rows: int, position_bytes: int) -> None:
+        """Share `budget` with the other lanes; a position of one sequence takes `position_bytes`."""
+        self._graphs, self._budget, self._max_rows = graphs, budget, max_rows
+        self._position_bytes = position_bytes
+        self._taken: list[Seq2SeqJob] = []
+        """Jobs whose text is not encoded yet."""
+        self._jobs: list[Seq2SeqJob] = []
+        """Jobs that decode, in the order of their sequences in the state."""
+        self._state: DecoderState | None = None
+        self._tokens: list[int] = []
+
+    @property
+    def running(self) -> Sequence[Seq2SeqJob]:
+        """Jobs that were taken and have not ended."""
+        return [*self._jobs, *self._taken]
+
+    def bytes(self, jobs: Sequence[Seq2SeqJob]) -> int:
+        """What jobs take together: a step holds its input caches and its output caches."""
+        longest = max((job.positions for job in jobs), default=0)
+        return 2 * sum(job.width for job in jobs) * longest * self._position_bytes
+
+    def take(self, waiting: deque[Seq2SeqJob]) -> bool:
+        """Take those at the front that fit beside what runs."""
+        before = len(self._taken)
+        while waiting and self._fits(waiting[0]):
+            self._taken.append(waiting.popleft())
+        return len(self._taken) > before
+
+    def step(self) -> None:
+        """Encode what is new, then run one token of every sequence."""
+        if self._taken:
+            taken, self._taken = self._taken, []
+            self._encode(taken)
+        if self._jobs:
+            self._decode()
+
+    def drop(self, job: Seq2SeqJob, error: BaseException) -> None:
+        """End a job with an error."""
+        if job in self._taken:
+            self._taken.remove(job)
+        else:
+            rows, tokens, jobs = list[int](), list[int](), list[Seq2SeqJob]()
+            for other, first in self._places():
+                if other is not job:
+                    jobs.append(other)
+                    rows += range(first, first + other.rows)
+                    tokens += self._tokens[first : first + other.rows]
+            self._keep(jobs, rows, tokens)
+        self._shrink()
+        job.fail(error)
+
+    def idle(self) -> None:
+        """Nothing is kept."""
+
+    def _fits(self, job: Seq2SeqJob) -> bool:
+        running = self.running
+        if running and sum(other.width for other in running) + job.width > self._max_rows:
+            return False
+        # A decoder without a mask cannot tell padding: then only those that begin alike go together.
+        if not self._graphs.masks_past and (
+            self._jobs or any(other.prefix_length != job.prefix_length for other in self._taken)
+        ):
+            return False
+        return self._budget.resize(self, self.bytes([*running, job]))
+
+    def _shrink(self) -> None:
+        self._budget.resize(self, self.bytes(self.running))
+
+    def _places(self) -> list[tuple[Seq2SeqJob, int]]:
+        """Every job that decodes, and where its sequences begin."""
+        found, first = [], 0
+        for job in self._jobs:
+            found.append((job, first))
+            first += job.rows
+        return found
+
+    def _keep(self, jobs: list[Seq2SeqJob], rows: Sequence[int], tokens: list[int]) -> None:
+        """Go on with some sequences, which may repeat or lack those of the state."""
+        assert self._state is not None
+        if not jobs:
+            self._state = None
+        elif list(rows) != list(range(self._state.mask.shape[0])):
+            self._state = self._state.take(rows)
+        self._jobs, self._tokens = jobs, tokens
+
+    def _encode(self, jobs: list[Seq2SeqJob]) -> None:
+        """Encode texts. If that fails, each is tried alone, so that only the culprit fails."""
+        try:
+            source = self._graphs.encode([job.source for job in jobs])
+            places = [place for place, job in enumerate(jobs) if job.read is None]
+            begun = self._graphs.begin(source.take(places), [jobs[at].prefix for at in places]) if places else None
+        except Exception as error:
+            if len(jobs) > 1:
+                for job in jobs:
+                    self._encode([job])
+            else:
+                jobs[0].fail(error)
+                self._shrink()
+            return
+        for place, job in enumerate(jobs):
+            if job.read is not None:
+                job.read(source, place)
+                job.finish()
+        if begun is not None:
+            self._state = begun if self._state is None else joined([self._state, begun])
+            self._jobs += [jobs[place] for place in places]
+            self._tokens += [jobs[place].feed[0] for place in places]
+        self._shrink()
+
+    def _decode(self) -> None:
+        assert self._state is not None
+        try:
+            logits = self._graphs.step(self._state, self._tokens)
+        except Exception:
+            logits = self._each_alone(self._state)
+            if not self._jobs:
+                return
+        left, rows, tokens = list[tuple[Seq2SeqJob, int]](), list[int](), list[int]()
+        for job, first in self._places():
+            try:
+                move = job.advance(logits[first : first + job.rows])
+            except Exception as error:
+                job.fail(error)
+                continue
+            if move is None:
+                job.finish()
+                continue
+            tokens += move[0]
+            rows += [first + parent for parent in move[1]]
+            left.append((job, len(move[0])))
+        gone = len(left) < len(self._jobs)
+        self._keep([job for job, _ in left], rows, tokens)
+        for job, count in left:
+            job.rows = count
+        if gone:
+            self._shrink()
+
+    def _each_alone(self, state: DecoderState) -> Logits:
+        """Step every job alone; those that fail end."""
+        states, found = list[DecoderState](), list[Logits]()
+        jobs, tokens = list[Seq2SeqJob](), list[int]()
+        for job, first in self._places():
+            own, said = state.take(range(first, first + job.rows)), self._tokens[first : first + job.rows]
+            try:
+                found.append(self._graphs.step(own, said))
+            except Exception as error:
+                job.fail(error)
+                continue
+            states.append(own)
+            jobs.append(job)
+            tokens += said
+        self._jobs, self._tokens, self._state = jobs, tokens, joined(states) if states else None
+        self._shrink()
+        return np.concatenate(found) if found else np.zeros((0, 0), np.float32)

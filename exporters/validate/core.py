@@ -1,0 +1,179 @@
+"""What every architecture's proof shares: an architecture gives comparisons and predictions, this judges them."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Protocol
+
+import numpy as np
+import numpy.typing as npt
+import torch
+
+from edgeprompt.base.load import LoadedBase
+from edgeprompt.errors import ValidationError
+from edgeprompt.package.manifest import Manifest
+from exporters.validate.quality import Prediction, measure_quality
+from exporters.validate.weights import check_weights
+
+Floats = npt.NDArray[np.float32]
+Ids = npt.NDArray[np.int64]
+
+TOLERANCE = {"fp32": 1e-3, "fp16": 3e-2}
+"""Largest difference allowed, as a share of the values' largest magnitude. Quantised graphs must correlate
+(`exporters.validate.quality.LEAST_CORRELATION`)."""
+TIE = 1e-4
+"""Two tokens nearer to each other than this share of the logits' scale: rounding may decide either way."""
+
+_TEXTS = (
+    "The film starts slowly, but the last half hour is worth the ticket.",
+    "Paris is the capital of France, and Berlin is the capital of",
+    "She opened the old box and found a letter that said",
+)
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """One output of the package beside PyTorch's: arrays of one shape, logits or hidden states."""
+
+    what: str
+    """The figures' name in the report: "" for the package's main output, or as `prompts.NAME`."""
+    got: Floats
+    want: Floats
+
+
+class Subject(Protocol):
+    """A package and its base, as an architecture runs them."""
+
+    def comparisons(self) -> Iterator[Comparison]:
+        """Outputs over shapes, pieces, ragged batches, virtual rows and real prompts.
+
+        Raises:
+            ValidationError: the graph lacks an input or output.
+        """
+        ...
+
+    def predictions(self, ids: Ids) -> Iterator[Prediction]:
+        """What is said of one text."""
+        ...
+
+
+def prove(subject: Subject, loaded: LoadedBase, folder: Path, manifest: Manifest, data: Any = None) -> dict[str, Any]:
+    """Judge all comparisons, the stored weights, and the predictions over real text.
+
+    Args:
+        subject: What to compare.
+        loaded: The base.
+        folder: The package.
+        manifest: Its manifest.
+        data: The user's texts for the predictions (`exporters.validate.quality.judging_texts`); None: shipped text.
+
+    Returns:
+        What was measured, with "weights" and "quality".
+
+    Raises:
+        ValidationError: a comparison in float, or one stored weight, is further away than the precision allows. What
+            quantisation may cost is for `exporters.validate.quality.gate` to judge.
+    """
+    weights = check_weights(loaded.model, folder, manifest)
+    tallies: dict[str, Tally] = {}
+    for found in subject.comparisons():
+        tallies.setdefault(found.what, Tally()).add(found.got, found.want)
+    measured: dict[str, Any] = {}
+    for what, tally in tallies.items():
+        _judge(what, tally, manifest.precision)
+        inner = measured
+        for part in what.split(".", 1) if what else ():
+            inner = inner.setdefault(part, {})
+        inner.update(tally.report())
+    if weights:
+        measured["weights"] = weights
+    measured["quality"] = measure_quality(subject.predictions, loaded.tokenizer, manifest, data)
+    if manifest.precision not in TOLERANCE:
+        measured["quality"]["least_correlation"] = round(min(min(t.correlations) for t in tallies.values()), 4)
+    return measured
+
+
+@dataclass
+class Tally:
+    """Differences collected over the comparisons of one output."""
+
+    differences: list[Floats] = field(default_factory=list)
+    scale: float = 0.0
+    agree: list[bool] = field(default_factory=list)
+    correlations: list[float] = field(default_factory=list)
+
+    def add(self, got: Floats, want: Floats) -> None:
+        """Compare one array with PyTorch's."""
+        self.differences.append(np.abs(got - want))
+        self.scale = max(self.scale, float(np.abs(want).max()))
+        if want.ndim == 1:
+            self.agree.append(is_tie(got, want))
+        self.correlations.append(float(np.corrcoef(got.ravel(), want.ravel())[0, 1]))
+
+    def report(self) -> dict[str, Any]:
+        """The figures, rounded."""
+        logits = len(self.agree) == len(self.differences)
+        return {
+            "comparisons": len(self.differences),
+            "max_difference": round(max(float(d.max()) for d in self.differences), 6),
+            "mean_difference": round(float(np.mean([d.mean() for d in self.differences])), 6),
+            "logit_scale" if logits else "scale": round(self.scale, 4),
+            **({"top1_agreement": round(float(np.mean(self.agree)), 4)} if logits else {}),
+            "mean_correlation": round(float(np.mean(self.correlations)), 5),
+            "least_correlation": round(min(self.correlations), 5),
+        }
+
+
+def _judge(what: str, tally: Tally, precision: str) -> None:
+    worst = max(float(d.max()) for d in tally.differences)
+    head, _, name = what.partition(".")
+    where = f"outputs with prompt {name!r}" if head == "prompts" else what or "logits"
+    tolerance = TOLERANCE.get(precision)
+    if not np.isfinite(worst):
+        raise ValidationError(f"{precision} {where} hold NaN or infinity; no package was written")
+    if tolerance is not None and not worst <= tolerance * tally.scale:
+        raise ValidationError(
+            f"{precision} {where} differ from PyTorch's by {worst:.3g}, allowed {tolerance * tally.scale:.3g} "
+            f"({tolerance:g} of their scale {tally.scale:.3g}); no package was written"
+        )
+
+
+def is_tie(got: Floats, want: Floats) -> bool:
+    """Whether the package's best token is PyTorch's, or as good as that."""
+    best = float(want.max())
+    return bool(best - float(want[int(got.argmax())]) <= TIE * float(np.abs(want).max()))
+
+
+def sample_ids(loaded: LoadedBase, vocab_size: int, lengths: Sequence[int] = (15, 13, 11)) -> list[Ids]:
+    """Three short texts as token ids; random ids where the base has no tokenizer that fits."""
+    if loaded.tokenizer is not None:
+        texts = [np.array(loaded.tokenizer.encode(text), np.int64) for text in _TEXTS]
+        if all(len(ids) >= 4 and ids.max() < vocab_size for ids in texts):
+            return texts
+    generator = np.random.default_rng(0)
+    return [generator.integers(0, vocab_size, length, dtype=np.int64) for length in lengths]
+
+
+def embed(model: Any, ids: Ids, rows: npt.NDArray[Any] | None, vocab_size: int, scale: float = 1.0) -> torch.Tensor:
+    """`inputs_embeds [1, length, width]` of ids, those at or above `vocab_size` taken from `rows`.
+
+    `scale` is what a model multiplies its lookups by where `inputs_embeds` no longer pass.
+    """
+    index = torch.from_numpy(ids)
+    virtual = index >= vocab_size
+    with torch.no_grad():
+        embedded: torch.Tensor = model.get_input_embeddings()(torch.where(virtual, 0, index)) * scale
+        if rows is not None:
+            embedded[virtual] = torch.from_numpy(rows.astype(np.float32))[index[virtual] - vocab_size]
+    return embedded[None]
+
+
+def random_rows(model: Any, count: int = 5) -> Floats:
+    """Rows as an untrained prompt has them: of the size of what the embedding module returns."""
+    generator = torch.Generator().manual_seed(0)
+    with torch.no_grad():
+        sample = model.get_input_embeddings()(torch.arange(64))
+    noise: Floats = (torch.randn((count, sample.shape[-1]), generator=generator) * sample.std()).numpy()
+    return noise

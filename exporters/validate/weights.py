@@ -1,0 +1,88 @@
+"""Proves that the weights which a package stores are its base's: one broken matrix shows here, however small."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import onnx_ir as ir
+import torch
+
+from edgeprompt.base.dequantize import WEIGHTS, dequantize_record
+from edgeprompt.errors import ValidationError
+from edgeprompt.package.manifest import Manifest
+
+LIMITS = {4: (0.25, 0.8), 8: (0.04, 0.4)}
+"""Bits -> largest error allowed of a matrix, and of each run of `RUN` weights of a row, relative to its own size."""
+RUN = 32
+_CHUNK = 1 << 22
+"""Weights that are compared at a time."""
+
+
+def check_weights(model: Any, folder: Path, manifest: Manifest) -> dict[str, Any]:
+    """Compare every quantised matrix, read back from the package, with the model's parameters.
+
+    Returns:
+        How many matrices, and the largest error of one; nothing where the manifest does not say where weights went.
+
+    Raises:
+        ValidationError: a matrix, or a part of one, is not the base's.
+    """
+    records = manifest.extra.get(WEIGHTS) or []
+    parameters = dict(model.named_parameters())
+    errors: dict[str, float] = {}
+    for key, graph in manifest.graphs.items():
+        mine = records.get(key, []) if isinstance(records, Mapping) else records
+        initializers = ir.load(folder / graph.file).graph.initializers if mine else {}
+        for record in mine:
+            if record["codes"] in initializers:
+                errors[f"{record['codes']} ({key})"] = _compare(record, initializers, parameters)
+    if not errors:
+        return {}
+    worst = max(errors, key=lambda name: errors[name])
+    return {"matrices": len(errors), "largest_error": round(errors[worst], 5), "largest_error_in": worst}
+
+
+def _compare(record: Mapping[str, Any], initializers: Mapping[str, Any], parameters: Mapping[str, Any]) -> float:
+    whole, part = LIMITS[record["bits"]]
+    lost = size = 0.0
+    for start, want in _wanted(record["pieces"], parameters):
+        got = dequantize_record(record, initializers, slice(start, start + len(want)))
+        runs = -want.shape[1] % RUN
+        got, want = (torch.nn.functional.pad(side, (0, runs)).reshape(len(side), -1, RUN) for side in (got, want))
+        error, power = (got - want).square_().sum(2), want.square().sum(2)
+        # A run far smaller than its row's others lies below their rounding.
+        power_of_row = power.mean(1, keepdim=True)
+        share = error / torch.maximum(power, 0.05 * power_of_row).clamp(min=1e-30)
+        if not bool((share <= part**2).all()):
+            row = start + int((share.nan_to_num(torch.inf) > part**2).any(1).nonzero()[0, 0])
+            raise ValidationError(
+                f"the package's weight {record['codes']!r} is not the base's {record['pieces'][0][0]!r}: row {row} has "
+                f"a part that differs by {float(share[row - start].max()) ** 0.5:.2f} of its size, {record['bits']} "
+                f"bits explain at most {part}; no package was written"
+            )
+        lost, size = lost + float(error.sum()), size + float(power.sum())
+    relative: float = (lost / max(size, 1e-30)) ** 0.5
+    if not relative <= whole:
+        raise ValidationError(
+            f"the package's weight {record['codes']!r} differs from the base's {record['pieces'][0][0]!r} by "
+            f"{relative:.2f} of its size, {record['bits']} bits explain at most {whole}; no package was written"
+        )
+    return relative
+
+
+def _wanted(
+    pieces: Sequence[tuple[str, int, bool]], parameters: Mapping[str, torch.Tensor]
+) -> Iterator[tuple[int, torch.Tensor]]:
+    """The base's rows [rows, columns], a few at a time, and where they start in the stored matrix."""
+    row = 0
+    for name, rows, transposed in pieces:
+        if name not in parameters:
+            raise ValidationError(f"the package names a weight {name!r} that the base does not have")
+        matrix = parameters[name].detach()
+        matrix = matrix.T if transposed else matrix
+        step = max(1, _CHUNK // matrix.shape[1])
+        for start in range(0, rows, step):
+            yield row + start, matrix[start : min(start + step, rows)].float()
+        row += rows

@@ -1,0 +1,129 @@
+"""`run --input --output`: columns are kept, rows that fail are what --on-error says, and long runs are resumed."""
+
+import csv
+import json
+import signal
+import time
+
+import pytest
+
+WORDS = ("fine", "dull", "loud", "so")
+
+
+def rows(count):
+    return [{"id": f"n{i}", "text": f"{WORDS[i % 4]} film {i}", "answer": "gold", "label": "x"} for i in range(count)]
+
+
+def write(path, records):
+    if path.suffix == ".jsonl":
+        path.write_text("".join(json.dumps(record) + "\n" for record in records), "utf-8")
+    elif path.suffix == ".parquet":
+        import pyarrow
+        import pyarrow.parquet
+
+        pyarrow.parquet.write_table(pyarrow.Table.from_pylist(records), path)
+    else:
+        with path.open("w", newline="", encoding="utf-8") as file:
+            writer = csv.DictWriter(file, list(records[0]), delimiter="\t" if path.suffix == ".tsv" else ",")
+            writer.writeheader()
+            writer.writerows(records)
+    return path
+
+
+def read(path):
+    if path.suffix == ".jsonl":
+        return [json.loads(line) for line in path.read_text("utf-8").splitlines()]
+    if path.suffix == ".parquet":
+        import pyarrow.parquet
+
+        return pyarrow.parquet.read_table(path).to_pylist()
+    with path.open(newline="", encoding="utf-8") as file:
+        return list(csv.DictReader(file, delimiter="\t" if path.suffix == ".tsv" else ","))
+
+
+@pytest.fixture
+def command(tiny_llama_package, prompt_folder):
+    return ["run", tiny_llama_package, "--prompt", prompt_folder / "sentiment.safetensors"]
+
+
+@pytest.mark.parametrize("given", ["csv", "tsv", "jsonl", "parquet"])
+@pytest.mark.parametrize("made", ["csv", "tsv", "jsonl", "parquet"])
+def test_columns_of_the_input_stand_beside_the_answers(cli, command, tmp_path, given, made):
+    records = rows(5)
+    source, out = write(tmp_path / f"in.{given}", records), tmp_path / f"out.{made}"
+    result = cli(*command, "--input", source, "--output", out)
+    assert result.exit_code == 0, result.stderr
+    plain = [line.split("\t")[0] for line in cli(*command, "--input", source).stdout.splitlines()]
+    found = read(out)
+    assert [row["id"] for row in found] == [record["id"] for record in records]
+    assert [row["text"] for row in found] == [record["text"] for record in records]
+    if made == "jsonl":  # a result keeps its names; what the input calls so becomes input_NAME
+        assert [row["label"] for row in found] == plain
+        assert {row["input_label"] for row in found} == {"x"}
+    else:
+        assert [row["answer"] for row in found] == plain
+        assert {row["input_answer"] for row in found} == {"gold"}
+    assert sorted(path.name for path in tmp_path.iterdir()) == sorted([source.name, out.name])
+
+
+def bad_rows():
+    records = rows(6)
+    records[1]["text"] = "word " * 5000
+    records[4]["text"] = None
+    return records
+
+
+def test_rows_that_fail_stop_or_are_left_out_or_recorded(cli, refused, command, tmp_path):
+    source = write(tmp_path / "in.jsonl", bad_rows())
+    args = (*command, "--input", source, "--output")
+    assert refused(*args, tmp_path / "stop.csv").startswith("row 2: ")
+    assert not (tmp_path / "stop.csv").exists()
+    result = cli(*args, tmp_path / "skip.csv", "--on-error", "skip")
+    assert result.exit_code == 0
+    assert result.stderr.startswith("note: 2 answers failed and were left out; the first: row 2: ")
+    assert [row["id"] for row in read(tmp_path / "skip.csv")] == ["n0", "n2", "n3", "n5"]
+    for suffix in ("csv", "jsonl", "parquet"):
+        result = cli(*args, tmp_path / f"record.{suffix}", "--on-error", "record")
+        assert result.exit_code == 0, result.stderr
+        found = read(tmp_path / f"record.{suffix}")
+        assert [row["id"] for row in found] == [f"n{i}" for i in range(6)]
+        assert [bool(row["error"]) for row in found] == [False, True, False, False, True, False]
+        assert "row 5 has nothing in column 'text'" in found[4]["error"]
+
+
+@pytest.mark.parametrize("made", ["csv", "jsonl", "parquet"])
+def test_a_killed_run_goes_on_without_a_row_lost_or_doubled(cli, spawn, refused, command, tmp_path, made):
+    source, out = write(tmp_path / "in.csv", rows(640)), tmp_path / f"out.{made}"
+    args = (*command, "--input", source, "--output", out, "--resume")
+    slow = "import time; from edgeprompt.runtime import Runtime; plain = Runtime.run\n"
+    slow += (
+        "def run(self, *args, **keywords): time.sleep(0.3); return plain(self, *args, **keywords)\nRuntime.run = run"
+    )
+    with spawn(*args, before=slow) as process:
+        journal, deadline = tmp_path / f"out.{made}.part.json", time.monotonic() + 120
+        while time.monotonic() < deadline and process.poll() is None:
+            if journal.exists() and json.loads(journal.read_text())["records"] >= 128:
+                break
+            time.sleep(0.02)
+        process.send_signal(signal.SIGKILL)
+    assert not out.exists()
+    part = tmp_path / f"out.{made}.part"
+    with part.open("ab") as file:
+        file.write(b"half a ro")  # as a crash may leave it
+    assert "was begun with another" in refused(*args, "--truncate")
+    result = cli(*args)
+    assert result.exit_code == 0, result.stderr
+    whole = tmp_path / f"whole.{made}"
+    assert cli(*command, "--input", source, "--output", whole).exit_code == 0
+    assert [row["id"] for row in read(out)] == [f"n{i}" for i in range(640)]
+    if made != "jsonl":  # JSON lines have timings
+        assert read(out) == read(whole)
+    assert sorted(path.name for path in tmp_path.iterdir()) == sorted([source.name, out.name, whole.name])
+
+
+def test_what_resuming_needs(cli, refused, command, tmp_path):
+    source = write(tmp_path / "in.csv", rows(2))
+    assert "--resume needs --input and --output" in cli(*command, "--input", source, "--resume").stderr
+    (tmp_path / "out.csv.part").write_text("my notes")
+    assert "move it away" in refused(*command, "--input", source, "--output", tmp_path / "out.csv", "--resume")
+    assert (tmp_path / "out.csv.part").read_text() == "my notes"
