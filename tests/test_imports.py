@@ -1,5 +1,6 @@
 """The runtime is light: what a device imports, checked in fresh processes."""
 
+import ast
 import subprocess
 import sys
 from pathlib import Path
@@ -60,3 +61,12 @@ def test_a_real_run(tiny_llama_package):
 def test_the_check_sees_what_it_looks_for():
     found, _ = modules_after("import exporters.export")
     assert {"exporters", "numpy"} <= found
+
+
+def test_only_the_command_line_imports_the_exporter():
+    for path in sorted((ROOT / "edgeprompt").rglob("*.py")):
+        if "cli" not in path.parts:
+            tree = ast.parse(path.read_text("utf-8"))
+            modules = [node.module or "" for node in ast.walk(tree) if isinstance(node, ast.ImportFrom)]
+            modules += [alias.name for node in ast.walk(tree) if isinstance(node, ast.Import) for alias in node.names]
+            assert not [module for module in modules if module.partition(".")[0] == "exporters"], path

@@ -129,7 +129,7 @@ def check_closeness(
     Raises:
         UnsupportedError: the package is no decoder.
     """
-    from exporters.validate.decoder import DecoderGraph, reference_logits
+    from edgeprompt.base.decoder_graph import DecoderGraph, reference_logits
 
     opened = open_package(package)
     if opened.manifest.architecture != names.DECODER_ONLY:

@@ -48,7 +48,7 @@ def build_graph(loaded: LoadedBase, options: ExportOptions, folder: Path, scratc
     if loaded.tokenizer is not None:
         loaded.tokenizer.save_pretrained(home)
     builder = _import_builder()
-    with _handed_over(loaded.model, keep_tokenizer=loaded.tokenizer is not None) as taken, _quiet():
+    with _handed_over(builder, loaded.model, keep_tokenizer=loaded.tokenizer is not None) as taken, _quiet():
         details = {"extra_kwargs": {}, "hf_name": str(home), "hf_config": _builder_config(loaded)}
         try:
             builder.create_model(
@@ -124,25 +124,37 @@ def _import_builder() -> Any:
 
 
 @contextlib.contextmanager
-def _handed_over(model: Any, *, keep_tokenizer: bool) -> Iterator[list[Any]]:
-    """Make the builder use the model in memory, and hand its graph over instead of writing it."""
+def _handed_over(builder: Any, model: Any, *, keep_tokenizer: bool) -> Iterator[list[Any]]:
+    """Make the builder use the model in memory, and hand its graph over instead of writing it.
+
+    The builder picks a class by the model's architecture. For as long as this lasts it finds subclasses of them in its
+    module; its own classes stay as they are.
+    """
     # The builder's own modules are top-level names: its package puts its folder on sys.path.
     base = sys.modules["builders.base"].Model
     taken: list[Any] = []
-    before = base.load_weights, base.save_model, base.save_processing
+
+    def load_weights(self: Any, input_path: str) -> Any:
+        return model
 
     def save_model(self: Any, out_dir: str) -> None:
         self.model.graph.sort()
         taken.append(self.model)
 
-    base.load_weights = lambda self, input_path: model
-    base.save_model = save_model
+    def save_nothing(self: Any, *args: Any) -> None:
+        """This base has no tokenizer."""
+
+    methods = {"load_weights": load_weights, "save_model": save_model}
     if not keep_tokenizer:
-        base.save_processing = lambda self, *args: None
+        methods["save_processing"] = save_nothing
+    before = {name: kind for name, kind in vars(builder).items() if isinstance(kind, type) and issubclass(kind, base)}
     try:
+        for name, kind in before.items():
+            setattr(builder, name, type(kind.__name__, (kind,), methods))
         yield taken
     finally:
-        base.load_weights, base.save_model, base.save_processing = before
+        for name, kind in before.items():
+            setattr(builder, name, kind)
 
 
 @contextlib.contextmanager

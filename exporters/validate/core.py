@@ -156,20 +156,6 @@ def sample_ids(loaded: LoadedBase, vocab_size: int, lengths: Sequence[int] = (15
     return [generator.integers(0, vocab_size, length, dtype=np.int64) for length in lengths]
 
 
-def embed(model: Any, ids: Ids, rows: npt.NDArray[Any] | None, vocab_size: int, scale: float = 1.0) -> torch.Tensor:
-    """`inputs_embeds [1, length, width]` of ids, those at or above `vocab_size` taken from `rows`.
-
-    `scale` is what a model multiplies its lookups by where `inputs_embeds` no longer pass.
-    """
-    index = torch.from_numpy(ids)
-    virtual = index >= vocab_size
-    with torch.no_grad():
-        embedded: torch.Tensor = model.get_input_embeddings()(torch.where(virtual, 0, index)) * scale
-        if rows is not None:
-            embedded[virtual] = torch.from_numpy(rows.astype(np.float32))[index[virtual] - vocab_size]
-    return embedded[None]
-
-
 def random_rows(model: Any, count: int = 5) -> Floats:
     """Rows as an untrained prompt has them: of the size of what the embedding module returns."""
     generator = torch.Generator().manual_seed(0)

@@ -9,16 +9,15 @@ from typing import Any
 
 import numpy as np
 import numpy.typing as npt
-import onnxruntime as ort
 import torch
 
 from edgeprompt import names
+from edgeprompt.base.decoder_graph import DecoderGraph, all_logits, embed, reference_logits
 from edgeprompt.base.load import LoadedBase
 from edgeprompt.errors import ValidationError
-from edgeprompt.ort.session import graph_inputs
 from edgeprompt.package.manifest import Manifest
 from edgeprompt.prompts.file import PromptFile
-from exporters.validate.core import Comparison, Floats, Ids, embed, is_tie, prove, random_rows, sample_ids
+from exporters.validate.core import Comparison, Floats, Ids, is_tie, prove, random_rows, sample_ids
 from exporters.validate.quality import PREDICTIONS, Prediction
 
 GREEDY_STEPS = 12
@@ -30,74 +29,6 @@ class _Case:
 
     ids: Ids
     splits: tuple[int, ...]
-
-
-class DecoderGraph:
-    """A decoder package's graph, run as plainly as possible: one call, one piece of a sequence."""
-
-    def __init__(self, folder: Path, manifest: Manifest) -> None:
-        options = ort.SessionOptions()
-        options.log_severity_level = 3
-        # Between PyTorch's turns the graph's threads would spin for nothing.
-        options.add_session_config_entry("session.intra_op.allow_spinning", "0")
-        provider = "CUDAExecutionProvider" if "CUDAExecutionProvider" in ort.get_available_providers() else None
-        providers = [provider, "CPUExecutionProvider"] if provider else ["CPUExecutionProvider"]
-        self.session = ort.InferenceSession(folder / manifest.graphs["model"].file, options, providers=providers)
-        self.outputs = [output.name for output in self.session.get_outputs()]
-        self.inputs = {value.name: value.shape for value in graph_inputs(self.session)}
-        self.manifest = manifest
-        self.kv_dtype = np.float16 if manifest.kv_dtype == "float16" else np.float32
-        self._check_names()
-
-    def _check_names(self) -> None:
-        layers = range(self.manifest.geometry.num_layers)
-        parts = [(layer, part) for layer in layers for part in ("key", "value")]
-        inputs = {names.INPUT_IDS, names.ATTENTION_MASK, *(names.past(*part) for part in parts)}
-        if self.manifest.prompt_input == "required":
-            inputs.add(names.PROMPT_EMBEDDINGS)
-        missing = sorted(inputs - set(self.inputs))
-        missing += sorted({names.LOGITS, *(names.present(*part) for part in parts)} - set(self.outputs))
-        if missing:
-            raise ValidationError(f"the graph lacks {', '.join(missing)}")
-
-    def empty_past(self, batch: int = 1) -> dict[str, npt.NDArray[Any]]:
-        """A cache of length zero."""
-        geometry = self.manifest.geometry
-        shape = (batch, geometry.num_key_value_heads, 0, geometry.head_size)
-        parts = [(layer, part) for layer in range(geometry.num_layers) for part in ("key", "value")]
-        return {names.past(*part): np.zeros(shape, self.kv_dtype) for part in parts}
-
-    def run(
-        self,
-        ids: npt.NDArray[np.int64],
-        mask: npt.NDArray[np.int64],
-        past: Mapping[str, npt.NDArray[Any]],
-        rows: Floats,
-    ) -> tuple[Floats, dict[str, npt.NDArray[Any]]]:
-        """Logits of the last position, [batch, vocab_size], and the cache grown by this piece."""
-        result = self._outputs(ids, mask, past, rows)
-        grown = {name: result[name.replace(names.PAST_KEY_VALUES, "present")] for name in past}
-        return result[names.LOGITS][:, -1].astype(np.float32), grown
-
-    def states(self, ids: npt.NDArray[np.int64], rows: Floats) -> Floats:
-        """`hidden_states` of one row of ids, [sequence_length or 1, hidden_size]."""
-        found = self._outputs(ids[None], np.ones((1, len(ids)), np.int64), self.empty_past(), rows)
-        states: Floats = found[names.HIDDEN_STATES][0].astype(np.float32)
-        return states
-
-    def _outputs(
-        self,
-        ids: npt.NDArray[np.int64],
-        mask: npt.NDArray[np.int64],
-        past: Mapping[str, npt.NDArray[Any]],
-        rows: Floats,
-    ) -> dict[str, npt.NDArray[Any]]:
-        feeds = {names.INPUT_IDS: ids, names.ATTENTION_MASK: mask, **past}
-        if names.PROMPT_EMBEDDINGS in self.inputs:
-            feeds[names.PROMPT_EMBEDDINGS] = rows
-        if names.POSITION_IDS in self.inputs:
-            feeds[names.POSITION_IDS] = (np.maximum(mask.cumsum(1) - 1, 0))[:, -ids.shape[1] :]
-        return dict(zip(self.outputs, self.session.run(None, feeds), strict=True))
 
 
 def validate_decoder(
@@ -118,20 +49,6 @@ def validate_decoder(
             "was written"
         )
     return measured
-
-
-def reference_logits(model: Any, ids: Ids, rows: Floats, past: Any = None) -> Floats:
-    """PyTorch's logits behind one row of ids (virtual ones included), [vocab_size]; `past` is a transformers cache."""
-    vocab = model.config.get_text_config().vocab_size
-    last: Floats = _all_logits(model, embed(model, ids, rows, vocab), past)[-1]
-    return last
-
-
-def _all_logits(model: Any, embedded: torch.Tensor, past: Any = None) -> Floats:
-    with torch.no_grad():
-        output = model(inputs_embeds=embedded, past_key_values=past, use_cache=past is not None)
-    logits: Floats = output.logits[0, :, : model.config.get_text_config().vocab_size].float().numpy()
-    return logits
 
 
 class _Decoder:
@@ -161,7 +78,7 @@ class _Decoder:
     def predictions(self, ids: Ids) -> Iterator[Prediction]:
         """The last tokens of a text one after another, as decoding computes them."""
         count = min(PREDICTIONS, len(ids) - 1)
-        wanted = _all_logits(self.model, embed(self.model, ids, None, self.vocab))
+        wanted = all_logits(self.model, embed(self.model, ids, None, self.vocab))
         past, fed = self.graph.empty_past(), 0
         for at in range(len(ids) - count, len(ids)):
             logits, past = self._run(ids[fed:at], at, past, self.rows)

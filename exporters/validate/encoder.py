@@ -10,6 +10,7 @@ import numpy as np
 import torch
 
 from edgeprompt import names
+from edgeprompt.base.decoder_graph import embed
 from edgeprompt.base.load import LoadedBase
 from edgeprompt.engines.encoder.batch import Row, make_feeds, make_row
 from edgeprompt.errors import ValidationError
@@ -19,7 +20,7 @@ from edgeprompt.package.tokenizer import Tokenizer
 from edgeprompt.prompts.encoder_text import encode_text
 from edgeprompt.prompts.file import PromptFile
 from exporters.routes.encoder_graph import EncoderGraph, input_names, output_names
-from exporters.validate.core import Comparison, Floats, Ids, embed, prove, sample_ids
+from exporters.validate.core import Comparison, Floats, Ids, prove, sample_ids
 from exporters.validate.quality import Prediction
 
 MASKED = 4

@@ -11,11 +11,12 @@ import numpy.typing as npt
 import torch
 
 from edgeprompt import names
+from edgeprompt.base.decoder_graph import embed
 from edgeprompt.base.load import LoadedBase
 from edgeprompt.errors import ValidationError
 from edgeprompt.package.manifest import Manifest
 from edgeprompt.prompts.file import PromptFile
-from exporters.validate.core import Comparison, Floats, Ids, embed, prove, random_rows
+from exporters.validate.core import Comparison, Floats, Ids, prove, random_rows
 from exporters.validate.onnx_graphs import open_graph, run_known
 from exporters.validate.quality import PREDICTIONS, Prediction
 

@@ -14,6 +14,7 @@ import torch
 from transformers import AttentionInterface, DynamicCache, EncoderDecoderCache
 from transformers.masking_utils import AttentionMaskInterface, eager_mask
 
+from edgeprompt.base.decoder_graph import embed
 from edgeprompt.base.load import LoadedBase
 from edgeprompt.engines.seq2seq.graphs import Seq2SeqGraphs, SourceRow
 from edgeprompt.errors import ValidationError
@@ -22,7 +23,7 @@ from edgeprompt.ort.session import Sessions
 from edgeprompt.package.folder import Package
 from edgeprompt.package.manifest import Manifest
 from edgeprompt.prompts.file import PromptFile
-from exporters.validate.core import Comparison, Floats, Ids, embed, prove, sample_ids
+from exporters.validate.core import Comparison, Floats, Ids, prove, sample_ids
 from exporters.validate.quality import PREDICTIONS, Prediction
 
 STEPS = 6

@@ -17,6 +17,7 @@ import pytest
 import torch
 
 from edgeprompt import names
+from edgeprompt.base.decoder_graph import DecoderGraph, reference_logits
 from edgeprompt.base.families import find_family, known_families
 from edgeprompt.base.geometry import geometry_of
 from edgeprompt.errors import ExportError, InputError, UnsupportedError, ValidationError
@@ -24,7 +25,6 @@ from edgeprompt.package.folder import open_package
 from edgeprompt.tuning.options import TuneOptions
 from edgeprompt.tuning.soft_prompt import SoftPrompt
 from exporters import ExportReport, export_model, validate_package
-from exporters.validate.decoder import DecoderGraph, reference_logits
 from tests.support.decoder_models import CONFIGS, WINDOWED, loaded_decoder
 
 TABLE = Path(__file__).parents[3] / "docs/parity-decoder-families.md"
