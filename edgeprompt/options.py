@@ -20,7 +20,7 @@ class EngineOptions:
     spinning: bool = True
     """Whether idle threads spin between operators (faster answers, busier cores)."""
     prefix_budget: int | None = None
-    """Most bytes of resident prefix KV."""
+    """Most bytes of what is kept of prompts (decoders: prefix KV). None: 64 MiB, on encoders 128 MiB."""
     kv_budget: int | None = None
     """Most bytes of KV cache for running requests."""
     max_batch: int = 16
@@ -41,7 +41,7 @@ class EngineOptions:
         limits = (("max_batch", 1), ("max_queue", 1), ("prefix_budget", 0), ("kv_budget", 1), ("lanes", 1))
         for name, least in limits:
             value = getattr(self, name)
-            if value is not None and value < least:
-                raise InputError(f"{name} is {value}; it must be at least {least}")
+            if value is not None and (not isinstance(value, int) or value < least):
+                raise InputError(f"{name} is {value}; it must be an integer of at least {least}")
         if self.lanes is not None and self.threads is not None:
             raise InputError(f"threads is {self.threads} and lanes {self.lanes}; give one, a lane has one thread")

@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import queue
 import weakref
-from collections.abc import AsyncIterator, Iterator, Mapping, Sequence
+from collections.abc import AsyncIterator, Iterable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from functools import partial
 from typing import Any, Literal, TypeAlias, Unpack, cast, overload
@@ -286,6 +286,8 @@ class Runtime:
         """
         if isinstance(texts, str | Mapping):
             raise InputError("embed takes a list of texts; put the one text into a list")
+        if not isinstance(texts if input_ids is None else input_ids, Iterable):
+            raise InputError("embed takes a list of texts, or input_ids: a list of the ids of each")
         if input_ids is not None:
             requests = [Request("", prompt, ids, "embed", pooling=pooling) for ids in input_ids]
         else:

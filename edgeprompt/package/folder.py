@@ -92,6 +92,8 @@ def open_package(path: str | os.PathLike[str]) -> Package:
     Raises:
         PackageError: no package, a broken manifest, or a file is missing.
     """
+    if not isinstance(path, str | os.PathLike):
+        raise PackageError(f"a package is a folder, found {path!r}; give its path")
     folder = Path(path)
     file = folder / names.MANIFEST
     try:
