@@ -16,6 +16,7 @@ from typing import Any, cast
 from edgeprompt import names
 from edgeprompt.base.geometry import geometry_of
 from edgeprompt.base.load import LoadedBase, load_base
+from edgeprompt.base.memory import EXPORT
 from edgeprompt.base.tokenizer_files import check_tokenizer_files
 from edgeprompt.errors import BaseMismatchError, ExportError, InputError
 from edgeprompt.package.files import atomic_folder
@@ -147,7 +148,7 @@ def validate_package(
     """
     package = open_package(path)
     package.verify()
-    loaded = against if isinstance(against, LoadedBase) else load_base(against)
+    loaded = against if isinstance(against, LoadedBase) else load_base(against, per_parameter=EXPORT)
     manifest = package.manifest
     base = loaded.base
     if not base.matches(manifest.base):
@@ -181,7 +182,7 @@ def _build(
 ) -> Manifest:
     tell("load", 0.0)
     check_tokenizer_files(base)
-    loaded = base if isinstance(base, LoadedBase) else load_base(base)
+    loaded = base if isinstance(base, LoadedBase) else load_base(base, per_parameter=EXPORT)
     for prompt in prompts.values():
         _check_fingerprint(prompt, loaded)
     exporter = find_exporter(loaded.family.architecture)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+import math
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
@@ -9,6 +11,8 @@ from typing import Any
 from edgeprompt.base.source import WEIGHTS, check_contents, one_line, read_json
 from edgeprompt.errors import SourceError
 
+_MAX_HEADER = 100_000_000
+"""What safetensors allows."""
 _FLOATS = ("F64", "F32", "F16", "BF16")
 
 
@@ -30,6 +34,21 @@ def read_checkpoint(folder: Path) -> dict[str, Any]:
     raise SourceError(
         f"folder {str(folder)!r} has no weights: {', '.join(WEIGHTS)}, or either with an index in shards{found}"
     )
+
+
+def count_values(folder: Path) -> int:
+    """How many values a folder's weights have, from their headers: nothing is mapped that may be too large to be."""
+    whole = folder / WEIGHTS[0]
+    count = 0
+    for file in [whole] if whole.is_file() else sorted(folder.glob("model-*.safetensors")):
+        try:
+            with file.open("rb") as opened:
+                length = int.from_bytes(opened.read(8), "little")
+                header = json.loads(opened.read(min(length, _MAX_HEADER)))
+            count += sum(math.prod(entry["shape"]) for name, entry in header.items() if name != "__metadata__")
+        except (OSError, ValueError, TypeError, KeyError, AttributeError):
+            return 0  # damaged: reading says how
+    return count or sum(file.stat().st_size for file in folder.glob("pytorch_model*.bin")) // 4
 
 
 def is_float(tensor: Any) -> bool:

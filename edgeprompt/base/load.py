@@ -10,8 +10,8 @@ from pathlib import Path
 from typing import Any
 
 from edgeprompt import names
-from edgeprompt.base import accounting
-from edgeprompt.base.checkpoint import read_checkpoint
+from edgeprompt.base import accounting, memory
+from edgeprompt.base.checkpoint import count_values, read_checkpoint
 from edgeprompt.base.encoder import read_encoder
 from edgeprompt.base.families import find_family
 from edgeprompt.base.fingerprint import base_fingerprint
@@ -59,23 +59,29 @@ class LoadedBase:
         return Base(self.name, self.fingerprint)
 
 
-def load_base(base: str | os.PathLike[str]) -> LoadedBase:
+def load_base(base: str | os.PathLike[str], *, per_parameter: float = memory.LOAD) -> LoadedBase:
     """Load BASE: a Hugging Face id, a local folder, or a `.gguf` file (any part of a split one).
 
     Every parameter is accounted for (`edgeprompt.base.accounting`); what was changed on the way is logged.
 
+    Args:
+        base: What to load.
+        per_parameter: Bytes of memory a parameter that the work ahead takes (`edgeprompt.base.memory`).
+
     Raises:
+        CapacityError: less memory is free than that.
         SourceError: nothing is there, it is damaged, incomplete or quantised, or its architecture is not known.
     """
     source = find_source(base)
     with _quiet():
-        model, tokenizer, family = _load_gguf(source) if source.gguf else _load_folder(source)
+        load = _load_gguf if source.gguf else _load_folder
+        model, tokenizer, family = load(source, per_parameter)
     accounting.check_values(model.named_parameters(), source.given)
     model.requires_grad_(False)
     return LoadedBase(source.name, model.eval(), tokenizer, family)
 
 
-def _load_folder(source: Source) -> tuple[Any, Any, Any]:
+def _load_folder(source: Source, per_parameter: float) -> tuple[Any, Any, Any]:
     import transformers
 
     raw = read_json(source.folder / CONFIG)
@@ -87,6 +93,7 @@ def _load_folder(source: Source) -> tuple[Any, Any, Any]:
         raise SourceError(f"cannot read the config of {source.given!r}: {one_line(error)}") from error
     family = find_family(config.model_type)
     tokenizer = _read_tokenizer(source.given, source.folder)
+    memory.check_memory(source.given, count_values(source.folder), per_parameter=per_parameter)
     tensors = read_checkpoint(source.folder)
     check_layers(tensors, config, source.given)
     if family.architecture == names.ENCODER_ONLY:
@@ -115,7 +122,7 @@ def _read_model(config: Any, tensors: Mapping[str, Any], source: Source, family:
     return model
 
 
-def _load_gguf(source: Source) -> tuple[Any, Any, Any]:
+def _load_gguf(source: Source, per_parameter: float) -> tuple[Any, Any, Any]:
     import torch
     from transformers import AutoConfig
 
@@ -130,6 +137,8 @@ def _load_gguf(source: Source) -> tuple[Any, Any, Any]:
             raise SourceError(f"{source.given!r} is an encoder in a GGUF file; give its safetensors model")
         tokenizer = _gguf_tokenizer(source, file, where)
         check_layers(file.names, config, source.given)
+        count = sum(int(tensor.n_elements) for tensor in file.reader.tensors)
+        memory.check_memory(source.given, count, per_parameter=per_parameter)
         file.keep_rotary_scaling(config)
         try:
             model, info = _model_class(config, family).from_pretrained(

@@ -1,5 +1,7 @@
 """Loading a base by its Hugging Face id, and what is refused before anything is loaded."""
 
+import json
+import struct
 import subprocess
 import sys
 import time
@@ -7,7 +9,9 @@ import time
 import pytest
 
 from edgeprompt.base.load import load_base
-from edgeprompt.errors import SourceError
+from edgeprompt.base.memory import check_memory, free_memory
+from edgeprompt.errors import CapacityError, SourceError
+from exporters import export_model
 from tests.support.damaged import bases
 
 
@@ -53,3 +57,26 @@ def test_a_known_type_with_code_beside_it_is_taken_without_the_code(tmp_path):
     path = bases.config(auto_map={"AutoModelForCausalLM": "modeling.M"})(tmp_path)
     (path / "modeling.py").write_text("raise SystemExit('run')")
     assert load_base(path).config.model_type == "llama"
+
+
+def test_a_base_that_memory_is_too_small_for_is_refused_before_it_is_read(tmp_path):
+    """A file of 2 TB on disk that takes none: the table has 8 billion rows, all of them a hole in the file."""
+    rows = 8 << 30
+    path = bases.config(vocab_size=rows)(tmp_path)
+    table = {"dtype": "F64", "shape": [rows, 32], "data_offsets": [0, rows * 32 * 8]}
+    header = json.dumps({"model.embed_tokens.weight": table}).encode()
+    with (path / bases.WEIGHTS).open("wb") as file:
+        file.write(struct.pack("<Q", len(header)) + header)
+        file.truncate(8 + len(header) + rows * 32 * 8)
+    for act in (load_base, lambda base: export_model(base, tmp_path / "out")):
+        started = time.perf_counter()
+        with pytest.raises(CapacityError, match=r"274\.88 billion .*needs about \d+\.\d GB .* GB are free"):
+            act(path)
+        assert time.perf_counter() - started < 20
+    assert not (tmp_path / "out").exists()
+
+
+def test_free_memory_is_a_sum_that_a_small_base_fits_into():
+    free = free_memory()
+    assert free is None or 1 << 20 < free < 1 << 50
+    check_memory("small", 1000)
