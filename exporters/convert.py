@@ -79,7 +79,7 @@ def convert_prompt(
     kind = _target(Path(output), target)
     sources = [source] if isinstance(source, (str, os.PathLike)) else list(source)
     check_output(output, _output_kind(kind, Path(output)), force=force, sources=(base, *sources))
-    options = ReadOptions(template, tuple(labels))
+    options = ReadOptions(template, tuple(labels), bool(verbalizer))
     if base is not None and not isinstance(base, BaseFacts):
         _check_sources([Path(one) for one in sources], source_format, options)
     facts = base if isinstance(base, BaseFacts) or base is None else read_base_facts(base)
@@ -196,6 +196,7 @@ def _assemble(
         says = f" (the file names {item.base_name!r})" if item.base_name else ""
         raise SourceError(f"a prompt file names its base: give --base, the model or its exported package{says}")
     words = {label: tuple(given) for label, given in (verbalizer or item.verbalizer).items()}
+    several = any(len(texts) > 1 for texts in words.values())
     prompt = PromptFile(
         name=item.name,
         method=item.method,
@@ -208,6 +209,7 @@ def _assemble(
         head=item.head,
         head_spec=item.head_spec,
         verbalizer=words,
+        verbalizer_aggregation=item.verbalizer_aggregation if several else "sum",
         labels=_labels(item, words, labels),
         tokenizer_fingerprint=facts.tokenizer_fingerprint if facts else None,
         add_special_tokens=item.add_special_tokens,

@@ -52,6 +52,8 @@ class ForeignPrompt:
     template: Template | None = None
     add_special_tokens: bool = True
     verbalizer: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
+    verbalizer_aggregation: str = "sum"
+    """How the tool joins several words of one label, whether the file or the user names them."""
     generation: Mapping[str, Any] = field(default_factory=dict)
     base_name: str | None = None
     """The base as the foreign file names it."""
@@ -69,6 +71,8 @@ class ReadOptions:
     template: str | None = None
     """As the user wrote it; formats with a template language of their own read that too."""
     labels: tuple[str, ...] = ()
+    words: bool = False
+    """Whether the user names the label words, so that the file's own are not needed."""
 
 
 class Importer(Protocol):

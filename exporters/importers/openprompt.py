@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from collections import Counter
 from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
@@ -13,6 +14,7 @@ import numpy as np
 from edgeprompt import names
 from edgeprompt.errors import SourceError, UnsupportedError
 from edgeprompt.prompts.file import Head, HeadStep
+from edgeprompt.prompts.verbalizer import ids_behind, text_before_words
 from exporters.importers.foreign import (
     Array,
     BaseFacts,
@@ -210,6 +212,7 @@ def _with_verbalizer(
         )
     if "label_words_ids" not in words:
         return prompt
+    prompt = replace(prompt, verbalizer_aggregation="mean")  # ManualVerbalizer.aggregate
     ids = words["label_words_ids"]
     if ids.ndim != 3 or ids.dtype.kind not in "iu":
         raise SourceError(
@@ -223,46 +226,69 @@ def _with_verbalizer(
             f"words_ids_mask {list(used.shape)} and label_words_mask {list(there.shape)} do not fit label_words_ids "
             f"{list(ids.shape)}"
         )
+    if not (np.isin(used, (0, 1)).all() and np.isin(there, (0, 1)).all()):
+        raise SourceError("words_ids_mask and label_words_mask must hold 0 and 1 alone")
     if not there.any(axis=1).all():
         raise SourceError("the verbalizer has a class without label words")
+    # T5 answers behind its first sentinel: <pad> <extra_id_0> word.
+    lead = {"decoder_prefix": "<extra_id_0>"} if base and base.architecture == names.ENCODER_DECODER else {}
+    prompt = replace(prompt, generation=lead)
+    if options.words:
+        return prompt
     if base is None or base.tokenizer is None:
         lost = "the verbalizer: its word ids need the base's tokenizer; give --base with one, or --verbalizer"
         return replace(prompt, dropped=(*prompt.dropped, lost))
     labels = options.labels or tuple(f"LABEL_{index}" for index in range(len(ids)))
     if len(labels) != len(ids):
         raise SourceError(f"{len(labels)} labels given, the verbalizer has {len(ids)} classes")
-    # T5 answers behind its first sentinel: <pad> <extra_id_0> word.
-    lead = {"decoder_prefix": "<extra_id_0>"} if base.architecture == names.ENCODER_DECODER else {}
-    found: dict[str, tuple[str, ...]] = {}
-    for label, rows, masks in zip(labels, ids, used, strict=True):
-        first = [int(row[0]) for row, mask in zip(rows, masks, strict=True) if mask[0]]
-        found[label] = tuple(_word(number, base) for number in first)
-    notes = []
-    if used[..., 1:].any():
-        notes.append("label words behind their first token: OpenPrompt's default (first) reads that alone")
-    if ids.shape[1] > 1:
-        notes.append("OpenPrompt's mean over a label's words: edgeprompt adds their probabilities")
+    before = None if lead else text_before_words(prompt.template) if prompt.template else ""
+    found = {
+        label: tuple(_word(number, base, before) for number in _words_of(label, rows[mask != 0, 0]))
+        for label, rows, mask in zip(labels, ids, there, strict=True)
+    }
     said = "; ".join(f"{label}: {', '.join(map(repr, texts))}" for label, texts in found.items())
+    if used[..., 1:].any():
+        raise UnsupportedError(
+            "the verbalizer has label words of several tokens, and no checkpoint says whether OpenPrompt read their "
+            "first token (its default), their mean or their maximum; if it was the first, give the words' first "
+            f"tokens with --verbalizer ({said}); the others cannot be converted"
+        )
     return replace(
         prompt,
         verbalizer=found,
         task="classify",
-        generation=lead,
         found=(*prompt.found, f"ManualVerbalizer, {said}"),
-        dropped=(*prompt.dropped, *notes),
     )
 
 
-def _word(number: int, base: BaseFacts) -> str:
+def _words_of(label: str, numbers: Array) -> list[int]:
+    """Ids of a label's words, each once: the mean is the same where all are there equally often."""
+    counts = Counter(map(int, numbers))
+    if len(set(counts.values())) > 1:
+        twice = counts.most_common(1)[0][0]
+        raise UnsupportedError(
+            f"label {label!r} has the word id {twice} more often than others, so OpenPrompt's mean weighs it more; "
+            "choose words with --verbalizer"
+        )
+    return list(counts)
+
+
+def _word(number: int, base: BaseFacts, before: str | None) -> str:
+    """The text that is token `number` alone where label words stand: behind `before`, or (None) at the start."""
     tokenizer: Any = base.tokenizer
     if not 0 <= number < base.geometry.vocab_size:
         raise SourceError(f"label word id {number} is outside the base's vocabulary of {base.geometry.vocab_size}")
+
+    def encode(text: str) -> list[int]:
+        return list(tokenizer.encode(text, add_special_tokens=False))
+
     text = str(tokenizer.decode([number]))
-    if list(tokenizer.encode(text, add_special_tokens=False)) != [number]:
-        raise UnsupportedError(
-            f"label word {number} ({text!r}) is a token that text alone does not give; choose words with --verbalizer"
-        )
-    return text
+    for word in (text, f" {text}"):  # decoders of SentencePiece drop a leading space
+        if (encode(word) if before is None else ids_behind(encode, before, word)) == [number]:
+            return word
+    raise UnsupportedError(
+        f"label word {number} ({text!r}) is a token that text alone does not give; choose words with --verbalizer"
+    )
 
 
 def _soft_verbalizer(prompt: ForeignPrompt, weight: Array, base: BaseFacts | None) -> ForeignPrompt:

@@ -6,6 +6,7 @@ from edgeprompt import names
 from edgeprompt.errors import InputError, TemplateError, UnsupportedError
 from edgeprompt.prompts.file import PromptFile
 from edgeprompt.prompts.template import Mask
+from edgeprompt.prompts.verbalizer import ids_behind, text_before_words
 from exporters.importers.foreign import BaseFacts
 
 _WORDS = "--verbalizer LABEL=WORD for each label"
@@ -59,10 +60,16 @@ def _check_words(prompt: PromptFile, base: BaseFacts, masks: int | None) -> None
         )
     if base.tokenizer is None:
         return
+
+    def encode(text: str) -> list[int]:
+        return list(base.tokenizer.encode(text, add_special_tokens=False))
+
+    seq2seq = base.architecture == names.ENCODER_DECODER  # whose words begin a text of their own
+    before = text_before_words(prompt.template)
     owners: dict[tuple[int, ...], str] = {}
     for label, words in prompt.verbalizer.items():
         for word in words:
-            ids = tuple(base.tokenizer.encode(word, add_special_tokens=False))
+            ids = tuple(encode(word) if seq2seq or not word else ids_behind(encode, before, word))
             if not ids:
                 raise TemplateError(f"label word {word!r} of label {label!r} has no tokens")
             if masks is not None and len(ids) > 1:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import shutil
 import zipfile
 from collections.abc import Callable
@@ -16,6 +17,7 @@ from safetensors.numpy import load_file, save_file
 from edgeprompt import load_prompt
 from edgeprompt.errors import EdgePromptError
 from exporters import convert_prompt
+from exporters.importers.base_facts import read_base_facts
 from exporters.importers.foreign import BaseFacts
 from exporters.importers.openprompt_template import read_template
 from tests.exporters.importers.test_hostile import BASE, BERT, ROWS, T5, adapter, npy, saved
@@ -247,3 +249,55 @@ def test_embeddings_that_peft_saved(base: str, bases: dict[str, Path], tmp_path:
         save_file({"prompt_embeddings": rows, saved_names[0]: other}, source / "adapter_model.safetensors")
         with pytest.raises(EdgePromptError, match=says):
             convert_prompt(source, tmp_path / "no.safetensors", base=bases[base])
+
+
+def words_of(ids: list[Any], masks: list[Any]) -> Callable[[dict[str, Any]], Any]:
+    used = torch.tensor(masks)
+    there = {"words_ids_mask": used, "label_words_mask": used[..., 0]}
+    return lambda state: {
+        **state,
+        **{f"verbalizer.{name}": value for name, value in {"label_words_ids": torch.tensor(ids), **there}.items()},
+    }
+
+
+@pytest.mark.parametrize("case", ["openprompt-soft-gpt2", "openprompt-soft-bert", "openprompt-soft-t5"])
+def test_label_words_that_no_checkpoint_explains(case: str, bases: dict[str, Path], tmp_path: Path) -> None:
+    """Several tokens a word: `multi_token_handler` is in no checkpoint. One word twice: a mean with weights."""
+    base = read_base_facts(bases[case.rpartition("-")[2]])
+    good, bad = (
+        int(torch.load(GOLDEN / case / "checkpoint.ckpt", weights_only=True)["verbalizer.label_words_ids"][at])
+        for at in (0, 1)
+    )
+    template = json.loads((GOLDEN / case / "expected.json").read_text("utf-8"))["template"]
+    several = words_of([[[good, bad]], [[bad, good]]], [[[1, 1]], [[1, 0]]])
+    source = renamed(case, tmp_path / "a", several)
+    with pytest.raises(EdgePromptError, match=r"several tokens.*--verbalizer"):
+        convert_prompt(source, tmp_path / "no.safetensors", base=base, template=template)
+    words = {"x": [base.tokenizer.decode([good])], "y": [base.tokenizer.decode([bad])]}
+    convert_prompt(source, tmp_path / "out.safetensors", base=base, template=template, verbalizer=words)
+    found = load_prompt(tmp_path / "out.safetensors")
+    assert list(found.verbalizer) == ["x", "y"]
+    assert found.verbalizer_aggregation == "sum"  # of one word each, which is all the same
+    assert found.generation.get("decoder_prefix") == ("<extra_id_0>" if case.endswith("t5") else None)
+    twice = words_of([[[good], [good], [bad]], [[good + 1], [0], [0]]], [[[1], [1], [1]], [[1], [0], [0]]])
+    with pytest.raises(EdgePromptError, match="more often than others"):
+        convert_prompt(renamed(case, tmp_path / "b", twice), tmp_path / "no.safetensors", base=base, template=template)
+    assert not (tmp_path / "no.safetensors").exists()
+
+
+def test_trainable_tokens_of_two_layers(tmp_path: Path) -> None:
+    """PEFT writes the rows of a tied output layer again; rows that differ are another training."""
+    config = {"peft_type": "TRAINABLE_TOKENS", "token_indices": [3, 7, 9, 12], "target_modules": ["embed_tokens"]}
+    names = [f"base_model.model.{layer}.trainable_tokens_delta" for layer in ("model.embed_tokens", "lm_head")]
+    same = adapter(tmp_path / "a", config, {names[0]: ROWS, names[1]: ROWS.copy()})
+    report = convert_prompt(same, tmp_path / "out.safetensors", base=BASE)
+    np.testing.assert_array_equal(load_prompt(tmp_path / "out.safetensors").prompt_embeddings, ROWS)
+    assert any("lm_head" in line for line in report.dropped)
+    for other in (ROWS * 2, ROWS[:3].copy(), np.where(np.arange(16) == 5, 1.001, ROWS).astype(np.float32)):
+        with pytest.raises(EdgePromptError, match="lm_head"):
+            convert_prompt(
+                adapter(tmp_path / "b", config, {names[0]: ROWS, names[1]: other}),
+                tmp_path / "no.safetensors",
+                base=BASE,
+            )
+        assert not (tmp_path / "no.safetensors").exists()

@@ -243,6 +243,72 @@ def test_openprompt(case: str, golden: Path, package: Any, runtime: Any, tmp_pat
     record("OpenPrompt 1.0.1", expected["base"], case.removeprefix("openprompt-").rpartition("-")[0], differences)
 
 
+WORDS = {
+    "gpt2": (" great", " good", " bad", " terrible", " film", " story", " music", " acting", " was", " it", " the"),
+    "bert": ("great", "good", "bad", "terrible", "film", "story", "music", "acting", "was", "it", "the"),
+    "t5": ("great", "bad", "it", "story", "a", "t", "?"),
+}
+
+
+def of_openprompt(logits: Any, ids: Any) -> Any:
+    """`ManualVerbalizer.process_logits` of OpenPrompt 1.0.1 on logits that it recorded; -1 is padding."""
+    there = ids >= 0
+    chosen = np.asarray(logits)[np.maximum(ids, 0)] - 10000 * (1 - there)
+    shares = np.exp(chosen - chosen.max())
+    words = np.log(shares / shares.sum() + 1e-15)
+    return (words * there).sum(-1) / there.sum(-1)
+
+
+@pytest.mark.parametrize("case", ["openprompt-soft-gpt2", "openprompt-soft-bert", "openprompt-soft-t5"])
+def test_openprompt_labels_of_several_words(
+    case: str, golden: Path, bases: dict[str, Path], package: Any, runtime: Any, tmp_path: Path
+) -> None:
+    """OpenPrompt takes the mean of the words' log-probabilities; labels were told by the sum of probabilities."""
+    import torch
+    from transformers import AutoTokenizer
+
+    expected = json.loads((golden / case / "expected.json").read_text("utf-8"))
+    base = expected["base"]
+    tokenizer = AutoTokenizer.from_pretrained(bases[base])
+    pool = [
+        ids[0]
+        for word in WORDS[base]
+        if len(ids := tokenizer.encode(word, add_special_tokens=False)) == 1 and ids[0] > 2
+    ]
+    state = torch.load(golden / case / "checkpoint.ckpt", weights_only=True)
+    served, random = runtime(base), np.random.default_rng(0)
+    others = 0
+    for number in range(8):
+        ids = np.full((3, 3), -1)
+        chosen = random.permutation(pool)[:6]
+        ids[0, :3], ids[1, :2], ids[2, :1] = chosen[:3], chosen[3:5], chosen[5:]
+        there = torch.from_numpy((ids >= 0).astype(np.int64))
+        words = {"label_words_ids": torch.from_numpy(np.maximum(ids, 0))[..., None], "words_ids_mask": there[..., None]}
+        words["label_words_mask"] = there
+        torch.save({**state, **{f"verbalizer.{key}": value for key, value in words.items()}}, tmp_path / "words.ckpt")
+        file = tmp_path / f"{number}.safetensors"
+        report = convert_prompt(
+            tmp_path / "words.ckpt",
+            file,
+            base=package(base),
+            template=expected["template"],
+            labels=("a", "b", "c"),
+            name=f"{case} words {number}",
+        )
+        assert load_prompt(file).verbalizer_aggregation == "mean"
+        assert not any("mean" in line for line in report.dropped)
+        name = served.add_prompt(file)
+        for text, logits in zip(expected["texts"], expected["mask_logits"], strict=True):
+            want = of_openprompt(logits, ids)
+            answer = served.classify(text, prompt=name)
+            assert answer.label == "abc"[int(want.argmax())]
+            shares = np.exp(want) / np.exp(want).sum()
+            assert difference(list(answer.scores.values()), shares) <= TOLERANCE
+            sums = [np.exp(np.asarray(logits)[row[row >= 0]]).sum() for row in ids]
+            others += int(np.argmax(sums)) != int(want.argmax())
+    assert others  # labels that the sum of probabilities would have told otherwise
+
+
 def test_a_soft_verbalizer_that_never_saw_the_mask(golden: Path, package: Any, tmp_path: Path) -> None:
     source = golden / "openprompt-softverbalizer-gpt2/checkpoint.ckpt"
     with pytest.raises(UnsupportedError, match="shifts the logits alone"):
