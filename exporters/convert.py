@@ -99,7 +99,7 @@ def convert_prompt(
             prompts.append(_assemble(item, facts, template, verbalizer, labels, needs_base=kind == "prompt"))
             found += item.found
             dropped += item.dropped
-            notes += _base_note(item, facts)
+            notes += (*item.notes, *_base_note(item, facts))
     if name is not None:
         prompts = [dataclasses.replace(prompt, name=name) for prompt in prompts]
     for prompt in prompts:

@@ -49,6 +49,8 @@ def read_base_facts(base: str | os.PathLike[str]) -> BaseFacts:
         loaded.tokenizer,
         loaded.config,
         lambda: _embeddings(loaded.model),
+        loaded.model.state_dict,
+        loaded.model.base_model_prefix,
     )
 
 

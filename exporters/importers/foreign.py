@@ -35,6 +35,10 @@ class BaseFacts:
     """The transformers config; None where the facts come from a package."""
     embeddings: Callable[[], tuple[Array, Array | None]] | None = None
     """Gives the float32 input and output embeddings [rows, width]; None where the facts come from a package."""
+    weights: Callable[[], Mapping[str, Any]] | None = None
+    """Gives the model's torch tensors by name; None where the facts come from a package."""
+    prefix: str = ""
+    """The attribute that models with a head keep the base under (`bert`, `transformer`, `model`)."""
 
 
 @dataclass(frozen=True)
@@ -62,6 +66,7 @@ class ForeignPrompt:
     found: tuple[str, ...] = ()
     dropped: tuple[str, ...] = ()
     """What was left out, each with the reason."""
+    notes: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True)

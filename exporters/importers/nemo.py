@@ -11,6 +11,7 @@ from dataclasses import replace
 from pathlib import Path
 
 from edgeprompt.errors import SourceError, UnsupportedError
+from exporters.importers.base_weights import EMBEDDING, check_copy
 from exporters.importers.foreign import BaseFacts, ForeignPrompt, ReadOptions, as_rows, prompt_name
 from exporters.importers.reading import PICKLES, Contents, check_file, read_checkpoint
 
@@ -21,6 +22,7 @@ MAX_MEMBERS = 10_000
 _TASK = re.compile(r"(?:^|\.)prompt_table\.(?!prompt_table\.)(.+?)\.prompt_embeddings\.weight$")
 _TABLE = re.compile(r"(?:^|\.)inference_table(?:\.inference_table)?$")
 _ENCODER = re.compile(r"(?:^|\.)(?:prompt_encoder|ptuning_adapter)\.")
+_WORDS = re.compile(r"^(?!.*prompt).*word_embeddings\.weight$")
 _BASE = re.compile(
     r"^(?:frozen_model|language_model|embedding|encoder|decoder|output_layer|word_embeddings|enc_dec_model)"
     r"\.(?!.*(?:adapter|lora|prompt|ia3))"
@@ -38,6 +40,9 @@ def read(source: Path, base: BaseFacts | None, options: ReadOptions) -> list[For
     """One prompt per task of the table."""
     with _weights(source) as file:
         checkpoint = read_checkpoint(file, lambda name: bool(_TASK.search(name) or _TABLE.search(name)))
+        notes = check_copy(
+            checkpoint, base, lambda name: EMBEDDING if _WORDS.search(name) else None, "NeMo", padded=True
+        )
     tables = checkpoint.tensors
     if not tables and any(map(_ENCODER.search, checkpoint.names)):
         raise UnsupportedError(
@@ -63,6 +68,7 @@ def read(source: Path, base: BaseFacts | None, options: ReadOptions) -> list[For
             source={"format": "nemo", "task": task},
             found=(f"task {task!r}: {list(tables[name].shape)}",),
             dropped=dropped,
+            notes=notes,
         )
         for task, name in tasks.items()
     ]

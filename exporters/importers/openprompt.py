@@ -15,6 +15,7 @@ from edgeprompt import names
 from edgeprompt.errors import SourceError, UnsupportedError
 from edgeprompt.prompts.file import Head, HeadStep
 from edgeprompt.prompts.verbalizer import ids_behind, text_before_words
+from exporters.importers.base_weights import EMBEDDING, check_copy
 from exporters.importers.foreign import (
     Array,
     BaseFacts,
@@ -50,6 +51,7 @@ _BASE = re.compile(
     r"^(?:prompt_model\.)?(?:plm\.(?!.*(?:adapter|lora_|ia3_|prompt|prefix|soft|delta))"
     r"|(?:template\.)?(?:raw_embedding\.weight|new_ids|input_tokens|prefix_tokens)$)"
 )
+_PLM = re.compile(r"^(?:prompt_model\.)?plm\.(.+)$")
 """The base's own weights, and what a template makes again from its text."""
 
 
@@ -80,6 +82,7 @@ def read(source: Path, base: BaseFacts | None, options: ReadOptions) -> list[For
     if mixed:
         raise SourceError(f"{source.name} holds {kind} and {', '.join(mixed)}, which are of different templates")
     checkpoint.account(lambda name: bool(_BASE.search(name)), "OpenPrompt")
+    prompt = replace(prompt, notes=check_copy(checkpoint, base, _name_in_base, "OpenPrompt"))
     template = read_template(options.template, base)
     if "new_embedding.weight" in parts:
         prompt = _ptuning(prompt, parts, template, base)
@@ -95,6 +98,13 @@ def read(source: Path, base: BaseFacts | None, options: ReadOptions) -> list[For
     else:
         prompt = _prefix(prompt, parts, template, base)
     return [_with_verbalizer(prompt, words, base, options)]
+
+
+def _name_in_base(name: str) -> str | None:
+    if name.endswith("template.raw_embedding.weight"):
+        return EMBEDDING
+    match = _PLM.search(name)
+    return match[1] if match else None
 
 
 def _ptuning(

@@ -13,6 +13,7 @@ import numpy as np
 from edgeprompt.errors import SourceError, UnsupportedError
 from edgeprompt.prompts.file import Head, HeadStep
 from exporters.heads import PROBLEMS
+from exporters.importers.base_weights import check_copy
 from exporters.importers.foreign import (
     Array,
     BaseFacts,
@@ -77,8 +78,14 @@ def read(source: Path, base: BaseFacts | None, options: ReadOptions) -> list[For
         source={"format": "p-tuning-v2"},
         found=(f"prefix of {len(rows)} tokens{', projected by its MLP' if projected else ''}",),
         dropped=("the frozen base's own weights: --base names them",),
+        notes=check_copy(checkpoint, facts, _name_in_base, "P-Tuning v2"),
     )
     return [_with_head(prompt, tensors, config)]
+
+
+def _name_in_base(name: str) -> str | None:
+    """The pooler is no copy: it travels with the prompt."""
+    return name if _BASE.search(name) and not _POOLER.search(name) else None
 
 
 def _file(source: Path) -> Path | None:

@@ -6,7 +6,7 @@ import json
 import re
 import warnings
 import zipfile
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -71,6 +71,21 @@ class Checkpoint:
     """Of every tensor in the file."""
     tensors: Mapping[str, Array]
     """Those that were read."""
+    stored: Mapping[str, str]
+    """Plain name -> the name in the file."""
+
+    def each(self, names: Iterable[str]) -> Iterator[tuple[str, Any]]:
+        """Torch tensors by plain name, one after another, so that a whole model is never in memory."""
+        if self.file.suffix != ".safetensors":
+            state = named_tensors(load_pickle(self.file), self.file)
+            for name in names:
+                yield name, state[self.stored[name]].detach()
+            return
+        from safetensors import safe_open
+
+        with safe_open(self.file, framework="pt") as opened:
+            for name in names:
+                yield name, opened.get_tensor(self.stored[name])
 
     def account(self, harmless: Keep, tool: str) -> None:
         """Refuse a file with tensors that were neither read nor are known to be `harmless`.
@@ -106,7 +121,8 @@ def read_checkpoint(file: Path, keep: Keep = lambda name: True) -> Checkpoint:
         tensors = named_tensors(state, file)
         plain = plain_names(tuple(tensors), file)
         found = {name: as_array(value, name) for name, value in tensors.items() if keep(plain[name])}
-    return Checkpoint(file, tuple(plain.values()), {plain[name]: tensor for name, tensor in found.items()})
+    stored = {short: name for name, short in plain.items()}
+    return Checkpoint(file, tuple(stored), {plain[name]: tensor for name, tensor in found.items()}, stored)
 
 
 @dataclass(frozen=True)

@@ -20,7 +20,8 @@ from exporters import convert_prompt
 from exporters.importers.base_facts import read_base_facts
 from exporters.importers.foreign import BaseFacts
 from exporters.importers.openprompt_template import read_template
-from tests.exporters.importers.test_hostile import BASE, BERT, ROWS, T5, adapter, npy, saved
+from tests.exporters.importers.test_hostile import BASE, BERT, CASES, ROWS, T5, adapter, npy, saved
+from tests.support.damaged import bases as bases_damaged
 
 GOLDEN = Path(__file__).resolve().parents[2] / "golden/foreign"
 BERT16 = BaseFacts(BERT.base, "encoder-only", "bert", BERT.geometry.__class__(27, 16, 2, 2, 2, 8))
@@ -301,3 +302,64 @@ def test_trainable_tokens_of_two_layers(tmp_path: Path) -> None:
                 base=BASE,
             )
         assert not (tmp_path / "no.safetensors").exists()
+
+
+FROZEN = {
+    "openprompt-soft-gpt2": "prompt_model.plm.transformer.h.1.mlp.c_fc.bias",
+    "openprompt-soft-bert": "prompt_model.plm.bert.encoder.layer.0.attention.self.query.weight",
+    "openprompt-prefix-t5": "prompt_model.plm.decoder.block.1.layer.0.SelfAttention.q.weight",
+    "openprompt-mixed-gpt2": "prompt_model.template.raw_embedding.weight",
+    "p-tuning-v2-bert": "bert.encoder.layer.1.output.dense.weight",
+    "p-tuning-v2-roberta": "roberta.encoder.layer.1.output.dense.weight",
+    "p-tuning-v2-qa-bert": "bert.embeddings.LayerNorm.weight",
+}
+
+
+def nudged(*ends: str) -> Callable[[dict[str, Any]], Any]:
+    return lambda state: {name: tensor + 1e-4 if name.endswith(ends) else tensor for name, tensor in state.items()}
+
+
+@pytest.mark.parametrize("case", FROZEN)
+def test_a_base_that_was_trained_too(case: str, bases: dict[str, Path], tmp_path: Path) -> None:
+    """OpenPrompt's default is `freeze_plm=False`: such a prompt was converted in silence, for another base."""
+    base = read_base_facts(bases[case.rpartition("-")[2]])
+    half: Callable[[dict[str, Any]], Any] = lambda state: {  # noqa: E731
+        name: tensor.half() if tensor.is_floating_point() else tensor for name, tensor in state.items()
+    }
+    template = json.loads((GOLDEN / case / "expected.json").read_text("utf-8")).get("template")
+    source = renamed(case, tmp_path / "half", half)
+    convert_prompt(source, tmp_path / "half.safetensors", base=base, template=template)
+    for wrapping in ("module.", "Lightning"):
+        source = renamed(case, tmp_path / wrapping, lambda state: WRAPPINGS[wrapping](nudged(FROZEN[case])(state)))  # noqa: B023
+        with pytest.raises(EdgePromptError, match="trained together with the prompt") as caught:
+            convert_prompt(source, tmp_path / "no.safetensors", base=base, template=template)
+        assert FROZEN[case] in str(caught.value)
+        assert "\n" not in str(caught.value)
+    assert not (tmp_path / "no.safetensors").exists()
+
+
+@pytest.mark.parametrize("case", ["openprompt-soft-gpt2", "openprompt-soft-t5", "p-tuning-v2-bert"])
+def test_a_trained_base_against_a_package(case: str, package: Callable[[str], Path], tmp_path: Path) -> None:
+    """A package's fingerprint tells of the embedding alone, and the report says so."""
+    base = package(case.rpartition("-")[2])
+    whole = renamed(case, tmp_path / "a", dict)
+    report = convert_prompt(whole, tmp_path / "out.safetensors", base=base)
+    assert any("every tensor" in line for line in report.notes)
+    ends = ("wte.weight", "word_embeddings.weight", "shared.weight", "raw_embedding.weight", "embed_tokens.weight")
+    flipped: Callable[[dict[str, Any]], Any] = lambda state: {  # noqa: E731
+        name: -tensor if name.endswith(ends) else tensor for name, tensor in state.items()
+    }
+    with pytest.raises(EdgePromptError, match="trained together"):
+        convert_prompt(renamed(case, tmp_path / "b", flipped), tmp_path / "no.safetensors", base=base)
+    assert not (tmp_path / "no.safetensors").exists()
+
+
+def test_the_counts_in_the_docs() -> None:
+    text = (Path(__file__).resolve().parents[3] / "docs/robustness.md").read_text("utf-8").split("## Damaged files")[1]
+    counts = [
+        int(line.split("|")[2])
+        for line in text.splitlines()
+        if line.startswith("|") and line.split("|")[2].strip().isdigit()
+    ]
+    assert counts == [len(cases) for cases in (bases_damaged.CASES, CASES, DAMAGED, ADAPTERS, FROZEN)]
+    assert f"{sum(case.loads for case in bases_damaged.CASES.values())} of the cases load with a note" in text
