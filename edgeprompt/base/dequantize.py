@@ -17,6 +17,7 @@ import torch
 from edgeprompt import names
 from edgeprompt.base.blockwise import unpack_blocks
 from edgeprompt.base.fingerprint import base_fingerprint
+from edgeprompt.base.graph_file import read_graph
 from edgeprompt.errors import BaseMismatchError, PackageError, UnsupportedError
 from edgeprompt.package.folder import open_package
 from edgeprompt.package.manifest import Base
@@ -88,7 +89,7 @@ def load_package_weights(model: Any, package: str | os.PathLike[str]) -> LoadedW
     parameters = dict(model.named_parameters())
     largest, changed = 0.0, []
     for key in manifest.graphs:
-        initializers = ir.load(opened.graph(key)).graph.initializers
+        initializers = read_graph(opened.graph(key)).graph.initializers
         for record in records:
             if record["codes"] not in initializers:
                 continue

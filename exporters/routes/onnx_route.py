@@ -17,6 +17,7 @@ from edgeprompt import names
 from edgeprompt.base.fingerprint import fingerprint_of, sampled_rows
 from edgeprompt.base.generation import generation_of
 from edgeprompt.base.geometry import geometry_of, text_config, tokens_of
+from edgeprompt.base.graph_file import is_linked, read_graph
 from edgeprompt.base.load import LoadedBase, load_base
 from edgeprompt.base.tokenizer_files import check_tokenizer_files
 from edgeprompt.errors import BaseMismatchError, EdgePromptError, ExportError, SourceError
@@ -162,8 +163,8 @@ def _build(
 
 
 def _unmerged(source: OnnxSource, scratch: Path) -> dict[str, Path]:
-    """The source's graphs, merged decoders taken apart."""
-    graphs = dict(source.graphs)
+    """The source's graphs: those whose data is linked copied, merged decoders taken apart."""
+    graphs = {key: _unlinked(path, scratch) for key, path in source.graphs.items()}
     if "merged" in graphs:
         return {"encoder": graphs["encoder"], **split_merged(graphs["merged"], scratch)}
     if "model" in graphs and any(value.name == MERGE_INPUT for value in _load(graphs["model"]).graph.inputs):
@@ -171,9 +172,22 @@ def _unmerged(source: OnnxSource, scratch: Path) -> dict[str, Path]:
     return graphs
 
 
+def _unlinked(path: Path, scratch: Path) -> Path:
+    """The graph itself, or a copy that ONNX Runtime loads where external data is a link (a hub cache's, for one)."""
+    model = _load(path)
+    if not is_linked(path):
+        return path
+    copy = scratch / "unlinked" / path.name
+    copy.parent.mkdir(exist_ok=True)
+    ir.save(model, copy, external_data=f"{path.name}.data")
+    return copy
+
+
 def _load(path: Path) -> ir.Model:
     try:
-        return ir.load(path)
+        return read_graph(path)
+    except EdgePromptError:
+        raise
     except Exception as error:  # protobuf and onnx_ir raise families of their own
         raise SourceError(f"cannot read graph {str(path)!r}: {' '.join(str(error).split())[:200]}") from error
 

@@ -14,6 +14,7 @@ from onnx_ir.passes.common import RemoveUnusedNodesPass
 
 from edgeprompt import names
 from edgeprompt.errors import ExportError, ValidationError
+from edgeprompt.ort import processor
 from edgeprompt.ort.session import graph_inputs
 from edgeprompt.package.manifest import Manifest
 from exporters.graft.virtual_tokens import find_embedding, find_scaled
@@ -133,13 +134,14 @@ class _Rows:
 
 
 def open_graph(path: Path) -> Any:
-    """A plain session on the CPU.
+    """A plain session on the CPU, with 8-bit weights as exact as the runtime has them (`edgeprompt.ort.session`).
 
     Raises:
         ExportError: ONNX Runtime does not load the graph.
     """
     options = ort.SessionOptions()
     options.log_severity_level = 3
+    options.add_session_config_entry("session.x64quantprecision", "1" if processor.saturates() else "0")
     try:
         return ort.InferenceSession(path, options, providers=["CPUExecutionProvider"])
     except Exception as error:  # onnxruntime's errors have no common base

@@ -77,3 +77,18 @@ def test_an_old_package_of_other_weights_is_refused_too(precision, says, base, p
         assert not list(tmp_path.iterdir())
     finally:
         (packages[precision] / "edgeprompt.json").write_text(before)
+
+
+def test_a_package_in_a_hub_cache_gives_its_weights(base, packages, tmp_path):
+    """There, every file of a snapshot is a link into `blobs`, which onnx_ir alone rejects."""
+    (tmp_path / "blobs").mkdir()
+    (tmp_path / "snapshot").mkdir()
+    for number, file in enumerate(sorted(packages["int4"].iterdir())):
+        blob = tmp_path / "blobs" / str(number)
+        blob.write_bytes(file.read_bytes())
+        (tmp_path / "snapshot" / file.name).symlink_to(blob)
+    plain, linked = (copy.deepcopy(base.model) for _ in range(2))
+    load_package_weights(plain, packages["int4"])
+    load_package_weights(linked, tmp_path / "snapshot")
+    for name, value in plain.state_dict().items():
+        assert torch.equal(value, linked.state_dict()[name]), name

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import shutil
 import subprocess
 import sys
@@ -354,3 +355,34 @@ def test_external_data_stays_inside_the_folder(tmp_path: Path) -> None:
     with pytest.raises(SourceError, match="outside the base directory"):
         export_model(tmp_path / "source", tmp_path / "out", route="onnx")
     assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize("link", ["hub cache", "symbolic link", "hard link"])
+@pytest.mark.parametrize("name", ["gpt2", "bart"])
+def test_linked_external_data(name: str, link: str, tmp_path: Path) -> None:
+    """A hub cache's snapshot holds links only; `cp -l` and other tools link the large files alone."""
+    source, blobs = tmp_path / "source", tmp_path / "blobs"
+    source.mkdir()
+    blobs.mkdir()
+    for file in (GOLDEN / name).iterdir():
+        if file.suffix == ".onnx":
+            onnx.save(
+                onnx.load(file),
+                blobs / file.name,
+                save_as_external_data=True,
+                location=f"{file.name}_data",
+                size_threshold=100,
+            )
+        elif file.is_file():
+            shutil.copy(file, blobs / file.name)
+    for file in blobs.iterdir():
+        if link == "hub cache" or (link == "symbolic link" and file.suffix == ".onnx_data"):
+            (source / file.name).symlink_to(file)
+        elif link == "hard link" and file.suffix == ".onnx_data":
+            os.link(file, source / file.name)
+        else:
+            shutil.copy(file, source / file.name)
+    report = export_model(source, tmp_path / "out", route="onnx", against=GOLDEN / name)
+    assert report.validation["identical"]
+    assert report.validation["against_base"]["max_difference"] < 1e-4
+    assert not any(file.is_symlink() for file in (tmp_path / "out").iterdir())
