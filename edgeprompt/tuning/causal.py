@@ -53,8 +53,7 @@ class CausalPrompt(PromptedLM):
     ) -> torch.Tensor:
         """See `PromptedLM.logits`; `shared` is `self.shared()`."""
         shared = self.shared() if shared is None else shared
-        before = self.soft.num_virtual_tokens if shared else 0
-        skipped = 0 if self.soft.is_prefix else before
+        skipped = self._skipped(shared)
         rows: list[list[int]] = []
         places: list[tuple[int, int]] = []
         for text, several in zip(texts, answers, strict=True):
@@ -62,17 +61,51 @@ class CausalPrompt(PromptedLM):
                 last = len(text) - skipped - 1
                 places += [(len(rows), last + offset) for offset in range(len(answer) + 1)]
                 rows.append([*text[skipped:], *answer])
-        ids, mask = pad_right(rows, before)
-        inputs: dict[str, Any] = {"attention_mask": mask.to(self.base.device)}
-        if shared:
-            cache = self._cache()
-            for layer, (key, value) in enumerate(shared):
+        return self._run(rows, places, shared, self._cache() if shared else None)
+
+    def begin(
+        self, texts: Sequence[Sequence[int]], shared: KeysValues | None = None
+    ) -> tuple[torch.Tensor, list[KeysValues]]:
+        """See `PromptedLM.begin`; a state is the keys and values of the prompt and the text, padding cut off."""
+        from transformers import DynamicCache
+
+        shared = self.shared() if shared is None else shared
+        skipped = self._skipped(shared)
+        rows = [list(text[skipped:]) for text in texts]
+        cache = DynamicCache()  # without the config: a sliding window must not cut what padding has pushed out of it
+        logits = self._run(rows, [(index, len(row) - 1) for index, row in enumerate(rows)], shared, cache)
+        before = self.soft.num_virtual_tokens if shared else 0
+        ends = [before + len(row) for row in rows]
+        return logits, [
+            [(layer.keys[index, None, :, :end], layer.values[index, None, :, :end]) for layer in cache.layers]
+            for index, end in enumerate(ends)
+        ]
+
+    def go_on(self, state: KeysValues, answers: Sequence[Sequence[int]]) -> torch.Tensor:
+        """See `PromptedLM.go_on`."""
+        from transformers import DynamicCache
+
+        places = [(row, place) for row, answer in enumerate(answers) for place in range(len(answer))]
+        return self._run(answers, places, state, DynamicCache())
+
+    def _skipped(self, shared: KeysValues) -> int:
+        """How many virtual ids at the start of a text `shared` stands for."""
+        return 0 if self.soft.is_prefix or not shared else self.soft.num_virtual_tokens
+
+    def _run(
+        self, rows: Sequence[Sequence[int]], places: Sequence[tuple[int, int]], before: KeysValues, cache: Any
+    ) -> torch.Tensor:
+        """Logits at `places` (row, position) of `rows` behind `before`, which all rows share; fills `cache`."""
+        ids, mask = pad_right(rows, before[0][0].shape[2] if before else 0)
+        inputs: dict[str, Any] = {"attention_mask": mask.to(self.base.device), "past_key_values": cache}
+        if before:
+            for layer, (key, value) in enumerate(before):
                 cache.update(key.expand(len(rows), -1, -1, -1), value.expand(len(rows), -1, -1, -1), layer)
-            inputs |= {"input_ids": ids.to(self.base.device), "past_key_values": cache}
+            inputs["input_ids"] = ids.to(self.base.device)
         else:
             inputs["inputs_embeds"] = self.embed(ids, self.soft())
         with self.gathering(places):
-            logits: torch.Tensor = self.base(**inputs, use_cache=bool(shared)).logits
+            logits: torch.Tensor = self.base(**inputs, use_cache=cache is not None).logits
         return logits
 
     def _cache(self) -> Any:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any, Protocol
 
 import torch
@@ -22,7 +23,9 @@ from edgeprompt.tuning.verbalizer import LabelWords
 
 GOLDEN_TOKENS = 8
 _ROWS = 64
-"""Most continuations of texts by label words that are computed at once: what bounds the memory of many labels."""
+"""Up to so many texts continued by label words are one batch; of more, each text is computed once."""
+_PART_BYTES = 256 << 20
+"""About how much memory the label words that are computed at once behind a text may take."""
 
 
 @dataclass(frozen=True)
@@ -84,7 +87,6 @@ class WordClassify:
             )
         )
         self._labels = tuple(verbalizer)
-        self._room = max(len(stem) for stem in self.words.stems)
 
     @property
     def model(self) -> Any:
@@ -110,28 +112,27 @@ class WordClassify:
             )
         index = self._labels.index(label)
         return Example(
-            self.encoder.encode(self.encoder.fields(record, where), room=self._room, where=where).ids,
+            self.encoder.encode(self.encoder.fields(record, where), room=self.words.longest, where=where).ids,
             [index],
             group=index,
         )
 
     def text_ids(self, fields: Mapping[str, str]) -> list[int]:
         """Token ids of a text to classify."""
-        return self.encoder.encode(fields, room=self._room).ids
+        return self.encoder.encode(fields, room=self.words.longest).ids
 
     def scores(self, texts: Sequence[Sequence[int]], shared: Any = None) -> torch.Tensor:
         """Label scores float32 [len(texts), num_labels]."""
         stems = self.words.stems
-        if len(stems) * len(texts) <= _ROWS:
+        if len(stems) * len(texts) <= _ROWS or not self.words.longest:
             logits = self._model.logits(texts, [stems] * len(texts), shared)
             return self.words.scores(logits.view(len(texts), self.words.num_positions, -1))
-        shared = self._model.shared() if shared is None else shared
-
-        def words_behind(first: int, last: int) -> torch.Tensor:
-            found = self._model.logits(texts, [stems[first:last]] * len(texts), shared)
-            return self.words.words_of(found.view(len(texts), -1, found.shape[-1]), first, last)
-
-        return self.words.in_parts(max(1, _ROWS // len(texts)), words_behind)
+        first, states = self._model.begin(texts, shared)
+        found = []
+        for text, logits, state in zip(texts, first, states, strict=True):
+            size = max(1, _PART_BYTES // self._model.bytes_of(len(text), self.words.longest))
+            found.append(self.words.scores_behind(logits, partial(self._model.go_on, state), size))
+        return torch.cat(found)
 
     def measure(self, batch: Sequence[Example], shared: Any = None) -> Outcome:
         """Cross-entropy over the labels, and how many of the best-scored labels are right."""

@@ -70,6 +70,24 @@ class PromptedLM(Prompted):
         """
         raise NotImplementedError
 
+    def begin(self, texts: Sequence[Sequence[int]], shared: Any = None) -> tuple[torch.Tensor, list[Any]]:
+        """Compute texts once, for any number of answers: logits [len(texts), vocab_size], and a state for each text."""
+        raise NotImplementedError
+
+    def go_on(self, state: Any, answers: Sequence[Sequence[int]]) -> torch.Tensor:
+        """Logits [count, vocab_size] behind every token of every answer to the text of `state` (see `begin`)."""
+        raise NotImplementedError
+
+    def bytes_of(self, text: int, answer: int) -> int:
+        """About how many bytes an answer's row holds until its gradients are there, from two numbers of tokens.
+
+        Keys and values of all positions, as every layer's attention copies them, and float32 logits as the loss does.
+        """
+        config = self.base.config
+        layers = getattr(config, "decoder_layers", None) or getattr(config, "num_decoder_layers", None)
+        layers = int(layers or config.num_hidden_layers)
+        return 4 * (4 * layers * int(config.hidden_size) * (text + answer) + 3 * self.vocab_size * answer)
+
     @contextmanager
     def gathering(self, places: Sequence[tuple[int, int]]) -> Iterator[None]:
         """Give the output layer only the hidden states at `places` (row, position), as [len(places), hidden_size]."""

@@ -3,12 +3,22 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 
 from edgeprompt.tuning.prompted import PromptedLM, pad_right
 from edgeprompt.tuning.soft_prompt import SoftPrompt
+
+
+@dataclass(frozen=True)
+class _State:
+    """What one text leaves behind for its answers; keys and values of every layer are [1, heads, length, head_size]."""
+
+    encoder: torch.Tensor
+    decoder: list[tuple[torch.Tensor, torch.Tensor]]
+    cross: list[tuple[torch.Tensor, torch.Tensor]]
 
 
 class Seq2SeqPrompt(PromptedLM):
@@ -47,38 +57,88 @@ class Seq2SeqPrompt(PromptedLM):
         shared: torch.Tensor | None = None,
     ) -> torch.Tensor:
         """See `PromptedLM.logits`; `shared` is `self.shared()`."""
-        from transformers.modeling_outputs import BaseModelOutput
-
         shared = self.shared() if shared is None else shared
-        device = self.base.device
-        ids, mask = pad_right(texts)
-        mask = mask.to(device)
-        embedded = self.embed(ids, None if self.soft.is_prefix else shared)
-        states = self.base.get_encoder()(inputs_embeds=embedded, attention_mask=mask).last_hidden_state
-        owner = torch.tensor([index for index, several in enumerate(answers) for _ in several], device=device)
+        states, mask = self._encoded(texts, shared)
+        owner = torch.tensor([index for index, several in enumerate(answers) for _ in several], device=states.device)
         rows = [[*self._start, *answer] for several in answers for answer in several]
         first = len(self._start) - 1
         places = [(index, place) for index, row in enumerate(rows) for place in range(first, len(row))]
-        inputs: dict[str, Any] = {}
-        if self.soft.is_prefix:
-            cache = self._cache()
-            for layer, (key, value) in enumerate(shared):
-                cache.self_attention_cache.update(
-                    key.expand(len(rows), -1, -1, -1), value.expand(len(rows), -1, -1, -1), layer
-                )
-            inputs = {"past_key_values": cache}
+        cache = self._prefixed(shared, len(rows)) if self.soft.is_prefix else None
+        return self._decode(states[owner], mask[owner], rows, places, cache)
+
+    def begin(
+        self, texts: Sequence[Sequence[int]], shared: torch.Tensor | None = None
+    ) -> tuple[torch.Tensor, list[_State]]:
+        """See `PromptedLM.begin`; a state is the encoder's, and the decoder's keys and values, padding cut off."""
+        shared = self.shared() if shared is None else shared
+        states, mask = self._encoded(texts, shared)
+        cache = self._prefixed(shared, len(texts)) if self.soft.is_prefix else self._cache()
+        places = [(index, len(self._start) - 1) for index in range(len(texts))]
+        logits = self._decode(states, mask, [self._start] * len(texts), places, cache)
+        return logits, [
+            _State(
+                states[index, None, : len(text)],
+                [(layer.keys[index, None], layer.values[index, None]) for layer in cache.self_attention_cache.layers],
+                [
+                    (layer.keys[index, None, :, : len(text)], layer.values[index, None, :, : len(text)])
+                    for layer in cache.cross_attention_cache.layers
+                ],
+            )
+            for index, text in enumerate(texts)
+        ]
+
+    def go_on(self, state: _State, answers: Sequence[Sequence[int]]) -> torch.Tensor:
+        """See `PromptedLM.go_on`."""
+        cache, count = self._cache(), len(answers)
+        _fill(cache.self_attention_cache, state.decoder, count)
+        _fill(cache.cross_attention_cache, state.cross, count)
+        cache.is_updated = dict.fromkeys(range(len(state.cross)), True)
+        places = [(row, place) for row, answer in enumerate(answers) for place in range(len(answer))]
+        states = state.encoder.expand(count, -1, -1)
+        return self._decode(states, torch.ones_like(states[..., 0], dtype=torch.long), answers, places, cache)
+
+    def _encoded(self, texts: Sequence[Sequence[int]], shared: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """The encoder's states [batch_size, sequence_length, hidden_size] and their mask."""
+        ids, mask = pad_right(texts)
+        mask = mask.to(self.base.device)
+        embedded = self.embed(ids, None if self.soft.is_prefix else shared)
+        return self.base.get_encoder()(inputs_embeds=embedded, attention_mask=mask).last_hidden_state, mask
+
+    def _decode(
+        self,
+        states: torch.Tensor,
+        mask: torch.Tensor,
+        rows: Sequence[Sequence[int]],
+        places: Sequence[tuple[int, int]],
+        cache: Any,
+    ) -> torch.Tensor:
+        """Logits at `places` (row, position) of the decoder's `rows`; fills `cache`."""
+        from transformers.modeling_outputs import BaseModelOutput
+
         with self.gathering(places):
             logits: torch.Tensor = self.base(
-                encoder_outputs=BaseModelOutput(last_hidden_state=states[owner]),
-                attention_mask=mask[owner],
-                decoder_input_ids=pad_right(rows)[0].to(device),
-                use_cache=self.soft.is_prefix,
-                **inputs,
+                encoder_outputs=BaseModelOutput(last_hidden_state=states),
+                attention_mask=mask,
+                decoder_input_ids=pad_right(rows)[0].to(self.base.device),
+                past_key_values=cache,
+                use_cache=cache is not None,
             ).logits
         return logits
+
+    def _prefixed(self, prefix: torch.Tensor, count: int) -> Any:
+        """A cache of `count` rows that the decoder's prefix stands in."""
+        cache = self._cache()
+        _fill(cache.self_attention_cache, [(layer[0][None], layer[1][None]) for layer in prefix], count)
+        return cache
 
     def _cache(self) -> Any:
         from transformers import DynamicCache, EncoderDecoderCache
 
         # Without the config: it may count the encoder's layers.
         return EncoderDecoderCache(DynamicCache(), DynamicCache())
+
+
+def _fill(cache: Any, layers: Sequence[tuple[torch.Tensor, torch.Tensor]], count: int) -> None:
+    """Put the same keys and values into `count` rows of an empty cache."""
+    for layer, (key, value) in enumerate(layers):
+        cache.update(key.expand(count, -1, -1, -1), value.expand(count, -1, -1, -1), layer)

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from functools import partial
+from typing import Any
 
 import torch
 from torch.utils.checkpoint import checkpoint
@@ -24,6 +26,7 @@ class LabelWords:
         self.stems: list[tuple[int, ...]] = sorted(
             stem for stem in starts if not any(other != stem and other[: len(stem)] == stem for other in starts)
         )
+        self.longest = max(map(len, self.stems))
         self.num_labels = len(verbalizer.labels)
         places = [0]
         for stem in self.stems:
@@ -47,39 +50,60 @@ class LabelWords:
 
     def scores(self, logits: torch.Tensor) -> torch.Tensor:
         """Label scores float32 [batch_size, num_labels] from logits [batch_size, num_positions, vocab_size]."""
-        return self.joined(self.words_of(logits, 0, len(self.stems)))
+        return self._joined(self._log_probabilities(logits, self._position, slice(None)))
 
-    def words_of(self, logits: torch.Tensor, first: int, last: int) -> torch.Tensor:
-        """Log-probability, float32 [batch_size, count], of every word behind the stems `first` to `last` (excluded).
+    def scores_behind(
+        self, first: torch.Tensor, go_on: Callable[[Sequence[Sequence[int]]], torch.Tensor], size: int
+    ) -> torch.Tensor:
+        """Label scores float32 [1, num_labels] of one text, `size` stems at a time.
 
-        `logits` [batch_size, positions, vocab_size] are those of these stems alone.
+        With gradients, what is computed behind the text is not kept but computed again on the way back, so that memory
+        holds one part.
+
+        Args:
+            first: logits [vocab_size] behind the text.
+            go_on: logits [count, vocab_size] behind every token of the stems that it is given.
+            size: how many stems to give it at once.
         """
-        mine, places = self._behind(first, last), self._position - self._places[first]
-        position, token, present = (value[mine].to(logits.device) for value in (places, self._token, self._present))
+        parts, order = [], []
+        for start in range(0, len(self.stems), size):
+            end = min(start + size, len(self.stems))
+            mine = self._behind(start, end)
+            order.append(mine)
+            part = partial(self._words_behind, first, go_on, start, end, mine)
+            if torch.is_grad_enabled():
+                parts.append(checkpoint(part, use_reentrant=False, preserve_rng_state=False))
+            else:
+                parts.append(part())
+        return self._joined(torch.cat(parts, dim=1)[:, torch.cat(order).argsort().to(first.device)])
+
+    def _words_behind(
+        self,
+        first: torch.Tensor,
+        go_on: Callable[[Sequence[Sequence[int]]], torch.Tensor],
+        start: int,
+        end: int,
+        mine: torch.Tensor,
+    ) -> torch.Tensor:
+        """Log-probability [1, count] of the words `mine`, whose stems are `start` to `end` (excluded)."""
+        stems = [stem for stem in self.stems[start:end] if stem]
+        logits = torch.cat([first[None], go_on(stems)]) if stems else first[None]
+        # A stem's first position is the text's own end, which stands in front of all.
+        position = self._position - self._places[start] - (self._stem - start)[:, None]
+        position[:, 0] = 0
+        return self._log_probabilities(logits[None], position, mine)
+
+    def _log_probabilities(self, logits: torch.Tensor, position: torch.Tensor, chosen: Any) -> torch.Tensor:
+        """Log-probability [batch_size, count] of the chosen words, whose tokens are read at `position`."""
+        position, token, present = (value[chosen].to(logits.device) for value in (position, self._token, self._present))
         logarithms = torch.log_softmax(logits.float(), dim=-1)
         return logarithms[:, position.clamp(min=0), token].masked_fill(~present, 0.0).sum(-1)
 
-    def in_parts(self, size: int, words_behind: Callable[[int, int], torch.Tensor]) -> torch.Tensor:
-        """Label scores from `words_behind(first, last)`, asked for `size` stems at a time.
+    def _behind(self, start: int, end: int) -> torch.Tensor:
+        """Indices of the words that stand behind the stems `start` to `end` (excluded)."""
+        return ((self._stem >= start) & (self._stem < end)).nonzero()[:, 0]
 
-        With gradients, a part's graph is not kept but computed again on the way back, so that memory holds one part's.
-        """
-        parts, order = [], []
-        for first in range(0, len(self.stems), size):
-            last = min(first + size, len(self.stems))
-            order.append(self._behind(first, last).nonzero()[:, 0])
-            if torch.is_grad_enabled():
-                parts.append(checkpoint(words_behind, first, last, use_reentrant=False, preserve_rng_state=False))
-            else:
-                parts.append(words_behind(first, last))
-        words = torch.cat(parts, dim=1)
-        return self.joined(words[:, torch.cat(order).argsort().to(words.device)])
-
-    def _behind(self, first: int, last: int) -> torch.Tensor:
-        """Which words stand behind the stems `first` to `last` (excluded)."""
-        return (self._stem >= first) & (self._stem < last)
-
-    def joined(self, words: torch.Tensor) -> torch.Tensor:
+    def _joined(self, words: torch.Tensor) -> torch.Tensor:
         """Label scores float32 [batch_size, num_labels] from the log-probability of every word."""
         owner = self._owner.to(words.device)
         table = words.new_full((words.shape[0], self.num_labels, words.shape[1]), -torch.inf)

@@ -11,6 +11,7 @@ import torch
 
 from edgeprompt.base.geometry import geometry_of
 from edgeprompt.base.load import load_base
+from edgeprompt.names import DECODER_ONLY
 from edgeprompt.prompts.verbalizer import Verbalizer
 from edgeprompt.tuning import TuneOptions, objectives
 from edgeprompt.tuning.causal import CausalPrompt
@@ -18,7 +19,9 @@ from edgeprompt.tuning.objectives import WordClassify
 from edgeprompt.tuning.seq2seq import Seq2SeqPrompt
 from edgeprompt.tuning.soft_prompt import SoftPrompt
 from edgeprompt.tuning.verbalizer import LabelWords
+from tests.support import decoder_models
 
+COUNT = 4
 TEXTS = [[3, 77, 200, 9], [5, 6, 7, 8, 400, 401], [11, 12]]
 
 
@@ -31,37 +34,37 @@ def labels(count: int) -> Verbalizer:
 def scored(model: Any, count: int) -> tuple[torch.Tensor, list[torch.Tensor]]:
     objective = WordClassify.__new__(WordClassify)
     objective._model, objective.words = model, LabelWords(labels(count))
-    virtual = [] if model.soft.is_prefix else list(range(512, 516))
-    scores = objective.scores([[*virtual, *text] for text in TEXTS])
+    virtual = [] if model.soft.is_prefix else list(range(model.vocab_size, model.vocab_size + COUNT))
+    inside = 0 if getattr(model, "_leads", True) else 1
+    texts = [[*text[:inside], *virtual, *text[inside:]] for text in TEXTS]
+    scores = objective.scores(texts)
     model.zero_grad()
     torch.nn.functional.cross_entropy(scores, torch.tensor([0, 1, 2])).backward()
     return scores.detach(), [value.grad.clone() for value in model.soft.parameters() if value.grad is not None]
 
 
-@pytest.mark.parametrize("method", ["prompt-tuning", "prefix-tuning"])
-@pytest.mark.parametrize("kind", ["decoder", "encoder-decoder"])
-def test_parts_have_the_numbers_and_gradients_of_one_pass(
-    kind: str,
-    method: str,
-    tiny_llama_base: Path,
-    seq2seq_base: Callable[[str], Path],
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:
-    loaded = load_base(tiny_llama_base if kind == "decoder" else seq2seq_base("T5"))
+def prompted(loaded: Any, method: str, *, leads: bool = True) -> Any:
     torch.manual_seed(0)
-    options = TuneOptions(num_virtual_tokens=4, method=method)
-    task = "CAUSAL_LM" if kind == "decoder" else "SEQ_2_SEQ_LM"
-    soft = SoftPrompt(geometry_of(loaded.config), options, task_type=task)
-    model: Any = (
-        CausalPrompt(loaded.model, soft, vocab_size=512, prompt_leads=True)
-        if kind == "decoder"
-        else Seq2SeqPrompt(loaded.model, soft, vocab_size=512, start=[1])
+    decoder = loaded.family.architecture == DECODER_ONLY
+    soft = SoftPrompt(
+        geometry_of(loaded.config),
+        TuneOptions(num_virtual_tokens=COUNT, method=method),
+        task_type="CAUSAL_LM" if decoder else "SEQ_2_SEQ_LM",
     )
     for parameter in loaded.model.parameters():
         parameter.requires_grad_(False)
+    vocab = loaded.config.vocab_size
+    if decoder:
+        return CausalPrompt(loaded.model, soft, vocab_size=vocab, prompt_leads=leads)
+    return Seq2SeqPrompt(loaded.model, soft, vocab_size=vocab, start=[1])
+
+
+def check_same(model: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     with monkeypatch.context() as patch:
         patch.setattr(objectives, "_ROWS", 10**9)
         whole, gradients = scored(model, 60)
+    monkeypatch.setattr(objectives, "_PART_BYTES", 9 * model.bytes_of(10, 2))
+    monkeypatch.setattr(model, "logits", None)
     found, others = scored(model, 60)
     torch.testing.assert_close(found, whole, rtol=1e-5, atol=1e-4)
     assert gradients
@@ -70,20 +73,49 @@ def test_parts_have_the_numbers_and_gradients_of_one_pass(
         torch.testing.assert_close(other, gradient, rtol=1e-3, atol=1e-5)
 
 
-def test_a_thousand_labels_never_hold_the_logits_of_all(tiny_llama_base: Path) -> None:
-    loaded = load_base(tiny_llama_base)
-    soft = SoftPrompt(geometry_of(loaded.config), TuneOptions(num_virtual_tokens=4), task_type="CAUSAL_LM")
-    model = CausalPrompt(loaded.model, soft, vocab_size=512, prompt_leads=True)
+@pytest.mark.parametrize("method", ["prompt-tuning", "behind text", "prefix-tuning"])
+@pytest.mark.parametrize("family", decoder_models.CONFIGS)
+def test_decoders_have_the_numbers_and_gradients_of_one_pass(
+    family: str, method: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    leads = method != "behind text"
+    method = method if leads else "prompt-tuning"
+    check_same(prompted(decoder_models.loaded_decoder(family), method, leads=leads), monkeypatch)
+
+
+@pytest.mark.parametrize("method", ["prompt-tuning", "prefix-tuning"])
+@pytest.mark.parametrize("family", ["T5", "T5 v1.1, FLAN", "BART", "Marian"])
+def test_encoder_decoders_have_the_numbers_and_gradients_of_one_pass(
+    family: str, method: str, seq2seq_base: Callable[[str], Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    check_same(prompted(load_base(seq2seq_base(family)), method), monkeypatch)
+
+
+@pytest.mark.parametrize("kind", ["decoder", "encoder-decoder"])
+def test_a_thousand_labels_compute_a_text_once_and_hold_a_part(
+    kind: str, tiny_llama_base: Path, seq2seq_base: Callable[[str], Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model = prompted(load_base(tiny_llama_base if kind == "decoder" else seq2seq_base("T5")), "prompt-tuning")
+    monkeypatch.setattr(objectives, "_PART_BYTES", 64 * model.bytes_of(10, 2))
+    begun: list[int] = []
     asked: list[int] = []
-    plain = model.logits
+    begin, go_on = model.begin, model.go_on
 
-    def logits(texts: Any, answers: Any, shared: Any = None) -> torch.Tensor:
-        asked.append(sum(map(len, answers)))
-        return plain(texts, answers, shared)
+    def counted_begin(texts: Any, shared: Any = None) -> Any:
+        begun.append(len(texts))
+        return begin(texts, shared)
 
-    model.logits = logits  # type: ignore[method-assign]
+    def counted(state: Any, answers: Any) -> torch.Tensor:
+        asked.append(len(answers))
+        logits: torch.Tensor = go_on(state, answers)
+        return logits
+
+    monkeypatch.setattr(model, "begin", counted_begin)
+    monkeypatch.setattr(model, "go_on", counted)
+    monkeypatch.setattr(model, "logits", None)
     scores, gradients = scored(model, 1000)
     assert scores.shape[1] > 500
     assert bool(torch.isfinite(scores).all())
     assert gradients
-    assert max(asked) <= 64
+    assert begun == [len(TEXTS)]
+    assert 1 < max(asked) <= 100
