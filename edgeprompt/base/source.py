@@ -56,6 +56,15 @@ def find_source(base: str | os.PathLike[str]) -> Source:
     Raises:
         SourceError: nothing is there, or nothing that is a base model; the message says what is there instead.
     """
+    return find_local(base) or Source(str(base), _download(str(base)), hub=True)
+
+
+def find_local(base: str | os.PathLike[str]) -> Source | None:
+    """Find a local folder or a `.gguf` file; None for what can be a Hugging Face id. Imports and loads nothing.
+
+    Raises:
+        SourceError: as `find_source`.
+    """
     given = str(base)
     path = Path(given).expanduser()
     if path.is_file():
@@ -68,7 +77,7 @@ def find_source(base: str | os.PathLike[str]) -> Source:
     looks_local = given.startswith((".", "/", "~")) or given.endswith(".gguf") or not _HUB_ID.fullmatch(given)
     if looks_local:
         raise SourceError(f"no base model at {given!r}; give a model folder, a .gguf file or a Hugging Face id")
-    return Source(given, _download(given), hub=True)
+    return None
 
 
 def read_json(path: Path) -> dict[str, Any]:

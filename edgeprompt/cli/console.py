@@ -66,17 +66,25 @@ def _bar(*, counts: bool) -> Progress:
         BarColumn,
         MofNCompleteColumn,
         Progress,
+        ProgressColumn,
+        Task,
         TaskProgressColumn,
         TextColumn,
         TimeElapsedColumn,
         TimeRemainingColumn,
     )
+    from rich.text import Text
+
+    class RateColumn(ProgressColumn):
+        def render(self, task: Task) -> Text:
+            speed = task.finished_speed or task.speed
+            return Text("" if speed is None else f"{speed:.1f} rows/s" if speed < 100 else f"{speed:.0f} rows/s")
 
     console = stderr_console()
     return Progress(
         TextColumn("{task.description}"),
         BarColumn(),
-        MofNCompleteColumn() if counts else TaskProgressColumn(),
+        *((MofNCompleteColumn(), RateColumn()) if counts else (TaskProgressColumn(),)),
         TimeElapsedColumn(),
         TimeRemainingColumn(),
         console=console,

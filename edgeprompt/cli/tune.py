@@ -90,6 +90,9 @@ def command(base: str, data: str, output: Path, task_column: str | None, as_json
     """
     options = TuneOptions(**values)
     console.quiet_libraries()
+    from edgeprompt.tuning.files import check_inputs
+
+    check_inputs(base, data, options)
     from edgeprompt.tuning import tune, tune_tasks
 
     if task_column is None:

@@ -184,12 +184,7 @@ def given_answer(record: Record, context: str, where: str) -> tuple[str, int]:
     Raises:
         DataError: the answer does not stand in the context.
     """
-    answers: Any = record.get("answers")
-    if type(answers).__module__ == "numpy":
-        answers = answers.tolist()
-    if isinstance(answers, (list, tuple)) and all(isinstance(one, Mapping) for one in answers):
-        answers = {key: [one[key] for one in answers if key in one] for key in ("text", "answer_start")}
-    if isinstance(answers, Mapping):
+    if answers := _squad_answers(record):
         texts, starts = _several(answers.get("text")), _several(answers.get("answer_start"))
         if not texts:
             return "", 0
@@ -206,6 +201,27 @@ def given_answer(record: Record, context: str, where: str) -> tuple[str, int]:
     if start < 0 or context[start : start + len(answer)] != answer:
         raise DataError(f"{where}: the answer {answer[:60]!r} does not stand in the context")
     return answer, start
+
+
+def given_answers(record: Record, context: str, where: str) -> tuple[str, ...]:
+    """All answers that count as right: the texts of SQuAD's `answers`, or the one of a column `answer`; "" for none.
+
+    Raises:
+        DataError: as `given_answer`, of the first.
+    """
+    first, _ = given_answer(record, context, where)
+    texts = _several(_squad_answers(record).get("text"))
+    return tuple(dict.fromkeys([first, *(clean(str(text), f"{where}: an answer") for text in texts)]))
+
+
+def _squad_answers(record: Record) -> Mapping[str, Any]:
+    """SQuAD's `answers` as texts and starts, whichever way they are nested; empty where the record has none."""
+    answers: Any = record.get("answers")
+    if type(answers).__module__ == "numpy":
+        answers = answers.tolist()
+    if isinstance(answers, (list, tuple)) and all(isinstance(one, Mapping) for one in answers):
+        answers = {key: [one[key] for one in answers if key in one] for key in ("text", "answer_start")}
+    return answers if isinstance(answers, Mapping) else {}
 
 
 def _several(value: Any) -> list[Any]:

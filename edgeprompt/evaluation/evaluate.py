@@ -8,7 +8,15 @@ from dataclasses import dataclass
 from typing import Any
 
 from edgeprompt.errors import DataError, InputError, UnsupportedError
-from edgeprompt.evaluation.cells import given_answer, known_label, label_of, labels_of, number_of, tagged_words, text_of
+from edgeprompt.evaluation.cells import (
+    given_answers,
+    known_label,
+    label_of,
+    labels_of,
+    number_of,
+    tagged_words,
+    text_of,
+)
 from edgeprompt.evaluation.data import read_records
 from edgeprompt.evaluation.formats import Record
 from edgeprompt.evaluation.metrics import Score, default_metric, score
@@ -32,14 +40,14 @@ class Columns:
         return fields_of(record, self.text, prompt, f"row {number}")
 
     def references(self, prompt: PromptFile, record: Record, number: int) -> list[Any]:
-        """What is right: one text, or a tag for each word; several labels are one set.
+        """What is right: one text, or a tag for each word; several labels are one set, answers of a question a tuple.
 
         Raises:
             DataError: the column is missing, or a label is none of the prompt's.
         """
         where = f"row {number}"
         if prompt.task == "qa" and record.get(self.target) is None:
-            return [given_answer(record, self.fields(prompt, record, number)["context"], where)[0]]
+            return [given_answers(record, self.fields(prompt, record, number)["context"], where)]
         if prompt.task in ("generate", "qa"):
             return [text_of(record, self.target, where)]
         problem = prompt.head_spec.problem_type if prompt.head_spec else "single_label"
@@ -89,7 +97,8 @@ def evaluate(
             said[str(request.prompt)] += _said(prompts[str(request.prompt)], request, result)
     labels = first.task in ("classify", "tag") and not _is_regression(first)
     name = metric or ("mae" if _is_regression(first) else default_metric(first.task))
-    return {prompt: score(name, guesses, right, labels=labels) for prompt, guesses in said.items()}
+    spans = first.task == "qa"
+    return {prompt: score(name, guesses, right, labels=labels, spans=spans) for prompt, guesses in said.items()}
 
 
 def check_task(prompts: Mapping[str, PromptFile], metric: str | None) -> None:
@@ -137,6 +146,7 @@ def draw_shots(
     draw = random.Random(seed)
     for number, record in enumerate(read_records(source), 1):
         (answer,) = columns.references(prompt, record, number)
+        answer = answer[0] if isinstance(answer, tuple) else answer
         kind = answer if prompt.task == "classify" else ""
         kept = by_label.setdefault(kind, [])
         seen[kind] = seen.get(kind, 0) + 1

@@ -8,6 +8,7 @@ import unicodedata
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
+from itertools import zip_longest
 from typing import Any
 
 import numpy as np
@@ -45,7 +46,9 @@ class Score:
     """How texts were cut for "rouge", "f1" of texts, and "bleu" (the name of sacrebleu's tokenizer); else empty."""
 
 
-def score(metric: str, predictions: Sequence[Any], references: Sequence[Any], *, labels: bool = False) -> Score:
+def score(
+    metric: str, predictions: Sequence[Any], references: Sequence[Any], *, labels: bool = False, spans: bool = False
+) -> Score:
     """Compare predictions with references.
 
     Args:
@@ -53,8 +56,11 @@ def score(metric: str, predictions: Sequence[Any], references: Sequence[Any], *,
             has it, mean over examples), "exact-match" (equal after trimming, in Unicode form NFC), "rouge" (ROUGE-L
             F-measure, mean over examples), "bleu" (of the corpus) or "mae" (mean absolute error of numbers).
         predictions: what was answered: texts, or frozensets of labels where an example may have several ("accuracy").
-        references: what is right, in the same order.
+        references: what is right, in the same order: a text, or a tuple of texts that are all right. Of several the
+            best counts, as in SQuAD's evaluation; BLEU takes them all as references.
         labels: whether both are labels of a classification, not free text.
+        spans: whether texts answer questions: "exact-match" then leaves out case, punctuation and articles, as SQuAD's
+            evaluation does.
 
     Raises:
         InputError: unknown metric, or one that does not fit.
@@ -72,15 +78,19 @@ def score(metric: str, predictions: Sequence[Any], references: Sequence[Any], *,
     if metric == "accuracy" and not labels:
         raise InputError("accuracy is for labels; for texts take exact-match, f1, rouge or bleu")
     tokenizer = ""
+    several = [truth if isinstance(truth, tuple) else (truth,) for truth in references]
+    texts = [] if labels else [text for truth in several for text in truth]
     if metric == "bleu":
-        tokenizer = bleu_tokenizer(references)
-        value, error = _bleu(predictions, references, tokenizer)
+        tokenizer = bleu_tokenizer(texts)
+        value, error = _bleu(predictions, several, tokenizer)
     elif metric == "f1" and labels:
         value, error = _macro_f1(predictions, references)
     else:
-        each = _per_example(metric, labels)
-        tokenizer = tokenization(references) if metric in ("rouge", "f1") and not labels else ""
-        value, error = _mean([each(guess, truth) for guess, truth in zip(predictions, references, strict=True)])
+        each = _per_example(metric, labels, spans)
+        tokenizer = tokenization(texts) if metric in ("rouge", "f1") and not labels else ""
+        best = min if metric == "mae" else max
+        pairs = zip(predictions, several, strict=True)
+        value, error = _mean([best(each(guess, text) for text in _answers(truth, spans)) for guess, truth in pairs])
     table = _label_table(predictions, references) if labels else {}
     return Score(metric, value, error, len(references), table, tokenizer)
 
@@ -90,7 +100,12 @@ def default_metric(task: str) -> str:
     return {"classify": "accuracy", "tag": "accuracy", "qa": "f1"}.get(task, "rouge")
 
 
-def _per_example(metric: str, labels: bool) -> Callable[[Any, Any], float]:
+def _answers(truth: tuple[Any, ...], spans: bool) -> tuple[Any, ...]:
+    """The answers that count: of a question those that have words, or one without, as SQuAD's evaluation has it."""
+    return (tuple(text for text in truth if squad_words(text)) or ("",)) if spans else truth
+
+
+def _per_example(metric: str, labels: bool, spans: bool) -> Callable[[Any, Any], float]:
     if labels:
         return lambda guess, truth: float(guess == truth)
     if metric == "mae":
@@ -99,6 +114,8 @@ def _per_example(metric: str, labels: bool) -> Callable[[Any, Any], float]:
         return _rouge()
     if metric == "f1":
         return _word_f1
+    if spans:
+        return lambda guess, truth: float(squad_words(guess) == squad_words(truth))
     return lambda guess, truth: float(_plain(guess) == _plain(truth))
 
 
@@ -141,9 +158,11 @@ def _mean_f1(counts: npt.NDArray[Any]) -> float:
     return float(np.mean(2 * np.diag(counts)[seen] / total[seen]))
 
 
-def _bleu(predictions: Sequence[str], references: Sequence[str], tokenizer: str) -> tuple[float, float]:
+def _bleu(predictions: Sequence[str], references: Sequence[tuple[str, ...]], tokenizer: str) -> tuple[float, float]:
     metric = _library("sacrebleu", "sacrebleu").BLEU(tokenize=tokenizer)
-    found = metric.corpus_score(list(predictions), [list(references)], n_bootstrap=_RESAMPLES)
+    # sacrebleu takes streams of references; None where an example has fewer
+    streams = [list(stream) for stream in zip_longest(*references)]
+    found = metric.corpus_score(list(predictions), streams, n_bootstrap=_RESAMPLES)
     written = json.loads(found.format(width=6, signature=metric.get_signature().format(), is_json=True))
     half_width = written.get("confidence_var", 0.0)  # sacrebleu leaves it out where every resample scores 0
     return found.score / 100, half_width / 100 / _NORMAL_95

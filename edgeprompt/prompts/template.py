@@ -83,9 +83,7 @@ class Template:
                 literal += match[0][0]
                 continue
             if match[1] is None:
-                raise TemplateError(
-                    f"template {text!r} has a stray {match[0]!r} at {match.start()}; write {match[0] * 2}"
-                )
+                raise TemplateError(f"template {text!r} {_what_is_wrong(text, match.start())}")
             if literal:
                 parts.append(Literal(literal))
                 literal = ""
@@ -283,6 +281,23 @@ class Template:
                 f"template {str(self)!r} places {fixed} virtual tokens, and the prompt has {num_virtual_tokens}"
             )
         return iter([rest if count is None else count for count in slots])
+
+
+def _what_is_wrong(text: str, place: int) -> str:
+    """About the brace at `place`, which begins or ends no slot."""
+    brace = text[place]
+    found = re.match(r"\{([^{}\n]*)\}", text[place:])
+    if found is None:
+        return f"has a stray {brace!r} at {place}; write {brace * 2}"
+    slot, name = found[0], found[1].partition(":")[0]
+    rule = (
+        f"has {slot!r} at {place}, which is no slot: a name has small letters, digits and _, and begins with no digit"
+    )
+    if name.strip() == "prompt":
+        return f"has {slot!r} at {place}; write {{prompt}}, or {{prompt:4}} for the next four virtual tokens"
+    better = re.sub(r"[^a-z0-9_]+", "_", name.strip().lower()).strip("_")
+    better = f"_{better}" if better[:1].isdigit() else better or "text"
+    return f"{rule}; write {{{better}}}, or {{{slot}}} for braces that stand in the text"
 
 
 def _specials(tokenizer: Tokenizer) -> tuple[list[int], list[int]]:

@@ -20,9 +20,9 @@ from edgeprompt.evaluation.data import DataSource, read_records, source_name
 from edgeprompt.evaluation.formats import Record
 from edgeprompt.prompts.file import Array, Golden, Head, save_prompt
 from edgeprompt.tuning.examples import Example
+from edgeprompt.tuning.files import check_inputs, check_outputs
 from edgeprompt.tuning.objectives import Objective, Outcome
 from edgeprompt.tuning.options import TuneOptions
-from edgeprompt.tuning.outputs import check_outputs
 from edgeprompt.tuning.plan import MAX_LABELS, inspect_data
 from edgeprompt.tuning.prepare import Run, another_task, prepare
 from edgeprompt.tuning.tuner import TuneResult, make_loop, prompt_file, read_data
@@ -160,6 +160,7 @@ def tune_tasks(
     sources = {task: _TaskRecords(data, task_column, task) for task in _task_names(data, task_column)}
     targets = {task: path.with_suffix(f".{task}.safetensors") for task in sources}
     check_outputs(targets.values(), path, base, data, options)
+    check_inputs(base, data, options)
     facts = {task: inspect_data(records, _for_task(options, records)) for task, records in sources.items()}
     with torch.random.fork_rng():
         torch.manual_seed(options.seed)

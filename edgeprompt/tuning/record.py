@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import IO, Any
 
 from edgeprompt.errors import MissingDependencyError
-from edgeprompt.tuning.outputs import METRICS_FILE
+from edgeprompt.tuning.files import METRICS_FILE
 
 
 class Recorder:

@@ -20,10 +20,10 @@ from edgeprompt.package.manifest import Base
 from edgeprompt.prompts.file import PromptFile, TunedFor, load_prompt, save_prompt
 from edgeprompt.tuning.calibration import choose_calibration
 from edgeprompt.tuning.examples import BatchPlan, Example, Examples, few_shot, sample, sorted_batches, split
+from edgeprompt.tuning.files import check_inputs, check_outputs, save_adapter
 from edgeprompt.tuning.loop import Loop, Progress
 from edgeprompt.tuning.objectives import WordClassify
 from edgeprompt.tuning.options import DEFAULT_STEPS, TuneOptions, checkpoint_path
-from edgeprompt.tuning.outputs import check_outputs, save_adapter
 from edgeprompt.tuning.plan import inspect_data
 from edgeprompt.tuning.prepare import Run, prepare
 
@@ -101,6 +101,7 @@ def tune(
     if path.suffix != ".safetensors":
         raise InputError(f"output {str(path)!r} must end in .safetensors")
     check_outputs([path], path, base, data, options)
+    check_inputs(base, data, options)
     if options.method == "multitask-prompt-tuning":
         raise InputError("multitask prompt tuning needs tasks: name the column that tells them with --task-column")
     facts = inspect_data(data, options)

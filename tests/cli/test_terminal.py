@@ -48,6 +48,7 @@ def test_progress_is_for_terminals(cli, texts, tiny_llama_package):
     printed, shown = on_terminal(*args, stdout=False)
     assert "run" in shown
     assert "\x1b[" in shown
+    assert "rows/s" in shown
     plain = cli(*args)
     assert plain.stdout == printed
     assert plain.stderr == ""

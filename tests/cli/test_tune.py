@@ -113,6 +113,38 @@ def test_wrong_usage_exits_with_2(cli, tiny_llama_base, data, tmp_path, wrong):
     assert wrong[0] in result.stderr
 
 
+@pytest.mark.parametrize("wrong", ["base", "data", "package", "no package", "checkpoint", "no checkpoint", "prompt"])
+def test_a_wrong_path_is_told_before_anything_heavy_is_imported(spawn, tiny_llama_base, data, tmp_path, wrong):
+    base, table, options = tiny_llama_base, data, {}
+    missing, notes = tmp_path / "missing", tmp_path / "notes"
+    notes.mkdir()
+    (tmp_path / "notes.txt").write_text("mine")
+    if wrong == "base":
+        base, said = missing, f"no base model at '{missing}'"
+    elif wrong == "data":
+        table, said = missing.with_suffix(".csv"), "no data file at"
+    elif wrong == "package":
+        options, said = {"--for": missing}, f"no package folder at '{missing}'"
+    elif wrong == "no package":
+        options, said = {"--for": notes}, "is no package: it has no"
+    elif wrong == "checkpoint":
+        options, said = {"--resume": missing}, f"cannot go on from '{missing}': No such file"
+    elif wrong == "no checkpoint":
+        options, said = {"--resume": tmp_path / "notes.txt"}, "no checkpoint of edgeprompt tune"
+    else:
+        options, said = {"--resume": missing.with_suffix(".safetensors")}, "cannot read prompt file"
+    heavy = "sorted({'torch', 'peft', 'transformers'} & set(sys.modules))"
+    before = f"import sys, atexit; atexit.register(lambda: print({heavy}))"
+    given = [item for pair in options.items() for item in pair]
+    process = spawn("tune", base, table, "-o", tmp_path / "a.safetensors", *given, before=before)
+    out, err = process.communicate(timeout=60)
+    assert process.returncode == 1
+    assert err.startswith("error: ")
+    assert said in err
+    assert len(err.splitlines()) == 1
+    assert out.strip() == "[]"
+
+
 def test_help_imports_nothing_heavy(spawn):
     heavy = "sorted({'torch', 'peft', 'transformers'} & set(sys.modules))"
     process = spawn("tune", "--help", before=f"import sys, atexit; atexit.register(lambda: print({heavy}))")

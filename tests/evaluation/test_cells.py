@@ -10,6 +10,7 @@ import pytest
 from edgeprompt.errors import DataError
 from edgeprompt.evaluation.cells import (
     given_answer,
+    given_answers,
     joined_words,
     known_label,
     label_of,
@@ -120,3 +121,17 @@ def test_a_label_is_known_by_what_it_means() -> None:
     assert known_label("1", ("0.0", "1.0")) == "1.0"
     assert known_label("positive", ("positive ",)) == "positive "
     assert known_label("Positive", ("positive",)) is None
+
+
+@pytest.mark.parametrize(
+    ("answers", "texts"),
+    [
+        ({"text": ["1066", "in 1066", "1066"], "answer_start": [3, 0, 3]}, ("1066", "in 1066")),
+        ([{"text": "1066", "answer_start": 3}, {"text": "in 1066", "answer_start": 0}], ("1066", "in 1066")),
+        ({"text": [], "answer_start": []}, ("",)),
+        ([], ("",)),
+    ],
+)
+def test_all_of_squads_answers_are_right(answers, texts):
+    assert given_answers({"context": "in 1066", "answers": answers}, "in 1066", "row 1") == texts
+    assert given_answers({"context": "in 1066", "answer": "1066"}, "in 1066", "row 1") == ("1066",)

@@ -1,7 +1,10 @@
 """Metrics against hand counts and against the libraries that people compare with."""
 
+import collections
 import math
 import random
+import re
+import string
 
 import pytest
 
@@ -65,6 +68,79 @@ def test_exact_match_trims_and_word_f1_ignores_articles_and_case():
     assert score("f1", ["The Eiffel tower!"], ["eiffel Tower"]).value == 1.0
     assert math.isclose(score("f1", ["the big red dog"], ["a red cat"]).value, 2 * 1 / (3 + 2))
     assert score("f1", [""], ["something"]).value == 0.0
+
+
+def squad_normalised(text):
+    """`normalize_answer` of SQuAD's evaluate-v2.0.py, word for word."""
+
+    def remove_articles(text):
+        regex = re.compile(r"\b(a|an|the)\b", re.UNICODE)
+        return re.sub(regex, " ", text)
+
+    def white_space_fix(text):
+        return " ".join(text.split())
+
+    def remove_punc(text):
+        exclude = set(string.punctuation)
+        return "".join(ch for ch in text if ch not in exclude)
+
+    return white_space_fix(remove_articles(remove_punc(text.lower())))
+
+
+def squad_f1(a_gold, a_pred):
+    """`compute_f1` of SQuAD's evaluate-v2.0.py."""
+    gold_toks, pred_toks = squad_normalised(a_gold).split(), squad_normalised(a_pred).split()
+    common = collections.Counter(gold_toks) & collections.Counter(pred_toks)
+    num_same = sum(common.values())
+    if len(gold_toks) == 0 or len(pred_toks) == 0:
+        return int(gold_toks == pred_toks)
+    if num_same == 0:
+        return 0
+    precision = 1.0 * num_same / len(pred_toks)
+    recall = 1.0 * num_same / len(gold_toks)
+    return (2 * precision * recall) / (precision + recall)
+
+
+def squad_figures(predictions, answers):
+    """Mean EM and F1 as `get_raw_scores` of SQuAD's evaluate-v2.0.py has them."""
+    exact, f1 = [], []
+    for a_pred, texts in zip(predictions, answers, strict=True):
+        gold_answers = [text for text in texts if squad_normalised(text)] or [""]
+        exact.append(max(int(squad_normalised(a) == squad_normalised(a_pred)) for a in gold_answers))
+        f1.append(max(squad_f1(a, a_pred) for a in gold_answers))
+    return sum(exact) / len(exact), sum(f1) / len(f1)
+
+
+def test_answers_to_questions_score_as_in_squads_script():
+    answers = [
+        ("Denver Broncos", "The Denver Broncos", "the Broncos"),
+        ("in 1066", "1066"),
+        ("",),
+        ("the", "The Hague"),
+        ("Saint-Denis, France",),
+        ("a",),
+    ]
+    predictions = ["the denver broncos!", "the year 1066", "", "Hague", "Saint Denis", "nothing"]
+    draw = random.Random(0)
+    words = ["the", "a", "Broncos", "1066", "in", "France,", "", "Hague", "U.S."]
+    for _ in range(200):
+        answers.append(tuple(" ".join(draw.choices(words, k=draw.randint(1, 4))) for _ in range(draw.randint(1, 3))))
+        predictions.append(" ".join(draw.choices(words, k=draw.randint(0, 4))))
+    exact, f1 = squad_figures(predictions, answers)
+    assert 0.05 < exact < f1 < 0.9
+    assert score("exact-match", predictions, answers, spans=True).value == pytest.approx(exact)
+    assert score("f1", predictions, answers, spans=True).value == pytest.approx(f1)
+
+
+def test_several_right_answers_count_for_every_metric_of_texts():
+    import sacrebleu
+
+    guesses = ["the cat sat on the mat", "a dog runs in the park today"]
+    answers = [("no", "the cat sat on the mat"), ("a dog ran in the park today",)]
+    assert score("exact-match", guesses, answers).value == 0.5
+    assert score("rouge", guesses, answers).value == pytest.approx((1 + 6 / 7) / 2)
+    streams = [["no", answers[1][0]], [answers[0][1], None]]
+    assert score("bleu", guesses, answers).value == pytest.approx(sacrebleu.corpus_bleu(guesses, streams).score / 100)
 
 
 def test_rouge_is_the_longest_common_subsequence():

@@ -55,7 +55,7 @@ def test_parts():
         ("{prompt}{prompt}{text}", "twice"),
         ("{prompt:0}{text}", "at least 1"),
         ("{text:3}", "only {prompt:N}"),
-        ("{Text}", "stray"),
+        ("{Text}", "no slot"),
     ],
 )
 def test_bad_templates_are_refused(text, says):
@@ -107,3 +107,19 @@ def test_counts_must_add_up(tokenizer):
         encode("{prompt:2}{text}", tokenizer, count=3)
     with pytest.raises(TemplateError, match="places 4 virtual tokens"):
         encode("{prompt:4}{text}", tokenizer, count=3)
+
+
+@pytest.mark.parametrize(
+    ("written", "advice"),
+    [
+        ("{prompt}{Title}", "'{Title}' at 8, which is no slot: a name has small letters.*write {title}, or {{Title}}"),
+        ("{Two Words}", "write {two_words}, or"),
+        ("{1st}", "write {_1st}, or"),
+        ("{}", "write {text}, or"),
+        ("{prompt:x}{text}", "write {prompt}, or {prompt:4}"),
+        ("{text}{", "stray '{' at 6; write {{"),
+    ],
+)
+def test_what_is_no_slot_is_told_with_the_rule(written, advice):
+    with pytest.raises(TemplateError, match=advice):
+        Template.parse(written)
