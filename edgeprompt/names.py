@@ -19,7 +19,7 @@ ENCODER_ONLY = "encoder-only"
 ENCODER_DECODER = "encoder-decoder"
 ARCHITECTURES = (DECODER_ONLY, ENCODER_ONLY, ENCODER_DECODER)
 
-PRECISIONS = ("fp32", "fp16", "int8", "int4")
+PRECISIONS = ("fp32", "fp16", "int8", "int4", "gguf")
 BLOCK_SIZES = (32, 64, 128)
 ROUTES = ("genai", "torch", "onnx")
 TASKS = ("classify", "generate", "tag", "qa", "embed")

@@ -48,6 +48,8 @@ class ExportOptions:
                 raise InputError(f"{name} {getattr(self, name)!r} is not one of {', '.join(map(str, allowed))}")
         if self.block_size != 32 and self.precision != "int4":
             raise InputError(f"block_size {self.block_size} is for int4 weights, and precision is {self.precision!r}")
+        if self.precision == "gguf" and self.route == "onnx":
+            raise InputError("precision 'gguf' is for .gguf files; graphs that others exported have theirs already")
         if self.block_size != 32 and self.route == "onnx":
             raise InputError("graphs that others exported have their blocks already; leave block_size out")
 

@@ -66,7 +66,9 @@ def finish_graph(model: ir.Model, loaded: LoadedBase, options: ExportOptions) ->
         )
     _name_shapes(model, geometry.num_key_value_heads, geometry.head_size)
     expose_hidden_states(model, geometry.hidden_size)
-    model.meta["weights"] = quantize_graph(model, options.precision, loaded.model, block_size=options.block_size)
+    model.meta["weights"] = quantize_graph(
+        model, options.precision, loaded.model, block_size=options.block_size, stored=loaded.stored
+    )
     graft_virtual_tokens(
         model,
         vocab_size=geometry.vocab_size,

@@ -36,7 +36,9 @@ def build(loaded: LoadedBase, options: ExportOptions, folder: Path, scratch: Pat
     loaded.family.prepare(loaded.model)
     geometry, block = geometry_of(loaded.config), options.block_size
     encoder = seq2seq_graph.export_encoder(loaded.model, loaded.family)
-    weights = {"encoder": quantize_graph(encoder, options.precision, loaded.model, block_size=block)}
+    weights = {
+        "encoder": quantize_graph(encoder, options.precision, loaded.model, block_size=block, stored=loaded.stored)
+    }
     graft_virtual_tokens(
         encoder,
         vocab_size=geometry.vocab_size,
@@ -46,7 +48,9 @@ def build(loaded: LoadedBase, options: ExportOptions, folder: Path, scratch: Pat
     )
     save_graph(encoder, folder / ENCODER)
     decoder = seq2seq_graph.export_decoder(loaded.model, loaded.family)
-    weights["decoder"] = quantize_graph(decoder, options.precision, loaded.model, block_size=block)
+    weights["decoder"] = quantize_graph(
+        decoder, options.precision, loaded.model, block_size=block, stored=loaded.stored
+    )
     save_graph(decoder, folder / DECODER)
     return BuiltGraphs(
         {"encoder": ENCODER, "decoder": DECODER},

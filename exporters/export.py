@@ -58,7 +58,7 @@ def export_model(
     base: str | os.PathLike[str] | LoadedBase,
     out: str | os.PathLike[str],
     *,
-    precision: str = "fp32",
+    precision: str | None = None,
     route: str = "auto",
     provider: str = "cpu",
     prompts: Sequence[str | os.PathLike[str]] = (),
@@ -75,7 +75,9 @@ def export_model(
     Args:
         base: Hugging Face id, local folder, `.gguf` file, or a base that is loaded already.
         out: The package's folder; must not exist unless `force`.
-        precision: "fp32", "fp16", "int8" (weights by column, activations by row) or "int4" (weight-only, in blocks).
+        precision: "fp32", "fp16", "int8" (weights by column, activations by row), "int4" (weight-only, in blocks),
+            or "gguf" (4 or 8 bits for each matrix, as its `.gguf` file has it). None: "gguf" for a `.gguf` file, else
+            "fp32".
         route: "genai", "torch", "onnx", or "auto": genai where its builder knows the family, else torch.
         provider: "cpu" or "cuda": what the graph's operators and types are chosen for.
         prompts: Prompt files to validate with and to put into the package.
@@ -98,7 +100,9 @@ def export_model(
         ValidationError: the graph does not compute what the base computes, or keeps too little of it.
         ExportError: the export failed; nothing was written.
     """
-    options = ExportOptions(precision, route, provider, prompt_input, block_size, data, allow_quality_loss)
+    options = ExportOptions(
+        precision or default_precision(base), route, provider, prompt_input, block_size, data, allow_quality_loss
+    )
     tell = progress or _silent
     files = _load_prompts(prompts)
     try:
@@ -183,6 +187,8 @@ def _build(
     tell("load", 0.0)
     check_tokenizer_files(base)
     loaded = base if isinstance(base, LoadedBase) else load_base(base, per_parameter=EXPORT)
+    if options.precision == "gguf" and not loaded.stored:
+        raise InputError(f"precision 'gguf' keeps what a .gguf file stores, and {loaded.name!r} is none; give another")
     for prompt in prompts.values():
         _check_fingerprint(prompt, loaded)
     exporter = find_exporter(loaded.family.architecture)
@@ -244,6 +250,12 @@ def _load_prompts(paths: Sequence[str | os.PathLike[str]]) -> dict[str, PromptFi
             raise InputError(f"two prompt files are called {name!r}; rename one")
         files[name] = load_prompt(path)
     return files
+
+
+def default_precision(base: str | os.PathLike[str] | LoadedBase) -> str:
+    """ "gguf" for a `.gguf` file, "fp32" for any other base."""
+    stored = base.stored if isinstance(base, LoadedBase) else str(base).endswith(".gguf")
+    return "gguf" if stored else "fp32"
 
 
 def is_onnx_folder(base: str | os.PathLike[str]) -> bool:

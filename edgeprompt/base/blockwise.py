@@ -15,6 +15,8 @@ import torch
 _SHRINK = (1.0, 0.96, 0.92, 0.88, 0.84)
 _CHUNK_VALUES = 1 << 20
 _TINIEST_HALF = 2.0**-24
+_ON_GRID = 2.0**-18
+"""How far from a multiple of a step, in steps and for each of them, a weight computed in float32 may lie."""
 
 
 @dataclass(frozen=True)
@@ -65,6 +67,45 @@ def quantize_blocks(weight: torch.Tensor, *, bits: int = 4, block: int = 32) -> 
     return BlockWeights(codes.reshape(rows, blocks, block), scales, zeros.reshape(rows, blocks), columns, bits)
 
 
+def quantize_stored(weight: torch.Tensor, *, block: int = 32) -> BlockWeights:
+    """8 bits for weights that lie on a grid of up to 8 bits without offset already, as those of a GGUF file do.
+
+    A block whose weights are multiples of one step (Q5_0, Q8_0) keeps that step, so it comes back as it was; of the
+    steps that fit the largest is taken. Others (Q5_1, Q5_K, and Q6_K, whose step changes inside of a block) are rounded
+    to a 127th of their largest weight.
+    """
+    rows, columns = weight.shape
+    blocks = -(-columns // block)
+    padded = torch.nn.functional.pad(weight.detach().float(), (0, blocks * block - columns)).reshape(-1, block)
+    scales = torch.cat([_grid_steps(part) for part in torch.split(padded, max(1, _CHUNK_VALUES // block))])
+    codes = (torch.round(padded / scales[:, None]).clamp_(-127, 127) + 128).to(torch.uint8)
+    scales = _half_if_equal(scales).reshape(rows, blocks)
+    zeros = torch.full((rows, blocks), 128, dtype=torch.uint8)
+    return BlockWeights(codes.reshape(rows, blocks, block), scales, zeros, columns, 8)
+
+
+def _grid_steps(values: torch.Tensor) -> torch.Tensor:
+    """For every row, the largest step of which all its values are multiples, at most 127 of them; else a 127th."""
+    largest = values.abs().amax(1).clamp(min=1e-12)
+    steps = largest / 127
+    left = torch.arange(len(values))
+    for count in (*range(1, 33), 127):
+        if not len(left):
+            break
+        step = largest[left] / count
+        scaled = values[left] / step[:, None]
+        fits = (scaled - torch.round(scaled)).abs().amax(1) <= _ON_GRID * count
+        steps[left[fits]] = step[fits]
+        left = left[~fits]
+    return steps
+
+
+def _half_if_equal(scales: torch.Tensor) -> torch.Tensor:
+    """Scales as the float16 that a file stored them in, where they are that to rounding in float32."""
+    half = scales.half().float().clamp(min=_TINIEST_HALF)
+    return half if bool(((half - scales).abs() <= scales * 2**-20).all()) else half_where_exact(scales)
+
+
 def quantize_symmetric(weight: torch.Tensor, *, block: int = 64) -> BlockWeights:
     """Quantise [rows, columns] to 8 bits with the zero point in the middle, which is then not stored."""
     rows, columns = weight.shape
@@ -77,12 +118,15 @@ def quantize_symmetric(weight: torch.Tensor, *, block: int = 64) -> BlockWeights
     return BlockWeights(codes, scales, torch.full((rows, blocks), 128, dtype=torch.uint8), columns, 8)
 
 
-def quantize_affine(weight: torch.Tensor, *, block: int = 32) -> tuple[BlockWeights, torch.Tensor]:
+def quantize_affine(
+    weight: torch.Tensor, *, block: int = 32, exact_grid: bool = False
+) -> tuple[BlockWeights, torch.Tensor]:
     """Quantise [rows, columns] to 4 bits with a float offset for every block: `code * scale + minimum`.
 
     MatMulNBits knows integer zero points only, and what rounding them to integers costs is most of what quantisation
     to 4 bits costs. The offset that is left over is returned, to be added by other means. Weights that lie on such a
-    grid already, as those of a Q4_1 GGUF file do, come back as they were.
+    grid already, as those of a Q4_1 GGUF file do, come back as they were; with `exact_grid` also those that do not use
+    all of its 16 values (Q4_0, Q4_K).
 
     Returns:
         The blocks with the nearest integer zero points, and the offsets [rows, blocks]: a weight is its dequantised
@@ -92,7 +136,7 @@ def quantize_affine(weight: torch.Tensor, *, block: int = 32) -> tuple[BlockWeig
     if columns % block:
         raise ValueError(f"{columns} columns are not whole blocks of {block}")
     values = weight.detach().float().reshape(-1, block)
-    parts = [_quantize_affine(part) for part in torch.split(values, max(1, _CHUNK_VALUES // block))]
+    parts = [_quantize_affine(part, exact_grid) for part in torch.split(values, max(1, _CHUNK_VALUES // block))]
     codes, scales, zeros, offsets = (torch.cat(pieces) for pieces in zip(*parts, strict=True))
     blocks = columns // block
     weights = BlockWeights(
@@ -101,9 +145,22 @@ def quantize_affine(weight: torch.Tensor, *, block: int = 32) -> tuple[BlockWeig
     return weights, offsets.reshape(rows, blocks)
 
 
-def _quantize_affine(values: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
+def _quantize_affine(
+    values: torch.Tensor, exact_grid: bool
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
     low = values.amin(1, keepdim=True)
-    scale = half_where_exact((values.amax(1, keepdim=True) - low).clamp(min=1e-12) / 15)
+    width = (values.amax(1, keepdim=True) - low).clamp(min=1e-12)
+    scale = half_where_exact(width / 15)
+    # A file's blocks need not use all 16 values: where fewer steps fit the weights exactly, those are its grid.
+    left = torch.arange(len(values)) if exact_grid else torch.arange(0)
+    for count in range(15, 0, -1):
+        if not len(left):
+            break
+        step = width[left] / count
+        scaled = (values[left] - low[left]) / step
+        fits = (scaled - torch.round(scaled)).abs().amax(1) <= _ON_GRID * 16 * count
+        scale[left[fits]] = step[fits]
+        left = left[~fits]
     codes = torch.round((values - low) / scale).clamp_(0, 15)
     minimum = (values - codes * scale).mean(1, keepdim=True)
     zero = torch.round(-minimum / scale).clamp(0, 15)

@@ -82,7 +82,7 @@ def load_package_weights(model: Any, package: str | os.PathLike[str]) -> LoadedW
     if weaker:
         _LOG.warning("note: package %r: %s", str(package), weaker)
     records: Sequence[Mapping[str, Any]] = manifest.extra.get(WEIGHTS, ())
-    if not records and manifest.precision in ("int8", "int4"):
+    if not records and manifest.precision in ("int8", "int4", "gguf"):
         raise UnsupportedError(
             f"package {str(package)!r} does not say where its weights went; export it with --route genai or torch"
         )

@@ -38,6 +38,12 @@ class GgufFile:
         return [name for name in self.names if name not in self.mapped]
 
     @property
+    def types(self) -> dict[str, str]:
+        """Name in the model -> type in the file; known once transformers has loaded it."""
+        kinds = {tensor.name: str(tensor.tensor_type.name) for tensor in self.reader.tensors}
+        return {name: kinds[stored] for stored, name in self.mapped.items() if stored in kinds}
+
+    @property
     def has_tokenizer(self) -> bool:
         """Whether it holds a vocabulary."""
         return "tokenizer.ggml.tokens" in self.reader.fields

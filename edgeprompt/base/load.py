@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import os
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -42,6 +42,8 @@ class LoadedBase:
     """A transformers tokenizer, None where the base has none."""
     family: Any
     """Its entry in `edgeprompt.base.families`."""
+    stored: Mapping[str, str] = field(default_factory=dict)
+    """Parameter -> its type in the GGUF file ("Q4_K"); empty for bases that are no GGUF file."""
 
     @property
     def config(self) -> Any:
@@ -74,11 +76,13 @@ def load_base(base: str | os.PathLike[str], *, per_parameter: float = memory.LOA
     """
     source = find_source(base)
     with _quiet():
-        load = _load_gguf if source.gguf else _load_folder
-        model, tokenizer, family = load(source, per_parameter)
+        found: tuple[Any, Any, Any, dict[str, str]] = (
+            _load_gguf(source, per_parameter) if source.gguf else (*_load_folder(source, per_parameter), {})
+        )
+        model, tokenizer, family, stored = found
     accounting.check_values(model.named_parameters(), source.given)
     model.requires_grad_(False)
-    return LoadedBase(source.name, model.eval(), tokenizer, family)
+    return LoadedBase(source.name, model.eval(), tokenizer, family, stored)
 
 
 def _load_folder(source: Source, per_parameter: float) -> tuple[Any, Any, Any]:
@@ -122,7 +126,7 @@ def _read_model(config: Any, tensors: Mapping[str, Any], source: Source, family:
     return model
 
 
-def _load_gguf(source: Source, per_parameter: float) -> tuple[Any, Any, Any]:
+def _load_gguf(source: Source, per_parameter: float) -> tuple[Any, Any, Any, dict[str, str]]:
     import torch
     from transformers import AutoConfig
 
@@ -149,7 +153,7 @@ def _load_gguf(source: Source, per_parameter: float) -> tuple[Any, Any, Any]:
     accounting.check_loaded(info, model, source.given, unused=file.unmapped)
     model = _without_gguf(model)
     model.config._name_or_path = str(source.folder)
-    return model, tokenizer, family
+    return model, tokenizer, family, file.types
 
 
 def check_layers(stored: Mapping[str, Any] | list[str], config: Any, given: str) -> None:

@@ -22,9 +22,8 @@ if TYPE_CHECKING:
 @click.option(
     "--precision",
     type=click.Choice((*names.PRECISIONS, "auto")),
-    default="fp32",
-    show_default=True,
-    help="auto: export fp32, int8 (cuda: fp16) and int4 in two block sizes; keep what serves --prompt quickest here.",
+    help="Default: gguf for a .gguf file (each matrix in 4 or 8 bits, as the file has it), else fp32. auto: "
+    "export fp32, int8 (cuda: fp16) and int4 in two block sizes; keep what serves --prompt quickest here.",
 )
 @click.option(
     "--data",
@@ -80,7 +79,7 @@ if TYPE_CHECKING:
 def command(
     base: str,
     out: Path,
-    precision: str,
+    precision: str | None,
     data: str | None,
     allow_quality_loss: bool,
     tolerance: float,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -10,7 +11,13 @@ import onnx_ir as ir
 import torch
 
 from edgeprompt import names
-from edgeprompt.base.blockwise import BlockWeights, quantize_affine, quantize_blocks, quantize_symmetric
+from edgeprompt.base.blockwise import (
+    BlockWeights,
+    quantize_affine,
+    quantize_blocks,
+    quantize_stored,
+    quantize_symmetric,
+)
 from exporters.graft.fuse import drop_unused
 from exporters.graft.linears import Linear, WeightIndex, find_linears, initializer_tensor, is_constant
 from exporters.quantize.rows import quantize_rows
@@ -50,8 +57,18 @@ class WeightRecord:
     """(parameter, rows, stored transposed) from top to bottom, see `exporters.graft.linears.WeightIndex`."""
 
 
+FOUR_BITS = frozenset({"Q4_0", "Q4_1", "Q4_K"})
+"""GGUF types that 4 bits with a float offset for 32 weights hold. All others get 8 bits where the file decides."""
+
+
 def quantize_graph(
-    model: ir.Model, precision: str, torch_model: Any, *, levels: int = SIGNED_8, block_size: int = BLOCK
+    model: ir.Model,
+    precision: str,
+    torch_model: Any,
+    *,
+    levels: int = SIGNED_8,
+    block_size: int = BLOCK,
+    stored: Mapping[str, str] | None = None,
 ) -> list[dict[str, Any]]:
     """Quantise in place: "int4", "int8", or "fp16" (weights stored as float16); "fp32" only shares tied weights.
 
@@ -67,19 +84,23 @@ def quantize_graph(
         precision: As above.
         torch_model: Whose parameters the graph's constants are.
         levels: largest magnitude of int8 weights, `SIGNED_8` or `SIGNED_7`.
+        stored: for "gguf", parameter -> its type in the file: `FOUR_BITS` stay 4 bits, others become 8, and both keep
+            the file's own grid.
         block_size: of int4 weights, 32, 64 or 128; a matrix whose columns it does not divide gets half of it.
 
     Returns:
         A `WeightRecord` as a dictionary for each quantised weight whose parameters are known.
     """
-    records = _Quantizer(model, precision, torch_model, levels, block_size).run()
+    records = _Quantizer(model, precision, torch_model, levels, block_size, stored or {}).run()
     quantize_rows(model)
     return records
 
 
 class _Quantizer:
-    def __init__(self, model: ir.Model, precision: str, torch_model: Any, levels: int, block_size: int) -> None:
-        self.graph = model.graph
+    def __init__(
+        self, model: ir.Model, precision: str, torch_model: Any, levels: int, block_size: int, stored: Mapping[str, str]
+    ) -> None:
+        self.graph, self.stored = model.graph, stored
         self.precision, self.levels, self.block_size = precision, levels, block_size
         self.index = WeightIndex(torch_model)
         self.records: list[dict[str, Any]] = []
@@ -105,7 +126,7 @@ class _Quantizer:
             if self.precision == "int8" and not is_head:
                 self._dynamic(linear)
                 continue
-            if self.precision == "int4" and not is_head and linear.weight().shape[1] % BLOCK == 0:
+            if self._four_bits(linear) and not is_head and linear.weight().shape[1] % BLOCK == 0:
                 if self.block_size == BLOCK:
                     self._affine(linear)
                 else:
@@ -118,6 +139,12 @@ class _Quantizer:
             self._quantize_table(embedding)
         drop_unused(self.graph)
         return self.records
+
+    def _four_bits(self, linear: Linear) -> bool:
+        if self.precision != "gguf":
+            return self.precision == "int4"
+        pieces = self.index.pieces(linear.weight())
+        return bool(pieces) and all(self.stored.get(name) in FOUR_BITS for name, _, _ in pieces)
 
     def _embedding(self) -> ir.Node | None:
         ids = next((value for value in self.graph.inputs if value.name == names.INPUT_IDS), None)
@@ -170,7 +197,7 @@ class _Quantizer:
         """
         weight = linear.weight()
         columns = weight.shape[1]
-        blocks, offsets = quantize_affine(weight, block=BLOCK)
+        blocks, offsets = quantize_affine(weight, block=BLOCK, exact_grid=self.precision == "gguf")
         padded = torch.nn.functional.pad(offsets, (0, -offsets.shape[1] % BLOCK))
         blocks = blocks.joined(quantize_blocks(padded, bits=4, block=BLOCK))
         value = linear.node.inputs[0]
@@ -207,10 +234,15 @@ class _Quantizer:
         self._sums[value] = both.outputs[0]
         return both.outputs[0]
 
+    def _eight_bits(self, weight: torch.Tensor) -> BlockWeights:
+        if self.precision == "gguf":
+            return quantize_stored(weight, block=BLOCK)
+        return quantize_symmetric(weight, block=table_block(weight.shape[1]))
+
     def _nbits(self, linear: Linear) -> tuple[BlockWeights, ir.Value, ir.Value, ir.Value | None]:
         value = linear.node.inputs[0]
         assert value is not None
-        blocks = quantize_symmetric(linear.weight(), block=table_block(linear.weight().shape[1]))
+        blocks = self._eight_bits(linear.weight())
         return blocks, *self._matmul(linear, linear.weight(), blocks, value, blocks.codes.shape[2])
 
     def _matmul(
@@ -264,7 +296,7 @@ class _Quantizer:
         weight = initializer_tensor(table)
         if weight.shape[1] % BLOCK or weight.numel() < MIN_WEIGHTS:
             return
-        blocks = quantize_symmetric(weight, block=table_block(weight.shape[1]))
+        blocks = self._eight_bits(weight)
         codes, scales, zeros = self._stored(str(table.name), blocks)
         self._gather(embedding, blocks, codes, scales, zeros)
         self._record(weight, codes, scales, zeros, "blocks", 8, columns=blocks.columns, block=blocks.codes.shape[2])

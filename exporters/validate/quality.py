@@ -141,7 +141,8 @@ def gate(quality: Mapping[str, Any], manifest: Manifest, *, allow: bool) -> str:
         broken = f"one comparison with PyTorch correlates by {least:.3f}, at least {LEAST_CORRELATION} is good enough"
     if not broken or allow:
         return "allowed" if broken else "passed"
-    instead = {"int4": "--precision int8" if manifest.extra.get("block_size", 32) == 32 else "--block-size 32"}
+    smaller = "--precision int8 (--precision gguf for a .gguf file)"
+    instead = {"int4": smaller if manifest.extra.get("block_size", 32) == 32 else "--block-size 32"}
     raise ValidationError(
         f"{manifest.precision} loses too much of {manifest.base.name!r}: it {in_words(quality)}; {broken}. "
         f"No package was written: use "

@@ -6,7 +6,13 @@ import onnxruntime
 import pytest
 import torch
 
-from edgeprompt.base.blockwise import quantize_affine, quantize_blocks, quantize_symmetric, unpack_blocks
+from edgeprompt.base.blockwise import (
+    quantize_affine,
+    quantize_blocks,
+    quantize_stored,
+    quantize_symmetric,
+    unpack_blocks,
+)
 from edgeprompt.base.dequantize import dequantize_record
 from exporters.quantize.graph import quantize_graph
 
@@ -84,3 +90,42 @@ def test_the_graph_computes_with_what_is_recorded(asked, columns, given):
     (got,) = session.run(None, {"x": x})
     want = x @ dequantised.numpy().T
     assert np.abs(got - want).max() < 0.02 * np.abs(want).max()
+
+
+def steps_grid(levels, *, smallest=0, rows=24, columns=96):
+    """Weights as files without offsets have them: integers times a float16 step for 32 columns."""
+    random = torch.Generator().manual_seed(levels)
+    codes = torch.randint(-levels, levels + 1 - smallest, (rows, columns // 32, 32), generator=random)
+    codes[..., 0] = -levels
+    step = (torch.rand(rows, columns // 32, 1, generator=random) * 0.02 + 0.01).half().float()
+    return (codes * step).flatten(1)
+
+
+@pytest.mark.parametrize("levels", [16, 127])
+def test_eight_bits_keep_the_grid_of_a_file(levels):
+    """Q5_0 and Q8_0 come back as they were."""
+    weight = steps_grid(levels)
+    blocks = quantize_stored(weight)
+    assert (blocks.dequantize() - weight).abs().max() < 1e-6 * weight.abs().max()
+    assert torch.equal(blocks.scales.half().float(), blocks.scales), "the file's float16 steps are stored as such"
+
+
+def test_eight_bits_round_what_lies_on_no_grid():
+    error = (quantize_stored(weights()).dequantize() - weights()).abs()
+    assert error.max() <= weights().abs().max() / 127 * 0.6
+
+
+@pytest.mark.parametrize("kind", ["Q4_0", "Q4_K"])
+def test_four_bits_keep_grids_that_do_not_use_all_values(kind):
+    """Q4_0 blocks need not reach 7 steps above zero, and steps of Q4_K are the products of two numbers."""
+    weight = steps_grid(8, smallest=3) if kind == "Q4_0" else affine_grid()
+    if kind == "Q4_K":
+        random = torch.Generator().manual_seed(1)
+        codes = torch.randint(2, 12, (24, 3, 32), generator=random)
+        weight = (codes * (torch.rand(24, 3, 1, generator=random) * 0.013 + 0.01) - 0.07).flatten(1)
+    blocks, left = quantize_affine(weight, exact_grid=True)
+    kept = blocks.dequantize() + left.repeat_interleave(32, dim=1)
+    assert (kept - weight).abs().max() < 1e-4 * weight.abs().max()
+    blocks, left = quantize_affine(weight)
+    plain = blocks.dequantize() + left.repeat_interleave(32, dim=1)
+    assert (plain - weight).abs().max() > 1e-2 * weight.abs().max(), "the grid is one that 15 steps a block lose"

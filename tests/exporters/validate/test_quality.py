@@ -14,14 +14,13 @@ import pytest
 import torch
 from click.testing import CliRunner
 
-from edgeprompt.base import blockwise
 from edgeprompt.base.load import load_base
 from edgeprompt.cli import main
 from edgeprompt.errors import DataError, ValidationError
 from edgeprompt.package.folder import open_package
 from exporters import export_model, validate_package
 from exporters.package import hash_graphs
-from exporters.quantize import graph as quantizer
+from exporters.validate import quality
 from exporters.validate.quality import (
     Prediction,
     gate,
@@ -188,7 +187,7 @@ def learned(tiny_gpt2_base, tmp_path_factory):
     return folder
 
 
-def test_a_coarse_package_is_not_written_unless_it_is_allowed(learned, tmp_path, monkeypatch):
+def test_a_package_beyond_a_limit_is_not_written_unless_it_is_allowed(learned, tmp_path, monkeypatch):
     data = tmp_path / "texts.txt"
     data.write_text("\n".join(shipped_texts("calibration.txt")[:20]).replace("\\n", " "), "utf-8")
     out = tmp_path / "package"
@@ -196,14 +195,8 @@ def test_a_coarse_package_is_not_written_unless_it_is_allowed(learned, tmp_path,
     good = open_package(tmp_path / "int8").manifest
     assert (good.quality_gate, good.quality["source"]) == ("passed", "texts.txt")
     assert good.quality["perplexity_base"] < 0.5 * good.geometry.vocab_size
-    exact = blockwise.quantize_affine
-
-    def coarse(weight, *, block=32):
-        noise = torch.randn(weight.shape, generator=torch.Generator().manual_seed(0)) * weight.std() * 1.5
-        return exact(weight + noise, block=block)
-
-    monkeypatch.setattr(quantizer, "quantize_affine", coarse)
-    monkeypatch.setattr("exporters.validate.weights.LIMITS", {4: (9, 99), 8: (9, 99)})
+    # This model's answers hang on its last layer, which has 8 bits: a bound that even that is beyond.
+    monkeypatch.setattr(quality, "LIMITS", (quality.Limit("kl_mean", "mean KL divergence", 1e-12, 1e-9),))
     result = cli("export", learned, "-o", out, "--precision", "int4")
     assert result.exit_code == 1
     assert "--allow-quality-loss" in result.stderr
@@ -213,7 +206,7 @@ def test_a_coarse_package_is_not_written_unless_it_is_allowed(learned, tmp_path,
     assert "warning" in result.stderr
     said = json.loads(result.stdout)
     assert said["quality_gate"] == open_package(out).manifest.quality_gate == "allowed"
-    assert said["quality"]["kl_mean"] > 0.02
+    assert said["quality"]["kl_mean"] > 1e-9
     assert cli("validate", out, "--against", learned).exit_code == 0
 
 
