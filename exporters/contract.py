@@ -66,8 +66,7 @@ class BuiltGraphs:
     route: str
     kv_dtype: str = "float32"
     pooling: str = "mean"
-    pads_right: bool = True
-    batched_prefill: bool = False
+    kv_in_place: bool = True
     extra: Mapping[str, Any] = field(default_factory=dict)
 
 

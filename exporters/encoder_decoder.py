@@ -55,8 +55,7 @@ def build(loaded: LoadedBase, options: ExportOptions, folder: Path, scratch: Pat
     return BuiltGraphs(
         {"encoder": ENCODER, "decoder": DECODER},
         "torch",
-        pads_right=False,
-        batched_prefill=True,
+        kv_in_place=False,
         extra={"weights": weights},
     )
 

@@ -39,7 +39,7 @@ def build(loaded: LoadedBase, options: ExportOptions, folder: Path, scratch: Pat
         {"model": GRAPH},
         "torch",
         pooling=_pooling(loaded.config),
-        batched_prefill=True,
+        kv_in_place=False,
         extra={"weights": weights},
     )
 

@@ -81,8 +81,7 @@ def make_manifest(
         prompt_input=options.prompt_input,
         kv_dtype=built.kv_dtype,
         pooling=built.pooling,
-        pads_right=built.pads_right,
-        batched_prefill=built.batched_prefill,
+        kv_in_place=built.kv_in_place,
         generation=generation,
         versions=tool_versions(),
         extra={

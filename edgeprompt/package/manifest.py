@@ -114,10 +114,9 @@ class Manifest:
     """Type of past_key_values: "float32" or "float16"."""
     pooling: str = "mean"
     """Default of `embed` (encoders): "mean", "cls" or "last"."""
-    pads_right: bool = True
-    """Whether rows of a batch are padded on the right (GroupQueryAttention counts from the left)."""
-    batched_prefill: bool = False
-    """Whether several tokens of several rows may run on top of a past (GroupQueryAttention takes one row then)."""
+    kv_in_place: bool = True
+    """Decoders: whether attention (GroupQueryAttention) appends to the KV cache where it lies; else the graph returns
+    past and new keys joined. Older packages say the contrary as "batched_prefill"."""
     generation: Mapping[str, Any] = field(default_factory=dict)
     """What the base's generation_config says of every answer, under transformers' names (`package.generation`)."""
     prompts: tuple[str, ...] = ()
@@ -165,6 +164,9 @@ class Manifest:
             if "door" in data:
                 old = data.pop("door")
                 data["prompt_input"] = {"input": "required", "adapter": "optional"}.get(str(old), old)
+            data.pop("pads_right", None)  # of older packages; nothing reads it
+            if "batched_prefill" in data:
+                data["kv_in_place"] = not check_type(data.pop("batched_prefill"), bool, "batched_prefill")
             check_keys(Manifest, data, "the manifest")
             return _checked(Manifest(**{**data, **_parts(data)}))
         except (ValueError, TypeError, UnicodeDecodeError) as error:
@@ -225,8 +227,7 @@ def _checked(manifest: Manifest) -> Manifest:
         for token in value if spec.name == "eos" else (value,) if value is not None else ():
             if check_type(token, int, f"tokens.{spec.name}") < 0:
                 raise ValueError(f"tokens.{spec.name} is {token}")
-    for name in ("pads_right", "batched_prefill"):
-        check_type(getattr(manifest, name), bool, name)
+    check_type(manifest.kv_in_place, bool, "kv_in_place")
     check_type(manifest.tokenizer_fingerprint, (str, type(None)), "tokenizer_fingerprint")
     for graph in manifest.graphs.values():
         for text in (graph.sha256, *check_type(graph.data, dict, "a graph's data").values()):

@@ -268,8 +268,7 @@ def _manifest(
         tokenizer_sha256=hash_tokenizer(folder),
         prompt_input=options.prompt_input,
         kv_dtype=built.kv_dtype,
-        pads_right=built.fused or built.architecture != names.DECODER_ONLY,
-        batched_prefill=not built.fused,
+        kv_in_place=built.fused,
         generation=generation,
         versions=tool_versions(),
         extra={

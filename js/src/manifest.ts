@@ -71,7 +71,7 @@ export interface Manifest {
 
 export const MANIFEST_REQUIRED = "architecture model_type base geometry tokens precision route graphs".split(" ");
 export const MANIFEST_OPTIONAL =
-  "tokenizer_fingerprint tokenizer_sha256 prompt_input door kv_dtype pooling pads_right batched_prefill prompts validation versions extra generation"
+  "tokenizer_fingerprint tokenizer_sha256 prompt_input door kv_dtype pooling kv_in_place pads_right batched_prefill prompts validation versions extra generation"
     .split(" ")
     .concat("quality", "quality_gate", "target");
 const GEOMETRY = "vocab_size hidden_size num_layers num_attention_heads num_key_value_heads head_size".split(" ");
@@ -138,7 +138,7 @@ async function read(text: string | Uint8Array): Promise<Manifest> {
   const needed = architecture === "encoder-decoder" ? ["decoder", "encoder"] : ["model"];
   const found = Object.keys(graphs).sort();
   if (found.join() !== needed.join()) throw new FormatError(`graphs are ${repr(found)}, needed: ${repr(needed)}`);
-  for (const name of ["pads_right", "batched_prefill"]) {
+  for (const name of ["kv_in_place", "pads_right", "batched_prefill"]) {
     if (name in data) check(data[name], "bool", name);
   }
   for (const name of ["validation", "versions", "extra"]) {

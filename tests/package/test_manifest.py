@@ -57,7 +57,7 @@ HOSTILE = [
     (lambda m: m["graphs"]["model"].update(data={"x": 5}), "hash must be str"),
     (lambda m: m["tokens"].update(eos=[[0]]), "tokens.eos must be int"),
     (lambda m: m["tokens"].update(pad=-1), "tokens.pad is -1"),
-    (lambda m: m.update(pads_right="no"), "pads_right must be bool"),
+    (lambda m: m.update(kv_in_place="no"), "kv_in_place must be bool"),
     (lambda m: m.update(tokenizer_fingerprint=5), "tokenizer_fingerprint must be str or null"),
 ]
 
@@ -129,3 +129,12 @@ def test_the_old_name_of_the_prompt_input_is_read(tiny_llama_package: Path, old:
     assert Manifest.from_json(json.dumps({**data, "door": old})).prompt_input == new
     with pytest.raises(PackageError, match="prompt_input is 'gate', allowed: required, optional"):
         Manifest.from_json(json.dumps({**data, "door": "gate"}))
+
+
+@pytest.mark.parametrize("batched", [True, False])
+def test_older_packages_say_how_the_kv_cache_grows_in_other_words(batched: bool):
+    data = json.loads(make_manifest().to_json())
+    del data["kv_in_place"]
+    old = {**data, "pads_right": not batched, "batched_prefill": batched}
+    assert Manifest.from_json(json.dumps(old)).kv_in_place is not batched
+    assert Manifest.from_json(json.dumps(data)).kv_in_place

@@ -66,8 +66,8 @@ class DecoderEngine(Engine):
         for _ in range(lanes):
             graph = open_graph(
                 session,
-                package.graph("model"),
                 shape,
+                in_place=package.manifest.kv_in_place,
                 hidden_size=size.hidden_size,
                 max_rows=options.max_batch,
                 budget=budget // lanes,

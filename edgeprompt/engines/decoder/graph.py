@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-import mmap
 from collections.abc import Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any, Protocol
 
 import numpy as np
@@ -68,9 +66,9 @@ class DecoderGraph(Protocol):
 
 def open_graph(
     session: Session,
-    path: Path,
     shape: KVShape,
     *,
+    in_place: bool,
     hidden_size: int,
     max_rows: int,
     budget: int,
@@ -80,25 +78,19 @@ def open_graph(
 
     Args:
         session: the open graph.
-        path: its file.
         shape: of its cache.
+        in_place: whether its attention appends in place (`Manifest.kv_in_place`).
         hidden_size: of its prompt rows.
         max_rows: most rows of a decode step.
         budget: most bytes of cache.
         batch_invariant: run a lone row as two. Kernels for one row add up in another order than those for several,
             and int8 activations make that visible; rows of a growing graph always run alone.
     """
-    if session.device != "cpu" or not _appends_in_place(path):
+    if session.device != "cpu" or not in_place:
         return GrowingGraph(session, shape, hidden_size=hidden_size, max_rows=max_rows, budget=budget)
     graph = SharedGraph(session, shape, hidden_size=hidden_size, max_rows=max_rows, budget=budget)
     graph.least_rows = 2 if batch_invariant else 1
     return graph
-
-
-def _appends_in_place(path: Path) -> bool:
-    """Whether the graph's attention is GroupQueryAttention (operator names stand in the file as plain text)."""
-    with path.open("rb") as file, mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as data:
-        return data.find(b"GroupQueryAttention") >= 0
 
 
 class _Graph:

@@ -8,9 +8,9 @@ import pytest
 
 import edgeprompt
 from edgeprompt import EngineOptions, Request, Runtime
-from edgeprompt.engines.decoder import graph as decoder_graph
 from edgeprompt.engines.decoder.graph import GrowingGraph, SharedGraph
 from edgeprompt.request import GenerationOptions
+from tests.support.packages import growing_package
 from tests.support.prompts import make_prompt
 from tests.support.runtimes import QUIET
 
@@ -36,16 +36,13 @@ def requests() -> list[Request]:
     return [*generate, Request("a story", "rows"), Request("it was a long film", "rows")]
 
 
-def test_a_graph_that_grows_its_cache_answers_the_same(
-    tiny_llama_package: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_graph_that_grows_its_cache_answers_the_same(tiny_llama_package: Path, tmp_path: Path) -> None:
     with edgeprompt.load(tiny_llama_package, options=QUIET) as shared:
         assert isinstance(graph_of(shared), SharedGraph)
         add_prompts(shared)
         expected = shared.run(requests())
     # Without shared buffers GroupQueryAttention returns past and new keys joined, as other exporters' graphs do.
-    monkeypatch.setattr(decoder_graph, "_appends_in_place", lambda path: False)
-    with edgeprompt.load(tiny_llama_package, options=QUIET) as growing:
+    with edgeprompt.load(growing_package(tiny_llama_package, tmp_path), options=QUIET) as growing:
         assert isinstance(graph_of(growing), GrowingGraph)
         add_prompts(growing)
         found = growing.run(requests())

@@ -28,6 +28,7 @@ from edgeprompt.package.folder import open_package
 from edgeprompt.package.manifest import Manifest
 from edgeprompt.prompts.file import PromptFile
 from edgeprompt.request import GenerationOptions
+from tests.support.packages import growing_package
 from tests.support.prompts import make_prompt
 from tests.support.runtimes import QUIET
 
@@ -267,14 +268,20 @@ class Machine(RuleBasedStateMachine):
 
 
 def run_machine(
-    package: Path, kind: str, monkeypatch: pytest.MonkeyPatch, *, max_examples: int, stateful_step_count: int = 40
+    package: Path,
+    kind: str,
+    monkeypatch: pytest.MonkeyPatch,
+    tmp_path: Path,
+    *,
+    max_examples: int,
+    stateful_step_count: int = 40,
 ) -> None:
     # Small, so that buffers grow and shrink.
     monkeypatch.setattr(kv_cache, "LEAST_LENGTH", 16)
     monkeypatch.setattr(decoder_graph, "KEPT_LENGTH", 32)
     monkeypatch.setattr(scheduler, "LOOK_EVERY", 0.0)  # no event depends on the clock
     if kind == "growing":
-        monkeypatch.setattr(decoder_graph, "_appends_in_place", lambda path: False)
+        package = growing_package(package, tmp_path)
     scratch = Scratch(package)
     run_state_machine_as_test(
         lambda: Machine(package, scratch, kind),
@@ -291,14 +298,18 @@ def run_machine(
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_any_order_of_events(kind: str, tiny_llama_package: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    run_machine(tiny_llama_package, kind, monkeypatch, max_examples=25)
+def test_any_order_of_events(
+    kind: str, tiny_llama_package: Path, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    run_machine(tiny_llama_package, kind, monkeypatch, tmp_path, max_examples=25)
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("kind", KINDS)
-def test_any_order_of_events_at_length(kind: str, tiny_llama_package: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    run_machine(tiny_llama_package, kind, monkeypatch, max_examples=600, stateful_step_count=80)
+def test_any_order_of_events_at_length(
+    kind: str, tiny_llama_package: Path, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    run_machine(tiny_llama_package, kind, monkeypatch, tmp_path, max_examples=600, stateful_step_count=80)
 
 
 def test_a_slot_that_moved_keeps_its_prefix(tiny_llama_package: Path) -> None:
