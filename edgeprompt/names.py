@@ -34,6 +34,8 @@ METHODS = (
 
 PROMPT_METADATA = "edgeprompt"
 """Key of safetensors metadata that a prompt file keeps its JSON under."""
+KV_METADATA = "edgeprompt_kv"
+"""The metadata key of a prompt that was written as keys and values."""
 WRITTEN_BY = "written_by"
 """Key of safetensors metadata that says who wrote a PEFT adapter ("edgeprompt")."""
 MANIFEST = "edgeprompt.json"

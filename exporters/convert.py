@@ -12,7 +12,7 @@ from pathlib import Path
 
 from edgeprompt.errors import BaseMismatchError, InputError, SourceError
 from edgeprompt.package.manifest import Base
-from edgeprompt.package.outputs import ADAPTER, ONNX_ADAPTER, PROMPT, PROMPT_SET, TABLE, Kind, check_output
+from edgeprompt.package.outputs import ADAPTER, KV, ONNX_ADAPTER, PROMPT, PROMPT_SET, TABLE, Kind, check_output
 from edgeprompt.prompts.file import METADATA_KEY, PromptFile, load_prompt, save_prompt
 from edgeprompt.prompts.template import Template, VirtualTokens
 from exporters import writers
@@ -20,8 +20,9 @@ from exporters.importers import read_foreign
 from exporters.importers.base_facts import read_base_facts
 from exporters.importers.foreign import BaseFacts, ForeignPrompt, NeedsBaseError, ReadOptions
 from exporters.importers.servable import check_servable
+from exporters.kv import write_kv
 
-TARGETS = ("auto", "prompt", "onnx-adapter", "npy", "peft", "trtllm")
+TARGETS = ("auto", "prompt", "onnx-adapter", "npy", "peft", "trtllm", "kv")
 _BY_ENDING = {".safetensors": "prompt", ".onnx_adapter": "onnx-adapter", ".npy": "npy"}
 _NO_BASE = Base("unknown", "unknown")
 
@@ -106,7 +107,8 @@ def convert_prompt(
         prompt.to_bytes()  # every check of the format, whatever the target
         if facts and kind == "prompt":
             check_servable(prompt, facts)
-    outputs = _write(prompts, Path(output), kind, facts, force)
+    package = Path(base) if isinstance(base, (str, os.PathLike)) else None
+    outputs = _write(prompts, Path(output), kind, facts, package, force)
     return ConversionReport(
         ", ".join(dict.fromkeys(source_formats)),
         kind,
@@ -129,7 +131,9 @@ def _target(output: Path, target: str) -> str:
                 "task, or --to peft)"
             )
         return by_ending or "prompt"
-    allowed = {"prompt": ("prompt", None), "peft": (None,), "trtllm": ("npy",)}.get(target, (target,))
+    allowed = {"prompt": ("prompt", None), "peft": (None,), "trtllm": ("npy",), "kv": ("prompt",)}.get(
+        target, (target,)
+    )
     if by_ending not in allowed:
         raise InputError(f"output {str(output)!r} does not fit --to {target}")
     return target
@@ -138,7 +142,7 @@ def _target(output: Path, target: str) -> str:
 def _output_kind(target: str, output: Path) -> Kind:
     if target == "prompt":
         return PROMPT if output.suffix else PROMPT_SET
-    return {"peft": ADAPTER, "onnx-adapter": ONNX_ADAPTER}.get(target, TABLE)
+    return {"peft": ADAPTER, "onnx-adapter": ONNX_ADAPTER, "kv": KV}.get(target, TABLE)
 
 
 def _check_sources(sources: Sequence[Path], source_format: str, options: ReadOptions) -> None:
@@ -272,7 +276,7 @@ def _reread(
 
 
 def _write(
-    prompts: list[PromptFile], output: Path, kind: str, facts: BaseFacts | None, force: bool
+    prompts: list[PromptFile], output: Path, kind: str, facts: BaseFacts | None, package: Path | None, force: bool
 ) -> tuple[Path, ...]:
     if kind == "trtllm":
         writers.write_table(prompts, output)
@@ -291,6 +295,8 @@ def _write(
         writers.write_onnx_adapter(prompt, output)
     elif kind == "npy":
         writers.write_npy(prompt, output)
+    elif kind == "kv":
+        write_kv(prompt, output, package)
     else:
         writers.write_peft(prompt, output, facts, force=force)
     return (output,)

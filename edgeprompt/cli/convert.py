@@ -13,7 +13,7 @@ from edgeprompt.errors import InputError
 
 # Written out, so that --help imports nothing; a test compares them with exporters.importers and exporters.convert.
 FORMATS = ("auto", "peft", "openprompt", "p-tuning-v2", "t5x", "nemo", "trtllm", "vllm", "tgis")
-TARGETS = ("auto", "prompt", "onnx-adapter", "npy", "peft", "trtllm")
+TARGETS = ("auto", "prompt", "onnx-adapter", "npy", "peft", "trtllm", "kv")
 
 
 @click.command(name="convert")

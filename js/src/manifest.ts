@@ -78,6 +78,7 @@ const GEOMETRY = "vocab_size hidden_size num_layers num_attention_heads num_key_
 const GEOMETRY_MORE = "max_positions num_encoder_layers position_offset embedding_size".split(" ");
 const GENERATION_COUNTS = ["no_repeat_ngram_size", "min_length", "min_new_tokens", "forced_bos_token_id"];
 const GENERATION_LISTS = ["suppress_tokens", "begin_suppress_tokens", "forced_eos_token_id"];
+export const GENERATION_FIELDS = ["repetition_penalty", "bad_words_ids", ...GENERATION_COUNTS, ...GENERATION_LISTS];
 const TOKENS = "bos eos pad mask decoder_start forced_bos forced_eos".split(" ");
 
 /** snake_case to camelCase. */
@@ -130,7 +131,7 @@ async function read(text: string | Uint8Array): Promise<Manifest> {
     prompts: readPrompts(given(data, "prompts", [])),
     weightsHash: "",
     extra: plain(given(data, "extra", {})),
-    generation: readGeneration(given(data, "generation", {})),
+    generation: checkGeneration(given(data, "generation", {})),
     target: choice("target", ["native", "web"], "native"),
   };
   if ("door" in data) choice("door", ["input", "adapter"], "input");
@@ -178,7 +179,7 @@ function readTokens(data: unknown): Tokens {
   return values as unknown as Tokens;
 }
 
-function readGeneration(data: unknown): Record<string, any> {
+export function checkGeneration(data: unknown): Record<string, any> {
   const found = check<Fields>(data, "dict", "generation");
   for (const [name, value] of Object.entries(found)) {
     const where = `generation.${name}`;

@@ -343,3 +343,29 @@ def test_smollm2_on_hundreds_of_texts(
     both = Both(ask, package, [PROMPTS / "restore.safetensors"])
     _generations(both, texts[-50:], [{"max_new_tokens": 32}] * 50)
     _generations(both, texts[:20], [{"max_new_tokens": 32, "seed": seed, **SAMPLED} for seed in range(20)])
+
+
+@pytest.mark.parametrize(
+    "fields",
+    [
+        {"no_repeat_ngram_size": 1, "repetition_penalty": 5.0},
+        {"suppress_tokens": [*range(100, 500)], "min_new_tokens": 5},
+        {"begin_suppress_tokens": [429], "bad_words_ids": [[389], [300, 301]]},
+    ],
+    ids=str,
+)
+def test_the_bases_generation_config(
+    ask: Callable[..., Any], tiny_llama_package: Path, fields: dict[str, Any], tmp_path: Path
+) -> None:
+    import json
+    import shutil
+
+    package = tmp_path / "package"
+    shutil.copytree(tiny_llama_package, package)
+    manifest = json.loads((package / "edgeprompt.json").read_text("utf-8"))
+    (package / "edgeprompt.json").write_text(json.dumps({**manifest, "generation": fields}), "utf-8")
+    both, plain = Both(ask, package, []), edgeprompt.load(tiny_llama_package, options=QUIET)
+    expected = [both.python.generate(text, max_new_tokens=12) for text in TEXTS]
+    found = both.call("generate", TEXTS, {"maxNewTokens": 12})
+    assert [list(one.token_ids) for one in expected] == [one["tokenIds"] for one in found]
+    assert expected[0].token_ids != plain.generate(TEXTS[0], max_new_tokens=12).token_ids

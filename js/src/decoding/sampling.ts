@@ -97,7 +97,7 @@ function texts(name: string, value: unknown): string[] {
 }
 
 /** The largest logit; NaN or infinity there is an error, for an answer that rests on it would look like one. */
-function top(logits: Float32Array): number {
+export function largest(logits: Float32Array): number {
   let found = -Infinity;
   let broken = false;
   for (let i = 0; i < logits.length; i++) {
@@ -115,17 +115,17 @@ function top(logits: Float32Array): number {
 }
 
 function argmax(logits: Float32Array): number {
-  const largest = top(logits);
-  return logits.indexOf(largest);
+  const high = largest(logits);
+  return logits.indexOf(high);
 }
 
 /** The log-probability of some tokens, in float32 as Python computes it. */
 export function logProbabilities(logits: Float32Array): (token: number) => number {
-  const largest = top(logits);
+  const high = largest(logits);
   let sum = 0;
-  for (let i = 0; i < logits.length; i++) sum += Math.fround(Math.exp(Math.fround(logits[i]! - largest)));
+  for (let i = 0; i < logits.length; i++) sum += Math.fround(Math.exp(Math.fround(logits[i]! - high)));
   const log = Math.fround(Math.log(sum));
-  return (token) => Math.fround(Math.fround(logits[token]! - largest) - log);
+  return (token) => Math.fround(Math.fround(logits[token]! - high) - log);
 }
 
 /** Chooses the next token of one request. */
@@ -163,9 +163,9 @@ export class Sampler {
   private pick(logits: Float32Array): number {
     if (!this.random) return argmax(logits);
     const { options } = this;
-    const largest = top(logits);
+    const high = largest(logits);
     const temperature = Math.fround(Math.max(options.temperature, LEAST_TEMPERATURE));
-    const weights = logits.map((logit) => Math.exp(Math.fround(Math.fround(logit - largest) / temperature)));
+    const weights = logits.map((logit) => Math.exp(Math.fround(Math.fround(logit - high) / temperature)));
     const count = options.topK ? Math.min(options.topK, weights.length) : weights.length;
     const order = sorted(weights, count, options);
     const at = (i: number): number => weights[order ? order[i]! : i]!;

@@ -4,7 +4,8 @@ import { InputError } from "../errors.ts";
 import type { Classification, Clock, Generation } from "../results.ts";
 import { wordTree, type Verbalizer, type WordNode } from "../verbalizer.ts";
 import { Detokenizer } from "./detokenizer.ts";
-import { Sampler, logProbabilities, type Sampling } from "./sampling.ts";
+import type { Processors } from "./processors.ts";
+import { Sampler, largest, logProbabilities, type Sampling } from "./sampling.ts";
 
 /** The next token to run. */
 export interface Step {
@@ -25,6 +26,7 @@ export interface Strategy<T> {
 export class FirstLogits implements Strategy<Float32Array> {
   private logits: Float32Array = new Float32Array();
   advance(logits: Float32Array): null {
+    largest(logits);
     this.logits = logits.slice();
     return null;
   }
@@ -77,6 +79,7 @@ export interface GenerateParts {
   encode: (text: string) => number[];
   history: Iterable<number>;
   clock: Clock;
+  processors?: Processors | null;
   onText?: ((piece: string) => void) | undefined;
 }
 
@@ -102,7 +105,10 @@ export class Generate implements Strategy<Generation> {
     const { choice } = this;
     const { eos } = this.parts;
     const allowed = choice ? [...choice.children.keys(), ...(choice.words.length ? eos : [])] : null;
-    const token = this.sampler.choose(logits, allowed);
+    const { processors } = this.parts;
+    // The model's own logits are looked at for NaN; processors put infinities on purpose.
+    const scores = processors?.active && !choice ? processors.apply((largest(logits), logits), this.ids) : logits;
+    const token = this.sampler.choose(scores, allowed);
     this.parts.clock.tick();
     if (eos.includes(token) && !choice?.children.has(token)) return this.end(choice ? "stop" : "eos");
     this.ids.push(token);

@@ -1,6 +1,7 @@
 /** Decoder-only models: prompts as KV prefixes, computed once, and a cache that grows behind them. */
 
 import { FirstLogits, Generate, ScoreWords, type Strategy } from "../decoding/strategies.ts";
+import { Processors, generationFields } from "../decoding/processors.ts";
 import { DEFAULT_NEW_TOKENS, resolve } from "../decoding/sampling.ts";
 import { encodeText, locatedSlot, type EncodedText } from "../encoderText.ts";
 import { CapacityError, InputError, PackageError, UnsupportedError } from "../errors.ts";
@@ -142,18 +143,22 @@ export class DecoderEngine implements Engine {
         if ((request.options?.numBeams ?? 1) !== 1) {
           throw new UnsupportedError("numBeams is for encoder-decoders; decoders generate greedily or sample");
         }
-        const sampling = resolve(request.options ?? {}, loaded?.file.generation ?? {});
+        const { generation: own = {} } = loaded?.file ?? {};
+        const fields = request.options?.choices?.length ? {} : generationFields(manifest.generation, own);
+        const sampling = resolve(request.options ?? {}, { ...fields, ...own });
         const new_ = sampling.maxNewTokens;
         const ids = await this.encode(request, loaded, sampling.askedLength ? new_ : Math.min(new_, 1), new_);
         if (!sampling.askedLength && this.limit) {
           sampling.maxNewTokens = Math.min(DEFAULT_NEW_TOKENS, this.limit - ids.length - this.prefixLength(loaded));
         }
+        const history = ids.filter((id) => id < this.vocab);
         const end = sampling.choices.length ? await this.textEnd(request, loaded) : "";
         const strategy = new Generate(sampling, {
           eos: manifest.tokens.eos,
           decode: (tokens) => tokenizer.decode(tokens),
           encode: (text) => idsBehind((one) => tokenizer.encode(one, false), end, text),
-          history: ids.filter((id) => id < this.vocab),
+          history,
+          processors: new Processors(fields, history, manifest.tokens.eos, sampling.maxNewTokens),
           clock: context.clock,
           onText: context.onText,
         });

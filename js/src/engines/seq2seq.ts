@@ -1,6 +1,7 @@
 /** Encoder-decoders: the encoder once per text, then the decoder step by step; greedy or sampled, without beams. */
 
 import { FirstLogits, Generate, ScoreWords, type Strategy } from "../decoding/strategies.ts";
+import { Processors, generationFields } from "../decoding/processors.ts";
 import { resolve } from "../decoding/sampling.ts";
 import { encodeText, locatedSlot } from "../encoderText.ts";
 import { CapacityError, InputError, PackageError, PromptFileError, UnsupportedError } from "../errors.ts";
@@ -150,7 +151,8 @@ export class Seq2SeqEngine implements Engine {
     const { tokens, geometry } = this.parts.manifest;
     const { tokenizer } = this.parts;
     const defaults = prompt?.file.generation ?? {};
-    const sampling = resolve(request.options ?? {}, defaults);
+    const fields = request.options?.choices?.length ? {} : generationFields(this.parts.manifest.generation, defaults);
+    const sampling = resolve(request.options ?? {}, { ...fields, ...defaults });
     const asked = request.options?.numBeams;
     const beams: unknown = asked !== undefined && asked !== 1 ? asked : (defaults["num_beams"] ?? 1);
     if (beams !== 1) {
@@ -171,11 +173,13 @@ export class Seq2SeqEngine implements Engine {
     if (room < 1) throw new InputError(`the prompt takes all of the decoder's ${limit} positions; use a shorter one`);
     const length = Math.min(room, sampling.maxNewTokens);
     sampling.maxNewTokens = length;
+    const history = [this.start, ...(prompt?.decoderPrefix ?? [])];
     const strategy = new Generate(sampling, {
       eos: tokens.eos,
       decode: (ids) => tokenizer.decode(ids),
       encode: (text) => this.encodeBare(text),
-      history: [this.start, ...(prompt?.decoderPrefix ?? [])],
+      history,
+      processors: new Processors(fields, history, tokens.eos, length),
       clock: context.clock,
       onText: context.onText,
     });
