@@ -93,14 +93,14 @@ class Files {
     if (!hash) return this.readFresh(url, most, tell);
     const key = new URL(`edgeprompt-cache/${hash}`, this.base.origin).href;
     const kept = await this.kept(key);
-    if (kept) {
-      if ((await sha256(kept)) === hash) {
-        tell(kept.length, kept.length);
-        return kept;
-      }
-      await (await this.cache())?.delete(key); // damaged: fetch it again
+    if (kept && (await sha256(kept)) === hash) {
+      tell(kept.length, kept.length);
+      return kept;
     }
-    const found = await fetchBytes(url, most, tell);
+    if (kept) await (await this.cache())?.delete(key);
+    // What is damaged here may be damaged in the browser's own cache too.
+    let found = await fetchBytes(url, most, tell, kept ? "reload" : "default");
+    if (found && !kept && (await sha256(found)) !== hash) found = await fetchBytes(url, most, tell, "reload");
     if (!found) return null;
     const real = await sha256(found);
     if (real !== hash) throw new PackageError(`${file} has SHA-256 ${real}, the manifest names ${hash}; export the base again`);
@@ -139,8 +139,10 @@ class Files {
 }
 
 /** Fetch a file of at most `most` bytes; null where the server has none. */
-async function fetchBytes(url: URL, most: number, tell?: (loaded: number, total: number) => void): Promise<Uint8Array | null> {
-  const response = await fetch(url);
+async function fetchBytes(
+  url: URL, most: number, tell?: (loaded: number, total: number) => void, cache: RequestCache = "default",
+): Promise<Uint8Array | null> {
+  const response = await fetch(url, { cache });
   if (response.status === 404) return null;
   if (!response.ok) throw new Error(`${url.href} answers ${response.status}`);
   const packed = response.headers.has("content-encoding");
