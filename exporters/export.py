@@ -152,7 +152,7 @@ def validate_package(
     """
     package = open_package(path)
     package.verify()
-    loaded = against if isinstance(against, LoadedBase) else load_base(against, per_parameter=EXPORT)
+    loaded = against if isinstance(against, LoadedBase) else load_base(against)
     manifest = package.manifest
     base = loaded.base
     if not base.matches(manifest.base):
