@@ -93,8 +93,12 @@ def test_a_decoder_says_what_model_generate_says(
             assert choice.token_ids == bare.generate(input_ids=ids, choices=[" good", " bad"]).token_ids
 
 
+FORCED = {"forced_bos_token_id": 60, "min_new_tokens": 30, "suppress_tokens": [61, 62]}
+"""The end (added by the test) is forced though `min_new_tokens` forbids ends: tokens are forced behind the bans."""
+
+
 @pytest.mark.parametrize("beams", [1, 3])
-@pytest.mark.parametrize("rules", END_TO_END)
+@pytest.mark.parametrize("rules", [*END_TO_END, "forced"])
 def test_an_encoder_decoder_says_what_model_generate_says(
     rules: str,
     beams: int,
@@ -106,7 +110,8 @@ def test_an_encoder_decoder_says_what_model_generate_says(
     from transformers import AutoModelForSeq2SeqLM
 
     model = AutoModelForSeq2SeqLM.from_pretrained(seq2seq_base("T5")).eval()
-    fields = END_TO_END[rules]
+    eos = model.generation_config.eos_token_id
+    fields = {**FORCED, "forced_eos_token_id": [eos]} if rules == "forced" else END_TO_END[rules]
     with edgeprompt.load(with_generation(seq2seq_package("T5"), tmp_path, fields), options=QUIET) as runtime:
         ids = runtime._package.tokenizer.encode("the film was the film")
         found = runtime.generate(input_ids=ids, max_new_tokens=20, num_beams=beams)

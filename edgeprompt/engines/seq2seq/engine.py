@@ -21,7 +21,7 @@ from edgeprompt.decoding.strategies import Clock, GenerateWork, LogitsWork
 from edgeprompt.engines.base import ENCODER_PAST, Engine, check_template, compile_words, given_ids
 from edgeprompt.engines.scheduler import Job, Scheduler
 from edgeprompt.engines.seq2seq.graphs import Seq2SeqGraphs, Source, SourceRow
-from edgeprompt.engines.seq2seq.jobs import Beams, Decision, Ending, OneRow, WordScores
+from edgeprompt.engines.seq2seq.jobs import Beams, Decision, OneRow, WordScores
 from edgeprompt.engines.seq2seq.lane import Seq2SeqJob, Seq2SeqLane
 from edgeprompt.errors import InputError, PackageError, PromptFileError, UnsupportedError
 from edgeprompt.heads.answers import tag, token_logits
@@ -112,7 +112,7 @@ class Seq2SeqEngine(Engine):
                 job = self._embed(request, prompt)
             case "logits":
                 work = LogitsWork()
-                job = self._decoding(request, prompt, OneRow(work, Ending(1)), width=1, new_tokens=1)
+                job = self._decoding(request, prompt, OneRow(work), width=1, new_tokens=1)
             case _:
                 raise UnsupportedError(
                     f"task {task!r} is not for encoder-decoders ({self._manifest.model_type}); "
@@ -176,7 +176,7 @@ class Seq2SeqEngine(Engine):
     ) -> Seq2SeqJob:
         clock = Clock()
         defaults = prompt.file.generation if prompt else {}
-        fields = {} if request.options.choices else generation_fields(self._manifest.generation, defaults)
+        fields = {} if request.options.choices else self._fields(defaults)
         sampling = resolve(request.options, {**defaults, **fields})
         beams = request.options.num_beams if request.options.num_beams != 1 else defaults.get("num_beams", 1)
         if type(beams) is not int or not 1 <= beams <= 64:
@@ -184,15 +184,13 @@ class Seq2SeqEngine(Engine):
         feed = self._feed(prompt)
         tokens = self._manifest.tokens
         length = self._new_tokens(sampling, prompt, len(feed))
-        first = tokens.forced_bos if len(feed) == 1 else None
-        ending = Ending(length, first, tokens.forced_eos)
         asked = request.options.repetition_penalty
         processors = Processors(
             fields if asked is None else {**fields, "repetition_penalty": asked}, feed, tokens.eos, length
         )
         if beams > 1:
             search = _search(sampling, beams, length, tokens.eos, defaults, processors)
-            decision: Decision = Beams(search, ending, tokens.eos, self._tokenizer, clock)
+            decision: Decision = Beams(search, tokens.eos, self._tokenizer, clock)
         else:
             work = GenerateWork(
                 replace(sampling, max_new_tokens=length),
@@ -204,12 +202,21 @@ class Seq2SeqEngine(Engine):
                 on_text=on_text,
                 processors=processors,
             )
-            decision = OneRow(work, Ending(length) if sampling.choices else ending)
+            decision = OneRow(work)
         job = self._decoding(request, prompt, decision, width=beams, new_tokens=length)
         clock.input_tokens = job.source.ids.size
         if on_text is not None and beams > 1:  # the whole text, once it is decided
             job.add_done_callback(lambda job: None if job.exception() else on_text(job.result().text))
         return job
+
+    def _fields(self, defaults: Mapping[str, Any]) -> dict[str, Any]:
+        """What the base's and the prompt's generation settings do to the logits."""
+        tokens = self._manifest.tokens
+        forced = {
+            "forced_bos_token_id": tokens.forced_bos,
+            "forced_eos_token_id": None if tokens.forced_eos is None else [tokens.forced_eos],
+        }
+        return generation_fields(forced, self._manifest.generation, defaults)
 
     def _new_tokens(self, sampling: Sampling, prompt: LoadedPrompt | None, fed: int) -> int:
         """`max_new_tokens`, or what the decoder's positions leave of it where nobody asked for a length."""

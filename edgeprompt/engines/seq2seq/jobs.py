@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from typing import Any, Protocol, TypeAlias
 
 import numpy as np
@@ -31,30 +31,11 @@ class Decision(Protocol):
         """The answer, once done."""
 
 
-@dataclass(frozen=True)
-class Ending:
-    """Tokens that must come at the start and at the length limit, whatever the logits say."""
-
-    max_new_tokens: int
-    first: int | None = None
-    last: int | None = None
-
-    def force(self, logits: Logits, done: int) -> Logits:
-        """Logits in which a token that must come now, behind `done` others, is certain."""
-        token = self.last if done == self.max_new_tokens - 1 else None
-        token = self.first if done == 0 and self.first is not None else token
-        if token is None:
-            return logits
-        forced = np.full_like(logits, -np.inf)
-        forced[..., token] = 0.0
-        return forced
-
-
 class OneRow:
     """Text generation (`GenerateWork`) or the first logits (`LogitsWork`): one row all along."""
 
-    def __init__(self, work: GenerateWork | LogitsWork, ending: Ending) -> None:
-        self._work, self._ending, self._done = work, ending, 0
+    def __init__(self, work: GenerateWork | LogitsWork) -> None:
+        self._work = work
 
     def advance(self, logits: Logits) -> Move | None:
         """Choose one token."""
@@ -62,8 +43,7 @@ class OneRow:
         if isinstance(self._work, LogitsWork):
             self._work.advance(row)
             return None
-        token = self._work.advance(self._ending.force(row, self._done))
-        self._done += 1
+        token = self._work.advance(row)
         return None if token is None else ([token], [0])
 
     def result(self) -> Any:
@@ -103,16 +83,13 @@ class WordScores:
 class Beams:
     """Beam search, a row for each running beam."""
 
-    def __init__(
-        self, search: BeamSearch, ending: Ending, eos: Sequence[int], tokenizer: Tokenizer, clock: Clock
-    ) -> None:
-        self._search, self._ending, self._eos = search, ending, frozenset(eos)
-        self._tokenizer, self._clock, self._done = tokenizer, clock, 0
+    def __init__(self, search: BeamSearch, eos: Sequence[int], tokenizer: Tokenizer, clock: Clock) -> None:
+        self._search, self._eos = search, frozenset(eos)
+        self._tokenizer, self._clock = tokenizer, clock
 
     def advance(self, logits: Logits) -> Move | None:
         """Move all beams on."""
-        move = self._search.advance(self._ending.force(logits, self._done))
-        self._done += 1
+        move = self._search.advance(logits)
         self._clock.tick()
         return None if move is None else (move[0].tolist(), move[1].tolist())
 
