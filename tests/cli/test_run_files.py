@@ -127,3 +127,24 @@ def test_what_resuming_needs(cli, refused, command, tmp_path):
     (tmp_path / "out.csv.part").write_text("my notes")
     assert "move it away" in refused(*command, "--input", source, "--output", tmp_path / "out.csv", "--resume")
     assert (tmp_path / "out.csv.part").read_text() == "my notes"
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("given", "made"), [("csv", "csv"), ("jsonl", "parquet"), ("parquet", "jsonl")])
+def test_memory_does_not_grow_with_the_file(spawn, command, tmp_path, given, made):
+    def peak(count):
+        names = ["sentiment" if i % 50 == 0 else "unknown" for i in range(count)]  # unknown: fails fast
+        records = [{**record, "kind": name, "note": "x" * 40} for record, name in zip(rows(count), names, strict=True)]
+        source, out = write(tmp_path / f"{count}.{given}", records), tmp_path / f"out{count}.{made}"
+        high = "[line.split()[1] for line in open('/proc/self/status') if line.startswith('VmHWM')][0]"
+        before = f"import atexit, sys; atexit.register(lambda: print({high}, file=sys.stderr))"
+        arguments = (*command, "--input", source, "--output", out, "--on-error", "record", "--prompt-column", "kind")
+        with spawn(*arguments, before=before) as process:
+            _, error = process.communicate(timeout=1200)
+        assert process.returncode == 0, error
+        assert f"{count - count // 50} answers failed and were recorded" in error
+        assert len(read(out)) == count
+        return int(error.splitlines()[-1]) / 1024
+
+    small, large = peak(20_000), peak(200_000)
+    assert large < small + 32, f"MiB: {small:.0f} at 20,000 rows, {large:.0f} at 200,000"

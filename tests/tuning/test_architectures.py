@@ -307,7 +307,7 @@ def test_what_does_not_go_together(tiny_bert: Path, tiny_t5: Path, tiny_llama_ba
             TemplateError,
             "a mask stands for one",
         ),
-        (tiny_t5, rows, {"problem_type": "regression"}, UnsupportedError, "needs a head"),
+        (tiny_t5, [{"text": "a", "label": 1.5}], {"problem_type": "regression"}, UnsupportedError, "needs a head"),
         (tiny_bert, [{"tokens": ["a", "b"], "tags": ["O"]}], {}, DataError, "2 tokens and 1 tags"),
         (
             tiny_bert,
