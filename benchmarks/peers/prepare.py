@@ -25,7 +25,7 @@ LABELS = {"negative": " negative", "positive": " positive"}
 PACKAGES: dict[str, dict[str, Any]] = {
     "int4-genai": {"precision": "int4", "route": "genai"},
     "int4-torch": {"precision": "int4", "route": "torch"},
-    "int4-128-genai": {"precision": "int4", "route": "genai", "block_size": 128},
+    "int4-128-genai": {"precision": "int4", "route": "genai", "block_size": 128, "allow_quality_loss": True},
     "int8-genai": {"precision": "int8", "route": "genai"},
 }
 """Our packages, and how they are exported."""
