@@ -69,7 +69,12 @@ def open_step(
     session = ort.InferenceSession(str(path), options, providers=["CPUExecutionProvider"])
     shape = KVShape(size.num_layers, size.num_key_value_heads, size.head_size, "float32")
     runs = open_graph(
-        Session(session, "cpu", "cpu"), path, shape, hidden_size=size.hidden_size, max_rows=1, budget=1 << 30
+        Session(session, "cpu", "cpu"),
+        shape,
+        in_place=True,
+        hidden_size=size.hidden_size,
+        max_rows=1,
+        budget=1 << 30,
     )
     return session, runs
 

@@ -179,6 +179,14 @@ def dequantize_record(
     return weight[:, :columns] + offsets.repeat_interleave(record["block"], dim=1)
 
 
+def read_scales(
+    record: Mapping[str, Any], initializers: Mapping[str, ir.Value], rows: slice = slice(None)
+) -> npt.NDArray[np.float32]:
+    """The scales [out_features] of a weight with one scale for each row (layout "columns"), or some of them."""
+    scales: npt.NDArray[np.float32] = _array(initializers, record["scales"], (rows,)).astype(np.float32).reshape(-1)
+    return scales
+
+
 def _array(initializers: Mapping[str, ir.Value], name: str, part: tuple[slice, ...]) -> npt.NDArray[Any]:
     if name not in initializers or initializers[name].const_value is None:
         raise PackageError(f"the graph lacks the initialiser {name!r} that the manifest names; export the base again")

@@ -73,7 +73,7 @@ def test_refusals_leave_nothing(refused, make_prompt, tiny_llama_base, smollm2_g
     assert "no base model at" in refused("export", "./missing", "-o", out)
     cut = tmp_path / "cut.gguf"
     cut.write_bytes(smollm2_gguf.read_bytes()[:100_000])
-    assert "cannot read the config of" in refused("export", cut, "-o", out)
+    assert "is cut short or no GGUF file" in refused("export", cut, "-o", out)
     other = tmp_path / "other.safetensors"
     save_prompt(make_prompt("other", base=Base("another-model", "sha256:00")), other)
     line = refused("export", tiny_llama_base, "-o", out, "--prompt", other)

@@ -58,7 +58,7 @@ def place(tmp_path, monkeypatch, make_prompt, tiny_llama_package):
         ("tune missing data.csv -o out.safetensors --adapter .", "holds 'data.csv'"),
         ("tune missing data.csv -o out.safetensors --adapter data.csv", "also what the command reads"),
         ("tune missing data.csv -o out.safetensors --log data.csv", "also what the command reads"),
-        ("tune missing p.safetensors -o p.safetensors", "also what the command reads"),
+        ("tune missing p.safetensors -o p.safetensors", "ends in '.safetensors'; known: .csv"),
         ("tune missing data.csv -o p.safetensors --resume p.safetensors", "also what the command reads"),
         ("run package --input data.csv --output data.csv", "also what the command reads"),
         ("run package --input data.csv --output thesis", "is a folder"),
