@@ -18,7 +18,7 @@ import torch
 from transformers import AttentionInterface
 from transformers.masking_utils import AttentionMaskInterface
 
-from edgeprompt.errors import UnsupportedError
+from edgeprompt.base.rope import position_limit
 
 NAME = "edgeprompt_fused"
 _MS_DOMAIN_VERSION = 1
@@ -162,7 +162,8 @@ def fused(model: Any, *, rotary: bool) -> Iterator[None]:
             if _is_rms_norm(module):
                 stack.enter_context(_replaced(module, "forward", _rms_norm_forward(module)))
             if rotary and hasattr(module, "rotary_emb"):
-                stack.enter_context(_rotary_tables(module.rotary_emb, int(model.config.max_position_embeddings)))
+                positions = position_limit(model.config, int(model.config.max_position_embeddings))
+                stack.enter_context(_rotary_tables(module.rotary_emb, positions))
         if rotary:
             file = sys.modules[type(model).__module__]
             stack.enter_context(_replaced(file, "apply_rotary_pos_emb", _postpone_rotary))
@@ -194,14 +195,8 @@ def _postpone_rotary(
 def _rotary_tables(module: Any, length: int) -> Iterator[None]:
     """Make a rotary module return its whole tables [length, head_size / 2] instead of rows for given positions.
 
-    The module itself computes them, so every scaling scheme that does not depend on the sequence's length is right.
+    The module itself computes them, so every type of scaling is right up to `edgeprompt.base.rope.position_limit`.
     """
-    scheme = _scaling_by_length(module.config)
-    if scheme is not None:
-        raise UnsupportedError(
-            f"rotary scaling {scheme!r} changes all positions with the text's length, so cached keys would be wrong; "
-            "choose a base with default, linear, yarn or llama3 scaling"
-        )
     original = module.forward
     tables: dict[tuple[Any, ...], tuple[torch.Tensor, torch.Tensor]] = {}
 
@@ -232,14 +227,6 @@ def _rotary_tables(module: Any, length: int) -> Iterator[None]:
             label = str(extra[0] if extra else "all")
             delattr(module, f"edgeprompt_cos_{label}")
             delattr(module, f"edgeprompt_sin_{label}")
-
-
-def _scaling_by_length(config: Any) -> str | None:
-    rope = getattr(config, "rope_parameters", None) or {}
-    for parameters in (rope, *(value for value in rope.values() if isinstance(value, dict))):
-        if parameters.get("rope_type") in ("dynamic", "longrope"):
-            return str(parameters["rope_type"])
-    return None
 
 
 def _is_rms_norm(module: Any) -> bool:

@@ -6,6 +6,7 @@ from typing import Any
 
 from optimum.utils import NormalizedConfigManager
 
+from edgeprompt.base.rope import position_limit
 from edgeprompt.errors import SourceError
 from edgeprompt.package.manifest import Geometry, Tokens
 
@@ -48,7 +49,7 @@ def geometry_of(config: Any) -> Geometry:
         num_attention_heads=heads,
         num_key_value_heads=int(kv_heads or heads),
         head_size=int(head_size),
-        max_positions=max(0, int(limit) - offset),
+        max_positions=position_limit(config, max(0, int(limit) - offset)),
         num_encoder_layers=_encoder_layers(config) if encoder_decoder else 0,
         position_offset=offset,
         embedding_size=_embedding_size(config, hidden),

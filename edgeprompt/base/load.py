@@ -16,6 +16,7 @@ from edgeprompt.base.encoder import read_encoder
 from edgeprompt.base.families import find_family
 from edgeprompt.base.fingerprint import base_fingerprint
 from edgeprompt.base.gguf_file import GgufFile
+from edgeprompt.base.rope import check_rope
 from edgeprompt.base.source import (
     CONFIG,
     TOKENIZERS,
@@ -96,6 +97,7 @@ def _load_folder(source: Source, per_parameter: float) -> tuple[Any, Any, Any]:
     except Exception as error:  # a foreign file: transformers raises nearly anything
         raise SourceError(f"cannot read the config of {source.given!r}: {one_line(error)}") from error
     family = find_family(config.model_type)
+    check_rope(config, source.given)
     tokenizer = _read_tokenizer(source.given, source.folder)
     memory.check_memory(source.given, count_values(source.folder), per_parameter=per_parameter)
     tensors = read_checkpoint(source.folder)
@@ -141,6 +143,7 @@ def _load_gguf(source: Source, per_parameter: float) -> tuple[Any, Any, Any, dic
             raise SourceError(f"{source.given!r} is an encoder in a GGUF file; give its safetensors model")
         tokenizer = _gguf_tokenizer(source, file, where)
         check_layers(file.names, config, source.given)
+        check_rope(config, source.given)
         count = sum(int(tensor.n_elements) for tensor in file.reader.tensors)
         memory.check_memory(source.given, count, per_parameter=per_parameter)
         file.keep_rotary_scaling(config)

@@ -19,6 +19,7 @@ from edgeprompt.base.generation import generation_of
 from edgeprompt.base.geometry import geometry_of, text_config, tokens_of
 from edgeprompt.base.graph_file import is_linked, read_graph
 from edgeprompt.base.load import LoadedBase, load_base
+from edgeprompt.base.rope import check_rope
 from edgeprompt.base.tokenizer_files import check_tokenizer_files
 from edgeprompt.errors import BaseMismatchError, EdgePromptError, ExportError, SourceError
 from edgeprompt.package.manifest import Base, Geometry, Manifest
@@ -82,6 +83,7 @@ def _package(
     loaded: LoadedBase | None,
 ) -> Manifest:
     config = loaded.config if loaded else text_config(source.config)
+    check_rope(config, source.folder.name)
     geometry = geometry_of(config)
     with tempfile.TemporaryDirectory(dir=folder.parent) as scratch:
         built = _build(source, folder, options, config, geometry, Path(scratch))

@@ -12,6 +12,7 @@ from edgeprompt import names
 from edgeprompt.base.fused_attention import Step, fused, running
 from edgeprompt.base.geometry import geometry_of
 from edgeprompt.base.load import LoadedBase
+from edgeprompt.base.rope import scales_by_length
 from edgeprompt.errors import ExportError
 from exporters.contract import ExportOptions
 from exporters.graft.fuse import fuse_graph
@@ -80,11 +81,18 @@ def build_graph(loaded: LoadedBase, options: ExportOptions, folder: Path, scratc
         {0: "batch_size", 1: "total_sequence_length"},
         [(axes, axes) for _ in layers],
     )
+    rotary = loaded.family.fused_rotary and geometry.head_size % 16 == 0
+    if scales_by_length(loaded.config) and not rotary:
+        raise ExportError(
+            f"{loaded.name!r} scales rotary positions by the text's length, which is written for heads of multiples of "
+            f"16 in families that rotate inside the operator; it is a {loaded.config.model_type} with heads of "
+            f"{geometry.head_size}: choose another base"
+        )
     flat = [(layer, part) for layer in layers for part in ("key", "value")]
     try:
         with (
             # The operator rotates heads of a multiple of 16; others are rotated in front of it.
-            fused(loaded.model, rotary=loaded.family.fused_rotary and geometry.head_size % 16 == 0),
+            fused(loaded.model, rotary=rotary),
             loaded.family.patch(loaded.model),
             torch.no_grad(),
             quiet_export(),

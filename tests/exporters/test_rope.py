@@ -1,9 +1,14 @@
 """Scaled rotary positions: `--route auto` takes the route that computes them."""
 
+import json
+
+import numpy as np
 import pytest
 import torch
+from transformers import AutoModelForCausalLM
 
-from edgeprompt.errors import ExportError
+import edgeprompt
+from edgeprompt.errors import EdgePromptError, ExportError, SourceError
 from exporters import export_model
 
 SCALED = {
@@ -38,3 +43,73 @@ def test_auto_goes_on_to_torch_and_says_so(tiny_llama_base, tmp_path, monkeypatc
     assert "cannot write this" in report.manifest.extra["route_instead_of_genai"]
     with pytest.raises(ExportError, match="cannot write this"):
         export_model(tiny_llama_base, tmp_path / "other", route="genai")
+
+
+EVERY = {
+    **SCALED,
+    "yarn with its parameters": {
+        "rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 32, "mscale": 0.7,
+        "mscale_all_dim": 0.5, "beta_fast": 16, "beta_slow": 2,
+    },
+    "llama3": {
+        "rope_type": "llama3", "factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0,
+        "original_max_position_embeddings": 32,
+    },
+    "proportional": {"rope_type": "proportional", "partial_rotary_factor": 0.5},
+    "dynamic": {"rope_type": "dynamic", "factor": 4.0},
+    "longrope": {
+        "rope_type": "longrope", "factor": 2.0, "original_max_position_embeddings": 64,
+        "short_factor": [1.0 + 0.1 * step for step in range(8)], "long_factor": [2.0 + 0.5 * step for step in range(8)],
+    },
+}  # fmt: skip
+SERVED = {"longrope": 64}
+"""Positions where they are fewer than the config's 128: beyond them longrope turns cached keys otherwise."""
+
+
+def tiny(**changes):
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    torch.manual_seed(0)
+    sizes = {"hidden_size": 64, "intermediate_size": 96, "num_attention_heads": 4, "num_key_value_heads": 2}
+    ids = {"bos_token_id": 0, "eos_token_id": 0, "pad_token_id": 1, "vocab_size": 512}
+    return LlamaForCausalLM(
+        LlamaConfig(num_hidden_layers=1, max_position_embeddings=128, initializer_range=0.2, **sizes, **ids, **changes)
+    )
+
+
+@pytest.mark.parametrize("kind", EVERY)
+def test_every_type_at_every_length(kind, save_tiny, tmp_path):
+    """As in PyTorch on texts shorter and longer than the original positions, and one line beyond what is served."""
+    base = save_tiny(tiny(rope_parameters={"rope_theta": 10000.0, **EVERY[kind]}))
+    report = export_model(base, tmp_path / "out", route="torch")
+    most = SERVED.get(kind, 128)
+    assert report.manifest.geometry.max_positions == most
+    model = AutoModelForCausalLM.from_pretrained(base).eval()
+    with edgeprompt.load(tmp_path / "out", provider="cpu", threads=1) as served:
+        for length in (5, 31, 33, 64, 65, 100, 128):
+            ids = np.random.default_rng(length).integers(2, 512, length)
+            if length > most:
+                with pytest.raises(EdgePromptError, match=str(most)):
+                    served.logits(input_ids=ids.tolist())
+                continue
+            with torch.no_grad():
+                want = model(input_ids=torch.tensor(ids)[None]).logits[0, -1].numpy()
+            assert np.abs(served.logits(input_ids=ids.tolist()) - want).max() < 1e-3, length
+
+
+@pytest.mark.parametrize(
+    ("rope", "message"),
+    [
+        ({"rope_type": "made_up", "factor": 2.0}, "rope_type 'made_up'; known: default, linear"),
+        ({"full_attention": {"rope_type": "yarn", "factor": 4.0}}, "layers 'full_attention'"),
+    ],
+)
+def test_unknown_types_are_refused(rope, message, save_tiny, tmp_path):
+    base = save_tiny(tiny())
+    config = json.loads((base / "config.json").read_text())
+    config["rope_parameters"] = {"rope_theta": 10000.0, **rope}
+    (base / "config.json").write_text(json.dumps(config))
+    for route in ("auto", "torch", "genai"):
+        with pytest.raises(SourceError, match=message):
+            export_model(base, tmp_path / "out", route=route)
+    assert not (tmp_path / "out").exists()
