@@ -331,7 +331,12 @@ def _trainable_tokens(
     targets = config.get("target_modules") or "embed_tokens"
     wanted = tuple(map(str, targets if isinstance(targets, list) else [targets]))
     found = {name: tensor for name, tensor in tensors.items() if name.endswith(f".{_DELTA}")}
-    inputs = [name for name in found if name.removesuffix(f".{_DELTA}").endswith(wanted)]
+    modules = {name: name.removesuffix(f".{_DELTA}") for name in found}  # wrappers' names are off already
+    inputs = [
+        name
+        for name, module in modules.items()
+        if any(f".{module}".endswith(f".{one.split('.')[-1]}") for one in wanted)
+    ]
     if len(inputs) != 1:
         raise SourceError(
             f"expected one {_DELTA} for {', '.join(map(repr, wanted))}, found {', '.join(found) or 'none'}"

@@ -175,7 +175,10 @@ def test_an_encoder_without_deep_inputs_refuses_a_prefix(folders: dict[str, Path
 @pytest.mark.parametrize("ending", VARIANTS)
 def test_variants_keep_their_weights(name: str, ending: str, folders: dict[str, Path], tmp_path: Path) -> None:
     source, precision = folders[name] / f"onnx/model{ending}.onnx", VARIANTS[ending]
-    report = export_model(source, tmp_path / "out", precision=precision, route="onnx", against=GOLDEN / name)
+    # Tiny random models lose much in other tools' 4 and 8 bits; what counts here is that grafting loses nothing more.
+    report = export_model(
+        source, tmp_path / "out", precision=precision, route="onnx", against=GOLDEN / name, allow_quality_loss=True
+    )
     assert report.manifest.precision == precision
     assert report.manifest.extra["source_graphs"] == {"model": source.name}
     # Where half precision is widened for an operator, ONNX Runtime rounds elsewhere behind new nodes.
@@ -207,7 +210,7 @@ def test_variants_of_encoder_decoders(name: str, ending: str, folders: dict[str,
     against = None if (name, VARIANTS[ending]) == ("t5", "int4") else GOLDEN / name
     shutil.copy(GOLDEN / name / "encoder_model.onnx", tmp_path / "source/encoder_model.onnx")
     source = tmp_path / f"source/encoder_model{ending}.onnx"
-    report = export_model(source, tmp_path / "out", route="onnx", against=against)
+    report = export_model(source, tmp_path / "out", route="onnx", against=against, allow_quality_loss=True)
     assert report.manifest.precision == VARIANTS[ending]
     assert all(ending in file for file in report.manifest.extra["source_graphs"].values())
     assert report.validation["identical"] or (ending == "_q4f16" and report.validation["max_half_difference"] < 1e-2)
