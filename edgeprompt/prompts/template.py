@@ -8,7 +8,8 @@ pairs `{question}{context}`); `{mask}` is the mask token; `{{` and `}}` are lite
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping, Sequence
+from bisect import bisect_right
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol, TypeAlias
 
@@ -66,6 +67,8 @@ class Template:
     """An ordered list of parts."""
 
     parts: tuple[Part, ...]
+    render: Callable[[str], str] | None = None
+    """What the filled-in text goes through before it is tokenised (a chat template); never stored."""
 
     @staticmethod
     def parse(text: str) -> Template:
@@ -223,10 +226,16 @@ class Template:
         name, over = self.slots[-1], len(ids) - max_length
         text = fields[name]
         tokens = len(tokenizer.encode(text, add_special_tokens=False))
+
+        def cut(count: int) -> list[int]:
+            shorter = {**fields, name: tokenizer.truncate(text, count)}
+            return self._encode(tokenizer, shorter, num_virtual_tokens, first_virtual_id, add_special_tokens)
+
+        if self.render is not None:  # it may repeat or trim the text, so the longest that fits is searched for
+            over = tokens - bisect_right(range(1, tokens + 1), max_length, key=lambda count: len(cut(count)))
         while tokens > 0:
             tokens = max(0, tokens - over)
-            shorter = {**fields, name: tokenizer.truncate(text, tokens)}
-            ids = self._encode(tokenizer, shorter, num_virtual_tokens, first_virtual_id, add_special_tokens)
+            ids = cut(tokens)
             over = len(ids) - max_length
             if over <= 0:
                 return ids
@@ -253,6 +262,8 @@ class Template:
                 runs[-1] += text
             else:
                 runs.append(text)
+        if self.render is not None:
+            runs = [self.render(run) if isinstance(run, str) else run for run in runs]
         texts = [run for run in runs if isinstance(run, str)]
         if len(texts) == 1 and (isinstance(runs[0], str) or len(runs) == 2) and isinstance(runs[-1], str):
             lead = runs[0] if isinstance(runs[0], list) else []

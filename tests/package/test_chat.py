@@ -108,11 +108,31 @@ def test_a_broken_message_is_refused(tokenizers, messages):
         ours.chat(messages)
 
 
-def test_a_template_that_repeats_or_hides_the_text_is_refused(tiny_llama_package, tmp_path):
+def test_a_template_that_hides_the_text_is_refused(tiny_llama_package, tmp_path):
     import edgeprompt
 
-    for source in ("{{ messages[0].content * 2 }}", "hello"):
-        folder = shutil.copytree(tiny_llama_package, tmp_path / str(len(source)))
-        (folder / "chat_template.jinja").write_text(source)
-        with edgeprompt.load(folder) as runtime, pytest.raises(UnsupportedError, match="leave out chat"):
-            runtime.generate("a", chat=True)
+    folder = shutil.copytree(tiny_llama_package, tmp_path / "package")
+    (folder / "chat_template.jinja").write_text("hello")
+    with edgeprompt.load(folder) as runtime, pytest.raises(UnsupportedError, match="leave out chat"):
+        runtime.generate("a", chat=True)
+
+
+@pytest.mark.parametrize("source", [TEMPLATES["Llama 3"], TEMPLATES["Gemma"], "{{ messages[0].content * 2 }}"])
+@pytest.mark.parametrize("soft", [False, True])
+def test_the_engine_encodes_what_transformers_encodes(tokenizers, source, soft):
+    from edgeprompt.engines.decoder.engine import DecoderEngine
+    from edgeprompt.prompts.template import Template
+
+    ours, theirs = tokenizers(source)
+    engine = object.__new__(DecoderEngine)
+    engine._tokenizer = ours
+    template = engine._chat(Template.parse("{prompt}{text}" if soft else "{text}"), ())
+    virtual = 3 if soft else 0
+    settings = {"num_virtual_tokens": virtual, "first_virtual_id": 10_000, "add_special_tokens": False}
+    expected = theirs.apply_chat_template(USER, add_generation_prompt=True, return_dict=False)
+    lead = list(range(10_000, 10_000 + virtual))
+    ids = template.encode(ours, {"text": USER[0]["content"]}, **settings)
+    assert ids == [*lead, *expected]
+    cut = template.encode(ours, {"text": USER[0]["content"]}, max_length=len(ids) - 2, **settings)
+    assert len(cut) <= len(ids) - 2
+    assert cut[:virtual] == lead

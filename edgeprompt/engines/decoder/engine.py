@@ -87,8 +87,8 @@ class DecoderEngine(Engine):
         check_template(prompt)
         self._ids(prompt, file.template, dict.fromkeys(file.template.slots, "a"))
         if file.verbalizer:
-            template = self._chat(file.template, ()) if file.generation.get("chat") else file.template
-            prompt.verbalizer = compile_words(prompt, self._tokenizer, text_before_words(template))
+            before = self._chat_end(()) if file.generation.get("chat") else text_before_words(file.template)
+            prompt.verbalizer = compile_words(prompt, self._tokenizer, before)
         if prompt.num_virtual_tokens and prompt.is_prefix and self._prefixes.has_room(prompt):
             job = DecoderJob(prompt, [], PrefixWork())
             self._check_room(job)
@@ -251,6 +251,8 @@ class DecoderEngine(Engine):
         if request.input_ids is not None:
             return ""
         template, fields, _ = self._asked(request, prompt)
+        if template.render is not None:
+            return self._chat_end(request.messages[:-1])
         last = template.parts[-1]
         if isinstance(last, Slot):
             return fields[last.name][-TEXT_END:]
@@ -283,14 +285,27 @@ class DecoderEngine(Engine):
 
     def _chat(self, template: Template, before: Sequence[Message]) -> Template:
         """The template's text as the user's last turn in the package's chat template, behind leading virtual tokens."""
+        lead = 1 if template.parts and isinstance(template.parts[0], VirtualTokens) else 0
+        self._chat_end(before)
+        if template.prompt_is_prefix:
+            return replace(
+                template, render=lambda text: self._tokenizer.chat([*before, {"role": "user", "content": text}])
+            )
         around = self._tokenizer.chat([*before, {"role": "user", "content": _CHAT_TEXT}]).split(_CHAT_TEXT)
         if len(around) != 2:
             raise UnsupportedError(
-                f"the package's chat template shows the user's text {len(around) - 1} times, as it is; leave out chat"
+                "the package's chat template repeats the user's text, and the prompt has virtual tokens inside it; "
+                "leave out chat, or write {prompt} first"
             )
-        lead = 1 if template.parts and isinstance(template.parts[0], VirtualTokens) else 0
         first, last = map(Literal, around)
         return Template((*template.parts[:lead], first, *template.parts[lead:], last))
+
+    def _chat_end(self, before: Sequence[Message]) -> str:
+        """What the package's chat template writes behind the user's last text."""
+        shown = self._tokenizer.chat([*before, {"role": "user", "content": _CHAT_TEXT}])
+        if _CHAT_TEXT not in shown:
+            raise UnsupportedError("the package's chat template does not show the user's text; leave out chat")
+        return shown.rpartition(_CHAT_TEXT)[2]
 
     def _bare(self, text: str) -> list[int]:
         return self._tokenizer.encode(text, add_special_tokens=False)
