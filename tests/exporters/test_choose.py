@@ -94,7 +94,7 @@ def test_generation_is_chosen_by_time_a_token(tiny_llama_base, tiny_llama_packag
 def test_refusals_come_before_the_exports(tiny_llama_base, prompt, data, tmp_path):
     assert invoke(tiny_llama_base, "-o", tmp_path / "p", "--precision", "auto").exit_code == 2
     assert invoke(tiny_llama_base, "-o", tmp_path / "p", "--precision", "int8", "--block-size", "64").exit_code == 2
-    assert invoke(tiny_llama_base, "-o", tmp_path / "p", "--data", data, "--prompt", prompt).exit_code == 2
+    assert invoke(tiny_llama_base, "-o", tmp_path / "p", "--precision", "auto", "--data", data).exit_code == 2
     bad = tmp_path / "bad.jsonl"
     bad.write_text('{"text": "x", "label": "sad"}\n')
     with pytest.raises(DataError, match="'sad' is none"):
