@@ -142,7 +142,8 @@ async function read(text: string | Uint8Array): Promise<Manifest> {
   for (const name of ["kv_in_place", "pads_right", "batched_prefill"]) {
     if (name in data) check(data[name], "bool", name);
   }
-  for (const name of ["validation", "versions", "extra"]) {
+  if ("quality_gate" in data && data.quality_gate !== null) choice("quality_gate", ["passed", "allowed"], "passed");
+  for (const name of ["validation", "quality", "versions", "extra"]) {
     if (name in data) check(data[name], "dict", name);
   }
   const weights = Object.fromEntries(
