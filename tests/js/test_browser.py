@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
-import shutil
 import subprocess
 from pathlib import Path
 from typing import Any
@@ -15,27 +13,28 @@ import edgeprompt
 from edgeprompt.prompts.file import save_prompt
 from tests.support.prompts import make_prompt
 from tests.support.runtimes import QUIET, WORDS
+from tests.support.skips import missing
 
 TEXTS = ["The plot is thin.", "a", "Ünïcode ☃"]
 
 
 @pytest.fixture(scope="session")
-def chromium() -> str:
-    """A Chromium; where there is none the tests are not run, and say so, and where everything must run they fail."""
-    found = next(
-        (path for name in ("chromium", "chromium-browser", "google-chrome") if (path := shutil.which(name))), None
+def chromium(node: str, built: Path) -> dict[str, Any]:
+    """How a Chromium that runs here is started: that of the npm packages, else an installed one."""
+    done = subprocess.run(
+        [node, built / "tools/chromium.mjs"], capture_output=True, text=True, check=False, timeout=240
     )
+    assert done.returncode == 0, done.stderr[-3000:]
+    found: dict[str, Any] | None = json.loads(done.stdout)
     if found is None:
-        message = "no Chromium is installed (Debian: apt-get install chromium); the tests in a browser were not run"
-        if os.environ.get("CI"):
-            pytest.fail(message, pytrace=False)
-        pytest.skip(message)
+        missing("no Chromium runs here, neither @sparticuz/chromium's nor an installed one")
+    assert found is not None
     return found
 
 
 @pytest.mark.parametrize("isolated", [False, True], ids=["one thread", "isolated"])
 def test_a_package_in_the_browser(
-    node: str, built: Path, chromium: str, tiny_llama_package: Path, tmp_path: Path, isolated: bool
+    node: str, built: Path, chromium: dict[str, Any], tiny_llama_package: Path, tmp_path: Path, isolated: bool
 ) -> None:
     with edgeprompt.load(tiny_llama_package, options=QUIET) as runtime:
         for prompt in (
@@ -51,7 +50,7 @@ def test_a_package_in_the_browser(
         {"method": "generate", "args": [TEXTS, {"prompt": "story", "maxNewTokens": 8}]},
     ]
     found = _browse(
-        node, built, executable=chromium, isolated=isolated, calls=calls,
+        node, built, **chromium, isolated=isolated, calls=calls,
         folders={"/package/": f"{tiny_llama_package}/", "/prompts/": f"{tmp_path}/"},
         prompts=["words.safetensors", "story.safetensors"],
     )  # fmt: skip

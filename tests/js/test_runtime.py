@@ -365,7 +365,8 @@ def test_the_bases_generation_config(
     manifest = json.loads((package / "edgeprompt.json").read_text("utf-8"))
     (package / "edgeprompt.json").write_text(json.dumps({**manifest, "generation": fields}), "utf-8")
     both, plain = Both(ask, package, []), edgeprompt.load(tiny_llama_package, options=QUIET)
-    expected = [both.python.generate(text, max_new_tokens=12) for text in TEXTS]
-    found = both.call("generate", TEXTS, {"maxNewTokens": 12})
+    expected = [both.python.generate(text, max_new_tokens=40) for text in TEXTS]
+    found = both.call("generate", TEXTS, {"maxNewTokens": 40})
     assert [list(one.token_ids) for one in expected] == [one["tokenIds"] for one in found]
-    assert expected[0].token_ids != plain.generate(TEXTS[0], max_new_tokens=12).token_ids
+    bare = [plain.generate(text, max_new_tokens=40) for text in TEXTS]
+    assert [one.token_ids for one in expected] != [one.token_ids for one in bare]

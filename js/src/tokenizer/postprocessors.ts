@@ -3,18 +3,19 @@
 import { UnsupportedError } from "../errors.ts";
 import type { Encoding } from "./tokenizer.ts";
 
-/** Takes one encoding or two, and gives them joined. */
-export type PostProcessor = (texts: Encoding[], addSpecialTokens: boolean) => Encoding[];
+/** Takes the encodings of `sources`, one or two, and gives the parts to join. */
+export type PostProcessor = (texts: Encoding[], addSpecialTokens: boolean, sources: readonly string[]) => Encoding[];
 
 export function makePostProcessor(spec: any, tokenOf: (id: number) => string): PostProcessor {
   if (!spec) return (texts) => typed(texts);
   switch (spec.type) {
     case "Sequence": {
       const steps: PostProcessor[] = spec.processors.map((one: any) => makePostProcessor(one, tokenOf));
-      return (texts, special) => steps.reduce((found, step) => step(found, special), texts);
+      return (texts, special, sources) => steps.reduce((found, step) => step(found, special, sources), texts);
     }
     case "ByteLevel":
-      return (texts) => typed(spec.trim_offsets ? texts.map((one) => trim(one, spec.add_prefix_space, tokenOf)) : texts);
+      return (texts, _, sources) =>
+        typed(spec.trim_offsets ? texts.map((one) => trim(one, spec.add_prefix_space, tokenOf, sources)) : texts);
     case "TemplateProcessing":
       return (texts, special) => applyTemplate(spec, texts, special);
     case "BertProcessing": {
@@ -26,9 +27,9 @@ export function makePostProcessor(spec: any, tokenOf: (id: number) => string): P
     }
     case "RobertaProcessing": {
       const [sep, cls] = [spec.sep[1], spec.cls[1]] as [number, number];
-      return (texts, special) => {
+      return (texts, special, sources) => {
         const found = texts
-          .map((one) => (spec.trim_offsets ? trim(one, spec.add_prefix_space, tokenOf) : one))
+          .map((one) => (spec.trim_offsets ? trim(one, spec.add_prefix_space, tokenOf, sources) : one))
           .map((one) => withType(one, 0));
         return special ? found.map((one, i) => surround(one, [i ? sep : cls], [sep], 0)) : found;
       };
@@ -77,21 +78,21 @@ function applyTemplate(spec: any, texts: Encoding[], addSpecialTokens: boolean):
   return found;
 }
 
-/** Take the spaces that byte-level tokens hold out of their offsets. */
-function trim(one: Encoding, addPrefixSpace: boolean, tokenOf: (id: number) => string): Encoding {
+/** Take the spaces that byte-level tokens hold out of their offsets: a character for a space, of one unit or of two. */
+function trim(one: Encoding, addPrefixSpace: boolean, tokenOf: (id: number) => string, sources: readonly string[]): Encoding {
   const isSpace = (char: string): boolean => char === "Ġ" || /[\u0009-\u000d \u0085\u00a0\u1680\u2000-\u200a\u2028\u2029\u202f\u205f\u3000]/.test(char);
   const offsets = one.offsets.map(([from, to], i): [number, number] => {
+    const source = sources[one.sequences[i] ?? 0]!;
     const chars = [...tokenOf(one.ids[i]!)];
     let leading = 0;
     while (leading < chars.length && isSpace(chars[leading]!)) leading++;
     let trailing = 0;
     while (trailing < chars.length && isSpace(chars[chars.length - 1 - trailing]!)) trailing++;
-    if (leading > 0) {
-      if (leading === 1 && (i === 0 || from === 0) && addPrefixSpace) leading = 0; // more are not what was added
-      from = Math.min(from + leading, to);
-    }
-    if (trailing > 0 && to >= trailing) to = Math.max(to - trailing, from);
-    return [from, to];
+    if (leading === 1 && (i === 0 || from === 0) && addPrefixSpace) leading = 0; // more are not what was added
+    for (; leading > 0 && from < to; leading--) from += source.codePointAt(from)! > 0xffff ? 2 : 1;
+    let end = to;
+    for (; trailing > 0 && end > 0; trailing--) end -= end > 1 && source.codePointAt(end - 2)! > 0xffff ? 2 : 1;
+    return [from, trailing ? to : Math.max(end, from)];
   });
   return { ...one, offsets };
 }

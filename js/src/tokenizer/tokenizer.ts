@@ -109,12 +109,12 @@ export class Tokenizer {
   }
 
   encodeWithOffsets(text: string, addSpecialTokens = true): Encoding {
-    return join(this.postProcess([this.bare(text, 0)], addSpecialTokens));
+    return join(this.postProcess([this.bare(text, 0)], addSpecialTokens, [text]));
   }
 
   /** Two texts joined the tokenizer's way. */
   encodePair(first: string, second: string, addSpecialTokens = true): Encoding {
-    return join(this.postProcess([this.bare(first, 0), this.bare(second, 1)], addSpecialTokens));
+    return join(this.postProcess([this.bare(first, 0), this.bare(second, 1)], addSpecialTokens, [first, second]));
   }
 
   /** The longest beginning of a text whose tokens number at most `count`, cut at a token's border. */
