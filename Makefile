@@ -60,6 +60,7 @@ format: install
 
 docs: install
 	$(BIN)/python docs/make_help.py
+	$(BIN)/python docs/make_api.py
 
 data: work/data/movie.test.csv
 
