@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from dataclasses import dataclass
+from dataclasses import InitVar, dataclass
 
 from edgeprompt.errors import InputError
 
@@ -14,7 +14,7 @@ class EngineOptions:
 
     provider: str = "auto"
     threads: int | None = None
-    lanes: int | None = None
+    workers: int | None = None
     """Requests that are computed side by side, each on one thread, instead of one after another on `threads` threads:
     more of them a second, each one slower. They share the weights."""
     spinning: bool = True
@@ -32,16 +32,23 @@ class EngineOptions:
     cache_folder: str | os.PathLike[str] | None = None
     """Folder that keeps, between starts, prefix KV and the graph as packed for this processor; None keeps nothing."""
 
-    def __post_init__(self) -> None:
+    lanes: InitVar[int | None] = None
+    """The old name of `workers`."""
+
+    def __post_init__(self, lanes: int | None) -> None:
         """Refuse limits under which nothing could run.
 
         Raises:
             InputError: names the limit.
         """
-        limits = (("max_batch", 1), ("max_queue", 1), ("prefix_budget", 0), ("kv_budget", 1), ("lanes", 1))
+        if lanes is not None:
+            if self.workers is not None:
+                raise InputError("give workers alone; lanes is its old name")
+            object.__setattr__(self, "workers", lanes)
+        limits = (("max_batch", 1), ("max_queue", 1), ("prefix_budget", 0), ("kv_budget", 1), ("workers", 1))
         for name, least in limits:
             value = getattr(self, name)
             if value is not None and (not isinstance(value, int) or value < least):
                 raise InputError(f"{name} is {value}; it must be an integer of at least {least}")
-        if self.lanes is not None and self.threads is not None:
-            raise InputError(f"threads is {self.threads} and lanes {self.lanes}; give one, a lane has one thread")
+        if self.workers is not None and self.threads is not None:
+            raise InputError(f"threads is {self.threads} and workers {self.workers}; give one, a worker has one thread")

@@ -137,7 +137,7 @@ def work(peer: str, path: Path, threads: int) -> dict[str, Any]:
     with (WORK / "data" / "movie.test.csv").open(encoding="utf-8", newline="") as file:
         texts = [row["text"] for row in csv.DictReader(file)][:SNIPPETS]
     if peer in PRECISIONS:
-        runtime = load(package(peer, MINILM), options=EngineOptions(provider="cpu", lanes=threads))
+        runtime = load(package(peer, MINILM), options=EngineOptions(provider="cpu", workers=threads))
         name = runtime.add_prompt(path)
         ways: dict[int, Callable[[], list[str]]] = {
             0: lambda: [found.label for found in runtime.classify(texts, prompt=name)]

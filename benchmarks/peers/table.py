@@ -186,7 +186,7 @@ def _notes(result: dict[str, Any], rounds: int) -> list[str]:
     device, peers = result["device"], result["peers"]
     notes = [
         f"{result['model']}, {result['threads']} threads, one sequence at a time, 16-token prompt, 32-token text, 64 "
-        "new tokens, 256 review snippets (each peer at its best batch size, edgeprompt with a lane for each thread); "
+        "new tokens, 256 review snippets (each peer at its best batch size, edgeprompt with a worker for each thread); "
         f"{rounds} rounds in turn, every measurement in a process of its own; those during which the host had moved "
         "the cores apart were made again, at most twice, and are left out where a peer has others. "
         f"{device['cpu']} ({', '.join(device['isa'])}), {result['time'][:10]}.",

@@ -25,8 +25,8 @@ from edgeprompt.prompts.hard_prompt import hard_prompt
 from edgeprompt.request import Generation, GenerationOptions, Request
 from edgeprompt.runtime import Runtime
 
-LANE_ROWS = 16
-"""Texts of one call for each lane."""
+WORKER_ROWS = 16
+"""Texts of one call for each worker."""
 _OTHER, _NONE, _HARD = "bench other", "bench none", "bench hard"
 
 
@@ -85,13 +85,13 @@ class Latency:
         if self._cached:
             tell("prompt run again")
             yield from self._run_again(prompts)
-        lanes = self._threads or usable_cores()
-        if self.provider == "cpu" and lanes > 1:
-            tell("lanes")
-            with Runtime(self._package, dataclasses.replace(self._settings, threads=None, lanes=lanes)) as runtime:
+        workers = self._threads or usable_cores()
+        if self.provider == "cpu" and workers > 1:
+            tell("workers")
+            with Runtime(self._package, dataclasses.replace(self._settings, threads=None, workers=workers)) as runtime:
                 for prompt in prompts.values():
                     runtime.add_prompt(prompt)
-                    yield from self._throughput(runtime, prompt, (LANE_ROWS * lanes,), "_lanes")
+                    yield from self._throughput(runtime, prompt, (WORKER_ROWS * workers,), "_workers")
 
     def _warm_load(self) -> Result:
         def load() -> None:

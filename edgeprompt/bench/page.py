@@ -19,7 +19,7 @@ GROUPS = {
         *("latency_prompt", "latency_none", "latency_hard"),
     ),
     "Decoding": ("tpot", "itl", "decode", "energy"),
-    "Throughput": ("prefill", "classify", "classify_lanes", "embed", "embed_lanes"),
+    "Throughput": ("prefill", "classify", "classify_workers", "embed", "embed_workers"),
     "Memory": ("peak_rss", "peak_rss_anonymous", "peak_rss_file", "prompt_disk", "prompt_resident"),
 }
 """Title of a table -> its tests, in order."""

@@ -70,7 +70,7 @@ def command(
     allow_base_mismatch: bool,
     provider: str,
     threads: int | None,
-    lanes: int | None,
+    workers: int | None,
     cache: Path | None,
     as_json: bool,
 ) -> None:
@@ -92,7 +92,7 @@ def command(
         column_names(source)
     for item in wanted:
         serving.find_prompt(package, item)
-    with serving.open_runtime(package, provider=provider, threads=threads, lanes=lanes, cache=cache) as runtime:
+    with serving.open_runtime(package, provider=provider, threads=threads, workers=workers, cache=cache) as runtime:
         prompts = serving.add_prompts(runtime, package, wanted, allow_base_mismatch=allow_base_mismatch)
         first = next(iter(prompts.values()))
         check_task(prompts, metric)

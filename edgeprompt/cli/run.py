@@ -97,7 +97,7 @@ def command(
     allow_base_mismatch: bool,
     provider: str,
     threads: int | None,
-    lanes: int | None,
+    workers: int | None,
     cache: Path | None,
     as_json: bool,
 ) -> None:
@@ -138,7 +138,7 @@ def command(
     rows = _rows(texts, source)
     form = Form(as_json=as_json, named=len(wanted) > 1 or bool(prompt_column), with_errors=on_error == "record")
     failures = _Failures(on_error)
-    with serving.open_runtime(package, provider=provider, threads=threads, lanes=lanes, cache=cache) as runtime:
+    with serving.open_runtime(package, provider=provider, threads=threads, workers=workers, cache=cache) as runtime:
         prompts = serving.add_prompts(runtime, package, wanted, allow_base_mismatch=allow_base_mismatch)
         ask = _asker(prompts, options, text_column, prompt_column, chat=chat, truncate=truncate)
         single = len(texts) == 1 and len(prompts) <= 1

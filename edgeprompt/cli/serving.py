@@ -38,9 +38,11 @@ def runtime_options(command: F) -> F:
             help="Folder that keeps what a start computes (packed weights, prefixes): later starts are quicker.",
         ),
         click.option(
+            "--workers",
             "--lanes",
+            "workers",
             type=click.IntRange(min=1),
-            help="Answer this many rows side by side, each on one thread, instead of one on --threads: more a second.",
+            help="Answer this many rows side by side, each on one thread, instead of one on --threads: more a second. --lanes is the old name.",
         ),
         click.option("--threads", type=click.IntRange(min=1), help="intra_op_num_threads of the session."),
         click.option("--provider", type=click.Choice(("auto", "cpu", "cuda")), default="auto", show_default=True),
@@ -52,14 +54,14 @@ def runtime_options(command: F) -> F:
 
 @contextmanager
 def open_runtime(
-    package: Path, *, provider: str, threads: int | None, lanes: int | None, cache: Path | None
+    package: Path, *, provider: str, threads: int | None, workers: int | None, cache: Path | None
 ) -> Iterator[Runtime]:
     """A runtime over a package, closed at the end; `cache` is `EngineOptions.cache_folder`."""
     # ONNX Runtime has threads of its own; those that numpy's OpenBLAS starts on import would cost 45 ms and never work.
     os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")
     import edgeprompt
 
-    options = edgeprompt.EngineOptions(provider=provider, threads=threads, lanes=lanes, cache_folder=cache)
+    options = edgeprompt.EngineOptions(provider=provider, threads=threads, workers=workers, cache_folder=cache)
     runtime = edgeprompt.load(package, options=options)
     try:
         yield runtime

@@ -111,7 +111,7 @@ class Sessions:
 
 
 def _open_graph(package: Package, key: str, options: EngineOptions, cache: GraphCache | None) -> Session:
-    threads = options.threads if options.lanes is None else 1
+    threads = options.threads if options.workers is None else 1
     return open_session(
         package.graph(key), provider=options.provider, threads=threads, spinning=options.spinning, cache=cache
     )

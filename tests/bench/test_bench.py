@@ -18,7 +18,7 @@ from click.testing import CliRunner, Result
 
 import edgeprompt
 from edgeprompt.bench import BenchOptions, Report, compare, load_report, run_bench
-from edgeprompt.bench.latency import LANE_ROWS
+from edgeprompt.bench.latency import WORKER_ROWS
 from edgeprompt.bench.page import to_html
 from edgeprompt.bench.report import DEFINITIONS, to_csv, to_json, to_jsonl, to_md
 from edgeprompt.bench.workload import synthetic_prompt, text_of
@@ -76,9 +76,9 @@ def test_measures_everything_that_the_design_names(report: Report):
 def test_lanes_where_there_are_several_threads(tiny_llama_package: Path, prompt_file: Path):
     options = dataclasses.replace(OPTIONS, prompts=(prompt_file,), threads=(2,), repetitions=1, tasks=(1,), batch=(1,))
     report = run_bench(tiny_llama_package, options)
-    (lanes,) = of(report, "classify_lanes")
-    assert (lanes.batch_size, lanes.n_threads, lanes.unit) == (2 * LANE_ROWS, 2, "examples/s")
-    assert "classify_lanes" in DEFINITIONS
+    (workers,) = of(report, "classify_workers")
+    assert (workers.batch_size, workers.n_threads, workers.unit) == (2 * WORKER_ROWS, 2, "examples/s")
+    assert "classify_workers" in DEFINITIONS
 
 
 def test_sweeps_and_sample_counts(report: Report):

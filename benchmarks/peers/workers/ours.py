@@ -34,13 +34,13 @@ class Peer:
         self._suffix, self._threads = work["suffix"], work["threads"]
         self._runtime = self._open()
         self._fresh: Runtime | None = None
-        self._lanes: Runtime | None = None
+        self._wide: Runtime | None = None
 
-    def _open(self, prefix_budget: int | None = None, *, lanes: int | None = None) -> Runtime:
+    def _open(self, prefix_budget: int | None = None, *, workers: int | None = None) -> Runtime:
         options = EngineOptions(
             provider="cpu",
-            threads=None if lanes else self._threads,
-            lanes=lanes,
+            threads=None if workers else self._threads,
+            workers=workers,
             prefix_budget=prefix_budget,
             # The folder keeps prefixes too: a prompt that is to be run again must not be found there.
             cache_folder=self._folder / "packed" if prefix_budget is None else None,
@@ -55,7 +55,7 @@ class Peer:
 
     def close(self) -> None:
         """End the threads."""
-        for runtime in (self._runtime, self._fresh, self._lanes):
+        for runtime in (self._runtime, self._fresh, self._wide):
             if runtime is not None:
                 runtime.close()
 
@@ -74,10 +74,10 @@ class Peer:
         return found.timings.ttft, total, list(found.token_ids)
 
     def classify(self, texts: list[str], batch: int) -> list[int]:
-        """Label index of each text; a batch goes through lanes."""
-        if batch > 1 and self._lanes is None:
-            self._lanes = self._open(lanes=self._threads)
-        runtime = self._lanes if batch > 1 else self._runtime
+        """Label index of each text; a batch goes through workers."""
+        if batch > 1 and self._wide is None:
+            self._wide = self._open(workers=self._threads)
+        runtime = self._wide if batch > 1 else self._runtime
         from edgeprompt import GenerationOptions, Request
 
         options = GenerationOptions()

@@ -49,7 +49,7 @@ class DecoderEngine(Engine):
         shape = KVShape(size.num_layers, size.num_key_value_heads, size.head_size, self._manifest.kv_dtype)
         shape.check(graph_inputs(session.ort))
         budget = options.kv_budget or max(KV_BUDGET, min(self._limit, 4096) * shape.bytes_per_position)
-        lanes = options.lanes or 1
+        lanes = options.workers or 1
         self.derived = PrefixCache(PREFIX_BUDGET if options.prefix_budget is None else options.prefix_budget)
         store = None
         if options.cache_folder is not None:

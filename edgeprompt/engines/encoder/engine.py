@@ -42,7 +42,7 @@ class EncoderEngine(Engine):
         self.provider = session.provider
         self._graph = EncoderGraph.open(session.ort, package.manifest)
         self.derived = PrefixCache(TENSOR_BUDGET if options.prefix_budget is None else options.prefix_budget)
-        lanes = [EncoderLane(self._graph) for _ in range(options.lanes or 1)]
+        lanes = [EncoderLane(self._graph) for _ in range(options.workers or 1)]
         self.scheduler = Scheduler(lanes, max_queue=options.max_queue)
 
     def accept(self, prompt: LoadedPrompt) -> None:

@@ -71,7 +71,7 @@ class Seq2SeqEngine(Engine):
         rows = 1 if manifest.precision == "int8" else options.max_batch
         self._lanes = [
             Seq2SeqLane(self._graphs, self._budget, max_rows=rows, position_bytes=shape.bytes_per_position)
-            for _ in range(options.lanes or 1)
+            for _ in range(options.workers or 1)
         ]
         self.scheduler = Scheduler(self._lanes, max_queue=options.max_queue)
 

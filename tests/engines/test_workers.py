@@ -23,8 +23,8 @@ def opened(package: Path, **options: int) -> Runtime:
     return runtime
 
 
-def test_answers_are_those_of_one_lane(tiny_llama_package: Path) -> None:
-    with opened(tiny_llama_package, threads=1) as one, opened(tiny_llama_package, lanes=3) as three:
+def test_answers_are_those_of_one_worker(tiny_llama_package: Path) -> None:
+    with opened(tiny_llama_package, threads=1) as one, opened(tiny_llama_package, workers=3) as three:
         want, found = one.classify(TEXTS, prompt="tone"), three.classify(TEXTS, prompt="tone")
         assert [answer.logits for answer in found] == [answer.logits for answer in want]
         tokens = [
@@ -34,8 +34,8 @@ def test_answers_are_those_of_one_lane(tiny_llama_package: Path) -> None:
         assert tokens[0] == tokens[1]
 
 
-def test_lanes_run_at_the_same_time(tiny_llama_package: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    with opened(tiny_llama_package, lanes=2) as runtime:
+def test_workers_run_at_the_same_time(tiny_llama_package: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    with opened(tiny_llama_package, workers=2) as runtime:
         meeting = threading.Barrier(2, timeout=30)  # breaks, and fails both requests, if one waits for the other
         for lane in runtime._engine._lanes:
             real = lane.graph.prefill
@@ -43,8 +43,8 @@ def test_lanes_run_at_the_same_time(tiny_llama_package: Path, monkeypatch: pytes
         assert len(runtime.classify(TEXTS[:2], prompt="tone")) == 2
 
 
-def test_closing_ends_every_lane(tiny_llama_package: Path) -> None:
-    runtime = opened(tiny_llama_package, lanes=2)
+def test_closing_ends_every_worker(tiny_llama_package: Path) -> None:
+    runtime = opened(tiny_llama_package, workers=2)
     options = GenerationOptions(max_new_tokens=40)
     jobs = [runtime.submit(Request(text, prompt="tone", task="generate", options=options)) for text in TEXTS[:12]]
     runtime.close()
@@ -58,7 +58,7 @@ def test_encoders(encoder_package: Callable[..., Path]) -> None:
     texts = [" ".join([text] * (1 + index % 3)) for index, text in enumerate(TEXTS)]  # too unlike for one batch
     with (
         load(package, options=EngineOptions(provider="cpu", threads=1)) as one,
-        load(package, options=EngineOptions(provider="cpu", lanes=2)) as two,
+        load(package, options=EngineOptions(provider="cpu", workers=2)) as two,
     ):
         assert np.array_equal(one.embed(texts), two.embed(texts))
         with pytest.raises(InputError, match="at least one character"):
@@ -67,7 +67,10 @@ def test_encoders(encoder_package: Callable[..., Path]) -> None:
 
 def test_encoder_decoders(seq2seq_package: Callable[..., Path]) -> None:
     package = seq2seq_package("T5")
-    options = EngineOptions(provider="cpu", threads=1, max_batch=2), EngineOptions(provider="cpu", lanes=2, max_batch=2)
+    options = (
+        EngineOptions(provider="cpu", threads=1, max_batch=2),
+        EngineOptions(provider="cpu", workers=2, max_batch=2),
+    )
     with load(package, options=options[0]) as one, load(package, options=options[1]) as two:
         found = [[answer.token_ids for answer in runtime.generate(TEXTS, max_new_tokens=4)] for runtime in (one, two)]
     assert found[0] == found[1]
@@ -75,8 +78,14 @@ def test_encoder_decoders(seq2seq_package: Callable[..., Path]) -> None:
 
 @pytest.mark.parametrize(
     ("options", "match"),
-    [({"lanes": 0}, "lanes is 0"), ({"lanes": 2, "threads": 2}, "give one, a lane has one thread")],
+    [({"workers": 0}, "workers is 0"), ({"workers": 2, "threads": 2}, "give one, a worker has one thread")],
 )
-def test_lanes_that_cannot_be(options: dict[str, int], match: str) -> None:
+def test_workers_that_cannot_be(options: dict[str, int], match: str) -> None:
     with pytest.raises(InputError, match=match):
         EngineOptions(**options)
+
+
+def test_lanes_is_the_old_name() -> None:
+    assert EngineOptions(lanes=3).workers == 3
+    with pytest.raises(InputError, match="give workers alone"):
+        EngineOptions(workers=2, lanes=3)
