@@ -42,7 +42,8 @@ def runtime_options(command: F) -> F:
             "--lanes",
             "workers",
             type=click.IntRange(min=1),
-            help="Answer this many rows side by side, each on one thread, instead of one on --threads: more a second. --lanes is the old name.",
+            help="Answer this many rows side by side, each on one thread, instead of one on --threads: more a second. "
+            "--lanes is the old name.",
         ),
         click.option("--threads", type=click.IntRange(min=1), help="intra_op_num_threads of the session."),
         click.option("--provider", type=click.Choice(("auto", "cpu", "cuda")), default="auto", show_default=True),
