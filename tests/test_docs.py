@@ -30,6 +30,16 @@ def test_links_lead_somewhere(page):
 
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: page.relative_to(ROOT).as_posix())
+def test_sources_that_are_named_exist(page):
+    text = page.read_text("utf-8")
+    for name in re.findall(r"(?<![\w./-])(?:tests|edgeprompt|exporters|benchmarks)/[\w./-]*\.(?:py|json|txt)\b", text):
+        assert (ROOT / name).exists() or page.name == "CHANGES.md", f"{page.name} names {name}"
+    for name in re.findall(r"python -m ((?:benchmarks|tests)(?:\.\w+)*)", text):
+        path = ROOT / name.replace(".", "/")
+        assert path.with_suffix(".py").exists() or (path / "__main__.py").exists(), f"{page.name} runs {name}"
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.relative_to(ROOT).as_posix())
 def test_commands_parse(page):
     """Every `edgeprompt ...` line in a shell block is a command with options that exist."""
     for kind, block in re.findall(r"```(sh|bash|console)\n(.*?)```", page.read_text("utf-8"), re.DOTALL):
