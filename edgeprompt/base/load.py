@@ -17,6 +17,7 @@ from edgeprompt.base.families import find_family
 from edgeprompt.base.fingerprint import base_fingerprint
 from edgeprompt.base.gguf_file import GgufFile
 from edgeprompt.base.rope import check_rope
+from edgeprompt.base.sentencepiece_file import find_sentencepiece, read_sentencepiece
 from edgeprompt.base.source import (
     CONFIG,
     TOKENIZERS,
@@ -27,6 +28,7 @@ from edgeprompt.base.source import (
     one_line,
     read_json,
 )
+from edgeprompt.base.tokenizer_files import check_tokenizer_files
 from edgeprompt.errors import SourceError
 from edgeprompt.package.manifest import Base
 
@@ -98,7 +100,7 @@ def _load_folder(source: Source, per_parameter: float) -> tuple[Any, Any, Any]:
         raise SourceError(f"cannot read the config of {source.given!r}: {one_line(error)}") from error
     family = find_family(config.model_type)
     check_rope(config, source.given)
-    tokenizer = _read_tokenizer(source.given, source.folder)
+    tokenizer = read_tokenizer(source.given, source.folder)
     memory.check_memory(source.given, count_values(source.folder), per_parameter=per_parameter)
     tensors = read_checkpoint(source.folder)
     check_layers(tensors, config, source.given)
@@ -184,9 +186,21 @@ def _model_class(config: Any, family: Any) -> Any:
     return mapping[type(config)]
 
 
-def _read_tokenizer(given: str, folder: Path) -> Any | None:
+def read_tokenizer(given: str, folder: Path) -> Any | None:
+    """The tokenizer in a folder, None where it has none.
+
+    Raises:
+        SourceError: it is damaged, or none that a package can hold is made of it.
+        MissingDependencyError: a SentencePiece model alone, and the library that reads it is not installed.
+    """
     from transformers import AutoTokenizer
 
+    check_tokenizer_files(folder, given)
+    if (alone := find_sentencepiece(folder)) is not None:
+        tokenizer, note = read_sentencepiece(given, folder, alone)
+        if note:
+            accounting.tell(note)
+        return tokenizer
     files = [folder / name for name in TOKENIZERS if (folder / name).exists()]
     if not files:
         return None
@@ -209,7 +223,7 @@ def _gguf_tokenizer(source: Source, file: GgufFile, where: Mapping[str, str]) ->
     except Exception as error:  # a foreign file: transformers raises nearly anything
         if (source.folder / "tokenizer.json").is_file():
             accounting.tell(f"{file.name!r} has no tokenizer that can be read; the tokenizer.json beside it is taken")
-            return _read_tokenizer(source.given, source.folder)
+            return read_tokenizer(source.given, source.folder)
         raise SourceError(
             f"{source.given!r} has no tokenizer that can be read ({one_line(error)}); put the tokenizer.json of its "
             "model beside it"

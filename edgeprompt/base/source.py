@@ -11,20 +11,23 @@ from pathlib import Path
 from typing import Any
 
 from edgeprompt.errors import SourceError
+from edgeprompt.package.files import open_regular, read_regular
 
 CONFIG = "config.json"
 WEIGHTS = ("model.safetensors", "pytorch_model.bin")
 """Names of unsharded weights, in the order in which transformers looks for them."""
+_MAX_JSON = 256 << 20
 _HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*(/[\w.-]+)?")
 _PART = re.compile(r"(?P<stem>.+)-(?P<number>\d{5})-of-(?P<count>\d{5})\.gguf")
 TOKENIZERS = (
     "tokenizer.json", "tokenizer.model", "vocab.json", "vocab.txt", "spiece.model", "spm.model", "source.spm",
-    "sentencepiece.bpe.model",
+    "sentencepiece.bpe.model", "sentencepiece.model", "spm_char.model", "bpe.codes", "tekken.json", "tiktoken.model",
+    "tokenizer.tiktoken", "prophetnet.tokenizer", "dict.txt",
 )  # fmt: skip
 """Without any of these a model has no tokenizer, though transformers would make up an empty one for some types."""
 _HUB_FILES = (
     *TOKENIZERS, "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json", "merges.txt", "target.spm",
-    "chat_template.jinja", "generation_config.json", "1_Pooling/config.json",
+    "normalizer.json", "chat_template.jinja", "generation_config.json", "1_Pooling/config.json",
 )  # fmt: skip
 
 
@@ -88,8 +91,10 @@ def read_json(path: Path) -> dict[str, Any]:
     """
     check_contents(path)
     try:
-        data = json.loads(path.read_text("utf-8"))
-    except (OSError, ValueError) as error:
+        data = json.loads(read_regular(path, _MAX_JSON).decode("utf-8"))
+    except OSError as error:
+        raise SourceError(f"cannot read {str(path)!r}: {error.strerror or error}") from error
+    except (ValueError, RecursionError) as error:
         raise SourceError(f"cannot read {str(path)!r}: {one_line(error)}") from error
     if not isinstance(data, dict):
         raise SourceError(f"{str(path)!r} holds {type(data).__name__}, a JSON object is needed")
@@ -103,7 +108,7 @@ def check_contents(path: Path) -> None:
         SourceError: says what to do.
     """
     try:
-        with path.open("rb") as file:
+        with open_regular(path) as file:
             start = file.read(64)
     except OSError as error:
         raise SourceError(f"cannot read {str(path)!r}: {error.strerror or error}") from error

@@ -8,16 +8,22 @@ from pathlib import Path
 from typing import Any
 
 from edgeprompt import names
-from edgeprompt.errors import MissingDependencyError, SourceError
+from edgeprompt.base.sentencepiece_file import find_sentencepiece, missing
+from edgeprompt.errors import SourceError
 
-_SENTENCEPIECE = ("spm.model", "spiece.model", "tokenizer.model", "sentencepiece.bpe.model")
 _MARIAN = ("source.spm", "target.spm")
+_UNREADABLE = ("tekken.json", "tiktoken.model", "tokenizer.tiktoken", "bpe.codes", "prophetnet.tokenizer", "dict.txt")
+"""Files of tokenizers of which no `tokenizer.json` is made."""
 _NAMED = 5
 """Tokens that a message names."""
 
 
-def check_tokenizer_files(base: object) -> None:
+def check_tokenizer_files(base: object, given: str | None = None) -> None:
     """Refuse a base whose tokenizer no `tokenizer.json` can be made of; anything but a local folder passes.
+
+    Args:
+        base: What to look at.
+        given: What the user calls it; None: what `base` says.
 
     Raises:
         SourceError: Marian's pair of SentencePiece models, which one `tokenizer.json` cannot hold.
@@ -26,17 +32,28 @@ def check_tokenizer_files(base: object) -> None:
     folder = Path(base).expanduser() if isinstance(base, (str, os.PathLike)) else None
     if folder is None or not folder.is_dir() or (folder / names.TOKENIZER).exists():
         return
+    shown = given or str(base)
     if any((folder / name).exists() for name in _MARIAN):
         raise SourceError(
-            f"the tokenizer of {str(base)!r} is two SentencePiece models ({', '.join(_MARIAN)}), and a package needs "
+            f"the tokenizer of {shown!r} is two SentencePiece models ({', '.join(_MARIAN)}), and a package needs "
             f"one {names.TOKENIZER}, which transformers makes none of; choose a base that has a {names.TOKENIZER}"
         )
-    found = next((name for name in _SENTENCEPIECE if (folder / name).exists()), None)
-    if found and importlib.util.find_spec("sentencepiece") is None:
-        raise MissingDependencyError(
-            f"the tokenizer of {str(base)!r} is a SentencePiece model ({found}) without a {names.TOKENIZER}; to make "
-            "one of it: pip install sentencepiece protobuf"
+    found = next((name for name in _UNREADABLE if (folder / name).exists()), None)
+    if found and not any((folder / name).exists() for name in ("vocab.json", "vocab.txt")):
+        raise SourceError(
+            f"the tokenizer of {shown!r} is {found}, of which no {names.TOKENIZER} is made here; put the model's "
+            f"{names.TOKENIZER} beside it"
         )
+    alone = find_sentencepiece(folder)
+    if alone and not (_installed("sentencepiece") and _installed("google.protobuf")):
+        raise missing(shown, alone)
+
+
+def _installed(module: str) -> bool:
+    try:
+        return importlib.util.find_spec(module) is not None
+    except ModuleNotFoundError:  # its parent is not there
+        return False
 
 
 def check_vocabulary(tokenizer: Any, vocab_size: int, base: str) -> None:

@@ -18,9 +18,8 @@ from edgeprompt.base.fingerprint import fingerprint_of, sampled_rows
 from edgeprompt.base.generation import generation_of
 from edgeprompt.base.geometry import geometry_of, text_config, tokens_of
 from edgeprompt.base.graph_file import is_linked, read_graph
-from edgeprompt.base.load import LoadedBase, load_base
+from edgeprompt.base.load import LoadedBase, load_base, read_tokenizer
 from edgeprompt.base.rope import check_rope
-from edgeprompt.base.tokenizer_files import check_tokenizer_files
 from edgeprompt.errors import BaseMismatchError, EdgePromptError, ExportError, SourceError
 from edgeprompt.package.manifest import Base, Geometry, Manifest
 from edgeprompt.prompts.file import PromptFile
@@ -248,7 +247,7 @@ def _manifest(
             "the graph's embedding is quantised, which does not give the base's fingerprint, and no unquantised graph "
             "lies beside it: give --against BASE, the model that was exported"
         )
-    tokenizer = _tokenizer(source.folder) or (loaded.tokenizer if loaded else None)
+    tokenizer = read_tokenizer(str(source.folder), source.folder) or (loaded.tokenizer if loaded else None)
     written = _generation_config(source.folder)
     if written is None and loaded is not None:
         written = getattr(loaded.model, "generation_config", None)
@@ -288,20 +287,6 @@ def _check_same_base(built: _Built, config: Any, geometry: Geometry, loaded: Loa
         raise BaseMismatchError(
             f"the graph's embedding gives fingerprint {found}, --against {loaded.name!r} has {loaded.fingerprint}"
         )
-
-
-def _tokenizer(folder: Path) -> Any | None:
-    from transformers import AutoTokenizer
-
-    check_tokenizer_files(folder)
-    if not (folder / names.TOKENIZER).is_file():
-        return None
-    try:
-        return AutoTokenizer.from_pretrained(folder)
-    except (OSError, ValueError, KeyError, TypeError) as error:
-        raise SourceError(
-            f"cannot read the tokenizer in {str(folder)!r}: {' '.join(str(error).split())[:200]}"
-        ) from error
 
 
 def _generation_config(folder: Path) -> Any | None:

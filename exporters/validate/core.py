@@ -110,7 +110,7 @@ class Tally:
         self.scale = max(self.scale, float(np.abs(want).max()))
         if want.ndim == 1:
             self.agree.append(is_tie(got, want))
-        self.correlations.append(float(np.corrcoef(got.ravel(), want.ravel())[0, 1]))
+        self.correlations.append(correlation(got, want))
 
     def report(self) -> dict[str, Any]:
         """The figures, rounded."""
@@ -124,6 +124,12 @@ class Tally:
             "mean_correlation": round(float(np.mean(self.correlations)), 5),
             "least_correlation": round(min(self.correlations), 5),
         }
+
+
+def correlation(got: Floats, want: Floats) -> float:
+    """Pearson's; where one side does not vary (the logits of a token whose embedding is zero): 1 if both do not."""
+    spread = got.std() > 0, want.std() > 0
+    return float(np.corrcoef(got.ravel(), want.ravel())[0, 1]) if all(spread) else float(not any(spread))
 
 
 def _judge(what: str, tally: Tally, precision: str) -> None:
