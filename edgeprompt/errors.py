@@ -25,6 +25,10 @@ class BaseMismatchError(EdgePromptError, ValueError):
     """A prompt was made for another base model, tokenizer or geometry."""
 
 
+class OtherWeightsError(BaseMismatchError):
+    """A prompt was tuned for other weights of the base, too far from the package's."""
+
+
 class TemplateError(EdgePromptError, ValueError):
     """A template does not parse, or does not fit its prompt."""
 

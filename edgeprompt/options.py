@@ -29,6 +29,8 @@ class EngineOptions:
     """Most requests waiting."""
     batch_invariant: bool = False
     """Give a quantised decoder's generations the same tokens whatever else runs, at a slower lone generation."""
+    allow_other_weights: bool = False
+    """Serve prompts that were tuned for other weights, where these or the package's are far from the base."""
     cache_folder: str | os.PathLike[str] | None = None
     """Folder that keeps, between starts, prefix KV and the graph as packed for this processor; None keeps nothing."""
 

@@ -62,6 +62,8 @@ class Runtime:
             sorted({path.parent for path in package.prompt_paths}),
             accept=self._engine.accept,
             forget=self._engine.forget,
+            allow_other_weights=options.allow_other_weights,
+            package=str(package.path),
         )
         self._why_closed = "the runtime is closed; load the package again"
         self._close = weakref.finalize(self, self._engine.close)  # also at interpreter exit
@@ -91,7 +93,12 @@ class Runtime:
         return self._prompts.find(name).tensors()
 
     def add_prompt(
-        self, prompt: str | os.PathLike[str] | PromptFile, *, name: str | None = None, allow_base_mismatch: bool = False
+        self,
+        prompt: str | os.PathLike[str] | PromptFile,
+        *,
+        name: str | None = None,
+        allow_base_mismatch: bool = False,
+        allow_other_weights: bool | None = None,
     ) -> str:
         """Make a prompt ready, replacing one of the same name; requests that run keep the old one.
 
@@ -101,6 +108,8 @@ class Runtime:
             prompt: path of a prompt file, or a `PromptFile`.
             name: under which requests find it; None takes the file's.
             allow_base_mismatch: serve a prompt of another base whose sizes fit.
+            allow_other_weights: serve a prompt tuned for other weights that are far from the package's; None: as
+                `EngineOptions.allow_other_weights` says.
 
         Returns:
             The name.
@@ -108,9 +117,12 @@ class Runtime:
         Raises:
             PromptFileError: broken file.
             BaseMismatchError: made for another base, tokenizer or geometry.
+            OtherWeightsError: tuned for other weights, and they or the package's are far from the base.
         """
         self._open()
-        return self._prompts.add(prompt, name=name, allow_base_mismatch=allow_base_mismatch)
+        return self._prompts.add(
+            prompt, name=name, allow_base_mismatch=allow_base_mismatch, allow_other_weights=allow_other_weights
+        )
 
     def add_folder(self, folder: str | os.PathLike[str]) -> None:
         """Let requests name every prompt of a folder, by its file's name; each is read when first asked for.

@@ -157,7 +157,7 @@ def export_best(
                 found.report = export_model(
                     loaded, scratch / str(number), precision=precision, block_size=block_size, route=route,
                     provider=provider, prompts=prompts, prompt_input=prompt_input,
-                    allow_quality_loss=allow_quality_loss,
+                    allow_quality_loss=allow_quality_loss, allow_other_weights=True,
                 )  # fmt: skip
             except (UnsupportedError, ValidationError, ExportError) as error:
                 if precision == REFERENCE or isinstance(error.__cause__, OSError):
@@ -232,7 +232,7 @@ class _Judge:
                     continue
                 runtime = stack.enter_context(edgeprompt.load(found.report.path, provider=provider))
                 for file in self._files:
-                    runtime.add_prompt(file)
+                    runtime.add_prompt(file, allow_other_weights=True)
                 found.scores = evaluate(
                     runtime, self._prompts, iter(read_records(self._data)), self._columns, metric=None,
                     options=GenerationOptions(),

@@ -18,12 +18,13 @@ from edgeprompt.base.geometry import geometry_of
 from edgeprompt.base.load import LoadedBase, load_base
 from edgeprompt.base.memory import EXPORT
 from edgeprompt.base.tokenizer_files import check_tokenizer_files
-from edgeprompt.errors import BaseMismatchError, ExportError, InputError
+from edgeprompt.errors import BaseMismatchError, ExportError, InputError, OtherWeightsError
 from edgeprompt.package.files import atomic_folder
 from edgeprompt.package.folder import open_package
 from edgeprompt.package.manifest import Base, Manifest
 from edgeprompt.package.outputs import PACKAGE
 from edgeprompt.prompts.file import PromptFile, load_prompt
+from edgeprompt.prompts.weights import ALLOWED, check_weights
 from exporters.contract import Exporter, ExportOptions, Progress
 from exporters.package import make_manifest, write_prompts, write_tokenizer
 from exporters.validate.quality import with_quality
@@ -67,6 +68,7 @@ def export_model(
     block_size: int = 32,
     data: Any = None,
     allow_quality_loss: bool = False,
+    allow_other_weights: bool = False,
     against: str | os.PathLike[str] | LoadedBase | None = None,
     progress: Progress | None = None,
 ) -> ExportReport:
@@ -90,12 +92,15 @@ def export_model(
             for the text shipped with edgeprompt.
         allow_quality_loss: Write the package even if it is further from its base than the limits allow
             (`exporters.validate.quality.LIMITS`); its manifest says "allowed".
+        allow_other_weights: Put prompts into the package that were tuned for other weights, though these or its own are
+            far from the base (`edgeprompt.prompts.weights`); its manifest names them, and they are served.
         against: The base in PyTorch to compare with, for the onnx route, whose `base` is a folder of graphs.
         progress: Called with a stage's name and the fraction done.
 
     Raises:
         SourceError: the base is missing, unreadable or of an unknown architecture.
         BaseMismatchError: a prompt was made for another base.
+        OtherWeightsError: a prompt was tuned for weights too far from the package's.
         InputError: `out` exists, is not replaced even with `force`, or an option has an unknown value.
         ValidationError: the graph does not compute what the base computes, or keeps too little of it.
         ExportError: the export failed; nothing was written.
@@ -119,7 +124,7 @@ def export_model(
                 if against is not None:
                     raise InputError("against is for the onnx route; every other route compares with its own base")
                 manifest = _build(base, folder, Path(scratch), options, files, tell)
-            manifest = dataclasses.replace(manifest, prompts=write_prompts(files, folder))
+            manifest = _with_prompts(manifest, files, folder, str(out), allow_other_weights)
             manifest.write(folder)
             size = sum(file.stat().st_size for file in folder.rglob("*") if file.is_file())
     except OSError as error:
@@ -234,6 +239,22 @@ def _check_fingerprint(prompt: PromptFile, loaded: LoadedBase) -> None:
             "this one"
         )
     _tell_weaker(prompt.base, base)
+
+
+def _with_prompts(
+    manifest: Manifest, files: Mapping[str, PromptFile], folder: Path, out: str, allow_other_weights: bool
+) -> Manifest:
+    """The manifest with prompts put into the folder; those that were tuned for far weights need to be allowed."""
+    allowed = []
+    for prompt in files.values():
+        try:
+            check_weights(prompt, manifest, package=out)
+        except OtherWeightsError:
+            if not allow_other_weights:
+                raise
+            allowed.append(prompt.sha256)
+    extra = {**manifest.extra, **({ALLOWED: allowed} if allowed else {})}
+    return dataclasses.replace(manifest, prompts=write_prompts(files, folder), extra=extra)
 
 
 def _tell_weaker(one: Base, other: Base) -> None:

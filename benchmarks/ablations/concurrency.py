@@ -117,7 +117,13 @@ def equality(package: Package, threads: int, *, batch_invariant: bool = False) -
     """Every result from many threads at random times against the same request alone."""
     rng = random.Random(0)
     prompts = make_prompts(package, PROMPTS, lengths=(4, 9, 16, 23), deep=True)
-    options = EngineOptions(threads=threads, spinning=False, batch_invariant=batch_invariant, prefix_budget=6 << 20)
+    options = EngineOptions(
+        allow_other_weights=True,
+        threads=threads,
+        spinning=False,
+        batch_invariant=batch_invariant,
+        prefix_budget=6 << 20,
+    )
     with Runtime(package, options) as runtime:
         for prompt in prompts:
             runtime.add_prompt(prompt)
@@ -193,7 +199,9 @@ def mixed(package: Package, threads: int) -> dict[str, Any]:
     tasks = [dataclasses.replace(prompt, template=first.template, verbalizer=first.verbalizer) for prompt in prompts]
     lines = texts(2 * BATCH, rng)
     options = GenerationOptions(max_new_tokens=NEW_TOKENS)
-    with Runtime(endless(package), EngineOptions(threads=threads, max_batch=BATCH)) as runtime:
+    with Runtime(
+        endless(package), EngineOptions(allow_other_weights=True, threads=threads, max_batch=BATCH)
+    ) as runtime:
         for task in tasks:
             runtime.add_prompt(task)
 
@@ -228,7 +236,7 @@ def together(package: Package, threads: int) -> dict[str, Any]:
     prompts = make_prompts(package, 3)
     new = 64
     options = GenerationOptions(max_new_tokens=new)
-    with Runtime(endless(package), EngineOptions(threads=threads, max_batch=8)) as runtime:
+    with Runtime(endless(package), EngineOptions(allow_other_weights=True, threads=threads, max_batch=8)) as runtime:
         names = [runtime.add_prompt(prompt) for prompt in prompts]
         requests = [
             Request(text, names[index % len(names)], task="generate", options=options)
@@ -271,7 +279,9 @@ def thousand(package: Package, threads: int) -> dict[str, Any]:
         names = [prompt.name for prompt in prompts]
         del prompts
         for title, budget in (("registered", 0), ("default_budget", None)):
-            with Runtime(package, EngineOptions(threads=threads, prefix_budget=budget)) as runtime:
+            with Runtime(
+                package, EngineOptions(allow_other_weights=True, threads=threads, prefix_budget=budget)
+            ) as runtime:
                 for path in files[:3]:
                     runtime.add_prompt(path)
                 runtime.run([Request("a film", name) for name in names[:3]])
@@ -281,7 +291,7 @@ def thousand(package: Package, threads: int) -> dict[str, Any]:
                 extra = anonymous() - before
                 found[f"extra_bytes_{title}"] = extra
                 found[f"extra_share_{title}"] = extra / weights
-        with Runtime(package, EngineOptions(threads=threads)) as runtime:
+        with Runtime(package, EngineOptions(allow_other_weights=True, threads=threads)) as runtime:
             runtime.add_folder(folder)
             runtime.run([Request("a film", name) for name in names[:3]])
             found.update(swap(runtime, names[:3]))

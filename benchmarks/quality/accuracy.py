@@ -66,7 +66,7 @@ def answers(served: str, prompts: list[Path], limit: int | None) -> dict[str, di
             content = name if name == ZERO_SHOT else file.sha256[:12]
             path = FOLDER / f"{served}-{version}-{content}-{limit}.json"
             if not path.exists():
-                runtime.add_prompt(file, name=name)
+                runtime.add_prompt(file, name=name, allow_other_weights=True)
                 path.write_text(json.dumps({data: right(runtime, name, data, limit) for data in SETS}))
             found[name] = json.loads(path.read_text())
             print(served, name, {data: f"{np.mean(row):.3f}" for data, row in found[name].items()}, flush=True)

@@ -99,7 +99,7 @@ def main() -> None:
             prompt, adapter = tuned(name, method)
             loaded = load_base(str(model_file()))
             model = PeftModel.from_pretrained(loaded.model, str(adapter)).eval()
-            runtime.add_prompt(prompt)
+            runtime.add_prompt(prompt, allow_other_weights=True)
             slot = TEMPLATE.removeprefix("{prompt}")
             rows = [
                 compare(runtime, model, prompt.stem, loaded.tokenizer(slot.format(text=text)).input_ids, options.tokens)

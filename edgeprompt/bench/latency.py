@@ -58,7 +58,9 @@ class Latency:
         # Ending early would measure fewer tokens than asked: no token ends a text here.
         tokens = dataclasses.replace(package.manifest.tokens, eos=())
         self._package = Package(package.path, dataclasses.replace(package.manifest, tokens=tokens))
-        self._settings = EngineOptions(provider=provider, threads=threads, max_batch=max(16, *options.batch))
+        self._settings = EngineOptions(
+            provider=provider, threads=threads, max_batch=max(16, *options.batch), allow_other_weights=True
+        )
         self.provider = provider
 
     def measure(self, prompts: dict[Path, PromptFile], tell: Callable[[str], None]) -> Iterator[Result]:

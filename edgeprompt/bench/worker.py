@@ -42,9 +42,10 @@ def main() -> None:
 
 
 def _answer(arguments: argparse.Namespace, files: list[Path]) -> Runtime:
-    from edgeprompt import GenerationOptions, Request, load
+    from edgeprompt import EngineOptions, GenerationOptions, Request, load
 
-    runtime = load(arguments.package, provider=arguments.provider, threads=arguments.threads)
+    options = EngineOptions(allow_other_weights=True)
+    runtime = load(arguments.package, provider=arguments.provider, threads=arguments.threads, options=options)
     names = [runtime.add_prompt(file, name=file.stem) for file in files]
     for name in dict.fromkeys((names[0], names[-1])):
         runtime.run([Request(arguments.text, name, options=GenerationOptions(max_new_tokens=1))])

@@ -68,6 +68,7 @@ def command(
     seed: int,
     max_new_tokens: int | None,
     allow_base_mismatch: bool,
+    allow_other_weights: bool,
     provider: str,
     threads: int | None,
     workers: int | None,
@@ -92,7 +93,14 @@ def command(
         column_names(source)
     for item in wanted:
         serving.find_prompt(package, item)
-    with serving.open_runtime(package, provider=provider, threads=threads, workers=workers, cache=cache) as runtime:
+    with serving.open_runtime(
+        package,
+        provider=provider,
+        threads=threads,
+        workers=workers,
+        cache=cache,
+        allow_other_weights=allow_other_weights,
+    ) as runtime:
         prompts = serving.add_prompts(runtime, package, wanted, allow_base_mismatch=allow_base_mismatch)
         first = next(iter(prompts.values()))
         check_task(prompts, metric)

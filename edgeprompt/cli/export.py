@@ -73,6 +73,11 @@ if TYPE_CHECKING:
     help="Whether prompt_embeddings must be fed: required for ORT GenAI, optional for stock ORT's adapters.",
 )
 @click.option("--door", type=click.Choice(("input", "adapter")), hidden=True, help="Old name of --prompt-input.")
+@click.option(
+    "--allow-other-weights",
+    is_flag=True,
+    help="Put prompts in that were tuned for weights too far from the package's.",
+)
 @click.option("--against", help="The base in PyTorch to compare with, where BASE is a folder of graphs.")
 @click.option("--force", is_flag=True, help="Replace an older package at OUTPUT, once the new one is whole.")
 @click.option("--json", "as_json", is_flag=True, help="What was measured, as one JSON object.")
@@ -89,6 +94,7 @@ def command(
     prompts: tuple[Path, ...],
     prompt_input: str,
     door: str | None,
+    allow_other_weights: bool,
     against: str | None,
     force: bool,
     as_json: bool,
@@ -119,7 +125,10 @@ def command(
         if choosing:
             report = export_best(base, out, tolerance=tolerance, **shared)
         else:
-            report = export_model(base, out, precision=precision, block_size=int(block_size), against=against, **shared)
+            report = export_model(
+                base, out, precision=precision, block_size=int(block_size), against=against,
+                allow_other_weights=allow_other_weights, **shared,
+            )  # fmt: skip
     if reason := report.manifest.extra.get("route_instead_of_genai"):
         console.note(f"note: exported by the torch route: {reason}")
     for line in report.manifest.extra.get("generation_notes", ()):

@@ -48,6 +48,11 @@ def runtime_options(command: F) -> F:
         click.option("--threads", type=click.IntRange(min=1), help="intra_op_num_threads of the session."),
         click.option("--provider", type=click.Choice(("auto", "cpu", "cuda")), default="auto", show_default=True),
         click.option("--allow-base-mismatch", is_flag=True, help="Serve a prompt of another base whose sizes fit."),
+        click.option(
+            "--allow-other-weights",
+            is_flag=True,
+            help="Serve a prompt that was tuned for weights too far from the package's.",
+        ),
     ):
         command = option(command)
     return command
@@ -55,14 +60,26 @@ def runtime_options(command: F) -> F:
 
 @contextmanager
 def open_runtime(
-    package: Path, *, provider: str, threads: int | None, workers: int | None, cache: Path | None
+    package: Path,
+    *,
+    provider: str,
+    threads: int | None,
+    workers: int | None,
+    cache: Path | None,
+    allow_other_weights: bool = False,
 ) -> Iterator[Runtime]:
     """A runtime over a package, closed at the end; `cache` is `EngineOptions.cache_folder`."""
     # ONNX Runtime has threads of its own; those that numpy's OpenBLAS starts on import would cost 45 ms and never work.
     os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")
     import edgeprompt
 
-    options = edgeprompt.EngineOptions(provider=provider, threads=threads, workers=workers, cache_folder=cache)
+    options = edgeprompt.EngineOptions(
+        provider=provider,
+        threads=threads,
+        workers=workers,
+        cache_folder=cache,
+        allow_other_weights=allow_other_weights,
+    )
     runtime = edgeprompt.load(package, options=options)
     try:
         yield runtime
@@ -103,21 +120,16 @@ def add_prompts(
         prompts[name] = dataclasses.replace(
             runtime.prompt(name), prompt_embeddings=None, past_key_values=None, encoder_past_key_values=None
         )
-        _note_precision(prompts[name], runtime.manifest)
+        _note_weights(prompts[name], runtime.manifest)
     return prompts
 
 
-def _note_precision(prompt: PromptFile, manifest: Manifest) -> None:
+def _note_weights(prompt: PromptFile, manifest: Manifest) -> None:
     """Say, and no more, when a prompt serves on other weights than it was tuned for."""
-    tuned = prompt.tuned_for
-    if tuned is None:
-        return
-    if tuned.precision != manifest.precision:
-        console.note(
-            f"note: prompt {prompt.name!r} was tuned for {tuned.precision}, this package is {manifest.precision}"
-        )
-    elif tuned.weights_hash not in (None, manifest.weights_hash):
-        console.note(f"note: prompt {prompt.name!r} was tuned for another {tuned.precision} package of this base")
+    from edgeprompt.prompts.weights import differ
+
+    if prompt.tuned_for is not None and (other := differ(prompt, manifest)):
+        console.note(f"note: prompt {prompt.name!r} was tuned for {other}, this package is {manifest.precision}")
 
 
 def read_texts(source: Path) -> Iterator[Mapping[str, Any]]:

@@ -19,8 +19,9 @@ from typing import TypeAlias
 from edgeprompt.errors import InputError, PromptFileError, PromptNotFoundError
 from edgeprompt.package.files import read_regular
 from edgeprompt.package.manifest import Manifest
-from edgeprompt.prompts.file import MAX_FILE_BYTES, PromptFile, TunedFor, from_bytes
+from edgeprompt.prompts.file import MAX_FILE_BYTES, PromptFile, from_bytes
 from edgeprompt.prompts.verbalizer import Verbalizer
+from edgeprompt.prompts.weights import ALLOWED, check_weights, differ
 
 SUFFIX = ".safetensors"
 Stamp: TypeAlias = tuple[int, int, int]
@@ -126,9 +127,16 @@ class PromptRegistry:
         *,
         accept: Callable[[LoadedPrompt], None],
         forget: Callable[[LoadedPrompt], None],
+        allow_other_weights: bool = False,
+        package: str = "PACKAGE",
     ) -> None:
-        """`accept` checks a prompt and makes it ready, or raises; `forget` hears of every one that goes."""
+        """`accept` checks a prompt and makes it ready, or raises; `forget` hears of every one that goes.
+
+        `allow_other_weights` is the rule for prompts of folders, and of those added without one; `package` is what
+        messages call the package.
+        """
         self._manifest, self._accept, self._forget = manifest, accept, forget
+        self._allow_other_weights, self._package = allow_other_weights, package
         self._prompts: dict[str, LoadedPrompt] = {}
         self._folders = [*folders]
         self._lock = threading.RLock()
@@ -140,7 +148,12 @@ class PromptRegistry:
         return tuple(dict.fromkeys((*tuple(self._prompts), *files)))
 
     def add(
-        self, prompt: str | os.PathLike[str] | PromptFile, *, name: str | None, allow_base_mismatch: bool = False
+        self,
+        prompt: str | os.PathLike[str] | PromptFile,
+        *,
+        name: str | None,
+        allow_base_mismatch: bool = False,
+        allow_other_weights: bool | None = None,
     ) -> str:
         """Make a prompt ready, replacing one of the same name.
 
@@ -148,6 +161,8 @@ class PromptRegistry:
             prompt: path of a prompt file, or a `PromptFile`.
             name: None takes the file's.
             allow_base_mismatch: accept a prompt of another base whose sizes fit.
+            allow_other_weights: accept a prompt tuned for other weights (`edgeprompt.prompts.weights`); None: as the
+                registry was made.
 
         Returns:
             The name.
@@ -155,6 +170,7 @@ class PromptRegistry:
         Raises:
             PromptFileError: broken file.
             BaseMismatchError: made for another base, tokenizer or geometry.
+            OtherWeightsError: tuned for weights that are too far from the package's.
             InputError: `prompt` is neither, or the name is no text.
         """
         if not isinstance(prompt, PromptFile | str | os.PathLike) or not isinstance(name, str | None):
@@ -164,7 +180,7 @@ class PromptRegistry:
         else:
             loaded = LoadedPrompt.open(prompt, name=name)
         with self._lock:
-            self._add(loaded, allow_base_mismatch=allow_base_mismatch)
+            self._add(loaded, allow_base_mismatch=allow_base_mismatch, allow_other_weights=allow_other_weights)
         return loaded.name
 
     def add_folder(self, folder: str | os.PathLike[str]) -> None:
@@ -218,15 +234,21 @@ class PromptRegistry:
                 self._replace(name, None)
         raise PromptNotFoundError(f"no prompt {name!r}; there are: {', '.join(self.names[:20]) or 'none'}")
 
-    def _add(self, prompt: LoadedPrompt, *, allow_base_mismatch: bool = False) -> None:
+    def _add(
+        self, prompt: LoadedPrompt, *, allow_base_mismatch: bool = False, allow_other_weights: bool | None = None
+    ) -> None:
         whole = prompt.tensors()
         if allow_base_mismatch:
             whole.check_geometry(self._manifest)
         else:
             whole.check_base(self._manifest)
-        tuned = whole.tuned_for
-        if tuned is not None and _other_weights(tuned, self._manifest):
-            _LOG.info("prompt %r was tuned for %s, and the package is %s", prompt.name, tuned, self._manifest.precision)
+        allowed = self._allow_other_weights if allow_other_weights is None else allow_other_weights
+        if not (allowed or allow_base_mismatch):
+            # Hashing a prompt that came from no file takes time.
+            sha256 = prompt.sha256 if ALLOWED in self._manifest.extra else None
+            check_weights(whole, self._manifest, sha256=sha256, package=self._package)
+        if other := differ(whole, self._manifest):
+            _LOG.info("prompt %r was tuned for %s, the package is %s", prompt.name, other, self._manifest.precision)
         self._accept(prompt)
         prompt.release()
         self._replace(prompt.name, prompt)
@@ -240,10 +262,6 @@ class PromptRegistry:
         if old is not None:
             old.removed = True
             self._forget(old)
-
-
-def _other_weights(tuned: TunedFor, manifest: Manifest) -> bool:
-    return tuned.precision != manifest.precision or tuned.weights_hash not in (None, manifest.weights_hash)
 
 
 def _file_of(folder: Path, name: str) -> tuple[Path, Stamp | None]:

@@ -18,6 +18,7 @@ from edgeprompt.errors import BaseMismatchError, InputError, TuningError, Unsupp
 from edgeprompt.evaluation.data import DataSource, data_hash, read_records, source_name
 from edgeprompt.package.manifest import Base
 from edgeprompt.prompts.file import PromptFile, TunedFor, load_prompt, save_prompt
+from edgeprompt.prompts.weights import TUNED_QUALITY, figures
 from edgeprompt.tuning.calibration import choose_calibration
 from edgeprompt.tuning.examples import BatchPlan, Example, Examples, few_shot, sample, sorted_batches, split
 from edgeprompt.tuning.files import check_inputs, check_outputs, save_adapter
@@ -276,6 +277,7 @@ def prompt_file(run: Run, loop: Loop, progress: Progress, path: Path, data: RunD
             "learning_rate": options.rate,
             "batch_size": options.batch_size,
             "init": options.init,
+            **({TUNED_QUALITY: figures(package.manifest.quality)} if package and package.manifest.quality else {}),
             "versions": {name: version(name) for name in ("torch", "transformers", "peft", "accelerate")},
         },
         golden=golden,

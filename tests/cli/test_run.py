@@ -3,6 +3,7 @@
 import csv
 import json
 import os
+import shutil
 
 import pytest
 
@@ -189,6 +190,24 @@ def test_a_prompt_of_another_base_is_served_when_asked_for(cli, answers, make_pr
     save_prompt(make_prompt("sentiment", base=Base("another-model", "sha256:00")), other)
     result = cli("run", tiny_llama_package, TEXTS[0], "--prompt", other, "--allow-base-mismatch")
     assert result.stdout == answers[0]
+
+
+def test_a_prompt_for_other_weights_is_refused_where_the_package_is_far(
+    cli, refused, make_prompt, tiny_llama_package, tmp_path
+):
+    from edgeprompt.prompts.file import TunedFor
+
+    far, file = tmp_path / "far", tmp_path / "p.safetensors"
+    shutil.copytree(tiny_llama_package, far)
+    manifest = json.loads((far / "edgeprompt.json").read_text())
+    (far / "edgeprompt.json").write_text(json.dumps({**manifest, "quality": {"kl_mean": 0.4, "perplexity_base": 9.0}}))
+    save_prompt(make_prompt("p", tuned_for=TunedFor("int4", "sha256:00")), file)
+    (tmp_path / "data.csv").write_text("text,label\na film,positive\n")
+    for command in (("run", far, "a film", "--prompt", file), ("eval", far, tmp_path / "data.csv", "--prompt", file)):
+        line = refused(*command)
+        assert "tuned for int4" in line
+        assert f"--for {far}" in line
+        assert "note: prompt 'p' was tuned for int4" in cli(*command, "--allow-other-weights").stderr
 
 
 def test_other_weights_than_tuned_for_are_noted(cli, make_prompt, tiny_llama_package, tmp_path):

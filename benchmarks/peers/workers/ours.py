@@ -38,6 +38,7 @@ class Peer:
 
     def _open(self, prefix_budget: int | None = None, *, workers: int | None = None) -> Runtime:
         options = EngineOptions(
+            allow_other_weights=True,
             provider="cpu",
             threads=None if workers else self._threads,
             workers=workers,

@@ -1,0 +1,205 @@
+"""Writes a base of a published model's true sizes with random weights, shard by shard, in little memory.
+
+    python -m benchmarks.sizes.checkpoints llama-3.2-1b FOLDER [--dtype bf16] [--shard-gb 2] [--seed 0]
+
+Its config is the published one, its matrices are normal with a deviation of 0.02, norms are near one, biases small. Its
+tokenizer knows single bytes, so that real text can be read. One tensor is in memory at a time.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import math
+import struct
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+SIZES: Mapping[str, Mapping[str, Any]] = {
+    "smollm2-135m": {
+        "model_type": "llama", "vocab_size": 49152, "hidden_size": 576, "intermediate_size": 1536,
+        "num_hidden_layers": 30, "num_attention_heads": 9, "num_key_value_heads": 3,
+        "max_position_embeddings": 8192, "rope_theta": 100000.0, "tie_word_embeddings": True,
+    },
+    "gemma-3-270m": {
+        "model_type": "gemma3_text", "vocab_size": 262144, "hidden_size": 640, "intermediate_size": 2048,
+        "num_hidden_layers": 18, "num_attention_heads": 4, "num_key_value_heads": 1, "head_dim": 256,
+        "max_position_embeddings": 32768, "sliding_window": 512, "query_pre_attn_scalar": 256,
+        "tie_word_embeddings": True,
+    },
+    "qwen2.5-0.5b": {
+        "model_type": "qwen2", "vocab_size": 151936, "hidden_size": 896, "intermediate_size": 4864,
+        "num_hidden_layers": 24, "num_attention_heads": 14, "num_key_value_heads": 2,
+        "max_position_embeddings": 32768, "rope_theta": 1000000.0, "tie_word_embeddings": True,
+    },
+    "gemma-3-1b": {
+        "model_type": "gemma3_text", "vocab_size": 262144, "hidden_size": 1152, "intermediate_size": 6912,
+        "num_hidden_layers": 26, "num_attention_heads": 4, "num_key_value_heads": 1, "head_dim": 256,
+        "max_position_embeddings": 32768, "sliding_window": 512, "query_pre_attn_scalar": 256,
+        "tie_word_embeddings": True,
+    },
+    "llama-3.2-1b": {
+        "model_type": "llama", "vocab_size": 128256, "hidden_size": 2048, "intermediate_size": 8192,
+        "num_hidden_layers": 16, "num_attention_heads": 32, "num_key_value_heads": 8, "head_dim": 64,
+        "max_position_embeddings": 131072, "rope_theta": 500000.0, "tie_word_embeddings": True,
+        "rope_scaling": {
+            "rope_type": "llama3", "factor": 32.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0,
+            "original_max_position_embeddings": 8192,
+        },
+    },
+    "smollm3-3b": {
+        "model_type": "smollm3", "vocab_size": 128256, "hidden_size": 2048, "intermediate_size": 11008,
+        "num_hidden_layers": 36, "num_attention_heads": 16, "num_key_value_heads": 4,
+        "max_position_embeddings": 65536, "rope_theta": 5000000.0, "tie_word_embeddings": True,
+    },
+    "llama-3.2-3b": {
+        "model_type": "llama", "vocab_size": 128256, "hidden_size": 3072, "intermediate_size": 8192,
+        "num_hidden_layers": 28, "num_attention_heads": 24, "num_key_value_heads": 8, "head_dim": 128,
+        "max_position_embeddings": 131072, "rope_theta": 500000.0, "tie_word_embeddings": True,
+        "rope_scaling": {
+            "rope_type": "llama3", "factor": 32.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0,
+            "original_max_position_embeddings": 8192,
+        },
+    },
+    "qwen2.5-7b": {
+        "model_type": "qwen2", "vocab_size": 152064, "hidden_size": 3584, "intermediate_size": 18944,
+        "num_hidden_layers": 28, "num_attention_heads": 28, "num_key_value_heads": 4,
+        "max_position_embeddings": 32768, "rope_theta": 1000000.0, "tie_word_embeddings": False,
+    },
+    "llama-3-8b": {
+        "model_type": "llama", "vocab_size": 128256, "hidden_size": 4096, "intermediate_size": 14336,
+        "num_hidden_layers": 32, "num_attention_heads": 32, "num_key_value_heads": 8,
+        "max_position_embeddings": 8192, "rope_theta": 500000.0, "tie_word_embeddings": False,
+    },
+}  # fmt: skip
+"""Published configs, as far as they differ from what transformers takes for granted."""
+DTYPES = {"bf16": "BF16", "fp16": "F16", "fp32": "F32"}
+_DEVIATION = 0.02
+
+
+def main() -> None:
+    """Write one checkpoint, and say what it is."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("name", choices=SIZES)
+    parser.add_argument("folder", type=Path)
+    parser.add_argument("--dtype", choices=DTYPES, default="bf16")
+    parser.add_argument("--shard-gb", type=float, default=2.0, help="Most gigabytes of a shard.")
+    parser.add_argument("--layers", type=int, help="Fewer layers than the model has.")
+    parser.add_argument("--seed", type=int, default=0)
+    given = parser.parse_args()
+    count = write_checkpoint(
+        given.name, given.folder, dtype=given.dtype, shard_bytes=int(given.shard_gb * 1e9), layers=given.layers,
+        seed=given.seed,
+    )  # fmt: skip
+    print(f"{given.folder}: {count / 1e9:.2f} billion parameters of {given.dtype}")
+
+
+def write_checkpoint(
+    name: str,
+    folder: Path,
+    *,
+    dtype: str = "bf16",
+    shard_bytes: int = 2_000_000_000,
+    layers: int | None = None,
+    seed: int = 0,
+) -> int:
+    """Write config, tokenizer and shards into a new folder; returns the number of parameters.
+
+    Args:
+        name: Of `SIZES`.
+        folder: Must not exist, or be empty.
+        dtype: Of `DTYPES`.
+        shard_bytes: Most of a shard; a tensor larger than that has one of its own.
+        layers: Instead of the model's own number.
+        seed: Of the random numbers.
+    """
+    import torch
+    import transformers
+
+    folder.mkdir(parents=True, exist_ok=True)
+    if any(folder.iterdir()):
+        raise SystemExit(f"{folder} is not empty")
+    config = make_config(name, layers)
+    config.dtype = {"bf16": "bfloat16", "fp16": "float16", "fp32": "float32"}[dtype]
+    with torch.device("meta"):
+        model = transformers.AutoModelForCausalLM.from_config(config)
+    config.architectures = [type(model).__name__]
+    config.save_pretrained(folder)
+    _write_tokenizer(folder)
+    shapes = {key: tuple(value.shape) for key, value in model.named_parameters()}
+    width = 4 if dtype == "fp32" else 2
+    shards = list(_shards(shapes, width, shard_bytes))
+    weight_map = {}
+    generator = torch.Generator().manual_seed(seed)
+    for number, keys in enumerate(shards, 1):
+        file = f"model-{number:05d}-of-{len(shards):05d}.safetensors"
+        weight_map |= dict.fromkeys(keys, file)
+        _write_shard(folder / file, {key: shapes[key] for key in keys}, dtype, generator)
+    total = sum(math.prod(shape) for shape in shapes.values())
+    index = {"metadata": {"total_size": total * width}, "weight_map": weight_map}
+    (folder / "model.safetensors.index.json").write_text(json.dumps(index, indent=1), encoding="utf-8")
+    return total
+
+
+def make_config(name: str, layers: int | None = None) -> Any:
+    """The transformers config of a name in `SIZES`."""
+    from transformers import AutoConfig
+
+    facts = dict(SIZES[name])
+    kind = facts.pop("model_type")
+    if layers is not None:
+        facts["num_hidden_layers"] = layers
+    return AutoConfig.for_model(kind, bos_token_id=0, eos_token_id=0, pad_token_id=0, **facts)
+
+
+def _shards(shapes: Mapping[str, tuple[int, ...]], width: int, most: int) -> Iterator[list[str]]:
+    shard: list[str] = []
+    size = 0
+    for key, shape in shapes.items():
+        bytes_of = math.prod(shape) * width
+        if shard and size + bytes_of > most:
+            yield shard
+            shard, size = [], 0
+        shard.append(key)
+        size += bytes_of
+    yield shard
+
+
+def _write_shard(file: Path, shapes: Mapping[str, tuple[int, ...]], dtype: str, generator: Any) -> None:
+    """A safetensors file, its header first: the format needs no tensor in memory but the one that is written."""
+    import torch
+
+    width, at, header = 4 if dtype == "fp32" else 2, 0, {}
+    for key, shape in shapes.items():
+        end = at + math.prod(shape) * width
+        header[key] = {"dtype": DTYPES[dtype], "shape": list(shape), "data_offsets": [at, end]}
+        at = end
+    text = json.dumps({"__metadata__": {"format": "pt"}, **header}).encode()
+    text += b" " * (-len(text) % 8)
+    kind = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}[dtype]
+    with file.open("wb") as out:
+        out.write(struct.pack("<Q", len(text)) + text)
+        for key, shape in shapes.items():
+            rows = max(1, (1 << 24) // max(1, math.prod(shape[1:])))
+            for start in range(0, shape[0], rows):
+                part = (min(rows, shape[0] - start), *shape[1:])
+                values = torch.randn(part, generator=generator) * _DEVIATION
+                if len(shape) == 1 and not key.endswith("bias") and "gemma" not in file.parent.name:
+                    values += 1
+                out.write(values.to(kind).view(torch.uint8).numpy().tobytes())
+
+
+def _write_tokenizer(folder: Path) -> None:
+    from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+    from transformers import PreTrainedTokenizerFast
+
+    letters = sorted(pre_tokenizers.ByteLevel.alphabet())
+    tokenizer = Tokenizer(models.BPE({"<s>": 0, **{letter: at for at, letter in enumerate(letters, 1)}}, []))
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    PreTrainedTokenizerFast(tokenizer_object=tokenizer, bos_token="<s>", eos_token="<s>").save_pretrained(folder)
+
+
+if __name__ == "__main__":
+    main()
