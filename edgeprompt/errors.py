@@ -46,7 +46,7 @@ class SourceError(EdgePromptError, ValueError):
 
 
 class UnsupportedError(EdgePromptError, NotImplementedError):
-    """A combination that edgeprompt knows and does not offer; the message says why and what to use."""
+    """A combination that edgeprompt does not support; the message says why, and what to use instead."""
 
 
 class PromptNotFoundError(EdgePromptError, KeyError):
@@ -54,11 +54,11 @@ class PromptNotFoundError(EdgePromptError, KeyError):
 
 
 class ProviderError(EdgePromptError, RuntimeError):
-    """An execution provider was asked for and is not there, or failed to start."""
+    """An execution provider is not available, or failed to start."""
 
 
 class CapacityError(EdgePromptError, RuntimeError):
-    """A memory or queue budget would be exceeded; the message says the limits."""
+    """A memory or queue budget would be exceeded; the message names the limit."""
 
 
 class RequestCancelledError(EdgePromptError, RuntimeError):
@@ -70,7 +70,7 @@ class RequestTimeoutError(EdgePromptError, TimeoutError):
 
 
 class InferenceError(EdgePromptError, RuntimeError):
-    """A graph failed on a request, or the request ended on an error that nobody foresaw."""
+    """A graph failed on a request, or an unexpected error ended the request."""
 
 
 class ExportError(EdgePromptError, RuntimeError):
@@ -82,7 +82,7 @@ class ValidationError(EdgePromptError, RuntimeError):
 
 
 class TuningError(EdgePromptError, RuntimeError):
-    """Tuning could not go on."""
+    """Tuning could not continue."""
 
 
 class MissingDependencyError(EdgePromptError, ImportError):

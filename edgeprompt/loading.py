@@ -28,14 +28,14 @@ def load(
 
     Args:
         path: the folder that `edgeprompt export` made.
-        provider: "auto" (CUDA where it is there, else the CPU), "cpu", "cuda", or another by name.
+        provider: "auto" (CUDA if available, else the CPU), "cpu", "cuda", or another provider by name.
         threads: intra-op threads; None: one per physical core.
         prompts: prompts to add.
-        options: budgets and limits; its provider and threads are used where those here are not given.
+        options: budgets and limits; `provider` and `threads` above override its fields.
 
     Raises:
-        PackageError: no package, or a broken one.
-        ProviderError: the provider is not there.
+        PackageError: the folder is no package, or a broken one.
+        ProviderError: the provider is not available.
     """
     chosen = options or EngineOptions()
     chosen = replace(

@@ -10,35 +10,35 @@ from edgeprompt.errors import InputError
 
 @dataclass(frozen=True)
 class EngineOptions:
-    """Limits and settings of one runtime; sizes in bytes, None: a default that fits the package."""
+    """Limits and settings of one runtime. Sizes are in bytes. None takes a default that fits the package."""
 
     provider: str = "auto"
     threads: int | None = None
     workers: int | None = None
-    """Requests that are computed side by side, each on one thread, instead of one after another on `threads` threads:
-    more of them a second, each one slower. They share the weights."""
+    """Sequences that are computed side by side, each on one thread, instead of one on `threads` threads. Each takes
+    longer, and more are computed per second. Workers share the weights."""
     spinning: bool = True
     """Whether idle threads spin between operators (faster answers, busier cores)."""
     prefix_budget: int | None = None
-    """Most bytes of what is kept of prompts (decoders: prefix KV). None: 64 MiB, on encoders 128 MiB."""
+    """Most bytes of cached prefixes and prompt embeddings. None: 64 MiB, on encoders 128 MiB."""
     kv_budget: int | None = None
     """Most bytes of KV cache for running requests."""
     max_batch: int = 16
-    """Most rows of one decode step."""
+    """Most sequences in one decode step."""
     max_queue: int = 1024
-    """Most requests waiting."""
+    """Most waiting requests."""
     batch_invariant: bool = False
-    """Give a quantised decoder's generations the same tokens whatever else runs, at a slower lone generation."""
+    """Give generations of a quantised decoder the same tokens alone and batched. A single generation becomes slower."""
     allow_other_weights: bool = False
     """Serve prompts that were tuned for other weights, where these or the package's are far from the base."""
     cache_folder: str | os.PathLike[str] | None = None
-    """Folder that keeps, between starts, prefix KV and the graph as packed for this processor; None keeps nothing."""
+    """Folder that keeps prefix KV and the graph packed for this processor; None keeps nothing."""
 
     lanes: InitVar[int | None] = None
     """The old name of `workers`."""
 
     def __post_init__(self, lanes: int | None) -> None:
-        """Refuse limits under which nothing could run.
+        """Reject limits under which nothing could run.
 
         Raises:
             InputError: names the limit.

@@ -43,7 +43,7 @@ class GenerationOptions:
 
 @dataclass(frozen=True)
 class Request:
-    """One row of a batch. Give `text`, or `input_ids` (all of them, the prompt's virtual tokens not included)."""
+    """One sequence of a batch. Give `text`, or `input_ids` (all token ids but the prompt's virtual tokens)."""
 
     text: Text = ""
     prompt: str | None = None
@@ -57,12 +57,12 @@ class Request:
     timeout: float | None = None
     """Seconds after which the request fails with RequestTimeoutError."""
     truncate: bool = False
-    """Cut the text slot where the request exceeds the context; False refuses it."""
+    """If the request exceeds the context: True cuts the text, False rejects the request."""
     messages: Sequence[Message] = ()
-    """A conversation instead of `text`, in the package's chat template; its last turn, the user's, fills the prompt's
+    """A conversation instead of `text`, for the package's chat template. Its last turn, the user's, fills the prompt's
     template."""
     pooling: str | None = None
-    """Of "embed": "mean", "cls" or "last"; None takes the package's default."""
+    """For "embed": "mean", "cls" or "last"; None takes the package's default."""
 
     def __post_init__(self) -> None:
         """Check what every engine relies on.
@@ -93,7 +93,7 @@ class Request:
 
 
 class RequestKeywords(TypedDict, total=False):
-    """Keywords of the calls that ask one thing of a text: fields of `Request`."""
+    """Keywords of `classify`, `tag`, `answer` and `logits`: fields of `Request`."""
 
     prompt: str | None
     input_ids: Ids | None
@@ -119,7 +119,7 @@ class ChatKeywords(RequestKeywords, total=False):
 
 
 class GenerationKeywords(ChatKeywords, total=False):
-    """Keywords of the calls that generate: also what may come instead of a text."""
+    """Keywords of `generate` and `stream`."""
 
     chat: bool
     messages: Sequence[Message]
@@ -160,7 +160,7 @@ _FIELDS = ("prompt", "input_ids", "truncate", "timeout", "chat", "messages")
 
 @dataclass(frozen=True)
 class Timings:
-    """Seconds. `ttft`: from text to first token id, tokenisation and sampling included; `total`: to the last."""
+    """Seconds. `ttft`: from text to first token id, tokenisation and sampling included. `total`: to the last id."""
 
     ttft: float
     total: float
@@ -175,7 +175,7 @@ class Timings:
 
 @dataclass(frozen=True)
 class Classification:
-    """A label, and for every label its probability (`scores`) and raw score (`logits`)."""
+    """The label, and the probability (`scores`) and raw score (`logits`) of every label."""
 
     label: str
     scores: Mapping[str, float]

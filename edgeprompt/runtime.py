@@ -71,17 +71,17 @@ class Runtime:
 
     @property
     def manifest(self) -> Manifest:
-        """What the package is."""
+        """The manifest of the package."""
         return self._package.manifest
 
     @property
     def provider(self) -> str:
-        """The execution provider that runs it, as "cpu" or "cuda"; what `auto` chose."""
+        """The execution provider in use, for example "cpu" or "cuda"."""
         return self._engine.provider
 
     @property
     def prompts(self) -> tuple[str, ...]:
-        """Names of the prompts that requests can name: those added, in the package, and in folders."""
+        """Names of all prompts that requests can use: added, in the package, and in folders."""
         return self._prompts.names
 
     def prompt(self, name: str) -> PromptFile:
@@ -100,13 +100,14 @@ class Runtime:
         allow_base_mismatch: bool = False,
         allow_other_weights: bool | None = None,
     ) -> str:
-        """Make a prompt ready, replacing one of the same name; requests that run keep the old one.
+        """Add a prompt, or replace the one of the same name. Running requests keep the old one.
 
-        A path is read again when tensors are needed, so thousands of prompts take little memory; it must not change.
+        The file of a path is read again when its tensors are needed, so thousands of prompts need little memory. The
+        file must not change.
 
         Args:
             prompt: path of a prompt file, or a `PromptFile`.
-            name: under which requests find it; None takes the file's.
+            name: the name that requests use; None takes the name in the file.
             allow_base_mismatch: serve a prompt of another base whose sizes fit.
             allow_other_weights: serve a prompt tuned for other weights that are far from the package's; None: as
                 `EngineOptions.allow_other_weights` says.
@@ -115,8 +116,8 @@ class Runtime:
             The name.
 
         Raises:
-            PromptFileError: broken file.
-            BaseMismatchError: made for another base, tokenizer or geometry.
+            PromptFileError: the file is broken.
+            BaseMismatchError: the prompt was made for another base, tokenizer or geometry.
             OtherWeightsError: tuned for other weights, and they or the package's are far from the base.
         """
         self._open()
@@ -125,9 +126,10 @@ class Runtime:
         )
 
     def add_folder(self, folder: str | os.PathLike[str]) -> None:
-        """Let requests name every prompt of a folder, by its file's name; each is read when first asked for.
+        """Make every prompt of a folder available under its file name.
 
-        A file that is replaced or added later is seen by the next request that names it.
+        A file is read at the first request that names it. A file that is added or replaced later is used from the next
+        request on.
 
         Raises:
             InputError: there is no such folder.
@@ -135,7 +137,7 @@ class Runtime:
         self._prompts.add_folder(folder)
 
     def remove_prompt(self, name: str) -> None:
-        """Forget a prompt; requests that run keep it.
+        """Remove a prompt. Running requests keep it.
 
         Raises:
             PromptNotFoundError: no prompt of that name was added.
@@ -147,10 +149,10 @@ class Runtime:
     @overload
     def run(self, requests: Sequence[Request], *, return_errors: bool) -> list[Result | Exception]: ...
     def run(self, requests: Sequence[Request], *, return_errors: bool = False) -> Sequence[Result | Exception]:
-        """Answer a batch of mixed tasks, in order; what does not fit into the queue waits.
+        """Answer a batch of requests of any tasks, in order. Requests that do not fit into the queue wait.
 
-        With `return_errors`, a request that fails is its exception in the list, and the others are answered. Without,
-        the first failure is raised, and the others are cancelled.
+        With `return_errors`, a request that fails has its exception in the list, and the others are answered. Without
+        it, the first failure is raised, and the others are cancelled.
         """
         jobs: list[Job | Exception] = []
         try:
@@ -167,7 +169,7 @@ class Runtime:
             raise
 
     def run_tasks(self, text: Text, prompts: Sequence[str], *, truncate: bool = False) -> dict[str, Result]:
-        """One text, many tasks, as one batch: prompt name -> result."""
+        """Answer one text with several prompts, as one batch: prompt name -> result."""
         requests = [Request(text, name, truncate=truncate) for name in prompts]
         return dict(zip(prompts, self.run(requests), strict=True))
 
@@ -190,9 +192,10 @@ class Runtime:
 
         Args:
             text: a string, fields of the template by name, or a list of either.
-            keywords: `prompt`: name of one with a verbalizer or a head. `input_ids`: of one text, instead of `text`,
-                without the prompt's virtual tokens. `truncate`: cut the text where the request exceeds the context,
-                instead of refusing it. `timeout`: seconds after which the request fails with RequestTimeoutError.
+            keywords: `prompt`: name of a prompt with a verbalizer or a head. `input_ids`: token ids instead of `text`,
+                without the prompt's virtual tokens. `truncate`: if the request exceeds the context, cut the text
+                instead of rejecting the request. `timeout`: seconds after which the request fails with
+                RequestTimeoutError.
         """
         return self._each(text, "classify", keywords)
 
@@ -209,12 +212,12 @@ class Runtime:
     @overload
     def answer(self, question: list[str], context: list[str], **keywords: Unpack[RequestKeywords]) -> list[Answer]: ...
     def answer(self, question: str | list[str], context: str | list[str], **keywords: Unpack[RequestKeywords]) -> Any:
-        """The piece of a context that answers a question, or of many contexts for as many questions.
+        """Find the answer to a question in a context. Lists of equal length ask several questions.
 
         Args:
-            question: what is asked.
-            context: where the answer stands.
-            keywords: as `classify`; `prompt` names one for question answering.
+            question: the question, or a list.
+            context: the text that contains the answer, or a list.
+            keywords: as for `classify`; `prompt` names a prompt for question answering.
         """
         name = keywords.get("prompt")
         if name is None:
@@ -233,30 +236,30 @@ class Runtime:
     @overload
     def generate(self, text: Texts, **keywords: Unpack[GenerationKeywords]) -> list[Generation]: ...
     def generate(self, text: Text | Texts = "", **keywords: Unpack[GenerationKeywords]) -> Any:
-        """Generate from a text, or from a list of texts; without `prompt`, exactly the base model.
+        """Continue a text, or each text of a list. Without `prompt`, the base model does it.
 
         Args:
             text: a string, fields of the template by name, or a list of either.
-            keywords: those of `classify`; `chat`: wrap the text in the chat template; `messages`: a conversation
-                instead of a text; `options`, or the fields of `GenerationOptions` (`max_new_tokens`, `temperature`,
+            keywords: as for `classify`. `chat`: wrap the text in the chat template. `messages`: a conversation
+                instead of a text. `options`, or the fields of `GenerationOptions` (`max_new_tokens`, `temperature`,
                 `stop` ...).
         """
         return self._each(text, "generate", keywords)
 
     def chat(self, messages: Sequence[Message], **keywords: Unpack[ChatKeywords]) -> Generation:
-        """The answer to a conversation, through the package's chat template.
+        """Answer a conversation, with the package's chat template.
 
         Args:
-            messages: turns with `role` ("system", "user", "assistant") and `content`; the last is the user's, and fills
-                the prompt's template.
-            keywords: as `generate`.
+            messages: turns with `role` ("system", "user", "assistant") and `content`. The last turn is the user's, and
+                fills the prompt's template.
+            keywords: as for `generate`.
         """
         if not messages:
             raise InputError("chat needs at least one message: {'role': 'user', 'content': ...}")
         return cast(Generation, self._each("", "generate", {**keywords, "messages": messages}))
 
     def stream(self, text: Text | Request = "", **keywords: Unpack[GenerationKeywords]) -> TextStream:
-        """`generate`, piece by piece; closing the iterator cancels the request. Takes a `Request` as well."""
+        """Like `generate`, piece by piece; `text` may be a `Request`. Closing the iterator cancels the request."""
         if isinstance(text, Request):
             if keywords:
                 raise InputError(f"give a Request, or a text and {next(iter(keywords))}=, not both")
@@ -269,14 +272,14 @@ class Runtime:
         return TextStream(pieces, self._engine.submit(request, self._find(request), pieces.put, wait=True))
 
     def stream_request(self, request: Request) -> Iterator[str]:
-        """`stream` of a `Request`: an older name, which goes with the next version."""
+        """Old name of `stream` with a `Request`; removed in the next version."""
         return self.stream(request)
 
     def logits(self, text: Text = "", **keywords: Unpack[RequestKeywords]) -> Embedding:
-        """float32 [vocab_size]: scores of the next token.
+        """Logits of the next token, float32 [vocab_size].
 
-        Encoders: of the token at the template's `{mask}`. Encoder-decoders: of the answer's first token, behind the
-        prompt's decoder prefix. Keywords as `classify`.
+        On an encoder, of the token at the template's `{mask}`. On an encoder-decoder, of the answer's first token,
+        behind the prompt's decoder prefix. Keywords as for `classify`.
         """
         return cast(Embedding, self._each(text, "logits", keywords))
 
@@ -288,13 +291,13 @@ class Runtime:
         pooling: str | None = None,
         input_ids: Sequence[Ids] | None = None,
     ) -> npt.NDArray[np.float32]:
-        """float32 [len(texts), hidden_size].
+        """Embeddings of texts, float32 [len(texts), hidden_size].
 
         Args:
-            texts: what to embed.
+            texts: the texts.
             prompt: name of a prompt, or None.
-            pooling: "mean", "cls" or "last"; None takes the package's default. Virtual tokens are left out.
-            input_ids: ids of every text, instead of `texts`.
+            pooling: "mean", "cls" or "last"; None takes the package's default. Virtual tokens are not pooled.
+            input_ids: a list of token ids for each text, instead of `texts`.
         """
         if isinstance(texts, str | Mapping):
             raise InputError("embed takes a list of texts; put the one text into a list")
@@ -310,7 +313,7 @@ class Runtime:
         return np.stack(cast(list[Embedding], found))
 
     def check(self, prompt: str) -> GoldenCheck:
-        """Ask a prompt its golden example, and compare with what it answered where it was made.
+        """Run the golden example of a prompt, and compare the answer with the stored one.
 
         Raises:
             InputError: the prompt file holds no golden example.
@@ -320,15 +323,15 @@ class Runtime:
         return compare(file, self.run(questions(file)))
 
     def calibration(self, prompt: str, texts: Sequence[Text] = CONTENT_FREE) -> tuple[float, ...]:
-        """Values for `PromptFile.calibration`: what the verbalizer says about texts without content."""
+        """Values for `PromptFile.calibration`: log of the mean probability of each label for texts without content."""
         results = self.classify([*texts], prompt=prompt)
         return contextual_calibration([list(result.logits.values()) for result in results])
 
     async def arun(self, requests: Sequence[Request]) -> list[Result]:
-        """`run` for asyncio; cancelling the task, or the failure of a request, cancels the others.
+        """`run` for asyncio. If the task is cancelled or a request fails, the other requests are cancelled.
 
         Raises:
-            CapacityError: more requests at once than the queue takes; ask in smaller batches.
+            CapacityError: there are more requests than the queue holds; use smaller batches.
         """
         from edgeprompt.asynchronous import gather  # here: asyncio is a quarter of the package's import time
 
@@ -343,13 +346,13 @@ class Runtime:
         return cast(Generation, (await self.arun([make_request(text, "generate", keywords)]))[0])
 
     def astream(self, text: Text | Request = "", **keywords: Unpack[GenerationKeywords]) -> AsyncIterator[str]:
-        """`stream` for asyncio, with its arguments; leaving the loop, or cancelling the task, cancels the request."""
+        """`stream` for asyncio. Leaving the loop or cancelling the task cancels the request."""
         from edgeprompt.asynchronous import iterate
 
         return iterate(partial(self.stream, text, **keywords))
 
     def close(self) -> None:
-        """Fail requests in flight with RequestCancelledError and free the model. Closing twice is fine."""
+        """Fail requests in flight with RequestCancelledError, and free the model. A second call does nothing."""
         self._close()
 
     def __enter__(self) -> Runtime:

@@ -105,29 +105,29 @@ def export_best(
     allow_quality_loss: bool = False,
     progress: Progress | None = None,
 ) -> ExportReport:
-    """Export in the precision that serves `prompts` quickest here without losing more than `tolerance` points.
+    """Export in the precision that serves `prompts` fastest on this device and loses at most `tolerance` points.
 
-    Each of `CANDIDATES` is exported into a hidden folder beside `out`, evaluated on `data`, and timed with rows of it
-    in alternating rounds. Of those whose metric is within the bound of fp32's, for every prompt, the quickest becomes
-    `out`. All that was measured is in its manifest, under `extra["precision_choice"]`.
+    Each of `CANDIDATES` is exported into a hidden folder beside `out`, evaluated on `data`, and timed on its first
+    records in alternating rounds. A candidate qualifies if no prompt loses more than `tolerance` points against fp32.
+    The fastest one that qualifies becomes `out`. Its manifest has all measurements in `extra["precision_choice"]`.
 
     Args:
         base: Hugging Face id, local folder, `.gguf` file, or a base that is loaded already.
         out: The package's folder; must not exist unless `force`.
         prompts: Prompt files of one task, at least one; they are put into the package.
-        data: Rows that they are judged by: a file or a data set id with the columns that `tune` reads. Not the rows
-            whose figures are to be reported afterwards.
+        data: Records on which the prompts are evaluated: a file or a dataset id with the columns that `tune` reads. Do
+            not use the records on which you report results.
         tolerance: Points (hundredths) of the task's metric that may be lost against fp32.
         route: As for `export_model`.
-        provider: As for `export_model`, and where it is measured.
-        force: Replace an older package, or an empty folder, at `out`, after the new package is whole.
+        provider: As for `export_model`; the candidates are measured on it.
+        force: Replace an older package, or an empty folder, at `out`, once the new package is complete.
         prompt_input: As for `export_model`.
-        allow_quality_loss: Let candidates take part that are further from the base than `export_model` allows.
+        allow_quality_loss: Also try candidates that are further from the base than `export_model` allows.
         progress: Called with a stage's name and the fraction done.
 
     Raises:
-        InputError: no prompt, prompts of several tasks, or a base whose precision is not ours to choose.
-        DataError: a row lacks what the prompts need.
+        InputError: no prompt, prompts of several tasks, or a base of graphs, which has its precision already.
+        DataError: a record lacks what the prompts need.
         ExportError: fp32 cannot be exported, or a file cannot be written; nothing was left behind.
     """
     from edgeprompt.bench.device import describe_device

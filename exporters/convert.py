@@ -58,8 +58,8 @@ def convert_prompt(
     """Read a prompt of any known format, check it, and write it in another.
 
     Args:
-        source: A foreign file or folder, or an edgeprompt prompt file; several for a TensorRT-LLM table.
-        output: `.safetensors`: prompt file; `.onnx_adapter`: adapter of stock ONNX Runtime; `.npy`: bare table; a
+        source: A file or folder of another tool, or a prompt file; several for a TensorRT-LLM table.
+        output: `.safetensors`: prompt file; `.onnx_adapter`: adapter of stock ONNX Runtime; `.npy`: bare tensor; a
             folder: one prompt file per task, or a PEFT adapter with `target="peft"`.
         source_format: One of `exporters.importers.FORMATS`, or "auto".
         target: One of `TARGETS`; "auto" goes by the ending of `output`.
@@ -69,13 +69,13 @@ def convert_prompt(
         labels: Names of the classes, in order, for prompts with a head or a verbalizer of their own.
         task_index: Which prompt of a file that holds several: its name or its index.
         name: The prompt's name; default: from the source.
-        force: Replace an older adapter of ours, or an empty folder, where the output is an adapter.
+        force: If the output is an adapter: replace an adapter that edgeprompt wrote, or an empty folder.
 
     Raises:
         SourceError: the source is missing, broken, hostile or of no known format.
         UnsupportedError: it holds more than a soft prompt can express.
         BaseMismatchError: it does not fit the base.
-        InputError: options contradict each other or the source, or the output is not replaced.
+        InputError: options contradict each other or the source, or the output may not be replaced.
     """
     kind = _target(Path(output), target)
     sources = [source] if isinstance(source, (str, os.PathLike)) else list(source)

@@ -43,7 +43,7 @@ _SMALL_MODEL = 500_000_000
 
 @dataclass(frozen=True)
 class ExportReport:
-    """What an export made and measured."""
+    """A package that was exported, and its measurements."""
 
     path: Path
     manifest: Manifest
@@ -51,7 +51,7 @@ class ExportReport:
 
     @property
     def validation(self) -> Mapping[str, Any]:
-        """What the validation measured."""
+        """Measurements of the validation."""
         return self.manifest.validation
 
 
@@ -72,7 +72,7 @@ def export_model(
     against: str | os.PathLike[str] | LoadedBase | None = None,
     progress: Progress | None = None,
 ) -> ExportReport:
-    """Export a base model as a package, prove it against PyTorch, and only then let it appear at `out`.
+    """Export a base model as a package. It appears at `out` once it is validated against PyTorch.
 
     Args:
         base: Hugging Face id, local folder, `.gguf` file, or a base that is loaded already.
@@ -83,26 +83,26 @@ def export_model(
         route: "genai", "torch", "onnx", or "auto": genai where its builder knows the family, else torch.
         provider: "cpu" or "cuda": what the graph's operators and types are chosen for.
         prompts: Prompt files to validate with and to put into the package.
-        force: Replace an older package, or an empty folder, at `out`, after the new package is whole.
+        force: Replace an older package, or an empty folder, at `out`, once the new package is complete.
         prompt_input: "required": `prompt_embeddings` must be fed, as ORT GenAI needs it; "optional": it has a default,
             as stock ORT's adapters need it.
-        block_size: Of int4 weights: 32 keeps every block's offset in float; 64 and 128 round it to an integer zero
-            point, which is quicker and less exact, so tune prompts for that package.
-        data: Texts that the package is judged by: a file or rows as `tune` reads them, or lines of a `.txt` file; None
-            for the text shipped with edgeprompt.
+        block_size: For int4. 32 keeps every block's offset in float. 64 and 128 round it to an integer zero point,
+            which is faster and less exact, so tune prompts for that package.
+        data: Texts on which the package is compared with its base: a file or records as `tune` reads them, or lines of
+            a `.txt` file. None: the texts shipped with edgeprompt.
         allow_quality_loss: Write the package even if it is further from its base than the limits allow
             (`exporters.validate.quality.LIMITS`); its manifest says "allowed".
         allow_other_weights: Put prompts into the package that were tuned for other weights, though these or its own are
             far from the base (`edgeprompt.prompts.weights`); its manifest names them, and they are served.
-        against: The base in PyTorch to compare with, for the onnx route, whose `base` is a folder of graphs.
+        against: For the onnx route, where `base` is a folder of graphs: the base in PyTorch to compare with.
         progress: Called with a stage's name and the fraction done.
 
     Raises:
         SourceError: the base is missing, unreadable or of an unknown architecture.
         BaseMismatchError: a prompt was made for another base.
         OtherWeightsError: a prompt was tuned for weights too far from the package's.
-        InputError: `out` exists, is not replaced even with `force`, or an option has an unknown value.
-        ValidationError: the graph does not compute what the base computes, or keeps too little of it.
+        InputError: `out` exists and may not be replaced, or an option has an unknown value.
+        ValidationError: the graph does not compute what the base computes, or is too far from it.
         ExportError: the export failed; nothing was written.
     """
     options = ExportOptions(
@@ -146,9 +146,10 @@ def validate_package(
     data: Any = None,
     allow_quality_loss: bool = False,
 ) -> Mapping[str, Any]:
-    """Compare an existing package with a base model in PyTorch; returns what was measured.
+    """Compare an existing package with a base model in PyTorch, and return the measurements.
 
-    `data` and `allow_quality_loss` are those of `export_model`; a package that was allowed once stays allowed.
+    `data` and `allow_quality_loss` are as for `export_model`. A package that was exported with `allow_quality_loss`
+    keeps it.
 
     Raises:
         PackageError: the package is broken, or its files are not those of the manifest.

@@ -34,7 +34,7 @@ def _numbers(ctx: click.Context, param: click.Parameter, value: str | None) -> t
     multiple=True,
     type=click.Path(path_type=Path, exists=True, dir_okay=False),
     metavar="FILE",
-    help="Soft prompt; may be repeated. None: those of the package, else one of random rows.",
+    help="Soft prompt; may be repeated. Default: the prompts of the package, else a random one.",
 )
 @click.option(
     "--input-tokens",
@@ -46,7 +46,7 @@ def _numbers(ctx: click.Context, param: click.Parameter, value: str | None) -> t
 )
 @click.option("--new-tokens", type=click.IntRange(min=2), default=64, show_default=True)
 @click.option(
-    "--batch", callback=_numbers, metavar="N,N,...", default="1,4", show_default=True, help="Rows of one call."
+    "--batch", callback=_numbers, metavar="N,N,...", default="1,4", show_default=True, help="Sequences in one call."
 )
 @click.option(
     "--tasks",
@@ -54,22 +54,24 @@ def _numbers(ctx: click.Context, param: click.Parameter, value: str | None) -> t
     metavar="N,N,...",
     default="1,10,100,1000",
     show_default=True,
-    help="Prompts loaded, for memory.",
+    help="Numbers of loaded prompts, for the memory test.",
 )
 @click.option(
-    "--threads", callback=_numbers, metavar="N,N,...", help="intra_op_num_threads; one per physical core without it."
+    "--threads", callback=_numbers, metavar="N,N,...", help="intra_op_num_threads. Default: one per physical core."
 )
 @click.option("--provider", default="auto", show_default=True, metavar="NAME,...", help="cpu, cuda, auto.")
 @click.option("--repetitions", type=click.IntRange(min=1), default=5, show_default=True)
 @click.option("--warmup", type=click.IntRange(min=0), default=1, show_default=True)
 @click.option("--format", "kind", type=click.Choice(FORMATS), default="md", show_default=True)
-@click.option("-o", "--output", metavar="FILE", type=click.Path(path_type=Path), help="File instead of stdout.")
+@click.option(
+    "-o", "--output", metavar="FILE", type=click.Path(path_type=Path), help="Write to this file instead of stdout."
+)
 @click.option(
     "--compare",
     "old",
     type=click.Path(path_type=Path, exists=True, dir_okay=False),
     metavar="OLD.json",
-    help="Also print ratios to an older result (of --format json), and which of them are beyond noise.",
+    help="Also print ratios to an older result (of --format json), and which differ beyond noise.",
 )
 def command(
     package: Path,

@@ -18,17 +18,17 @@ TARGETS = ("auto", "prompt", "onnx-adapter", "npy", "peft", "trtllm", "kv")
 
 @click.command(name="convert")
 @click.argument("source", nargs=-1, required=True, type=click.Path())
-@click.option("-o", "--output", required=True, type=click.Path(), help="FILE or folder; its ending says what to write.")
+@click.option("-o", "--output", required=True, type=click.Path(), help="File or folder; the ending decides the format.")
 @click.option("--from", "source_format", type=click.Choice(FORMATS), default="auto", show_default=True)
 @click.option("--to", "target", type=click.Choice(TARGETS), default="auto", show_default=True)
 @click.option("--base", help="The base model that the prompt was trained on, or its exported package (faster).")
-@click.option("--task-index", metavar="N", help="Which prompt of a file that holds several: index or name.")
-@click.option("--template", help="Where prompt and text stand, as '{prompt}{text}\\nSentiment:'.")
-@click.option("--verbalizer", multiple=True, metavar="LABEL=WORD", help="A label word; repeat for each.")
-@click.option("--label", "labels", multiple=True, metavar="NAME", help="A class name, in order; repeat for each.")
+@click.option("--task-index", metavar="N", help="One prompt of a file that holds several: index or name.")
+@click.option("--template", help="Where prompt and text stand, for example '{prompt}{text}\\nSentiment:'.")
+@click.option("--verbalizer", multiple=True, metavar="LABEL=WORD", help="A label word; repeat it for each.")
+@click.option("--label", "labels", multiple=True, metavar="NAME", help="Class names, in order; repeat it for each.")
 @click.option("--name", help="The prompt's name.  [default: from SOURCE]")
-@click.option("--force", is_flag=True, help="Replace an older adapter folder of ours.")
-@click.option("--json", "as_json", is_flag=True, help="Report as JSON on stdout.")
+@click.option("--force", is_flag=True, help="Replace an adapter folder that edgeprompt wrote.")
+@click.option("--json", "as_json", is_flag=True, help="Print the report as one JSON object.")
 def command(
     source: tuple[str, ...],
     output: str,
@@ -45,8 +45,9 @@ def command(
 ) -> None:
     """Convert SOURCE, a prompt of another tool or a prompt file.
 
-    Output ending in .safetensors: prompt file; .onnx_adapter: adapter for stock ONNX Runtime; .npy: bare table; a
-    folder: one prompt file per task, or a PEFT adapter with --to peft. Several SOURCEs make one table (--to trtllm).
+    The ending of the output decides the format: .safetensors is a prompt file, .onnx_adapter an adapter for stock ONNX
+    Runtime, .npy the bare tensor. A folder gets one prompt file per task, or a PEFT adapter with --to peft. Several
+    SOURCEs make one table (--to trtllm).
     """
     console.quiet_libraries()
     from exporters.convert import convert_prompt

@@ -27,7 +27,7 @@ METRICS = ("accuracy", "f1", "exact-match", "rouge", "bleu", "mae")
     multiple=True,
     required=True,
     metavar="FILE|NAME",
-    help="Soft prompt: a file, or one inside the package; repeat it to compare several for one task.",
+    help="Soft prompt: a file, or the name of one in the package. Repeat it to compare several for one task.",
 )
 @click.option(
     "--metric",
@@ -36,22 +36,30 @@ METRICS = ("accuracy", "f1", "exact-match", "rouge", "bleu", "mae")
 )
 @click.option("--text-column", default="text", show_default=True, help="Column that fills {text}.")
 @click.option("--label-column", default="label", show_default=True, help="Column with the label (classify).")
-@click.option("--target-column", default="target", show_default=True, help="Column with the right text (generate, qa).")
-@click.option("--limit", type=click.IntRange(min=1), help="Look at the first rows only.")
-@click.option("--zero-shot", is_flag=True, help="Compare with no prompt: the same template and label words.")
+@click.option(
+    "--target-column", default="target", show_default=True, help="Column with the reference text (generate, qa)."
+)
+@click.option("--limit", type=click.IntRange(min=1), help="Evaluate only this many records, the first ones.")
+@click.option("--zero-shot", is_flag=True, help="Compare with no prompt, with the same template and label words.")
 @click.option(
     "--hard-prompt",
     "hard",
     metavar="TEXT",
     callback=serving.unescape,
-    help="Compare with TEXT in front instead of the soft prompt.",
+    help="Compare with TEXT in place of the soft prompt.",
 )
-@click.option("--shots", type=click.IntRange(min=1), help="Compare with this many solved examples in front.")
-@click.option("--shots-from", metavar="DATA", help="Where --shots draws its examples (not the data evaluated on).")
-@click.option("--seed", type=click.IntRange(min=0), default=0, show_default=True, help="Draws the --shots examples.")
+@click.option(
+    "--shots", type=click.IntRange(min=1), help="Compare with this many solved examples in place of the soft prompt."
+)
+@click.option(
+    "--shots-from", metavar="DATA", help="Data from which --shots draws its examples; use other data than DATA."
+)
+@click.option(
+    "--seed", type=click.IntRange(min=0), default=0, show_default=True, help="Seed for drawing the --shots examples."
+)
 @click.option("--max-new-tokens", type=click.IntRange(min=1))
 @serving.runtime_options
-@click.option("--json", "as_json", is_flag=True, help="One JSON object a line.")
+@click.option("--json", "as_json", is_flag=True, help="Print one JSON object per line.")
 def command(
     package: Path,
     data: str,
@@ -77,9 +85,9 @@ def command(
 ) -> None:
     """Evaluate prompts on DATA as PACKAGE serves them.
 
-    Prints the metric with its standard error, and a table of labels. DATA is streamed; every prompt, and every
-    baseline asked for, answers the same rows in mixed batches. A text that exceeds the context is cut. DATA has the
-    columns that `tune` reads: tags are compared word by word, several labels of a row as a set.
+    Prints the metric with its standard error, and a table with one line per label. DATA has the columns that `tune`
+    reads, and is streamed. All prompts and baselines answer the same records, in mixed batches. A text that exceeds the
+    context is cut. Tags are compared word by word. Several labels of a record are compared as a set.
     """
     if (shots is None) != (shots_from is None):
         raise click.UsageError("--shots and --shots-from go together")

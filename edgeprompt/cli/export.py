@@ -22,33 +22,33 @@ if TYPE_CHECKING:
 @click.option(
     "--precision",
     type=click.Choice((*names.PRECISIONS, "auto")),
-    help="Default: gguf for a .gguf file (each matrix in 4 or 8 bits, as the file has it), else fp32. auto: "
-    "export fp32, int8 (cuda: fp16) and int4 in two block sizes; keep what serves --prompt quickest here.",
+    help="Default: gguf for a .gguf file (each matrix in 4 or 8 bits, as the file has it), else fp32. auto: export "
+    "fp32, int8 (cuda: fp16) and int4 in two block sizes, and keep what serves --prompt fastest on this device.",
 )
 @click.option(
     "--data",
     metavar="DATA",
-    help="Texts that the package is judged by, instead of shipped ones: rows with a column text, or lines of a .txt "
-    "file. For --precision auto: labelled rows that the prompts are judged by.",
+    help="Texts on which the package is compared with its base, instead of the shipped ones: records with a column "
+    "text, or lines of a .txt file. For --precision auto: labelled records on which the prompts are evaluated.",
 )
 @click.option(
     "--allow-quality-loss",
     is_flag=True,
-    help="Write the package even if it keeps too little of BASE; its manifest says so.",
+    help="Write the package even if it is too far from BASE; its manifest says so.",
 )
 @click.option(
     "--tolerance",
     type=click.FloatRange(min=0),
     default=1.0,
     show_default=True,
-    help="For --precision auto: points of the metric that may be lost against fp32.",
+    help="For --precision auto: most points of the metric that a prompt may lose against fp32.",
 )
 @click.option(
     "--route",
     type=click.Choice(("auto", *names.ROUTES)),
     default="auto",
     show_default=True,
-    help="genai: its graph builder; torch: torch.onnx; onnx: BASE is a folder of graphs that others exported.",
+    help="genai: ORT GenAI's model builder; torch: torch.onnx; onnx: BASE is a folder of graphs that others exported.",
 )
 @click.option(
     "--block-size",
@@ -78,9 +78,9 @@ if TYPE_CHECKING:
     is_flag=True,
     help="Put prompts in that were tuned for weights too far from the package's.",
 )
-@click.option("--against", help="The base in PyTorch to compare with, where BASE is a folder of graphs.")
-@click.option("--force", is_flag=True, help="Replace an older package at OUTPUT, once the new one is whole.")
-@click.option("--json", "as_json", is_flag=True, help="What was measured, as one JSON object.")
+@click.option("--against", help="If BASE is a folder of graphs: the base in PyTorch to compare with.")
+@click.option("--force", is_flag=True, help="Replace an older package at OUTPUT, once the new one is complete.")
+@click.option("--json", "as_json", is_flag=True, help="Print the measurements as one JSON object.")
 def command(
     base: str,
     out: Path,
@@ -101,8 +101,8 @@ def command(
 ) -> None:
     """Export BASE to one validated ONNX graph with a prompt input.
 
-    BASE is a Hugging Face id, a local folder or a .gguf file. A package that does not compute what its base computes
-    is not written.
+    BASE is a Hugging Face id, a local folder or a .gguf file. If the graph does not compute what BASE computes, nothing
+    is written.
     """
     choosing = precision == "auto"
     if choosing and (data is None or not prompts):

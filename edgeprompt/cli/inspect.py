@@ -14,9 +14,9 @@ from edgeprompt import names
 
 @click.command("inspect")
 @click.argument("path", type=click.Path(path_type=Path))
-@click.option("--json", "as_json", is_flag=True, help="One JSON object.")
+@click.option("--json", "as_json", is_flag=True, help="Print one JSON object.")
 def command(path: Path, as_json: bool) -> None:
-    """Show what PATH is, for which base, and how big.
+    """Show what PATH is, its base and its sizes.
 
     PATH is a package folder, a prompt file (.safetensors) or an ONNX Runtime adapter (.onnx_adapter).
     """

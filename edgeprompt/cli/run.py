@@ -32,8 +32,8 @@ if TYPE_CHECKING:
     "wanted",
     multiple=True,
     metavar="FILE|NAME",
-    help="Soft prompt: a file, or one inside the package. Repeated: every text is answered by each. "
-    "None: the bare base.",
+    help="Soft prompt: a file, or the name of one in the package. Repeat it to answer every text with each. "
+    "Without it: the base model.",
 )
 @click.option(
     "--input",
@@ -42,25 +42,25 @@ if TYPE_CHECKING:
     help="Texts from a .csv, .tsv, .jsonl, .parquet (by column) or .txt (by line) file, streamed.",
 )
 @click.option("--text-column", default="text", show_default=True, help="Column of --input that fills {text}.")
-@click.option("--prompt-column", help="Column of --input that names the prompt of each row.")
+@click.option("--prompt-column", help="Column of --input that names the prompt of each record.")
 @click.option(
     "--output",
     "out",
     type=click.Path(path_type=Path),
-    help="Write here instead of stdout, whole or not at all: .jsonl, .csv, .tsv, .parquet (with the columns of "
-    "--input; one that is called as a part of the result becomes input_NAME) or text.",
+    help="Write to this file instead of stdout, whole or not at all: .jsonl, .csv, .tsv, .parquet (with the columns "
+    "of --input; a column with the name of a result column becomes input_NAME) or text.",
 )
 @click.option(
     "--on-error",
     type=click.Choice(("stop", "skip", "record")),
     default="stop",
     show_default=True,
-    help="A row that cannot be answered: end with exit code 1, leave it out, or say why in a column `error`.",
+    help="For a record that cannot be answered: end with exit code 1, leave it out, or say why in a column `error`.",
 )
 @click.option(
     "--resume",
     is_flag=True,
-    help="Keep answers in OUTPUT.part while the run is on, and go on from it where it was stopped.",
+    help="Keep answers in OUTPUT.part during the run, and continue there after an interruption.",
 )
 @click.option("--max-new-tokens", type=click.IntRange(min=1))
 @click.option("--temperature", type=click.FloatRange(min=0), help="0 is greedy.")
@@ -69,12 +69,15 @@ if TYPE_CHECKING:
 @click.option("--seed", type=click.IntRange(min=0))
 @click.option("--num-beams", type=click.IntRange(min=1), default=1, help="Beam search (encoder-decoders).")
 @click.option(
-    "--stop", multiple=True, callback=serving.unescape, help=r"Text that ends the answer, as \n; may be repeated."
+    "--stop",
+    multiple=True,
+    callback=serving.unescape,
+    help=r"Text that ends the answer, for example \n; may be repeated.",
 )
 @click.option("--chat", is_flag=True, help="Put each text into the package's chat template.")
-@click.option("--truncate", is_flag=True, help="Cut a text that exceeds the context, instead of refusing it.")
+@click.option("--truncate", is_flag=True, help="Cut a text that exceeds the context, instead of rejecting it.")
 @serving.runtime_options
-@click.option("--json", "as_json", is_flag=True, help="One JSON object a line, with scores and timings.")
+@click.option("--json", "as_json", is_flag=True, help="Print one JSON object per line, with scores and timings.")
 def command(
     package: Path,
     texts: tuple[str, ...],
@@ -102,9 +105,9 @@ def command(
     cache: Path | None,
     as_json: bool,
 ) -> None:
-    """Answer each TEXT, row of --input, or line of stdin.
+    """Answer each TEXT, record of --input, or line of stdin.
 
-    With one TEXT the answer is printed as it is, and streamed to a terminal; otherwise one line an answer.
+    The answer to one TEXT is printed as it is, and streamed to a terminal. Several answers are printed one per line.
     """
     if texts and source:
         raise click.UsageError("give TEXT or --input, not both")

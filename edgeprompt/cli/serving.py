@@ -35,15 +35,15 @@ def runtime_options(command: F) -> F:
         click.option(
             "--cache",
             type=click.Path(file_okay=False, path_type=Path),
-            help="Folder that keeps what a start computes (packed weights, prefixes): later starts are quicker.",
+            help="Folder for packed weights and prefixes: the next process starts faster.",
         ),
         click.option(
             "--workers",
             "--lanes",
             "workers",
             type=click.IntRange(min=1),
-            help="Answer this many rows side by side, each on one thread, instead of one on --threads: more a second. "
-            "--lanes is the old name.",
+            help="Compute this many sequences side by side, each on one thread, instead of one on --threads. "
+            "More answers per second. --lanes is the old name.",
         ),
         click.option("--threads", type=click.IntRange(min=1), help="intra_op_num_threads of the session."),
         click.option("--provider", type=click.Choice(("auto", "cpu", "cuda")), default="auto", show_default=True),

@@ -40,48 +40,62 @@ def _template(_context: click.Context, _parameter: click.Parameter, value: str |
 @click.option(
     "--task",
     type=click.Choice([task for task in names.TASKS if task != "embed"]),
-    help="Without it: by the columns of DATA.",
+    help="Default: by the columns of DATA.",
 )
 @click.option(
     "--problem-type",
     type=click.Choice(names.PROBLEM_TYPES),
-    help="Of classification with a head; without it: lists of labels are several, everything else is one.",
+    help="For classification with a head. Default: multi_label where labels are lists, else single_label.",
 )
 @click.option("--virtual-tokens", "num_virtual_tokens", type=click.IntRange(1), default=16, show_default=True)
-@click.option("--init", type=click.Choice(INITS), default="text", show_default=True, help="What the prompt starts as.")
-@click.option("--init-text", help="Text to start from; without it a sentence that names the label words.")
+@click.option(
+    "--init", type=click.Choice(INITS), default="text", show_default=True, help="Initial value of the prompt."
+)
+@click.option("--init-text", help="Text for --init text. Default: a sentence that names the label words.")
 @click.option("--template", callback=_template, help=r'For example "{prompt}{text}\nSentiment:".')
 @click.option(
     "--verbalizer",
     multiple=True,
     callback=_verbalizer,
     metavar="LABEL=WORD",
-    help='Label word, as positive=" positive"; once for every label, or several words for one.',
+    help='Label word, as positive=" positive". Repeat it for each label, and for each word of a label.',
 )
 @click.option("--text-column", default="text", show_default=True)
 @click.option("--label-column", default="label", show_default=True)
 @click.option("--target-column", default="target", show_default=True)
-@click.option("--task-column", help="Column that tells tasks apart: trains them together, a prompt file for each.")
-@click.option("--eval", "eval_data", metavar="DATA", help="Data to choose the best prompt by.")
-@click.option("--eval-split", type=float, default=0.1, show_default=True, help="Fraction of DATA, without --eval.")
+@click.option(
+    "--task-column", help="Column with the name of the task. Tasks are trained together; each gets a prompt file."
+)
+@click.option("--eval", "eval_data", metavar="DATA", help="Data that chooses the best prompt.")
+@click.option(
+    "--eval-split",
+    type=float,
+    default=0.1,
+    show_default=True,
+    help="Without --eval: fraction of DATA kept for evaluation.",
+)
 @click.option("--shots", type=click.IntRange(1), help="Training examples per class.")
-@click.option("--steps", type=click.IntRange(1), help="Training steps; 200 without --steps and --epochs.")
+@click.option("--steps", type=click.IntRange(1), help="Training steps. Default: 200, unless --epochs is given.")
 @click.option("--epochs", type=click.FloatRange(0, min_open=True))
 @click.option("--batch-size", type=click.IntRange(1), default=16, show_default=True)
-@click.option("--lr", "learning_rate", type=click.FloatRange(0, min_open=True), help="Without it: by the method.")
+@click.option(
+    "--lr", "learning_rate", type=click.FloatRange(0, min_open=True), help="Learning rate. Default: by the method."
+)
 @click.option("--seed", type=click.IntRange(0), default=0, show_default=True)
-@click.option("--max-length", type=click.IntRange(2), default=256, show_default=True, help="Tokens; longer is cut.")
+@click.option(
+    "--max-length", type=click.IntRange(2), default=256, show_default=True, help="Tokens; longer texts are cut."
+)
 @click.option("--mixed-precision", type=click.Choice(PRECISIONS), default="no", show_default=True)
 @click.option(
     "--for",
     "package",
     type=click.Path(path_type=Path),
-    help="Package to tune for: the frozen weights are its own, dequantised.",
+    help="Package to tune for: train against its own weights, dequantised.",
 )
-@click.option("--resume", type=click.Path(path_type=Path), help="Checkpoint to go on from, or prompt file to start as.")
-@click.option("--adapter", type=click.Path(path_type=Path), help="Folder: also save the PEFT adapter.")
-@click.option("--log", type=click.Path(path_type=Path), help="Folder: metrics.jsonl and TensorBoard events.")
-@click.option("--json", "as_json", is_flag=True, help="The result as one JSON object.")
+@click.option("--resume", type=click.Path(path_type=Path), help="Checkpoint to continue, or prompt file to start from.")
+@click.option("--adapter", type=click.Path(path_type=Path), help="Folder for the same prompt as a PEFT adapter.")
+@click.option("--log", type=click.Path(path_type=Path), help="Folder for metrics.jsonl and TensorBoard events.")
+@click.option("--json", "as_json", is_flag=True, help="Print the result as one JSON object.")
 def command(base: str, data: str, output: Path, task_column: str | None, as_json: bool, **values: Any) -> None:
     """Train a soft prompt for BASE on DATA.
 

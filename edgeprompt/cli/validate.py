@@ -18,15 +18,17 @@ from edgeprompt.cli import console
     "prompts",
     multiple=True,
     type=click.Path(path_type=Path),
-    help="Prompt file to compare with as well, and to ask its golden example; may be repeated.",
+    help="Prompt file to compare with as well, and whose golden example is checked; may be repeated.",
 )
-@click.option("--data", metavar="DATA", help="Texts to judge by: rows with a column text, or lines of a .txt file.")
-@click.option("--allow-quality-loss", is_flag=True, help="Accept a package that keeps too little of its base.")
-@click.option("--json", "as_json", is_flag=True, help="What was measured, as one JSON object.")
+@click.option(
+    "--data", metavar="DATA", help="Texts to compare on: records with a column text, or lines of a .txt file."
+)
+@click.option("--allow-quality-loss", is_flag=True, help="Accept a package that is too far from its base.")
+@click.option("--json", "as_json", is_flag=True, help="Print the measurements as one JSON object.")
 def command(
     package: Path, base: str, prompts: tuple[Path, ...], data: str | None, allow_quality_loss: bool, as_json: bool
 ) -> None:
-    """Check PACKAGE's files, compare it with its base in PyTorch, and ask its prompts their golden examples."""
+    """Check PACKAGE's files, compare it with its base in PyTorch, and check its prompts' golden examples."""
     console.quiet_libraries()
     from edgeprompt.cli.export import tell_quality
     from edgeprompt.loading import load

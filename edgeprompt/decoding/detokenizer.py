@@ -70,7 +70,7 @@ def _overlap(text: str, stop: str) -> int:
 
 
 class TextStream(Iterator[str]):
-    """Pieces of text as a running request hands them out; closing or dropping it cancels the request.
+    """Pieces of text of a running request. Closing or dropping it cancels the request.
 
     `close` may be called from any thread, also while another one waits for the next piece.
     """
@@ -90,7 +90,7 @@ class TextStream(Iterator[str]):
         raise StopIteration
 
     def close(self) -> None:
-        """Cancel the request, if it still runs; no piece follows."""
+        """Cancel the request if it still runs. No piece follows."""
         self._closed = True
         self._job.cancel()
 

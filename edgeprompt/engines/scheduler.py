@@ -45,7 +45,7 @@ class Job(Future[Any]):
             return self._cancel_asked and not self._ending
 
     def why_stop(self, now: float) -> EdgePromptError | None:
-        """Why a job must not go on at `now` (`time.monotonic`), or None."""
+        """Why the job must stop at `now` (`time.monotonic`), or None."""
         if self._cancel_asked:
             return RequestCancelledError("the request was cancelled")
         if self.deadline is not None and now > self.deadline:
@@ -53,7 +53,7 @@ class Job(Future[Any]):
         return None
 
     def finish(self) -> None:
-        """Set the result; the error, where the answer cannot be made, comes too late, or was cancelled."""
+        """Set the result, or the error if the answer failed, is late, or was cancelled."""
         try:
             found = self.answer()
         except Exception as error:
@@ -66,7 +66,7 @@ class Job(Future[Any]):
             self.set_exception(stop)
 
     def fail(self, error: BaseException) -> None:
-        """Set the error; one that nobody raised on purpose becomes an `InferenceError`."""
+        """Set the error; an unexpected one becomes an `InferenceError`."""
         self._end()
         if not isinstance(error, EdgePromptError):
             wrapped = InferenceError(f"the request failed: {(str(error) or repr(error)).splitlines()[0]}")
@@ -75,7 +75,7 @@ class Job(Future[Any]):
         self.set_exception(error)
 
     def abandon(self, error: EdgePromptError) -> None:
-        """`fail` in a forked child, where a thread that is no more may have held the lock."""
+        """`fail` in a forked child, where a thread of the parent may have held the lock."""
         self._condition = threading.Condition()
         if not self.done():
             self.fail(error)

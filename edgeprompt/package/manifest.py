@@ -94,7 +94,7 @@ class Base:
 
 @dataclass(frozen=True)
 class Manifest:
-    """What a package is. `graphs` is keyed "model", or "encoder" and "decoder"."""
+    """Description of a package. `graphs` has the key "model", or the keys "encoder" and "decoder"."""
 
     architecture: str
     model_type: str
@@ -106,7 +106,7 @@ class Manifest:
     graphs: Mapping[str, GraphFile]
     tokenizer_fingerprint: str | None = None
     tokenizer_sha256: str | None = None
-    """Of `tokenizer.json` as the export wrote it: one that is unchanged needs no fingerprint, which is slow."""
+    """Hash of `tokenizer.json`. If it is unchanged, the slow `tokenizer_fingerprint` need not be computed."""
     prompt_input: str = "required"
     """"required": `prompt_embeddings` must be fed; "optional": it has a default, and stock ORT adapters can fill it.
     Older packages say "door": "input" or "adapter"."""
@@ -115,27 +115,26 @@ class Manifest:
     pooling: str = "mean"
     """Default of `embed` (encoders): "mean", "cls" or "last"."""
     kv_in_place: bool = True
-    """Decoders: whether attention (GroupQueryAttention) appends to the KV cache where it lies; else the graph returns
-    past and new keys joined. Older packages say the contrary as "batched_prefill"."""
+    """Decoders: whether attention (GroupQueryAttention) appends to the KV cache in place. If False, the graph returns
+    past and new keys concatenated. Older packages have the negation as "batched_prefill"."""
     generation: Mapping[str, Any] = field(default_factory=dict)
-    """What the base's generation_config says of every answer, under transformers' names (`package.generation`)."""
+    """Settings of the base's generation_config, under transformers' names (`package.generation`)."""
     prompts: tuple[str, ...] = ()
     """Prompt files inside the package, relative paths."""
     validation: Mapping[str, Any] = field(default_factory=dict)
-    """What the export measured when it proved itself."""
+    """Measurements of the export's validation."""
     quality: Mapping[str, Any] = field(default_factory=dict)
-    """How near the package is to its base over real text: "texts", "kl_mean", "kl_p90", "top1", "perplexity",
-    "perplexity_base"; of encoders the distance of embeddings. Empty where no base was there to compare with."""
+    """How near the package is to its base on real text: "texts", "kl_mean", "kl_p90", "top1", "perplexity",
+    "perplexity_base"; for encoders the distance of embeddings. Empty if there was no base to compare with."""
     quality_gate: str | None = None
-    """"passed"; "allowed": further from its base than the limits, and written because the user said so; None: not
-    judged."""
+    """"passed"; "allowed": beyond the limits, and written because the user allowed it; None: not compared."""
     versions: Mapping[str, str] = field(default_factory=dict)
     extra: Mapping[str, Any] = field(default_factory=dict)
     """Facts for tools other than the runtime (for example where each weight went)."""
 
     @property
     def weights_hash(self) -> str:
-        """One hash over all weights (graphs count only if they hold them): what a prompt tuned for a package names."""
+        """One hash over all files with weights. A prompt that was tuned for a package names it."""
         import hashlib
 
         text = strict_json.dumps({key: dict(graph.data) or graph.sha256 for key, graph in self.graphs.items()})

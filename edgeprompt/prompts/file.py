@@ -51,13 +51,18 @@ class HeadStep:
 
 @dataclass(frozen=True)
 class Head:
-    """A task head, applied by the runtime to a row's hidden states.
+    """A task head, which the runtime applies to the hidden states of a sequence.
 
-    `input` says which: "first" position of the sequence, virtual tokens included (PEFT's BERT), "first_text" the
-    first position behind them, "pooler" the base's pooled vector, "mean" or "last" over the text, "mean_all" over the
-    virtual tokens as well (PEFT's ModernBERT), "tokens" every text position (tagging, question answering),
-    "tokens_unshifted" as many from the sequence's first position on: position i answers for text token i, though
-    virtual tokens stand in front (what PEFT's question answering trains).
+    `input` names the hidden states that the head reads:
+
+    - "first": the first position of the sequence, virtual tokens included (PEFT's BERT).
+    - "first_text": the first position behind the virtual tokens.
+    - "pooler": the base's pooled vector.
+    - "mean", "last": the mean, or the last position, of the text.
+    - "mean_all": the mean of virtual tokens and text (PEFT's ModernBERT).
+    - "tokens": every position of the text (tagging, question answering).
+    - "tokens_unshifted": as many positions as the text has, from the sequence's first on. Position i answers for text
+      token i although virtual tokens stand in front, as PEFT's question answering is trained.
     """
 
     input: str
@@ -75,7 +80,7 @@ class TunedFor:
 
 @dataclass(frozen=True)
 class Golden:
-    """One input and what the prompt answered, so that a device can prove that the prompt works there."""
+    """One input and the answer to it, so that a device can check that the prompt works there."""
 
     fields: Mapping[str, str]
     label: str | None = None
@@ -103,7 +108,7 @@ class PromptFile:
     Tensors (float32 or float16, finite): `prompt_embeddings [num_virtual_tokens, hidden_size]`;
     `past_key_values [num_layers, 2, num_key_value_heads, num_virtual_tokens, head_size]`; `head` without the
     "head." of the file, for example `{"classifier.weight": [num_labels, hidden_size]}`. A prompt has embeddings,
-    past_key_values, or neither (a head alone on the bare base).
+    past_key_values, or neither (only a head).
     """
 
     name: str
@@ -120,7 +125,7 @@ class PromptFile:
     verbalizer: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
     """Label -> label words, in label order."""
     verbalizer_aggregation: str = "sum"
-    """What makes a label's score of its words': "sum" of probabilities, "mean" or "max" of log-probabilities."""
+    """How the scores of several words become one: "sum" of probabilities, "mean" or "max" of log-probabilities."""
     labels: tuple[str, ...] = ()
     """Label names by class index."""
     calibration: tuple[float, ...] = ()
@@ -129,7 +134,7 @@ class PromptFile:
     add_special_tokens: bool = True
     generation: Mapping[str, Any] = field(default_factory=dict)
     """Defaults for generation: max_new_tokens, stop, temperature, top_k, top_p, chat; encoder-decoders also num_beams,
-    length_penalty, early_stopping, and decoder_prefix (text or ids that the decoder has said already)."""
+    length_penalty, early_stopping, and decoder_prefix (text or ids that the decoder starts with)."""
     tuned_for: TunedFor | None = None
     training: Mapping[str, Any] = field(default_factory=dict)
     golden: Golden | None = None
@@ -200,7 +205,7 @@ class PromptFile:
         return hashlib.sha256(self.to_bytes()).hexdigest()
 
     def check_base(self, manifest: Manifest) -> None:
-        """Refuse a package that this prompt was not made for.
+        """Reject a package that this prompt was not made for.
 
         Raises:
             BaseMismatchError: base fingerprint, tokenizer or a tensor's shape differs; both values are named.
@@ -220,7 +225,7 @@ class PromptFile:
         self.check_geometry(manifest)
 
     def check_geometry(self, manifest: Sizes) -> None:
-        """Refuse tensors that do not fit the package's sizes.
+        """Reject tensors that do not fit the package's sizes.
 
         Raises:
             BaseMismatchError: names the tensor, its shape and the shape that fits.

@@ -13,7 +13,7 @@ from edgeprompt.request import Answer, Classification, Generation, GenerationOpt
 
 @dataclass(frozen=True)
 class GoldenCheck:
-    """What a prompt answered to its golden example, beside what it answered where it was made."""
+    """The answer to a prompt's golden example (`found`), and the answer stored in its file (`expected`)."""
 
     passed: bool
     expected: str | tuple[int, ...]
