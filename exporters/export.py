@@ -145,19 +145,23 @@ def validate_package(
     prompts: Sequence[str | os.PathLike[str]] = (),
     data: Any = None,
     allow_quality_loss: bool = False,
+    progress: Progress | None = None,
 ) -> Mapping[str, Any]:
     """Compare an existing package with a base model in PyTorch, and return the measurements.
 
-    `data` and `allow_quality_loss` are as for `export_model`. A package that was exported with `allow_quality_loss`
-    keeps it.
+    `data`, `allow_quality_loss` and `progress` are as for `export_model`. A package that was exported with
+    `allow_quality_loss` keeps it.
 
     Raises:
         PackageError: the package is broken, or its files are not those of the manifest.
         BaseMismatchError: the package was exported from another base.
         ValidationError: it does not compute what the base computes.
     """
+    tell = progress or _silent
     package = open_package(path)
+    tell("files", 0.0)
     package.verify()
+    tell("load", 0.1)
     loaded = against if isinstance(against, LoadedBase) else load_base(against)
     manifest = package.manifest
     base = loaded.base
@@ -170,6 +174,7 @@ def validate_package(
     files = _load_prompts(prompts)
     for prompt in files.values():
         prompt.check_base(manifest)
+    tell("compare", 0.3)
     exporter = find_exporter(manifest.architecture)
     measured = exporter.validate(loaded, Path(path), manifest, tuple(files.values()), data)
     allow = allow_quality_loss or manifest.quality_gate == "allowed"

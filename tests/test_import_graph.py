@@ -18,6 +18,7 @@ LAYERS = (
     ("edgeprompt.prompts", "edgeprompt.ort"),
     ("edgeprompt.package",),
     ("edgeprompt.options", "edgeprompt.request", "edgeprompt.arrays", "edgeprompt.errors", "edgeprompt.names"),
+    ("edgeprompt.progress",),
 )
 """Upper first; a module imports from its own layer and from those below."""
 

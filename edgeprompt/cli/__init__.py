@@ -6,6 +6,7 @@ A command's file exposes `command` (a click command) and imports nothing heavy a
 from __future__ import annotations
 
 import signal
+import sys
 import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -15,6 +16,7 @@ from typing import Any
 import click
 
 import edgeprompt
+from edgeprompt.cli import console
 from edgeprompt.errors import EdgePromptError, MissingDependencyError
 
 COMMANDS = ("tune", "export", "convert", "run", "eval", "bench", "inspect", "validate")
@@ -59,6 +61,15 @@ class _Commands(click.Group):
         command: click.Command = import_module(f"{__name__}.{cmd_name}").command
         return command
 
+    def main(self, *args: Any, **kwargs: Any) -> Any:
+        """Run with all three standard streams open; --help and --version fail in one line too."""
+        console.open_streams()
+        try:
+            return super().main(*args, **kwargs)
+        except OSError as error:
+            _Failed(error.strerror or str(error)).show()
+            sys.exit(1)
+
     def invoke(self, ctx: click.Context) -> Any:
         """Run; what edgeprompt or the operating system refuses is one line, any other exception is a bug."""
         try:
@@ -69,6 +80,12 @@ class _Commands(click.Group):
         except OSError as error:
             where = f"{error.filename}: " if error.filename else ""
             raise _Failed(where + (error.strerror or str(error))) from error
+        except UnicodeEncodeError as error:
+            found = error.object[error.start : error.start + 1]
+            raise _Failed(
+                f"the answer has {found!a}, which stdout ({getattr(sys.stdout, 'encoding', None)}) cannot write; set "
+                "PYTHONIOENCODING=utf-8, or write to a file (--output) or as --json"
+            ) from error
         except _Stopped as error:
             raise _Failed(f"stopped by {error.name}", int(str(error.code))) from error
         except EdgePromptError as error:

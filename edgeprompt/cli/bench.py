@@ -94,6 +94,8 @@ def command(
     from edgeprompt.package.files import write_atomic
     from edgeprompt.package.outputs import TEXT, check_output
 
+    if output is None:
+        console.need_stdout()
     write = _writer(kind)
     sources = (package, old, *prompts)
     if output is not None:

@@ -1,19 +1,21 @@
-"""Progress and notes on stderr; progress is silent where stderr is no terminal."""
+"""Progress and notes on stderr."""
 
 from __future__ import annotations
 
+import codecs
+import io
+import json
 import os
 import sys
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
-from typing import TYPE_CHECKING, Any, TypeVar
+from typing import Any, TypeVar
 
 import click
 
-if TYPE_CHECKING:
-    from rich.console import Console
-    from rich.progress import Progress
+from edgeprompt import progress
+from edgeprompt.errors import InputError
 
 T = TypeVar("T")
 
@@ -25,23 +27,81 @@ def note(text: str) -> None:
 
 @contextmanager
 def stages(title: str) -> Iterator[Callable[[str, float], None]]:
-    """A bar for work that reports (stage, fraction of the whole done).
+    """Progress of work that reports (stage, fraction of the whole done).
 
     >>> with stages("export") as tell:
     ...     tell("quantise", 0.5)
     """
-    with _bar(counts=False) as bar:
-        task = bar.add_task(title, total=1.0)
-        yield lambda stage, done: bar.update(task, completed=done, description=f"{title}: {stage}")
+    with progress.show(title, 1.0) as update:
+        yield lambda stage, done: update(done, stage)
 
 
-def track(items: Iterable[T], title: str, *, total: int | None = None) -> Iterator[T]:
-    """Pass `items` on and count them; without `total` the bar shows the count and the time alone."""
-    with _bar(counts=True) as bar:
-        task = bar.add_task(title, total=total)
-        for item in items:
+def track(items: Iterable[T], title: str, *, total: int | None = None, start: int = 0) -> Iterator[T]:
+    """Pass `items` on and count them; without `total` the count and the time alone are shown.
+
+    The first `start` were done before.
+    """
+    with progress.show(title, total, start=start, unit="rows") as update:
+        for done, item in enumerate(items, 1):
             yield item
-            bar.advance(task)
+            if done > start:
+                update(done, "")
+
+
+def need_stdout() -> None:
+    """Refuse work whose answer would go to a closed stdout.
+
+    Raises:
+        InputError: stdout is closed.
+    """
+    if _Closed.seen:
+        raise InputError("stdout is closed, so the answer would be lost; leave stdout open, or write to a file")
+
+
+def as_json(value: Any) -> str:
+    """JSON for stdout: as text where stdout holds all of Unicode, else with escapes."""
+    return json.dumps(value, ensure_ascii=not holds_unicode(), default=str)
+
+
+def holds_unicode() -> bool:
+    """Whether stdout can write every character."""
+    encoding = getattr(sys.stdout, "encoding", None) or "utf-8"
+    return bool(codecs.lookup(encoding).name.startswith("utf"))
+
+
+def write_exactly() -> None:
+    """From here on a character that stdout cannot write is an error, as answers need it: none is changed."""
+    _on_unwritable("strict")
+
+
+def _on_unwritable(errors: str) -> None:
+    if isinstance(sys.stdout, io.TextIOWrapper):
+        sys.stdout.reconfigure(errors=errors)
+
+
+class _Closed:
+    """Whether stdout was closed when the process began."""
+
+    seen = False
+
+
+def open_streams() -> None:
+    """Put something harmless where a standard stream is closed, before files are opened.
+
+    A file that took the number of a closed stream would be written into by whatever prints.
+    """
+    for number in range(3):
+        try:
+            os.fstat(number)
+        except OSError:
+            # The lowest free number is this one, since those below are open.
+            os.open(os.devnull, os.O_RDONLY if number == 0 else os.O_WRONLY)
+    _on_unwritable("backslashreplace")  # a report is better with an escape than not at all
+    _Closed.seen = sys.stdout is None
+    if sys.stdout is None:
+        sys.stdout = open(os.devnull, "w", encoding="utf-8")  # noqa: SIM115  (for as long as the process lives)
+    if sys.stderr is None:
+        sys.stderr = open(os.devnull, "w", encoding="utf-8")  # noqa: SIM115
 
 
 def quiet_libraries() -> None:
@@ -53,46 +113,6 @@ def quiet_libraries() -> None:
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     # What transformers and PEFT say to each other of coming versions.
     warnings.filterwarnings("ignore", category=FutureWarning)
-
-
-def stderr_console() -> Console:
-    """A rich console on stderr."""
-    from rich.console import Console
-
-    return Console(stderr=True)
-
-
-def _bar(*, counts: bool) -> Progress:
-    from rich.progress import (
-        BarColumn,
-        MofNCompleteColumn,
-        Progress,
-        ProgressColumn,
-        Task,
-        TaskProgressColumn,
-        TextColumn,
-        TimeElapsedColumn,
-        TimeRemainingColumn,
-    )
-    from rich.text import Text
-
-    class RateColumn(ProgressColumn):
-        def render(self, task: Task) -> Text:
-            speed = task.finished_speed or task.speed
-            return Text("" if speed is None else f"{speed:.1f} rows/s" if speed < 100 else f"{speed:.0f} rows/s")
-
-    console = stderr_console()
-    return Progress(
-        TextColumn("{task.description}"),
-        BarColumn(),
-        *((MofNCompleteColumn(), RateColumn()) if counts else (TaskProgressColumn(),)),
-        TimeElapsedColumn(),
-        TimeRemainingColumn(),
-        console=console,
-        disable=not console.is_terminal,
-        redirect_stdout=sys.stdout is not None and sys.stdout.isatty(),  # else answers for a pipe would go to stderr
-        transient=True,
-    )
 
 
 def print_measured(measured: Mapping[str, Any], prefix: str = "") -> None:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import json
 from collections.abc import Sequence
 
 import click
@@ -66,7 +65,7 @@ def command(
         force=force,
     )
     if as_json:
-        click.echo(json.dumps({**dataclasses.asdict(report), "outputs": [str(path) for path in report.outputs]}))
+        click.echo(console.as_json({**dataclasses.asdict(report), "outputs": [str(path) for path in report.outputs]}))
         return
     for kind, lines in (("found", report.found), ("dropped", report.dropped), ("note", report.notes)):
         for line in lines:

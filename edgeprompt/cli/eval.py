@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import json
 from itertools import islice
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -91,6 +90,7 @@ def command(
     """
     if (shots is None) != (shots_from is None):
         raise click.UsageError("--shots and --shots-from go together")
+    console.need_stdout()
     from edgeprompt.evaluation.data import column_names, read_records
     from edgeprompt.evaluation.evaluate import Columns, check_task, draw_shots, evaluate
     from edgeprompt.prompts.hard_prompt import few_shot_text, hard_prompt
@@ -127,7 +127,7 @@ def command(
         found = evaluate(runtime, prompts, rows, columns, metric=metric, options=options)
     for name, score in found.items():
         if as_json:
-            click.echo(json.dumps({"prompt": name, **dataclasses.asdict(score)}, ensure_ascii=False))
+            click.echo(console.as_json({"prompt": name, **dataclasses.asdict(score)}))
         else:
             show(name, score)
 

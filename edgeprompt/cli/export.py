@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -146,7 +145,7 @@ def command(
             "quality_gate": report.manifest.quality_gate,
             **({"precision_choice": choice} if choice else {}),
         }
-        click.echo(json.dumps(facts, ensure_ascii=False))
+        click.echo(console.as_json(facts))
         return
     if choice:
         show_choice(choice)

@@ -10,6 +10,7 @@ from typing import Any
 import click
 
 from edgeprompt import names
+from edgeprompt.cli import console
 
 
 @click.command("inspect")
@@ -20,9 +21,10 @@ def command(path: Path, as_json: bool) -> None:
 
     PATH is a package folder, a prompt file (.safetensors) or an ONNX Runtime adapter (.onnx_adapter).
     """
+    console.need_stdout()
     facts = describe(path)
     if as_json:
-        click.echo(json.dumps(facts, ensure_ascii=False))
+        click.echo(console.as_json(facts))
         return
     width = max(map(len, facts)) + 2
     for key, value in facts.items():

@@ -9,12 +9,13 @@ import os
 import sys
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import IO, TYPE_CHECKING, Any
 
 import click
 
+from edgeprompt.cli import console
 from edgeprompt.errors import InputError
 
 if TYPE_CHECKING:
@@ -48,6 +49,8 @@ class Form:
     """One answer, printed as it is."""
     with_errors: bool = False
     """Whether there is a column for what went wrong."""
+    escaped: bool = False
+    """Whether JSON is written in ASCII, for a stdout that cannot write every character."""
 
     def line(self, answered: Answered) -> str:
         """A line of text, or of JSON."""
@@ -72,7 +75,8 @@ class Form:
             **(found if isinstance(found, dict) else {"embedding": found}),
             **({"error": answered.error} if self.with_errors else {}),
         }
-        return json.dumps({**columns_of(answered.record, facts), **facts}, ensure_ascii=False, default=str)
+        whole = {**columns_of(answered.record, facts), **facts}
+        return json.dumps(whole, ensure_ascii=self.escaped, default=str)
 
     def cells(self, answered: Answered) -> dict[str, Any]:
         """The input's columns, and prompt, answer, score (and error) as text."""
@@ -116,7 +120,7 @@ class Lines:
     done = 0
 
     def __init__(self, form: Form) -> None:
-        self._form = form
+        self._form = replace(form, escaped=not console.holds_unicode())
 
     def write(self, answers: list[Answered], records: int) -> None:
         """Write the answers to some records."""

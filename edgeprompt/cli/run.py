@@ -15,7 +15,7 @@ import click
 
 from edgeprompt.cli import console, serving
 from edgeprompt.cli.output import Answered, Form, Lines, Table, kind_of, table
-from edgeprompt.errors import EdgePromptError
+from edgeprompt.errors import EdgePromptError, InputError
 from edgeprompt.evaluation.requests import RECORDS_AT_ONCE, batches, fields_of
 
 if TYPE_CHECKING:
@@ -113,7 +113,12 @@ def command(
         raise click.UsageError("give TEXT or --input, not both")
     if resume and not (source and out):
         raise click.UsageError("--resume needs --input and --output")
-    if not texts and not source and (sys.stdin is None or sys.stdin.isatty()):
+    if not out:
+        console.need_stdout()
+        console.write_exactly()
+    if not texts and not source and sys.stdin is None:
+        raise InputError("stdin is closed; give TEXT or --input FILE")
+    if not texts and not source and sys.stdin.isatty():
         raise click.UsageError("give TEXT, --input FILE, or lines on stdin")
     if prompt_column and not source:
         raise click.UsageError("--prompt-column needs --input")
@@ -165,7 +170,7 @@ def command(
         ) if resume else ""  # fmt: skip
         form = replace(form, single=single)
         with _writer(out, form, resume=resume, settings=settings, sources=sources) as writer:
-            for answered, count in _answer(runtime, _progress(rows, source), ask, failures, writer.done):
+            for answered, count in _answer(runtime, _progress(rows, source, writer.done), ask, failures, writer.done):
                 writer.write(answered, count)
     if failures.count:
         left = "left out" if on_error == "skip" else "recorded"
@@ -275,8 +280,8 @@ def _answer(
         yield found, len(batch)
 
 
-def _progress(rows: Iterator[Mapping[str, Any]], source: Path | None) -> Iterator[Mapping[str, Any]]:
-    return console.track(rows, "run", total=serving.count_records(source) if source else None)
+def _progress(rows: Iterator[Mapping[str, Any]], source: Path | None, done: int) -> Iterator[Mapping[str, Any]]:
+    return console.track(rows, "run", total=serving.count_records(source) if source else None, start=done)
 
 
 @contextmanager

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -134,7 +133,7 @@ def _tell(result: TuneResult, as_json: bool) -> None:
         **result.checks,
     }
     if as_json:
-        click.echo(json.dumps(facts, ensure_ascii=False))
+        click.echo(console.as_json(facts))
         return
     click.echo(f"{result.path}: {result.prompt.num_virtual_tokens} virtual tokens, {result.path.stat().st_size} bytes")
     console.print_measured({key: value for key, value in facts.items() if key != "path" and value is not None})

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 
 import click
@@ -29,6 +28,7 @@ def command(
     package: Path, base: str, prompts: tuple[Path, ...], data: str | None, allow_quality_loss: bool, as_json: bool
 ) -> None:
     """Check PACKAGE's files, compare it with its base in PyTorch, and check its prompts' golden examples."""
+    console.need_stdout()
     console.quiet_libraries()
     from edgeprompt.cli.export import tell_quality
     from edgeprompt.loading import load
@@ -37,9 +37,10 @@ def command(
     from exporters import validate_package
 
     with console.stages("validate") as tell:
-        tell("compare", 0.0)
         measured = dict(
-            validate_package(package, against=base, prompts=prompts, data=data, allow_quality_loss=allow_quality_loss)
+            validate_package(
+                package, against=base, prompts=prompts, data=data, allow_quality_loss=allow_quality_loss, progress=tell
+            )
         )
         tell("golden examples", 0.9)
         with load(package, provider="cpu", prompts=prompts) as runtime:
@@ -48,7 +49,7 @@ def command(
         measured["golden"] = {name: check.max_logit_difference for name, check in golden.items()}
     tell_quality(open_package(package).manifest, measured["quality"])
     if as_json:
-        click.echo(json.dumps(measured, ensure_ascii=False))
+        click.echo(console.as_json(measured))
         return
     click.echo(f"{package}: valid")
     console.print_measured(measured)

@@ -142,7 +142,7 @@ def tune_tasks(
         output: `NAME.safetensors`; the files are `NAME.TASK.safetensors`.
         task_column: the column that says which task a record belongs to.
         options: as `tune`; label words hold for every task that has the label.
-        progress: whether to show a bar on stderr, where that is a terminal.
+        progress: whether to show progress on stderr: a bar on a terminal, else a line now and then.
 
     Returns:
         Task -> its prompt and the run's figures; the metric is over all tasks.

@@ -1,4 +1,4 @@
-"""Where a run's figures go: a progress bar on stderr, metrics.jsonl, TensorBoard."""
+"""Where a run's figures go: progress on stderr, metrics.jsonl, TensorBoard."""
 
 from __future__ import annotations
 
@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import IO, Any
 
 from edgeprompt.errors import MissingDependencyError
+from edgeprompt.progress import Update, show
 from edgeprompt.tuning.files import METRICS_FILE
 
 
@@ -23,16 +24,16 @@ class Recorder:
             log.mkdir(parents=True, exist_ok=True)
             self._file = (log / METRICS_FILE).open("a" if start else "w", encoding="utf-8")
             self._board = _summary_writer(log)
-        self._bar = _bar(progress)
-        self._task = self._bar.add_task("tuning", total=total, completed=start, note="")
+        self._shown = show("tuning", total, start=start, unit="steps", wanted=progress)
+        self._update: Update
         self._best = ""
 
     def __enter__(self) -> Recorder:
-        self._bar.start()
+        self._update = self._shown.__enter__()
         return self
 
     def __exit__(self, *_: object) -> None:
-        self._bar.stop()
+        self._shown.__exit__(None, None, None)
         if self._file is not None:
             self._file.close()
         if self._board is not None:
@@ -41,10 +42,10 @@ class Recorder:
     def step(self, step: int, figures: Mapping[str, float]) -> None:
         """Record one training step (counted from 1)."""
         self._write(step, figures)
-        self._bar.update(self._task, completed=step, note=f"loss {figures['loss']:.3f}{self._best}")
+        self._update(step, f"loss {figures['loss']:.3f}{self._best}")
 
     def evaluation(self, step: int, figures: Mapping[str, float], note: str) -> None:
-        """Record an evaluation; `note` is what the bar shows of it."""
+        """Record an evaluation; `note` is what the progress shows of it."""
         self._write(step, {f"eval_{name}": value for name, value in figures.items()})
         self._best = f", {note}"
 
@@ -63,19 +64,3 @@ def _summary_writer(log: Path) -> Any:
     except ImportError as error:
         raise MissingDependencyError("--log needs tensorboard: pip install 'edgeprompt[tune]'") from error
     return SummaryWriter(str(log))
-
-
-def _bar(progress: bool) -> Any:
-    from rich.console import Console
-    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
-
-    console = Console(stderr=True)
-    return Progress(
-        TextColumn("{task.description}"),
-        BarColumn(),
-        MofNCompleteColumn(),
-        TimeRemainingColumn(),
-        TextColumn("{task.fields[note]}"),
-        console=console,
-        disable=not (progress and console.is_terminal),
-    )

@@ -84,7 +84,7 @@ def tune(
         data: `.csv`, `.tsv`, `.jsonl` or `.parquet` file, dataset id (`name:split`), or records in memory.
         output: the prompt file to write; a checkpoint is kept beside it while the run is on.
         options: method, task, sizes and so on.
-        progress: whether to show a bar on stderr, where that is a terminal.
+        progress: whether to show progress on stderr: a bar on a terminal, else a line now and then.
 
     Returns:
         The prompt, its file and the run's figures.

@@ -2,6 +2,7 @@
 
 import os
 import pty
+import re
 import signal
 import subprocess
 import sys
@@ -52,6 +53,41 @@ def test_progress_is_for_terminals(cli, texts, tiny_llama_package):
     plain = cli(*args)
     assert plain.stdout == printed
     assert plain.stderr == ""
+
+
+@pytest.fixture
+def soon(monkeypatch):
+    """Lines come after a moment already."""
+    monkeypatch.setattr("edgeprompt.progress.FIRST_S", 0.02)
+    monkeypatch.setattr("edgeprompt.progress.LONGEST_S", 0.02)
+
+
+def test_run_and_eval_say_how_far_they_are(soon, cli, texts, tiny_llama_package, prompt_folder, tmp_path):
+    form = r"%s: \d+ of 200 rows \(\d+%%\), [\d.]+ rows/s, 0:0\d so far, about \d:\d\d left"
+    plain = cli("run", tiny_llama_package, "--input", texts, "--max-new-tokens", 2)
+    assert any(re.fullmatch(form % "run", line) for line in plain.stderr.splitlines()), plain.stderr
+    assert len(plain.stdout.splitlines()) == 200
+    data = tmp_path / "d.csv"
+    data.write_text("text,label\n" + "good film,positive\nbad film,negative\n" * 100)
+    found = cli("eval", tiny_llama_package, data, "--prompt", prompt_folder / "sentiment.safetensors", "--limit", 200)
+    assert any(re.fullmatch(form % "eval", line) for line in found.stderr.splitlines()), found.stderr
+    assert found.exit_code == 0
+
+
+def test_long_commands_say_off_a_terminal_how_far_they_are(soon, cli, tiny_llama_base, tiny_llama_package, tmp_path):
+    data = tmp_path / "d.csv"
+    data.write_text("text,label\n" + "good film,positive\nbad film,negative\n" * 4)
+    bench = ("--input-tokens", 4, "--new-tokens", 2, "--batch", 1, "--tasks", 1, "--repetitions", 1, "--warmup", 0)
+    for form, *args in (
+        (r"export: 70%, validate, .* left", "export", tiny_llama_base, "-o", tmp_path / "package"),
+        (r"validate: 30%, compare, .* left", "validate", tiny_llama_package, "--against", tiny_llama_base),
+        (r"tuning: \d of 4 steps \(\d+%\), [\d.]+ steps/s, loss [\d.]+.* left", "tune", tiny_llama_base, data, "-o",
+         tmp_path / "p.safetensors", "--steps", 4),
+        (r"bench: \d+%, .* so far.*", "bench", tiny_llama_package, *bench),
+    ):  # fmt: skip
+        found = cli(*args)
+        assert found.exit_code == 0
+        assert any(re.fullmatch(form, line) for line in found.stderr.splitlines()), (args[0], found.stderr)
 
 
 def test_a_single_answer_is_streamed_to_a_terminal(cli, tiny_llama_package):
