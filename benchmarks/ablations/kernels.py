@@ -200,7 +200,7 @@ def main() -> None:
     machine = describe()
     facts = {"machine": machine, "threads": options.threads, "milliseconds": found}
     RESULT.write_text(json.dumps(facts, indent=1) + "\n", encoding="utf-8")
-    print(f"| products | {' | '.join(f'{count} rows (ms)' for count in rows)} |\n| --- |{' --- |' * len(rows)}")
+    print(f"| matmuls | {' | '.join(f'{count} tokens (ms)' for count in rows)} |\n| --- |{' --- |' * len(rows)}")
     for kind, one in found.items():
         cells = []
         for values in one.values():

@@ -39,13 +39,13 @@ PREFIX, TEXT = 16, 32
 STEPS, TURNS = 32, 12
 """Decode steps of a turn, behind prefix and text, and how often every graph has its turn."""
 GROUPS = {
-    "products": ("MatMulNBits", "MatMulIntegerToFloat", "DynamicQuantizeMatMul", "Gemm"),
+    "matmuls": ("MatMulNBits", "MatMulIntegerToFloat", "DynamicQuantizeMatMul", "Gemm"),
     "attention": ("GroupQueryAttention",),
     "norms": ("SimplifiedLayerNormalization", "SkipSimplifiedLayerNormalization", "LayerNormalization"),
     "activations": ("QuickGelu", "Sigmoid", "Mul"),
-    "block sums": ("MatMul", "Concat", "FusedMatMul"),
+    "reductions": ("MatMul", "Concat", "FusedMatMul"),
 }
-"""What operators are for; those that stand nowhere are "other"."""
+"""What operators are for ("reductions": sums of activations over blocks); all others are "other"."""
 
 
 def open_step(
