@@ -12,7 +12,7 @@ from pathlib import Path
 ROOT = Path(__file__).parent.parent
 TARGET = Path(__file__).parent / "api.md"
 SECTIONS = {
-    "Load and run": ("load", "Runtime", "Job", "TextStream", "EngineOptions"),
+    "Load and run": ("load", "Runtime", "Job", "TextStream", "TextPiece", "EngineOptions", "RuntimeStatus"),
     "Requests": (
         "Request",
         "GenerationOptions",

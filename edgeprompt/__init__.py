@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from edgeprompt.decoding.detokenizer import TextStream
+    from edgeprompt.decoding.detokenizer import TextPiece, TextStream
     from edgeprompt.engines.scheduler import Job
     from edgeprompt.errors import (
         BaseMismatchError,
@@ -21,6 +21,7 @@ if TYPE_CHECKING:
         PromptFileError,
         PromptNotFoundError,
         ProviderError,
+        QueueFullError,
         RequestCancelledError,
         RequestTimeoutError,
         SourceError,
@@ -47,6 +48,7 @@ if TYPE_CHECKING:
         Request,
         RequestKeywords,
         Result,
+        RuntimeStatus,
         Span,
         Tagging,
         Text,
@@ -84,17 +86,20 @@ __all__ = [
     "PromptFileError",
     "PromptNotFoundError",
     "ProviderError",
+    "QueueFullError",
     "Request",
     "RequestCancelledError",
     "RequestKeywords",
     "RequestTimeoutError",
     "Result",
     "Runtime",
+    "RuntimeStatus",
     "SourceError",
     "Span",
     "Tagging",
     "TemplateError",
     "Text",
+    "TextPiece",
     "TextStream",
     "Timings",
     "TuningError",

@@ -61,6 +61,10 @@ class CapacityError(EdgePromptError, RuntimeError):
     """A memory or queue budget would be exceeded; the message names the limit."""
 
 
+class QueueFullError(CapacityError):
+    """As many requests wait as `max_queue` allows; the same request may be accepted later."""
+
+
 class RequestCancelledError(EdgePromptError, RuntimeError):
     """The request was cancelled, or the runtime was closed, before it finished."""
 

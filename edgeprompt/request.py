@@ -37,6 +37,8 @@ class GenerationOptions:
     logprobs: bool = False
     num_beams: int = 1
     """Encoder-decoder only."""
+    top_logprobs: int = 0
+    """At each place, also the log-probabilities of so many of the most likely tokens; implies `logprobs`."""
     choices: tuple[str, ...] = ()
     """Answer with one of these texts and nothing else."""
 
@@ -115,6 +117,7 @@ class ChatKeywords(RequestKeywords, total=False):
     stop: str | Sequence[str]
     logprobs: bool
     num_beams: int
+    top_logprobs: int
     choices: Sequence[str]
 
 
@@ -194,6 +197,8 @@ class Generation:
     finish_reason: str
     timings: Timings
     logprobs: tuple[float, ...] = ()
+    top_logprobs: tuple[tuple[tuple[int, float], ...], ...] = ()
+    """For each token, the most likely ones there with their log-probabilities, the most likely first."""
 
 
 @dataclass(frozen=True)
@@ -223,6 +228,19 @@ class Answer:
     start: int
     end: int
     score: float
+
+
+@dataclass(frozen=True)
+class RuntimeStatus:
+    """What a runtime is doing, as a monitor sees it."""
+
+    waiting: int
+    """Requests in the queue."""
+    running: int
+    """Requests that are being computed."""
+    resident_prefixes: int
+    """What is kept of prompts (decoders: prefix KV), in entries and bytes."""
+    resident_bytes: int
 
 
 Embedding: TypeAlias = npt.NDArray[np.float32]

@@ -5,10 +5,10 @@ from __future__ import annotations
 import os
 import queue
 import weakref
-from collections.abc import AsyncIterator, Iterable, Iterator, Mapping, Sequence
+from collections.abc import AsyncIterator, Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from functools import partial
-from typing import Any, Literal, TypeAlias, Unpack, cast, overload
+from typing import TYPE_CHECKING, Any, Literal, TypeAlias, Unpack, cast, overload
 
 import numpy as np
 import numpy.typing as npt
@@ -38,10 +38,14 @@ from edgeprompt.request import (
     Request,
     RequestKeywords,
     Result,
+    RuntimeStatus,
     Tagging,
     Text,
     make_request,
 )
+
+if TYPE_CHECKING:
+    from edgeprompt.package.tokenizer import Tokenizer
 
 Texts: TypeAlias = list[Text] | list[str] | tuple[Text, ...]
 
@@ -80,6 +84,16 @@ class Runtime:
         return self._engine.provider
 
     @property
+    def tokenizer(self) -> Tokenizer:
+        """The package's tokenizer."""
+        return self._package.tokenizer
+
+    def status(self) -> RuntimeStatus:
+        """How much waits and runs, and what is kept of prompts."""
+        scheduler, derived = self._engine.scheduler, self._engine.derived
+        return RuntimeStatus(scheduler.waiting, scheduler.running, len(derived), derived.size)
+
+    @property
     def prompts(self) -> tuple[str, ...]:
         """Names of all prompts that requests can use: added, in the package, and in folders."""
         return self._prompts.names
@@ -91,6 +105,16 @@ class Runtime:
             PromptNotFoundError: no prompt of that name.
         """
         return self._prompts.find(name).tensors()
+
+    def describe(self, name: str) -> PromptFile:
+        """A prompt by name without its own tensors, which may be large: what it is for, and how it was made.
+
+        Raises:
+            PromptNotFoundError: no prompt of that name.
+            PromptFileError, BaseMismatchError: the file of that name in a folder cannot be served.
+        """
+        self._open()
+        return self._prompts.find(name).file
 
     def add_prompt(
         self,
@@ -173,15 +197,37 @@ class Runtime:
         requests = [Request(text, name, truncate=truncate) for name in prompts]
         return dict(zip(prompts, self.run(requests), strict=True))
 
-    def submit(self, request: Request) -> Job:
+    def submit(self, request: Request, on_text: Callable[[str], None] | None = None) -> Job:
         """Queue a request and return at once.
 
         The job is a `concurrent.futures.Future`: `result()` waits, `cancel()` takes effect before the next step.
 
+        Args:
+            request: what to ask.
+            on_text: gets the pieces of a generated text as `stream` does, on the scheduler's thread: it must be short.
+
         Raises:
-            CapacityError: the queue is full, or the request is larger than the memory budget.
+            QueueFullError: the queue is full.
+            CapacityError: the request is larger than the memory budget.
         """
-        return self._engine.submit(request, self._find(request))
+        return self._engine.submit(request, self._find(request), on_text)
+
+    def submit_all(self, requests: Sequence[Request], on_text: Sequence[Callable[[str], None]] = ()) -> list[Job]:
+        """`submit` of several requests, all or none, so that they can run as a batch.
+
+        Args:
+            requests: what to ask.
+            on_text: one for each request, or none.
+        """
+        listeners = on_text or (None,) * len(requests)
+        prompts = self._resolve(requests, False)
+        jobs = [
+            self._prepare(request, prompts, False, listener)
+            for request, listener in zip(requests, listeners, strict=True)
+        ]
+        found = cast("list[Job]", jobs)
+        self._engine.queue(found, wait=False)
+        return found
 
     @overload
     def classify(self, text: Text = ..., **keywords: Unpack[RequestKeywords]) -> Classification: ...
@@ -390,13 +436,17 @@ class Runtime:
         return found
 
     def _prepare(
-        self, request: Request, prompts: Mapping[str | None, LoadedPrompt | Exception], return_errors: bool
+        self,
+        request: Request,
+        prompts: Mapping[str | None, LoadedPrompt | Exception],
+        return_errors: bool,
+        on_text: Callable[[str], None] | None = None,
     ) -> Job | Exception:
         prompt = prompts.get(request.prompt)
         if isinstance(prompt, Exception):
             return prompt
         try:
-            return self._engine.prepare(request, prompt, None)
+            return self._engine.prepare(request, prompt, on_text)
         except Exception as error:
             if not return_errors:
                 raise

@@ -30,7 +30,16 @@ def unescape(_context: click.Context, _parameter: click.Parameter, value: Any) -
 
 
 def runtime_options(command: F) -> F:
-    """The options of every command that serves."""
+    """The options of every command that answers with prompts."""
+    return session_options(
+        click.option("--allow-base-mismatch", is_flag=True, help="Serve a prompt of another base whose sizes fit.")(
+            command
+        )
+    )
+
+
+def session_options(command: F) -> F:
+    """The options of every command that opens a package."""
     for option in (
         click.option(
             "--cache",
@@ -47,7 +56,6 @@ def runtime_options(command: F) -> F:
         ),
         click.option("--threads", type=click.IntRange(min=1), help="intra_op_num_threads of the session."),
         click.option("--provider", type=click.Choice(("auto", "cpu", "cuda")), default="auto", show_default=True),
-        click.option("--allow-base-mismatch", is_flag=True, help="Serve a prompt of another base whose sizes fit."),
         click.option(
             "--allow-other-weights",
             is_flag=True,
@@ -67,6 +75,7 @@ def open_runtime(
     workers: int | None,
     cache: Path | None,
     allow_other_weights: bool = False,
+    max_queue: int | None = None,
 ) -> Iterator[Runtime]:
     """A runtime over a package, closed at the end; `cache` is `EngineOptions.cache_folder`."""
     # ONNX Runtime has threads of its own; those that numpy's OpenBLAS starts on import would cost 45 ms and never work.
@@ -80,6 +89,8 @@ def open_runtime(
         cache_folder=cache,
         allow_other_weights=allow_other_weights,
     )
+    if max_queue is not None:
+        options = dataclasses.replace(options, max_queue=max_queue)
     runtime = edgeprompt.load(package, options=options)
     try:
         yield runtime

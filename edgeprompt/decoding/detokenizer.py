@@ -32,6 +32,11 @@ class Detokenizer:
         self._ids.append(token)
         return self._emit(self._new_text())
 
+    def would_add(self, token: int) -> str:
+        """The text that one more id would add, which is not taken; the replacement character for a part of one."""
+        before = self._decode(self._ids[self._from : self._done])
+        return self._decode([*self._ids[self._from :], token])[len(before) :]
+
     def finish(self) -> str:
         """The rest, when generation ends."""
         if self.stopped:
@@ -67,6 +72,29 @@ class Detokenizer:
 def _overlap(text: str, stop: str) -> int:
     """Length of the longest end of `text` that begins `stop`."""
     return next((n for n in range(min(len(text), len(stop) - 1), 0, -1) if text.endswith(stop[:n])), 0)
+
+
+class TextPiece(str):
+    """A piece of text with the tokens that came with it, where a stream was asked for log-probabilities.
+
+    Tokens that ended without text of their own (those of a stop text) come with no piece.
+    """
+
+    token_ids: tuple[int, ...]
+    logprobs: tuple[float, ...]
+    top_logprobs: tuple[tuple[tuple[int, float], ...], ...]
+
+    def __new__(
+        cls,
+        text: str,
+        token_ids: Sequence[int],
+        logprobs: Sequence[float],
+        top_logprobs: Sequence[tuple[tuple[int, float], ...]],
+    ) -> TextPiece:
+        """`text`, and of each token what `Generation` says of it."""
+        piece = super().__new__(cls, text)
+        piece.token_ids, piece.logprobs, piece.top_logprobs = tuple(token_ids), tuple(logprobs), tuple(top_logprobs)
+        return piece
 
 
 class TextStream(Iterator[str]):

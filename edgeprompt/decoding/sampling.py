@@ -39,6 +39,7 @@ class Sampling:
     seed: int | None = None
     stop: tuple[str, ...] = ()
     logprobs: bool = False
+    top_logprobs: int = 0
     choices: tuple[str, ...] = ()
 
 
@@ -50,6 +51,7 @@ _LIMITS: dict[str, tuple[type[int] | type[float], float, float]] = {
     "min_p": (float, 0, 1),
     "repetition_penalty": (float, 0.01, 100),
     "seed": (int, 0, (1 << 64) - 1),
+    "top_logprobs": (int, 0, 100),
 }
 
 
@@ -77,7 +79,7 @@ def resolve(options: GenerationOptions, defaults: Mapping[str, Any]) -> Sampling
         **values,
         asked_length="max_new_tokens" in values,
         stop=_texts("stop", (stop,) if isinstance(stop, str) else stop),
-        logprobs=options.logprobs,
+        logprobs=options.logprobs or values.get("top_logprobs", 0) > 0,
         choices=_texts("choices", options.choices),
     )
 

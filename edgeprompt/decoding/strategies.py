@@ -5,12 +5,13 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import replace
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 
 from edgeprompt.arrays import largest, log_softmax
-from edgeprompt.decoding.detokenizer import Detokenizer
+from edgeprompt.decoding.detokenizer import Detokenizer, TextPiece
 from edgeprompt.decoding.processors import Processors
 from edgeprompt.decoding.sampling import Sampler, Sampling
 from edgeprompt.errors import InputError
@@ -134,6 +135,9 @@ class GenerateWork:
         self._limit = sampling.max_new_tokens
         self._ids: list[int] = []
         self._logprobs: list[float] = []
+        self._top: list[tuple[tuple[int, float], ...]] = []
+        self._said = 0
+        """Tokens whose log-probabilities went out with a piece of text."""
         self._reason = ""
 
     def advance(self, logits: Logits) -> int | None:
@@ -151,7 +155,10 @@ class GenerateWork:
             return self._end("stop" if self._choice else "eos")
         self._ids.append(token)
         if self._sampling.logprobs:
-            self._logprobs.append(float(log_softmax(logits)[token]))
+            chances = log_softmax(logits)
+            self._logprobs.append(float(chances[token]))
+            if self._sampling.top_logprobs:
+                self._top.append(_most_likely(chances, self._sampling.top_logprobs))
         if self._text is not None:
             self._say(self._text.add(token))
             if self._text.stopped:
@@ -166,6 +173,10 @@ class GenerateWork:
 
     def _say(self, piece: str) -> None:
         if piece and self._on_text is not None:
+            if self._sampling.logprobs:
+                new = slice(self._said, len(self._ids))
+                piece = TextPiece(piece, self._ids[new], self._logprobs[new], self._top[new])
+                self._said = len(self._ids)
             self._on_text(piece)
 
     def _end(self, reason: str) -> int | None:
@@ -182,7 +193,16 @@ class GenerateWork:
             finish_reason=self._reason,
             timings=self._clock.timings(len(self._ids)),
             logprobs=tuple(self._logprobs),
+            top_logprobs=tuple(self._top),
         )
+
+
+def _most_likely(chances: npt.NDArray[np.floating[Any]], count: int) -> tuple[tuple[int, float], ...]:
+    """The largest of [vocab_size] log-probabilities as (token, log-probability), falling."""
+    count = min(count, chances.size)
+    found = np.argpartition(chances, chances.size - count)[chances.size - count :]
+    found = found[np.lexsort((found, -chances[found]))]
+    return tuple((int(token), float(chances[token])) for token in found)
 
 
 def _choice_tree(sampling: Sampling, encode: Callable[[str], Sequence[int]]) -> Node:

@@ -14,9 +14,9 @@ from concurrent.futures import Future
 from typing import Any, Protocol
 
 from edgeprompt.errors import (
-    CapacityError,
     EdgePromptError,
     InferenceError,
+    QueueFullError,
     RequestCancelledError,
     RequestTimeoutError,
 )
@@ -125,7 +125,7 @@ class Scheduler:
         the runtime closed) fails by itself.
 
         Raises:
-            CapacityError: the queue is full.
+            QueueFullError: the queue is full.
             RequestCancelledError: the runtime is closed.
         """
         todo = list(jobs)
@@ -146,11 +146,21 @@ class Scheduler:
                 return
             full, closed = len(self._waiting), self._closed
         if not closed:
-            raise CapacityError(f"{full} requests are waiting, the most that max_queue allows; try again later")
+            raise QueueFullError(f"{full} requests are waiting, the most that max_queue allows; try again later")
         for job in todo:
             job.fail(RequestCancelledError("the runtime is closed"))
         if not wait:
             raise RequestCancelledError("the runtime is closed")
+
+    @property
+    def waiting(self) -> int:
+        """Jobs in the queue."""
+        return len(self._waiting)
+
+    @property
+    def running(self) -> int:
+        """Jobs that a lane has taken and not ended; read without a lock, for people and monitors."""
+        return sum(len(lane.running) for lane in self._lanes)
 
     def close(self) -> None:
         """Fail what waits or runs with RequestCancelledError, after the step that is under way."""

@@ -191,6 +191,9 @@ class PrefixCache:
         self._entries: OrderedDict[Hashable, KV] = OrderedDict()
         self._lock = threading.Lock()
 
+    def __len__(self) -> int:
+        return len(self._entries)
+
     def get(self, key: Hashable) -> KV | None:
         """The prefix, now the most recently used; None if it is not resident."""
         with self._lock:

@@ -147,7 +147,7 @@ class Tokenizer:
         if isinstance(source, list):  # older configs: several by name
             source = next((one.get("template") for one in source if one.get("name") == "default"), None)
         if not isinstance(source, str):
-            raise UnsupportedError(f"the package in {str(self._folder)!r} has no chat template; leave out chat")
+            raise UnsupportedError("the package has no chat template; leave out chat")
         return source
 
     @cached_property

@@ -266,11 +266,11 @@ class PromptRegistry:
 
 def _file_of(folder: Path, name: str) -> tuple[Path, Stamp | None]:
     path = folder / f"{name}{SUFFIX}"
-    if not isinstance(name, str) or name != os.path.basename(name) or "\0" in name or name.startswith("."):
+    if not isinstance(name, str) or not name or name != os.path.basename(name) or "\0" in name or name[0] == ".":
         return path, None
     try:
         status = path.stat()
-    except OSError:
+    except (OSError, UnicodeEncodeError):  # the latter: half of a surrogate pair is no file's name
         return path, None
     return path, (status.st_ino, status.st_mtime_ns, status.st_size)
 

@@ -28,7 +28,7 @@ from edgeprompt import (
     Runtime,
 )
 from edgeprompt.request import GenerationOptions
-from tests.support.runtimes import QUIET
+from tests.support.runtimes import QUIET, hold
 
 ARCHITECTURES = ("decoder", "encoder", "encoder-decoder")
 Open = Callable[..., Runtime]
@@ -65,28 +65,6 @@ def ask(runtime: Runtime, **fields: Any) -> Request:
         return Request("the film", task="embed", **fields)
     options = GenerationOptions(max_new_tokens=60, temperature=5.0, seed=1)
     return Request("the film", task="generate", options=options, **fields)
-
-
-def hold(runtime: Runtime, monkeypatch: pytest.MonkeyPatch) -> tuple[threading.Event, threading.Event]:
-    """Steps of a runtime wait for the second event; the first says that one has begun. The graph is the real one."""
-    engine: Any = runtime._engine
-    begun, go = threading.Event(), threading.Event()
-    match runtime.manifest.architecture:
-        case "decoder-only":
-            owner, name = engine._lanes[0].graph, "decode"
-        case "encoder-only":
-            owner, name = type(engine._graph), "run"
-        case _:
-            owner, name = engine._graphs, "step"
-    real = getattr(owner, name)
-
-    def step(*given: Any) -> Any:
-        begun.set()
-        go.wait(20)
-        return real(*given)
-
-    monkeypatch.setattr(owner, name, step)
-    return begun, go
 
 
 def test_what_runs_and_what_waits_can_be_cancelled(load: Open, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -1,0 +1,130 @@
+"""`edgeprompt serve`: a package and its prompts over HTTP."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+from typing import Any
+
+import click
+
+from edgeprompt.cli import console, serving
+
+KEY_VARIABLE = "EDGEPROMPT_API_KEY"
+
+
+@click.command("serve")
+@click.argument("package", type=click.Path(path_type=Path))
+@click.option(
+    "--prompts",
+    "folders",
+    multiple=True,
+    type=click.Path(path_type=Path),
+    metavar="FOLDER",
+    help="Serve every prompt file in this folder, by its name; files may come, change and go while the server runs. "
+    "May be repeated.",
+)
+@click.option("--host", default="127.0.0.1", show_default=True, help="Another than this machine's own needs a key.")
+@click.option("--port", type=click.IntRange(0, 65535), default=8080, show_default=True, help="0 takes a free one.")
+@click.option(
+    "--api-key",
+    "keys",
+    multiple=True,
+    metavar="KEY",
+    help="Clients must send this key. Other users of this machine can see a command line: prefer --api-key-file or "
+    f"the variable {KEY_VARIABLE}. May be repeated.",
+)
+@click.option("--api-key-file", type=click.Path(path_type=Path), help="Keys, one a line.")
+@click.option("--allow-unauthenticated", is_flag=True, help="Let everybody who reaches --host in, without a key.")
+@click.option(
+    "--grace",
+    type=click.FloatRange(min=0),
+    default=30.0,
+    show_default=True,
+    help="Seconds that requests in flight get on SIGTERM; then they are cancelled.",
+)
+@click.option(
+    "--timeout",
+    type=click.FloatRange(min=0, min_open=True),
+    default=600.0,
+    show_default=True,
+    help="Seconds that a request may take, waiting included.",
+)
+@click.option("--max-queue", type=click.IntRange(min=1), default=1024, show_default=True, help="Most waiting requests.")
+@click.option("--max-streams", type=click.IntRange(min=1), default=64, show_default=True, help="Most open streams.")
+@click.option("--max-connections", type=click.IntRange(min=1), default=512, show_default=True)
+@click.option("--max-body", type=click.IntRange(min=1), default=4 << 20, show_default=True, help="Bytes of a request.")
+@click.option(
+    "--max-text", type=click.IntRange(min=1), default=100_000, show_default=True, help="Characters of a text."
+)
+@click.option("--max-inputs", type=click.IntRange(min=1), default=256, show_default=True, help="Texts of a request.")
+@click.option("--log-texts", is_flag=True, help="Write what is asked and answered into the log.")
+@serving.session_options
+def command(
+    package: Path,
+    folders: tuple[Path, ...],
+    keys: tuple[str, ...],
+    api_key_file: Path | None,
+    provider: str,
+    threads: int | None,
+    workers: int | None,
+    cache: Path | None,
+    allow_other_weights: bool,
+    max_queue: int,
+    **values: Any,
+) -> None:
+    """Serve PACKAGE over HTTP as OpenAI's API has it.
+
+    The base and every prompt is a model: /v1/completions, /v1/chat/completions, /v1/embeddings, /v1/classify,
+    /v1/models; /health, /metrics and /openapi.json beside them. Requests of different prompts share one scheduler. The
+    log goes to stderr, a JSON object a line.
+    """
+    from edgeprompt.server.log import Log, forward
+    from edgeprompt.server.options import ServerOptions
+    from edgeprompt.server.process import Server, import_server, open_socket
+
+    import_server()
+    limits = dict(values, max_inputs=min(values["max_inputs"], max_queue))
+    options = ServerOptions(api_keys=_keys(keys, api_key_file), **limits)
+    if keys:
+        console.note(f"note: a key on the command line shows in the list of processes; use {KEY_VARIABLE} or a file")
+    with (
+        open_socket(options) as bound,
+        serving.open_runtime(
+            package,
+            provider=provider,
+            threads=threads,
+            workers=workers,
+            cache=cache,
+            allow_other_weights=allow_other_weights,
+            max_queue=max_queue,
+        ) as runtime,
+    ):
+        for folder in folders:
+            runtime.add_folder(folder)
+
+        log = Log(texts=options.log_texts)
+        forward(log)
+
+        def ready(url: str) -> None:
+            log.write("listening", url=url, package=str(package), prompts=len(runtime.prompts))
+            console.note(f"serving {runtime.manifest.base.name} on {url}/v1; Ctrl-C stops")
+
+        Server(runtime, options, bound, log=log, ready=ready).run()
+
+
+def _keys(given: tuple[str, ...], file: Path | None) -> tuple[str, ...]:
+    """All keys: of the command line, the environment and a file."""
+    from edgeprompt.errors import InputError
+    from edgeprompt.package.files import read_regular
+
+    found = [*given]
+    if KEY_VARIABLE in os.environ:
+        found.append(os.environ[KEY_VARIABLE])
+    if file is not None:
+        lines = read_regular(file, 1 << 20).decode("utf-8", "replace").splitlines()
+        inside = [line.strip() for line in lines if line.strip()]
+        if not inside:
+            raise InputError(f"{str(file)!r} holds no key; write one a line")
+        found += inside
+    return tuple(found)

@@ -1,0 +1,66 @@
+"""A real server on loopback, in a thread of this process."""
+
+from __future__ import annotations
+
+import io
+import json
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import httpx
+
+from edgeprompt import Runtime
+from edgeprompt.server.log import Log
+from edgeprompt.server.options import ServerOptions
+from edgeprompt.server.process import Server, open_socket
+
+
+@dataclass
+class Running:
+    """A server that runs."""
+
+    url: str
+    runtime: Runtime
+    server: Server
+    thread: threading.Thread
+    written: io.StringIO
+
+    @property
+    def log(self) -> list[dict[str, Any]]:
+        """The events so far."""
+        return [json.loads(line) for line in self.written.getvalue().splitlines()]
+
+    def post(self, path: str, body: Any, **options: Any) -> httpx.Response:
+        """POST a JSON body, in ASCII: it may hold what UTF-8 cannot."""
+        headers = {"Content-Type": "application/json", **options.pop("headers", {})}
+        return httpx.post(self.url + path, content=json.dumps(body), headers=headers, timeout=60, **options)
+
+    def get(self, path: str, **options: Any) -> httpx.Response:
+        """GET."""
+        return httpx.get(self.url + path, timeout=60, **options)
+
+
+@contextmanager
+def serving(runtime: Runtime, **options: Any) -> Iterator[Running]:
+    """Serve a runtime on a free port; stopped at the end."""
+    given = ServerOptions(port=0, **{"grace": 5.0, **options})
+    written, started = io.StringIO(), threading.Event()
+    server = Server(
+        runtime,
+        given,
+        open_socket(given),
+        log=Log(texts=given.log_texts, file=written),
+        ready=lambda _: started.set(),
+    )
+    thread = threading.Thread(target=server.run)
+    thread.start()
+    assert started.wait(30)
+    try:
+        yield Running(server.url, runtime, server, thread, written)
+    finally:
+        server.stop()
+        thread.join(60)
+        assert not thread.is_alive()
