@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Literal
 
 import numpy as np
@@ -10,16 +10,20 @@ import numpy.typing as npt
 
 from edgeprompt.arrays import log_softmax
 from edgeprompt.decoding.processors import Processors
+from edgeprompt.decoding.strategies import Clock, Move
+from edgeprompt.request import Generation
 
 _NEVER = -1e9
 
 
 class BeamSearch:
-    """Keeps the best `num_beams` continuations; the caller computes logits and moves caches along.
+    """Keeps the best `num_beams` continuations, a sequence each (`edgeprompt.decoding.strategies.Strategy`).
 
     Finished hypotheses are ranked by `sum of log-probabilities / length ** length_penalty`, the end token counted in
     the length and the decoder's own start tokens not.
     """
+
+    begins_again = False
 
     def __init__(
         self,
@@ -27,11 +31,14 @@ class BeamSearch:
         max_new_tokens: int,
         eos: Sequence[int],
         *,
+        decode: Callable[[Sequence[int]], str],
+        clock: Clock,
         length_penalty: float = 1.0,
         early_stopping: bool | Literal["never"] = False,
         processors: Processors | None = None,
     ) -> None:
-        self._num_beams = num_beams
+        self.width = self.least_width = self._num_beams = num_beams
+        self._decode, self._clock = decode, clock
         self._max = max_new_tokens
         self._eos = frozenset(eos)
         self._keep = max(2, 1 + len(self._eos)) * num_beams
@@ -48,19 +55,8 @@ class BeamSearch:
         """Tokens of the best hypothesis, its end token included."""
         return self._finished[0][1] if self._finished else self._running[0]
 
-    @property
-    def best_score(self) -> float:
-        """Its length-penalised log-probability."""
-        return self._finished[0][0] if self._finished else float(self._scores[0])
-
-    def advance(self, logits: npt.NDArray[np.float32]) -> tuple[npt.NDArray[np.int64], npt.NDArray[np.int64]] | None:
-        """Take one step.
-
-        Args:
-            logits: `[rows, vocab_size]`: of the start alone at the first step, then of every running beam.
-
-        Returns:
-            The beams' next tokens, and for each the row that it continues; None when the search is over.
+    def advance(self, logits: npt.NDArray[np.float32]) -> Move | None:
+        """Move all beams on; None when the search is over.
 
         Raises:
             EdgePromptError: the logits are NaN or infinite.
@@ -83,11 +79,24 @@ class BeamSearch:
         best = np.argsort(-(scores + np.where(ended, np.float32(_NEVER), 0)), kind="stable")[: self._num_beams]
         self._running = [sequences[index] for index in best]
         self._scores = (scores + np.where(ended, np.float32(_NEVER), 0))[best].astype(np.float32)
+        self._clock.tick()
         self._improvable = self._improvable and self._can_improve(length)
         full = len(self._finished) == self._num_beams
         if not self._improvable or (full and self._early is True) or ended.all():
             return None
-        return tokens[best], parents[best]
+        return tokens[best].tolist(), parents[best].tolist()
+
+    def result(self) -> Generation:
+        """The best hypothesis, without its end token."""
+        tokens = self.best
+        ended = bool(tokens) and tokens[-1] in self._eos
+        tokens = tokens[:-1] if ended else tokens
+        return Generation(
+            text=self._decode(tokens),
+            token_ids=tuple(tokens),
+            finish_reason="eos" if ended else "length",
+            timings=self._clock.timings(len(tokens)),
+        )
 
     def _finish(
         self, sequences: list[list[int]], scores: npt.NDArray[np.float32], ended: npt.NDArray[np.bool_], length: int

@@ -1,11 +1,16 @@
-"""What requests do with logits: generate, answer with one of some texts, score label words, or hand the logits out."""
+"""What requests do with logits, on decoders and encoder-decoders alike.
+
+A strategy gets the logits behind its sequences, and says which tokens come next. At first it has one sequence, the
+text. It may go on with several: an engine then computes them together on the text's keys and values, which are computed
+once (`Strategy`). `edgeprompt.decoding.beam_search` is another strategy.
+"""
 
 from __future__ import annotations
 
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import replace
-from typing import Any
+from typing import Any, Protocol, TypeAlias
 
 import numpy as np
 import numpy.typing as npt
@@ -18,7 +23,41 @@ from edgeprompt.errors import InputError
 from edgeprompt.prompts.verbalizer import Node, Verbalizer, word_tree
 from edgeprompt.request import Classification, Generation, Timings
 
-Logits = npt.NDArray[np.float32]
+Logits: TypeAlias = npt.NDArray[np.float32]
+Move: TypeAlias = tuple[Sequence[int], Sequence[int] | None]
+"""The next tokens, one for each sequence that goes on, and which of the last ones each continues; None: all of them
+begin again behind the text."""
+WORDS_AT_ONCE = 16
+"""Most label words that are scored together: more of them win no time, and take memory."""
+
+
+class Strategy(Protocol):
+    """What a request makes of its logits."""
+
+    width: int
+    """Most sequences that it takes at once. An engine may lower it before the first move, down to `least_width`."""
+    least_width: int
+
+    @property
+    def begins_again(self) -> bool:
+        """Whether it may go back to the text after its first move."""
+
+    def advance(self, logits: Logits) -> Move | None:
+        """Take float32 [sequences, vocab_size] behind the last tokens (at first: behind the text); None when done.
+
+        Raises:
+            EdgePromptError: they are NaN or infinite.
+        """
+
+    def result(self) -> Any:
+        """The answer, once done."""
+
+
+class OneSequence:
+    """What strategies with one sequence say of themselves."""
+
+    width = least_width = 1
+    begins_again = False
 
 
 class Clock:
@@ -39,21 +78,16 @@ class Clock:
         return Timings((self.first or now) - self.start, now - self.start, self.input_tokens, new_tokens)
 
 
-class LogitsWork:
+class ReadLogits(OneSequence):
     """Hands out the logits behind the text."""
 
     def __init__(self) -> None:
-        self.length = 0
         self._logits: Logits | None = None
 
     def advance(self, logits: Logits) -> None:
-        """Keep a copy; the buffer is the graph's.
-
-        Raises:
-            EdgePromptError: they are NaN or infinite.
-        """
+        """Keep a copy; the buffer is the graph's."""
         largest(logits)
-        self._logits = logits.copy()
+        self._logits = logits[0].copy()
 
     def result(self) -> Logits:
         """float32 [vocab_size]."""
@@ -61,11 +95,8 @@ class LogitsWork:
         return self._logits
 
 
-class PrefixWork:
+class PrefixOnly(OneSequence):
     """Makes a prompt's prefix resident, and asks for no logits."""
-
-    def __init__(self) -> None:
-        self.length = 0
 
     def advance(self, logits: Logits) -> None:
         """Never called: there is nothing to run."""
@@ -74,43 +105,73 @@ class PrefixWork:
         """Nothing."""
 
 
-class ScoreWork:
-    """Log-probabilities of label words, walking the tree of their tokens depth first.
+class ScoreWords:
+    """Log-probabilities of label words.
 
-    Words of one token need the prefill's logits alone. For the others a step runs a word's token and goes back to
-    where the word branched off; what is left behind in the cache is overwritten.
+    Words of one token need the logits behind the text alone. The others go on behind the text, `width` of them at a
+    time, in the order of their tokens: one token deeper with every move, a sequence for each beginning that is not yet
+    a whole word. So a thousand words need the memory of `width`.
     """
 
-    def __init__(self, verbalizer: Verbalizer, clock: Clock) -> None:
-        self.length = 0
-        self._verbalizer, self._clock = verbalizer, clock
-        self._found = np.full(len(verbalizer.words), -np.inf)
-        self._here: tuple[Node, float] = (word_tree(verbalizer.words), 0.0)
-        self._todo: list[tuple[int, int, float, Node]] = []
+    least_width = 1
 
-    def advance(self, logits: Logits) -> int | None:
-        """Score the children of the node at hand, then go to the next node that has children."""
-        node, before = self._here
+    def __init__(self, verbalizer: Verbalizer, clock: Clock) -> None:
+        self._verbalizer, self._clock = verbalizer, clock
+        self._scores = np.full(len(verbalizer.words), -np.inf)
+        self._first: dict[int, float] | None = None
+        """Log-probabilities of words' first tokens, once they are known."""
+        longer = (index for index, word in enumerate(verbalizer.words) if len(word) > 1)
+        self._left = sorted(longer, key=lambda index: verbalizer.words[index])
+        """Words of several tokens that nobody has scored."""
+        self._open: list[tuple[Node, float]] = []
+        """Where the sequences stand, and their log-probabilities."""
+        self._chunk: list[int] = []
+        """The words that `_open` leads to."""
+        self._longer = len(self._left)
+        self.width = max(1, min(self._longer, WORDS_AT_ONCE))
+
+    @property
+    def begins_again(self) -> bool:
+        """Whether the words take more than one chunk."""
+        return self._longer > self.width
+
+    def advance(self, logits: Logits) -> Move | None:
+        """Score the next tokens of the words at hand; the words behind them come next, or the next chunk."""
         chances = log_softmax(logits)
-        for token, child in node.children.items():
-            logprob = before + float(chances[token])
-            for word in child.words:
-                self._found[word] = logprob
-            if child.children:
-                self._todo.append((self.length, token, logprob, child))
-        if not self._todo:
+        if self._first is None:
+            self._first = {word[0]: float(chances[0, word[0]]) for word in self._verbalizer.words}
+            for index, word in enumerate(self._verbalizer.words):
+                if len(word) == 1:
+                    self._scores[index] = self._first[word[0]]
+            return self._next_chunk()
+        tokens, parents, opened = list[int](), list[int](), list[tuple[Node, float]]()
+        for row, (node, before) in enumerate(self._open):
+            for token, child in node.children.items():
+                logprob = before + float(chances[row, token])
+                self._scores[[self._chunk[word] for word in child.words]] = logprob
+                if child.children:
+                    tokens.append(token)
+                    parents.append(row)
+                    opened.append((child, logprob))
+        self._open = opened
+        return (tokens, parents) if tokens else self._next_chunk()
+
+    def _next_chunk(self) -> Move | None:
+        assert self._first is not None
+        self._chunk, self._left = self._left[: self.width], self._left[self.width :]
+        if not self._chunk:
             self._clock.tick()
             return None
-        self.length, token, logprob, child = self._todo.pop()
-        self._here = (child, logprob)
-        return token
+        tree = word_tree([self._verbalizer.words[index] for index in self._chunk])
+        self._open = [(child, self._first[token]) for token, child in tree.children.items()]
+        return list(tree.children), None
 
     def result(self) -> Classification:
         """The decision."""
-        return replace(self._verbalizer.classification(self._found), timings=self._clock.timings(1))
+        return replace(self._verbalizer.classification(self._scores), timings=self._clock.timings(1))
 
 
-class GenerateWork:
+class Generate(OneSequence):
     """Generates until an end token, a stop string, the length, or the end of a choice."""
 
     def __init__(
@@ -125,7 +186,6 @@ class GenerateWork:
         on_text: Callable[[str], None] | None = None,
         processors: Processors | None = None,
     ) -> None:
-        self.length = 0
         self._sampling, self._eos, self._decode, self._clock = sampling, frozenset(eos), decode, clock
         self._sampler = Sampler(sampling, history)
         self._processors = processors if processors is not None and processors.active and not sampling.choices else None
@@ -140,8 +200,13 @@ class GenerateWork:
         """Tokens whose log-probabilities went out with a piece of text."""
         self._reason = ""
 
-    def advance(self, logits: Logits) -> int | None:
+    def advance(self, logits: Logits) -> Move | None:
         """Choose the next token and say whether to go on."""
+        token = self._choose(logits[0])
+        return None if token is None else ((token,), (0,))
+
+    def _choose(self, logits: Logits) -> int | None:
+        """The next token to run, or None at the end."""
         allowed = None
         if self._choice is not None:
             allowed = [*self._choice.children, *(self._eos if self._choice.words else ())]

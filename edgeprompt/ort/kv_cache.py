@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import threading
 from collections import OrderedDict
-from collections.abc import Callable, Hashable, Iterable
+from collections.abc import Callable, Hashable, Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
 
@@ -115,9 +115,9 @@ class SlotCache:
         }
         self.generation += 1
 
-    def shrink(self, length: int) -> None:
-        """Give back memory above `length` positions a slot; only while no row is in use."""
-        if self.length > _round(length):
+    def shrink(self, length: int, slots: int) -> None:
+        """Give back all memory if it is more than that many slots of `length` positions; only while none is in use."""
+        if self.length > _round(length) or self.slots > slots:
             self.slots = self.length = 0
             self._buffer = self._buffer[:, :0, :, :0]
             self._held.clear()
@@ -151,6 +151,22 @@ class SlotCache:
             return written
         self._held.pop(slot)
         return 0
+
+    def spread(self, slot: int, count: int, length: int, written: int) -> None:
+        """Let `count` slots from `slot` on hold its first `length` positions; they will write up to `written`."""
+        held = self._held.get(slot, _EMPTY)
+        held = _Slot(held.prefix if _size(held) <= length else None, written)
+        for target in range(slot + 1, slot + count):
+            there = self._held.pop(target, _EMPTY).prefix
+            start = _size(held) if there is held.prefix else 0
+            self._buffer[:, target, :, start:length] = self._buffer[:, slot, :, start:length]
+        self._held.update(dict.fromkeys(range(slot, slot + count), held))
+
+    def branch(self, slot: int, parents: Sequence[int], start: int, end: int) -> None:
+        """Let slot `slot + i` hold what `slot + parents[i]` holds at positions `start` to `end`."""
+        if list(parents) != list(range(len(parents))):
+            found = self._buffer[:, [slot + parent for parent in parents], :, start:end]
+            self._buffer[:, slot : slot + len(parents), :, start:end] = found
 
     def read(self, slot: int, length: int) -> KV:
         """Copy of the first `length` positions of a slot."""

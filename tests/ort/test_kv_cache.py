@@ -67,10 +67,10 @@ def test_budget_bounds_slots_times_length() -> None:
 def test_shrink_frees_what_a_long_row_took() -> None:
     cache = SlotCache(SHAPE, max_slots=4, budget=1 << 24)
     cache.reserve(2, 5000, 0)
-    cache.shrink(1024)
+    cache.shrink(1024, 4)
     assert (cache.slots, cache.length) == (0, 0)
     cache.reserve(1, 100, 0)
-    cache.shrink(1024)
+    cache.shrink(1024, 4)
     assert cache.slots == 1
 
 

@@ -10,10 +10,10 @@ import numpy.typing as npt
 
 from edgeprompt.decoding.processors import Processors, generation_fields
 from edgeprompt.decoding.sampling import DEFAULT_NEW_TOKENS, resolve
-from edgeprompt.decoding.strategies import Clock, GenerateWork, LogitsWork, PrefixWork, ScoreWork
+from edgeprompt.decoding.strategies import Clock, Generate, PrefixOnly, ReadLogits, ScoreWords, Strategy
 from edgeprompt.engines.base import Engine, check_template, compile_words, given_ids
 from edgeprompt.engines.decoder.graph import open_graph
-from edgeprompt.engines.decoder.head import ClassWork, StateWork, WordWork, check_head_of, check_states
+from edgeprompt.engines.decoder.head import ClassifyState, LabelWords, ReadState, check_head_of, check_states
 from edgeprompt.engines.decoder.lane import DecoderJob, DecoderLane
 from edgeprompt.engines.decoder.prefixes import Prefixes
 from edgeprompt.engines.scheduler import Scheduler
@@ -90,7 +90,7 @@ class DecoderEngine(Engine):
             before = self._chat_end(()) if file.generation.get("chat") else text_before_words(file.template)
             prompt.verbalizer = compile_words(prompt, self._tokenizer, before)
         if prompt.num_virtual_tokens and prompt.is_prefix and self._prefixes.has_room(prompt):
-            job = DecoderJob(prompt, [], PrefixWork())
+            job = DecoderJob(prompt, [], PrefixOnly())
             self._check_room(job)
             self.queue([job], wait=True)
             job.result()
@@ -115,9 +115,9 @@ class DecoderEngine(Engine):
                 check_states(self._graph)
                 states: list[npt.NDArray[np.float32]] = []
                 ids = self._encode(request, prompt)
-                job = self._job(request, prompt, ids, StateWork(states), states=states)
+                job = self._job(request, prompt, ids, ReadState(states), states=states)
             case "logits":
-                job = self._job(request, prompt, self._encode(request, prompt), LogitsWork())
+                job = self._job(request, prompt, self._encode(request, prompt), ReadLogits())
             case _:
                 raise UnsupportedError(f"task {task!r} is not known; there are classify, generate, tag, qa and embed")
         self._check_room(job)
@@ -139,7 +139,7 @@ class DecoderEngine(Engine):
             sampling = replace(sampling, max_new_tokens=min(DEFAULT_NEW_TOKENS, left))
         clock.input_tokens = len(ids)
         history = [token for token in ids if token < self._vocab]
-        work = GenerateWork(
+        strategy = Generate(
             sampling,
             eos=self._manifest.tokens.eos,
             decode=self._tokenizer.decode,
@@ -149,7 +149,7 @@ class DecoderEngine(Engine):
             clock=clock,
             on_text=on_text,
         )
-        return self._job(request, prompt, ids, work, new_tokens=sampling.max_new_tokens)
+        return self._job(request, prompt, ids, strategy, new_tokens=sampling.max_new_tokens)
 
     def _classify(self, request: Request, prompt: LoadedPrompt | None) -> DecoderJob:
         clock = Clock()
@@ -157,7 +157,7 @@ class DecoderEngine(Engine):
             check_states(self._graph)
             ids, states = self._encode(request, prompt), list[npt.NDArray[np.float32]]()
             clock.input_tokens = len(ids)
-            return self._job(request, prompt, ids, ClassWork(states, prompt.file, clock), states=states)
+            return self._job(request, prompt, ids, ClassifyState(states, prompt.file, clock), states=states)
         if prompt is None or prompt.verbalizer is None:
             raise InputError(
                 f"prompt {request.prompt!r} has no verbalizer, which classify needs; tune it with label words"
@@ -167,7 +167,7 @@ class DecoderEngine(Engine):
         deepest = max(len(word) for word in prompt.verbalizer.words)
         ids = self._encode(request, prompt, deepest)
         clock.input_tokens = len(ids)
-        return self._job(request, prompt, ids, ScoreWork(prompt.verbalizer, clock), new_tokens=deepest)
+        return self._job(request, prompt, ids, ScoreWords(prompt.verbalizer, clock), new_tokens=deepest)
 
     def _words(self, request: Request, prompt: LoadedPrompt | None, task: str) -> DecoderJob:
         if prompt is None or prompt.file.task != task:
@@ -186,15 +186,15 @@ class DecoderEngine(Engine):
             locate=located_slot(template),
         )
         states: list[npt.NDArray[np.float32]] = []
-        work = WordWork(states, prompt.file, encoded, fields[located_slot(template)], inside)
-        return self._job(request, prompt, encoded.ids, work, states=states)
+        strategy = LabelWords(states, prompt.file, encoded, fields[located_slot(template)], inside)
+        return self._job(request, prompt, encoded.ids, strategy, states=states)
 
     def _job(
         self,
         request: Request,
         prompt: LoadedPrompt | None,
         ids: Sequence[int],
-        decision: GenerateWork | ScoreWork | LogitsWork | StateWork,
+        strategy: Strategy,
         *,
         new_tokens: int = 0,
         states: list[npt.NDArray[np.float32]] | None = None,
@@ -202,7 +202,7 @@ class DecoderEngine(Engine):
         return DecoderJob(
             prompt,
             ids,
-            decision,
+            strategy,
             new_tokens=new_tokens,
             states=states,
             vocab_size=self._vocab,

@@ -10,6 +10,7 @@ import numpy as np
 import numpy.typing as npt
 
 from edgeprompt import names
+from edgeprompt.decoding.strategies import WORDS_AT_ONCE
 from edgeprompt.ort.kv_cache import KV, KVShape, SlotCache
 from edgeprompt.ort.session import Session, graph_inputs, import_onnxruntime
 
@@ -34,8 +35,8 @@ class DecoderGraph(Protocol):
     gives_all_states: bool
     """Whether it gives them at every position, not at the last one alone."""
 
-    def fits(self, rows: int, length: int) -> bool:
-        """Whether that many rows of that many positions are within the budget."""
+    def fits(self, rows: int, length: int, first: int = 0) -> bool:
+        """Whether that many rows of that many positions, behind `first` others, are within the budget."""
 
     def place(self, row: int, prefix: KV | None, length: int, used: int) -> None:
         """Start row `row` on a prefix [2 * num_layers, heads, positions, head_size], with room for `length`."""
@@ -48,11 +49,27 @@ class DecoderGraph(Protocol):
         `states` gets their hidden states, float32 [positions, hidden_size], where the graph gives them.
         """
 
-    def decode(self, ids: Sequence[int], lengths: Sequence[int]) -> Logits:
-        """One token for each of the first rows, `lengths` positions before it; float32 [rows, vocab_size]."""
+    def decode(self, ids: Sequence[int], lengths: Sequence[int], first: int = 0) -> Logits:
+        """One token for each row from `first` on, `lengths` positions before it; float32 [rows, vocab_size]."""
 
     def decode_one(self, row: int, token: int, length: int) -> Logits:
         """One token for one row; float32 [vocab_size]."""
+
+    def spread(self, row: int, count: int, past: int, length: int) -> None:
+        """Let `count` rows from `row` on begin with the `past` positions of that row, with room for `length`."""
+
+    def branch(self, row: int, parents: Sequence[int] | None, start: int, past: int) -> None:
+        """Let each row from `row` on continue the one that its parent names, counted from `row`.
+
+        Args:
+            row: the first of the rows.
+            parents: one for each that goes on; None: they begin again where they were spread.
+            start: positions that were spread.
+            past: positions that the parents have.
+        """
+
+    def release(self, row: int) -> None:
+        """No row from `row` on is used any more."""
 
     def read(self, row: int, length: int) -> KV:
         """Copy of a row's first keys and values."""
@@ -143,27 +160,30 @@ class SharedGraph(_Graph):
         super().__init__(session, shape, hidden_size=hidden_size, max_rows=max_rows, budget=budget)
         self.least_rows = 1
         """Decode steps of fewer rows are filled up with rows whose answers are dropped."""
-        self._cache = SlotCache(shape, max_slots=max_rows + 1, budget=budget)
+        self._cache = SlotCache(shape, max_slots=max_rows + WORDS_AT_ONCE, budget=budget)
         self._prefills: dict[tuple[int, bool], Any] = {}
         """By slot, and whether hidden states are asked for."""
         self._steps: dict[tuple[int, int], _Step] = {}
         self._generation = -1
-        self._logits = np.empty((max_rows + 1, 1, self._vocab), self._logits_type)
+        self._logits = np.empty((max(max_rows + 1, WORDS_AT_ONCE), 1, self._vocab), self._logits_type)
         self._count = np.empty(0, np.int64)
 
-    def fits(self, rows: int, length: int) -> bool:
-        """Whether that many rows of that many positions are within the budget."""
-        return rows <= self._max_rows and self._cache.fits(max(rows, self.least_rows), length)
+    def fits(self, rows: int, length: int, first: int = 0) -> bool:
+        """Whether that many rows of that many positions, behind `first` others, are within the budget."""
+        return self._cache.fits(first + max(rows, self.least_rows), length)
 
     def place(self, row: int, prefix: KV | None, length: int, used: int) -> None:
         """Start a row on a prefix; a slot that still holds the same prefix from its last row is used as it is."""
-        self._cache.reserve(max(row + 1, self.least_rows), length, used)
+        self._reserve(max(row + 1, self.least_rows), length, used)
+        self._cache.place(row, prefix)
+
+    def _reserve(self, rows: int, length: int, used: int) -> None:
+        self._cache.reserve(rows, length, used)
         if self._generation != self._cache.generation:
             self._generation = self._cache.generation
             self._prefills.clear()
             self._steps.clear()
             self._count = np.arange(self._cache.length)
-        self._cache.place(row, prefix)
 
     def prefill(
         self, row: int, ids: Sequence[int], past: int, rows: Logits | None, states: list[Logits] | None = None
@@ -197,13 +217,13 @@ class SharedGraph(_Graph):
         last: Logits = logits[0, -1].astype(np.float32, copy=False)
         return last
 
-    def decode(self, ids: Sequence[int], lengths: Sequence[int]) -> Logits:
-        """One token for each of the first rows."""
+    def decode(self, ids: Sequence[int], lengths: Sequence[int], first: int = 0) -> Logits:
+        """One token for each row from `first` on."""
         count, fill = len(ids), range(len(ids), self.least_rows)
         if fill:
             ids = [*ids, *(0 for _ in fill)]
-            lengths = [*lengths, *(self._cache.spare(slot) for slot in fill)]
-        return self._step(0, ids, lengths)[:count]
+            lengths = [*lengths, *(self._cache.spare(first + slot) for slot in fill)]
+        return self._step(first, ids, lengths)[:count]
 
     def decode_one(self, row: int, token: int, length: int) -> Logits:
         """One token for one row."""
@@ -234,6 +254,20 @@ class SharedGraph(_Graph):
         self._bind_output(step.binding, names.LOGITS, self._logits[:count])
         return step
 
+    def spread(self, row: int, count: int, past: int, length: int) -> None:
+        """Copy a slot into those behind it."""
+        self._reserve(row + max(count, self.least_rows), length, row + 1)
+        # The last of the positions is never run, so a step that is filled up has it to write at.
+        self._cache.spread(row, count, past, length - 1)
+
+    def branch(self, row: int, parents: Sequence[int] | None, start: int, past: int) -> None:
+        """Copy what slots have behind the part that all share."""
+        if parents is not None:
+            self._cache.branch(row, parents, start, past)
+
+    def release(self, row: int) -> None:
+        """Nothing to do: slots are memory."""
+
     def read(self, row: int, length: int) -> KV:
         """Copy of a slot's first keys and values."""
         return self._cache.read(row, length)
@@ -244,7 +278,7 @@ class SharedGraph(_Graph):
 
     def idle(self) -> None:
         """Give back what a long request took."""
-        self._cache.shrink(KEPT_LENGTH)
+        self._cache.shrink(KEPT_LENGTH, self._max_rows + 1)
 
     def _bound(self, row: int, count: int) -> Any:
         """A binding whose past and present are `count` slots from `row` on."""
@@ -276,10 +310,12 @@ class GrowingGraph(_Graph):
         self._value = import_onnxruntime().OrtValue
         self._device = session.device
         self._rows: dict[int, list[Any]] = {}
+        self._stems: dict[int, list[Any]] = {}
+        """What rows began with that were spread, by the first of them."""
 
-    def fits(self, rows: int, length: int) -> bool:
-        """Whether that many rows of that many positions are within the budget."""
-        return rows <= self._max_rows and rows * length * self._shape.bytes_per_position <= self._budget
+    def fits(self, rows: int, length: int, first: int = 0) -> bool:
+        """Whether that many rows of that many positions, behind `first` others, are within the budget."""
+        return (first + rows) * length * self._shape.bytes_per_position <= self._budget
 
     def place(self, row: int, prefix: KV | None, length: int, used: int) -> None:
         """Start a row on a prefix."""
@@ -320,13 +356,32 @@ class GrowingGraph(_Graph):
         logits: Logits = last[-1]
         return logits
 
-    def decode(self, ids: Sequence[int], lengths: Sequence[int]) -> Logits:
-        """One token for each of the first rows, one after another."""
-        return np.stack([self.decode_one(row, token, lengths[row]) for row, token in enumerate(ids)])
+    def decode(self, ids: Sequence[int], lengths: Sequence[int], first: int = 0) -> Logits:
+        """One token for each row from `first` on, one after another."""
+        pairs = enumerate(zip(ids, lengths, strict=True), first)
+        return np.stack([self.decode_one(row, token, length) for row, (token, length) in pairs])
 
     def decode_one(self, row: int, token: int, length: int) -> Logits:
         """One token for one row."""
         return self.prefill(row, (token,), length, None)
+
+    def spread(self, row: int, count: int, past: int, length: int) -> None:
+        """Share a row's keys and values: steps make new ones and leave these as they are."""
+        self._stems[row] = self._rows[row]
+        self._rows.update(dict.fromkeys(range(row, row + count), self._rows[row]))
+
+    def branch(self, row: int, parents: Sequence[int] | None, start: int, past: int) -> None:
+        """Share the parents' keys and values."""
+        if parents is None:
+            self._rows.update(dict.fromkeys((other for other in self._rows if other >= row), self._stems[row]))
+        else:
+            self._rows.update(enumerate([self._rows[row + parent] for parent in parents], row))
+
+    def release(self, row: int) -> None:
+        """Free rows."""
+        for kept in (self._rows, self._stems):
+            for gone in [other for other in kept if other >= row]:
+                del kept[gone]
 
     def read(self, row: int, length: int) -> KV:
         """A row's first keys and values."""
@@ -339,7 +394,7 @@ class GrowingGraph(_Graph):
 
     def idle(self) -> None:
         """Free all rows."""
-        self._rows.clear()
+        self.release(0)
 
     def _send(self, array: npt.NDArray[Any]) -> Any:
         return self._value.ortvalue_from_numpy(np.ascontiguousarray(array), self._device, 0)

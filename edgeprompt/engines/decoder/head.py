@@ -10,7 +10,7 @@ import numpy as np
 import numpy.typing as npt
 
 from edgeprompt import names
-from edgeprompt.decoding.strategies import Clock
+from edgeprompt.decoding.strategies import Clock, OneSequence
 from edgeprompt.engines.decoder.graph import DecoderGraph
 from edgeprompt.errors import UnsupportedError
 from edgeprompt.heads.answers import answer, classify_head, tag, token_logits
@@ -58,12 +58,11 @@ def check_states(graph: DecoderGraph, *, everywhere: bool = False) -> None:
         )
 
 
-class StateWork:
+class ReadState(OneSequence):
     """Hands out the state behind the last token."""
 
     def __init__(self, states: Sequence[Floats]) -> None:
         """`states` fills while the text is run: float32 [tokens, hidden_size] for every piece."""
-        self.length = 0
         self.states = states
 
     def advance(self, logits: Floats) -> None:
@@ -74,7 +73,7 @@ class StateWork:
         return self.states[-1][-1]
 
 
-class ClassWork(StateWork):
+class ClassifyState(ReadState):
     """Classifies by the prompt's head on the last token."""
 
     def __init__(self, states: Sequence[Floats], prompt: PromptFile, clock: Clock) -> None:
@@ -88,7 +87,7 @@ class ClassWork(StateWork):
         return replace(found, timings=self._clock.timings(1))
 
 
-class WordWork(StateWork):
+class LabelWords(ReadState):
     """Labels words, or looks for an answer, by the prompt's head on every token."""
 
     def __init__(

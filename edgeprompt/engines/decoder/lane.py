@@ -1,36 +1,24 @@
 """Requests on a decoder's graph: prefilled one by one, in chunks, then decoded together.
 
-A step prefills a chunk of the next request, and runs one decode step for all sequences.
+A step prefills a chunk of the next request, and runs one decode step for all that are beyond. A request with several
+sequences (label words) has them in the slots behind all others, and steps of its own, until it is done.
 """
 
 from __future__ import annotations
 
 from collections import deque
 from collections.abc import Sequence
-from typing import Any, Protocol
 
 import numpy as np
 import numpy.typing as npt
 
+from edgeprompt.decoding.strategies import Move, Strategy
 from edgeprompt.engines.decoder.graph import DecoderGraph
 from edgeprompt.engines.decoder.prefixes import Prefixes
 from edgeprompt.engines.scheduler import Job
 from edgeprompt.prompts.registry import LoadedPrompt
 
 Floats = npt.NDArray[np.float32]
-
-
-class Decision(Protocol):
-    """What a request makes of its logits."""
-
-    length: int
-    """Positions of the sequence that count; a step may lower it to go back."""
-
-    def advance(self, logits: Floats) -> int | None:
-        """Take the logits [vocab_size] behind the last token; the next token to run, or None when done."""
-
-    def result(self) -> Any:
-        """The answer, once done."""
 
 
 class DecoderJob(Job):
@@ -40,7 +28,7 @@ class DecoderJob(Job):
         self,
         prompt: LoadedPrompt | None,
         ids: Sequence[int],
-        decision: Decision,
+        strategy: Strategy,
         *,
         new_tokens: int = 0,
         states: list[Floats] | None = None,
@@ -52,14 +40,14 @@ class DecoderJob(Job):
         Args:
             prompt: which it runs on.
             ids: what to prefill behind the prompt's prefix.
-            decision: what becomes of the logits.
+            strategy: what becomes of the logits.
             new_tokens: most tokens that follow.
             states: gets the hidden states behind every piece of `ids`; None: nobody asks for them.
             vocab_size: of the base.
             timeout: seconds from now.
         """
-        super().__init__(timeout, decision.result)
-        self.decision, self.states = decision, states
+        super().__init__(timeout, strategy.result)
+        self.strategy, self.states = strategy, states
         self.prefix = prompt if prompt is not None and prompt.is_prefix and prompt.num_virtual_tokens else None
         """Whose keys and values stand in front."""
         self.table = prompt if prompt is not None and prompt.rows and not prompt.is_prefix else None
@@ -72,9 +60,18 @@ class DecoderJob(Job):
         if not ids and vocab_size and self.prefix is not None:
             self.table, self.cut, ids = self.prefix, 1, [vocab_size + count - 1]
         self.ids = ids
-        self.token = 0
         self.filled = 0
         """How many of `ids` are prefilled."""
+        self.slot = 0
+        """Where it is prefilled."""
+        self.length = 0
+        """Positions that its sequences have."""
+        self.token = 0
+        """What its one sequence runs next."""
+        self.move: Move | None = None
+        """What its several sequences run next."""
+        self.text_length = 0
+        """Positions that all of them have in common."""
 
 
 class DecoderLane:
@@ -94,24 +91,35 @@ class DecoderLane:
 
     def take(self, waiting: deque[DecoderJob]) -> bool:
         """Take the next job, once there is room for it."""
-        if self._filling is not None or len(self._rows) >= self._max_rows:
+        count, job = len(self._rows), waiting[0]
+        if self._filling is not None or count >= self._max_rows:
             return False
-        if self._rows and not self.graph.fits(len(self._rows) + 1, self._longest(waiting[0])):
+        rows, first = (1, count) if job.strategy.width > 1 else (count + 1, 0)
+        if count and not self.graph.fits(rows, self._longest(job), first):
             return False
         self._filling = waiting.popleft()
+        job.slot = count
         return True
 
     def step(self) -> None:
-        """Prefill a chunk of one request, then run one token of every other."""
-        if self._filling is not None:
-            self._prefill(self._filling)
+        """Prefill a chunk of one request, or step its sequences, then run one token of every other."""
+        job = self._filling
+        if job is not None:
+            try:
+                ended = self._branch(job) if job.move is not None else self._prefill(job)
+            except Exception as failure:
+                self.drop(job, failure)
+            else:
+                if ended:
+                    self._end_filling()
+                    job.finish()
         if self._rows:
             self._decode()
 
     def drop(self, job: DecoderJob, error: BaseException) -> None:
         """End a job with an error."""
         if job is self._filling:
-            self._filling = None
+            self._end_filling()
             job.fail(error)
         else:
             self._leave(self._rows.index(job), error)
@@ -123,68 +131,97 @@ class DecoderLane:
     def _longest(self, job: DecoderJob) -> int:
         return max(job.total, *(row.total for row in self._rows), 0)
 
-    def _prefill(self, job: DecoderJob) -> None:
-        slot, graph, decision = len(self._rows), self.graph, job.decision
-        try:
-            if not job.filled:
-                total = self._longest(job)
-                prefix = None if job.prefix is None else self._prefixes.find(job.prefix, graph, slot, total)
-                if prefix is not None and job.cut:
-                    prefix = prefix[:, :, : -job.cut]
-                decision.length = 0 if prefix is None else prefix.shape[2]
-                if not job.ids:  # the prefix alone was asked for
-                    self._filling = None
-                    job.finish()
-                    return
-                graph.place(slot, prefix, total, slot)
-            piece = job.ids[job.filled : job.filled + graph.chunk]
-            table = None if job.table is None else self._prefixes.rows(job.table)
-            logits = graph.prefill(slot, piece, decision.length, table, job.states)
-            job.filled += len(piece)
-            decision.length += len(piece)
-            if job.filled < len(job.ids):
-                return
-            self._filling = None
-            token = decision.advance(logits)
-        except Exception as failure:
-            self._filling = None
-            job.fail(failure)
-            return
-        if token is None:
-            job.finish()
-            return
-        job.token = token
+    def _end_filling(self) -> None:
+        assert self._filling is not None
+        self.graph.release(self._filling.slot)
+        self._filling = None
+
+    def _prefill(self, job: DecoderJob) -> bool:
+        """Run a chunk of the text; whether that ends the job."""
+        graph, strategy = self.graph, job.strategy
+        if not job.filled:
+            total = self._longest(job)
+            prefix = None if job.prefix is None else self._prefixes.find(job.prefix, graph, job.slot, total)
+            if prefix is not None and job.cut:
+                prefix = prefix[:, :, : -job.cut]
+            job.length = 0 if prefix is None else prefix.shape[2]
+            if not job.ids:  # the prefix alone was asked for
+                return True
+            graph.place(job.slot, prefix, total, job.slot)
+        piece = job.ids[job.filled : job.filled + graph.chunk]
+        table = None if job.table is None else self._prefixes.rows(job.table)
+        logits = graph.prefill(job.slot, piece, job.length, table, job.states)
+        job.filled += len(piece)
+        job.length += len(piece)
+        if job.filled < len(job.ids):
+            return False
+        several = strategy.width > 1
+        if several:
+            self._spread(job)
+        move = strategy.advance(logits[None])
+        if move is None:
+            return True
+        if several:
+            job.move = move
+        else:
+            self._join(job, move)
+        return False
+
+    def _join(self, job: DecoderJob, move: Move) -> None:
+        """Decode a job with the others from now on."""
+        (job.token,), slot = move[0], len(self._rows)
+        if job.slot != slot:  # others left meanwhile
+            self.graph.move(job.slot, slot, job.length)
         self._rows.append(job)
+        self._filling = None
+
+    def _spread(self, job: DecoderJob) -> None:
+        """Give a job a slot for each of its sequences, as many as there is memory for."""
+        longest, strategy = self._longest(job), job.strategy
+        while strategy.width > strategy.least_width and not self.graph.fits(strategy.width, longest, job.slot):
+            strategy.width -= 1
+        self.graph.spread(job.slot, strategy.width, job.length, longest)
+        job.text_length = job.length
+
+    def _branch(self, job: DecoderJob) -> bool:
+        """Run one token of each of a job's sequences; whether that ends the job."""
+        assert job.move is not None
+        tokens, parents = job.move
+        self.graph.branch(job.slot, parents, job.text_length, job.length)
+        if parents is None:
+            job.length = job.text_length
+        logits = self.graph.decode(tokens, [job.length] * len(tokens), job.slot)
+        job.length += 1
+        job.move = job.strategy.advance(logits)
+        return job.move is None
 
     def _decode(self) -> None:
         """One step for all sequences. If it fails, each is tried alone, so that only the culprit fails."""
         rows = self._rows
         try:
-            logits = list(self.graph.decode([job.token for job in rows], [job.decision.length for job in rows]))
+            logits = list(self.graph.decode([job.token for job in rows], [job.length for job in rows]))
         except Exception:
             logits = []
         for slot in reversed(range(len(rows))):
             job = rows[slot]
             try:
-                row = logits[slot] if logits else self.graph.decode_one(slot, job.token, job.decision.length)
-                job.decision.length += 1
-                token = job.decision.advance(row)
+                row = logits[slot] if logits else self.graph.decode_one(slot, job.token, job.length)
+                job.length += 1
+                move = job.strategy.advance(row[None])
             except Exception as error:
                 self._leave(slot, error)
                 continue
-            if token is None:
+            if move is None:
                 self._leave(slot)
             else:
-                job.token = token
+                (job.token,) = move[0]
 
     def _leave(self, slot: int, error: BaseException | None = None) -> None:
         """Take a sequence out; the last one takes its slot."""
         job, last = self._rows[slot], len(self._rows) - 1
         if slot != last:
-            self.graph.move(last, slot, self._rows[last].decision.length)
+            self.graph.move(last, slot, self._rows[last].length)
             self._rows[slot] = self._rows[last]
-        if self._filling is not None and self._filling.filled:
-            self.graph.move(last + 1, last, self._filling.decision.length)
         self._rows.pop()
         if error is None:
             job.finish()

@@ -17,11 +17,10 @@ from edgeprompt import names
 from edgeprompt.decoding.beam_search import BeamSearch
 from edgeprompt.decoding.processors import Processors, generation_fields
 from edgeprompt.decoding.sampling import Sampling, resolve
-from edgeprompt.decoding.strategies import Clock, GenerateWork, LogitsWork
+from edgeprompt.decoding.strategies import Clock, Generate, ReadLogits, ScoreWords, Strategy
 from edgeprompt.engines.base import ENCODER_PAST, Engine, check_template, compile_words, given_ids
 from edgeprompt.engines.scheduler import Job, Scheduler
 from edgeprompt.engines.seq2seq.graphs import Seq2SeqGraphs, Source, SourceRow
-from edgeprompt.engines.seq2seq.jobs import Beams, Decision, OneRow, WordScores
 from edgeprompt.engines.seq2seq.lane import Seq2SeqJob, Seq2SeqLane
 from edgeprompt.errors import InputError, PackageError, PromptFileError, UnsupportedError
 from edgeprompt.heads.answers import tag, token_logits
@@ -111,13 +110,13 @@ class Seq2SeqEngine(Engine):
             case "embed":
                 job = self._embed(request, prompt)
             case "logits":
-                work = LogitsWork()
-                job = self._decoding(request, prompt, OneRow(work), width=1, new_tokens=1)
+                job = self._decoding(request, prompt, ReadLogits(), new_tokens=1)
             case _:
                 raise UnsupportedError(
                     f"task {task!r} is not for encoder-decoders ({self._manifest.model_type}); "
                     "there are classify, generate, tag and embed"
                 )
+        self._lanes[0].narrow(job)
         self._budget.check(self._lanes[0].bytes([job]))
         return job
 
@@ -166,8 +165,8 @@ class Seq2SeqEngine(Engine):
             raise InputError(f"classify needs a prompt with a verbalizer, and {name} has one; use generate")
         clock, words = Clock(), prompt.verbalizer.words
         longest = max(len(word) for word in words)
-        decision = WordScores(prompt.verbalizer, clock)
-        job = self._decoding(request, prompt, decision, width=len(words), new_tokens=longest)
+        strategy = ScoreWords(prompt.verbalizer, clock)
+        job = self._decoding(request, prompt, strategy, new_tokens=longest)
         clock.input_tokens = job.source.ids.size
         return job
 
@@ -188,11 +187,22 @@ class Seq2SeqEngine(Engine):
         processors = Processors(
             fields if asked is None else {**fields, "repetition_penalty": asked}, feed, tokens.eos, length
         )
+        strategy: Strategy
         if beams > 1:
-            search = _search(sampling, beams, length, tokens.eos, defaults, processors)
-            decision: Decision = Beams(search, tokens.eos, self._tokenizer, clock)
+            _check_beams(sampling, beams)
+            penalty, early = _beam_settings(defaults)
+            strategy = BeamSearch(
+                beams,
+                length,
+                tokens.eos,
+                decode=self._tokenizer.decode,
+                clock=clock,
+                length_penalty=penalty,
+                early_stopping=early,
+                processors=processors,
+            )
         else:
-            work = GenerateWork(
+            strategy = Generate(
                 replace(sampling, max_new_tokens=length),
                 eos=tokens.eos,
                 decode=self._tokenizer.decode,
@@ -202,8 +212,7 @@ class Seq2SeqEngine(Engine):
                 on_text=on_text,
                 processors=processors,
             )
-            decision = OneRow(work)
-        job = self._decoding(request, prompt, decision, width=beams, new_tokens=length)
+        job = self._decoding(request, prompt, strategy, new_tokens=length)
         clock.input_tokens = job.source.ids.size
         if on_text is not None and beams > 1:  # the whole text, once it is decided
             job.add_done_callback(lambda job: None if job.exception() else on_text(job.result().text))
@@ -245,11 +254,11 @@ class Seq2SeqEngine(Engine):
         return [self._start, *ids]
 
     def _decoding(
-        self, request: Request, prompt: LoadedPrompt | None, decision: Decision, *, width: int, new_tokens: int
+        self, request: Request, prompt: LoadedPrompt | None, strategy: Strategy, *, new_tokens: int
     ) -> Seq2SeqJob:
-        """A job that decodes `width` sequences of at most `new_tokens`."""
-        job = Seq2SeqJob(self._source(request, prompt), request.timeout, decision.result)
-        job.decision, job.feed, job.width = decision, self._feed(prompt), width
+        """A job that decodes sequences of at most `new_tokens`."""
+        job = Seq2SeqJob(self._source(request, prompt), request.timeout, strategy.result)
+        job.strategy, job.feed = strategy, self._feed(prompt)
         if prompt is not None and prompt.past_length:
             job.prefix = self._tensor(prompt, names.PAST_KEY_VALUES)
         job.positions += job.prefix_length + len(job.feed) + new_tokens
@@ -301,20 +310,21 @@ class Seq2SeqEngine(Engine):
         return self._tokenizer.encode(text, add_special_tokens=False)
 
 
-def _search(
-    sampling: Sampling, beams: int, length: int, eos: Sequence[int], defaults: Any, processors: Processors
-) -> BeamSearch:
+def _check_beams(sampling: Sampling, beams: int) -> None:
     if sampling.temperature != 0 or sampling.choices or sampling.stop or sampling.logprobs:
         raise InputError(
             f"num_beams is {beams}, and beam search goes without temperature, choices, stop and "
             "logprobs; leave them out, or use num_beams=1"
         )
+
+
+def _beam_settings(defaults: Mapping[str, Any]) -> tuple[float, Any]:
     penalty, early = defaults.get("length_penalty", 1.0), defaults.get("early_stopping", False)
     if isinstance(penalty, bool) or not isinstance(penalty, (int, float)) or early not in (True, False, "never"):
         raise InputError(
             f"length_penalty is {penalty!r} and early_stopping {early!r}; allowed: a number, and true, false or 'never'"
         )
-    return BeamSearch(beams, length, eos, length_penalty=float(penalty), early_stopping=early, processors=processors)
+    return float(penalty), early
 
 
 def _pooled(source: Source, row: int, is_text: npt.NDArray[np.bool_], pooling: str) -> npt.NDArray[np.float32]:

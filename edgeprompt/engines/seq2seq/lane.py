@@ -12,9 +12,9 @@ from typing import Any
 
 import numpy as np
 
+from edgeprompt.decoding.strategies import Logits, Move, Strategy
 from edgeprompt.engines.scheduler import Job
 from edgeprompt.engines.seq2seq.graphs import DecoderState, Seq2SeqGraphs, Source, SourceRow, joined
-from edgeprompt.engines.seq2seq.jobs import Decision, Logits, Move
 from edgeprompt.ort.memory_budget import MemoryBudget
 
 
@@ -26,18 +26,28 @@ class Seq2SeqJob(Job):
         self.source = source
         self.read: Callable[[Source, int], None] | None = None
         """Takes what the encoder made of the text, and the row; nothing is decoded then."""
-        self.decision: Decision | None = None
+        self.strategy: Strategy | None = None
         self.feed: Sequence[int] = ()
         """What the decoder is given before it decides: its start, and what the prompt lets it have said."""
         self.fed = 1
         self.prefix: Any = None
         """`[num_layers, 2, num_key_value_heads, prefix_length, head_size]` of the decoder's self-attention, or None."""
-        self.width = 1
-        """Most sequences that it takes."""
+        self.text: DecoderState | None = None
+        """Where the strategy begins again, if it does."""
         self.positions = source.ids.size
         """Most positions of self-attention and cross-attention that one of them takes."""
         self.rows = 1
         """Sequences that it has now."""
+
+    @property
+    def width(self) -> int:
+        """Most sequences that it takes."""
+        return 1 if self.strategy is None else self.strategy.width
+
+    @property
+    def begins_again(self) -> bool:
+        """Whether it may go back to where its strategy began."""
+        return self.strategy is not None and self.strategy.begins_again
 
     @property
     def prefix_length(self) -> int:
@@ -49,8 +59,8 @@ class Seq2SeqJob(Job):
         if self.fed < len(self.feed):
             self.fed += 1
             return [self.feed[self.fed - 1]], [0]
-        assert self.decision is not None
-        return self.decision.advance(logits)
+        assert self.strategy is not None
+        return self.strategy.advance(logits)
 
 
 class Seq2SeqLane:
@@ -75,7 +85,15 @@ class Seq2SeqLane:
     def bytes(self, jobs: Sequence[Seq2SeqJob]) -> int:
         """What jobs take together: a step holds its input caches and its output caches."""
         longest = max((job.positions for job in jobs), default=0)
-        return 2 * sum(job.width for job in jobs) * longest * self._position_bytes
+        return 2 * sum(job.width + job.begins_again for job in jobs) * longest * self._position_bytes
+
+    def narrow(self, job: Seq2SeqJob) -> None:
+        """Let a job take no more sequences than there is memory for, where its strategy can do with fewer."""
+        strategy = job.strategy
+        while strategy is not None and strategy.width > strategy.least_width:
+            if self.bytes([job]) <= self._budget.total:
+                break
+            strategy.width = max(strategy.least_width, strategy.width // 2)
 
     def take(self, waiting: deque[Seq2SeqJob]) -> bool:
         """Take those at the front that fit beside what runs."""
@@ -114,9 +132,11 @@ class Seq2SeqLane:
         running = self.running
         if running and sum(other.width for other in running) + job.width > self._max_rows:
             return False
-        # A decoder without a mask cannot tell padding: then only those that begin alike go together.
+        # A decoder without a mask cannot tell padding: then only those that go alike all along go together.
         if not self._graphs.masks_past and (
-            self._jobs or any(other.prefix_length != job.prefix_length for other in self._taken)
+            self._jobs
+            or any(other.prefix_length != job.prefix_length for other in self._taken)
+            or (self._taken and (job.begins_again or self._taken[-1].begins_again))
         ):
             return False
         return self._budget.resize(self, self.bytes([*running, job]))
@@ -173,7 +193,8 @@ class Seq2SeqLane:
             logits = self._each_alone(self._state)
             if not self._jobs:
                 return
-        left, rows, tokens = list[tuple[Seq2SeqJob, int]](), list[int](), list[int]()
+        left, again = list[tuple[Seq2SeqJob, Sequence[int]]](), list[tuple[Seq2SeqJob, Sequence[int]]]()
+        rows, tokens = list[int](), list[int]()
         for job, first in self._places():
             try:
                 move = job.advance(logits[first : first + job.rows])
@@ -183,15 +204,33 @@ class Seq2SeqLane:
             if move is None:
                 job.finish()
                 continue
-            tokens += move[0]
-            rows += [first + parent for parent in move[1]]
-            left.append((job, len(move[0])))
-        gone = len(left) < len(self._jobs)
+            said, parents = move
+            if parents is None:
+                if job.text is None and not job.begins_again:
+                    parents = [0] * len(said)  # the strategy's first move, and its last of this kind
+                else:
+                    job.text = job.text or self._state.take([first])
+                    again.append((job, said))
+                    continue
+            left.append((job, said))
+            tokens += said
+            rows += [first + parent for parent in parents]
+        gone = len(left) + len(again) < len(self._jobs)
         self._keep([job for job, _ in left], rows, tokens)
-        for job, count in left:
-            job.rows = count
+        self._begin_again(again)
+        for job, said in [*left, *again]:
+            job.rows = len(said)
         if gone:
             self._shrink()
+
+    def _begin_again(self, jobs: Sequence[tuple[Seq2SeqJob, Sequence[int]]]) -> None:
+        """Let jobs go on behind what they were before their strategies' first moves."""
+        for job, tokens in jobs:
+            assert job.text is not None
+            begun = job.text.take([0] * len(tokens))
+            self._state = begun if self._state is None else joined([self._state, begun])
+            self._jobs.append(job)
+            self._tokens += tokens
 
     def _each_alone(self, state: DecoderState) -> Logits:
         """Step every job alone; those that fail end."""

@@ -21,6 +21,7 @@ from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, 
 
 import edgeprompt
 from edgeprompt import Request, RequestCancelledError, Runtime, names
+from edgeprompt.decoding import strategies as decoding
 from edgeprompt.engines import scheduler
 from edgeprompt.engines.decoder import graph as decoder_graph
 from edgeprompt.ort import kv_cache
@@ -279,6 +280,7 @@ def run_machine(
     # Small, so that buffers grow and shrink.
     monkeypatch.setattr(kv_cache, "LEAST_LENGTH", 16)
     monkeypatch.setattr(decoder_graph, "KEPT_LENGTH", 32)
+    monkeypatch.setattr(decoding, "WORDS_AT_ONCE", 2)  # so that label words take several chunks
     monkeypatch.setattr(scheduler, "LOOK_EVERY", 0.0)  # no event depends on the clock
     if kind == "growing":
         package = growing_package(package, tmp_path)
