@@ -24,7 +24,7 @@ class EngineOptions:
     kv_budget: int | None = None
     """Most bytes of KV cache for running requests."""
     max_batch: int = 16
-    """Most sequences in one decode step."""
+    """Most sequences in one decode step; those of one request's label words are not counted."""
     max_queue: int = 1024
     """Most waiting requests."""
     batch_invariant: bool = False

@@ -1,6 +1,6 @@
 """Classification with many labels of several tokens each: seconds a text, and memory.
 
-    python -m benchmarks.ablations.many_labels [--precision int8] [--texts 5] [--labels 4 77 1000] [--threads 2]
+    python -m benchmarks.ablations.many_labels [--precision int8] [--texts 5] [--labels 4 77 1000] [--threads 1]
 
 The labels are made up of actions and things ("cancel the card"), so that many share beginnings, as intents do. The rows
 are those of the shipped sentiment prompt: what is measured is the way to an answer, not the answer. Each number of
@@ -94,7 +94,7 @@ def main() -> None:
     parser.add_argument("--precision", default="int8")
     parser.add_argument("--texts", type=int, default=5)
     parser.add_argument("--labels", type=int, nargs="+", default=[4, 77, 1000])
-    parser.add_argument("--threads", type=int, default=2)
+    parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--alone", type=int, help=argparse.SUPPRESS)
     options = parser.parse_args()
     if options.alone:

@@ -8,6 +8,7 @@ once (`Strategy`). `edgeprompt.decoding.beam_search` is another strategy.
 from __future__ import annotations
 
 import time
+from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from typing import Any, Protocol, TypeAlias
@@ -28,15 +29,21 @@ Move: TypeAlias = tuple[Sequence[int], Sequence[int] | None]
 """The next tokens, one for each sequence that goes on, and which of the last ones each continues; None: all of them
 begin again behind the text."""
 WORDS_AT_ONCE = 16
-"""Most label words that are scored together: more of them win no time, and take memory."""
+"""Most sequences of label words side by side: more of them win little time, and take memory."""
 
 
 class Strategy(Protocol):
     """What a request makes of its logits."""
 
-    width: int
-    """Most sequences that it takes at once. An engine may lower it before the first move, down to `least_width`."""
     least_width: int
+
+    @property
+    def width(self) -> int:
+        """Most sequences that it takes at once."""
+
+    @width.setter
+    def width(self, most: int) -> None:
+        """An engine may lower it before the first move, down to `least_width`."""
 
     @property
     def begins_again(self) -> bool:
@@ -108,9 +115,9 @@ class PrefixOnly(OneSequence):
 class ScoreWords:
     """Log-probabilities of label words.
 
-    Words of one token need the logits behind the text alone. The others go on behind the text, `width` of them at a
-    time, in the order of their tokens: one token deeper with every move, a sequence for each beginning that is not yet
-    a whole word. So a thousand words need the memory of `width`.
+    Words of one token need the logits behind the text alone. The others go on behind the text, in chunks and in the
+    order of their tokens: one token deeper with every move, a sequence for each beginning that is not yet a whole word.
+    A chunk takes `width` sequences at most, so a thousand words need no more memory than twenty.
     """
 
     least_width = 1
@@ -120,20 +127,26 @@ class ScoreWords:
         self._scores = np.full(len(verbalizer.words), -np.inf)
         self._first: dict[int, float] | None = None
         """Log-probabilities of words' first tokens, once they are known."""
-        longer = (index for index, word in enumerate(verbalizer.words) if len(word) > 1)
-        self._left = sorted(longer, key=lambda index: verbalizer.words[index])
-        """Words of several tokens that nobody has scored."""
+        self._chunk: list[int] = []
+        """Words at hand."""
         self._open: list[tuple[Node, float]] = []
         """Where the sequences stand, and their log-probabilities."""
-        self._chunk: list[int] = []
-        """The words that `_open` leads to."""
-        self._longer = len(self._left)
-        self.width = max(1, min(self._longer, WORDS_AT_ONCE))
+        self.width = WORDS_AT_ONCE
+
+    @property
+    def width(self) -> int:
+        """Most sequences that it takes at once."""
+        return self._width
+
+    @width.setter
+    def width(self, most: int) -> None:
+        self._left, widest = _chunks(self._verbalizer.words, most)
+        self._width, self._several = max(1, widest), len(self._left) > 1
 
     @property
     def begins_again(self) -> bool:
         """Whether the words take more than one chunk."""
-        return self._longer > self.width
+        return self._several
 
     def advance(self, logits: Logits) -> Move | None:
         """Score the next tokens of the words at hand; the words behind them come next, or the next chunk."""
@@ -158,10 +171,10 @@ class ScoreWords:
 
     def _next_chunk(self) -> Move | None:
         assert self._first is not None
-        self._chunk, self._left = self._left[: self.width], self._left[self.width :]
-        if not self._chunk:
+        if not self._left:
             self._clock.tick()
             return None
+        self._chunk = self._left.pop(0)
         tree = word_tree([self._verbalizer.words[index] for index in self._chunk])
         self._open = [(child, self._first[token]) for token, child in tree.children.items()]
         return list(tree.children), None
@@ -169,6 +182,27 @@ class ScoreWords:
     def result(self) -> Classification:
         """The decision."""
         return replace(self._verbalizer.classification(self._scores), timings=self._clock.timings(1))
+
+
+def _chunks(words: Sequence[Sequence[int]], width: int) -> tuple[list[list[int]], int]:
+    """Words of several tokens, by index, so that a chunk's tree has `width` inner nodes at most at every depth.
+
+    Returns:
+        The chunks, and the most that one of them has.
+    """
+    chunks, widest, seen, depths = list[list[int]](), 0, set[tuple[int, ...]](), Counter[int]()
+    order = sorted(range(len(words)), key=lambda index: tuple(words[index]))
+    for index in (index for index in order if len(words[index]) > 1):
+        inner = [tuple(words[index][:depth]) for depth in range(1, len(words[index]))]
+        fits = all(depths[len(node)] < width for node in inner if node not in seen)
+        if not chunks or not fits:
+            chunks.append([])
+            seen, depths = set(), Counter()
+        chunks[-1].append(index)
+        depths.update(len(node) for node in inner if node not in seen)
+        seen.update(inner)
+        widest = max(widest, *depths.values())
+    return chunks, widest
 
 
 class Generate(OneSequence):

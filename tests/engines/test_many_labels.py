@@ -227,17 +227,18 @@ def test_a_thousand_labels_take_the_memory_of_a_chunk(kind: str, package_of: Cal
 
 def test_moves_of_the_strategy() -> None:
     """Chunks in the order of tokens, a sequence for each beginning, back to the text between chunks."""
-    words = ((1, 2), (1, 3, 4), (5,), (6, 7), (1, 3))
-    labels = tuple("abcde")
-    strategy = ScoreWords(Verbalizer(labels, words, (0, 1, 2, 3, 4)), Clock())
+    words = ((1, 2), (1, 3, 4), (5,), (6, 7), (1, 3), (2, 1), (0, 2, 2, 2))
+    labels = tuple("abcdefg")
+    strategy = ScoreWords(Verbalizer(labels, words, tuple(range(7))), Clock())
+    assert (strategy.width, strategy.begins_again) == (4, False)
     strategy.width = 2
-    assert strategy.begins_again
+    assert (strategy.width, strategy.begins_again) == (2, True)
     logits = np.log(np.arange(1, 9, dtype=np.float32))[None]
-    assert strategy.advance(logits) == ([1], None)  # 1 2 and 1 3
-    assert strategy.advance(logits) == ([1, 6], None)  # 1 3 4 and 6 7
-    move = strategy.advance(np.repeat(logits, 2, 0))
-    assert move == ([3], [0])
-    assert strategy.advance(logits) is None
+    assert strategy.advance(logits) == ([0, 1], None)  # 0 2 2 2, and all that begin with 1
+    assert strategy.advance(np.repeat(logits, 2, 0)) == ([2, 3], [0, 1])
+    assert strategy.advance(np.repeat(logits, 2, 0)) == ([2], [0])
+    assert strategy.advance(logits) == ([2, 6], None)
+    assert strategy.advance(np.repeat(logits, 2, 0)) is None
     chance = np.log(np.arange(1, 9) / 36)
     expected = [sum(chance[token] for token in word) for word in words]
     assert list(strategy.result().logits.values()) == pytest.approx(expected, abs=1e-6)
