@@ -85,6 +85,7 @@ _CLASSES = _answer(
     "list",
     data=_list(_object(index=_INTEGER, label=_TEXT, labels=_list(_TEXT), scores=_SCORES, logits=_SCORES)),
 )
+_EVENT = _object(data={**_TEXT, "description": "A chunk of the answer as JSON, an error, or [DONE]."})
 _SAID = {
     400: "The request cannot be answered; the error names the field.",
     401: "No key, or a wrong one.",
@@ -146,7 +147,7 @@ def document(manifest: Manifest, options: ServerOptions) -> dict[str, Any]:
 def _post(summary: str, body: dict[str, Any], answer: dict[str, Any], *, streams: bool = False) -> dict[str, Any]:
     kinds: dict[str, Any] = {"application/json": {"schema": answer}}
     if streams:
-        kinds["text/event-stream"] = {"schema": _TEXT}
+        kinds["text/event-stream"] = {"schema": _EVENT}
     return {
         "post": {
             "summary": summary,

@@ -4,39 +4,18 @@ from __future__ import annotations
 
 import asyncio
 import base64
-from collections.abc import Iterator
 from itertools import chain
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 import openai
 import pytest
 
-import edgeprompt
-from edgeprompt import Generation, Request, names
+from edgeprompt import Generation, Request
 from edgeprompt.request import GenerationOptions
-from tests.support.prompts import make_prompt
-from tests.support.runtimes import QUIET, WORDS
-from tests.support.server import Running, serving
+from tests.support.server import Running
 
 TEXTS = ["the film was good", "a long story about music", "never again"]
-CHAT_TEMPLATE = "{% for m in messages %}[{{ m.role }}] {{ m.content }}\n{% endfor %}[assistant]"
-
-
-@pytest.fixture(scope="module")
-def chatting(tiny_llama_package: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Running]:
-    """The random Llama with a chat template."""
-    folder = tmp_path_factory.mktemp("chat") / "package"
-    folder.mkdir()
-    for file in tiny_llama_package.iterdir():
-        (folder / file.name).symlink_to(file)
-    (folder / names.CHAT_TEMPLATE).write_text(CHAT_TEMPLATE, encoding="utf-8")
-    with edgeprompt.load(folder, options=QUIET) as runtime:
-        runtime.add_prompt(make_prompt(runtime.manifest, "words", verbalizer=WORDS))
-        runtime.add_prompt(make_prompt(runtime.manifest, "story", seed=1))
-        with serving(runtime) as running:
-            yield running
 
 
 @pytest.fixture(params=["decoder", "seq2seq"])
