@@ -23,7 +23,7 @@ def largest(logits: npt.NDArray[Floating]) -> npt.NDArray[Floating]:
     if not np.isfinite(top).all():
         raise EdgePromptError(
             "the model's logits are NaN or infinite, so there is no answer: the prompt's values are too large for this "
-            "graph, or the graph is broken (edgeprompt validate tells)"
+            "graph, or the graph is broken (run edgeprompt validate)"
         )
     return top
 
@@ -37,7 +37,7 @@ def require_finite(values: npt.NDArray[Floating]) -> npt.NDArray[Floating]:
     if not np.isfinite(values).all():
         raise EdgePromptError(
             "the model's states are NaN or infinite, so there is no answer: the prompt's values are too large for this "
-            "graph, or the graph is broken (edgeprompt validate tells)"
+            "graph, or the graph is broken (run edgeprompt validate)"
         )
     return values
 

@@ -131,7 +131,7 @@ def find_names(stored: Collection[str], expected: Collection[str], prefix: str, 
     changed = [(old, new) for old, new in best.items() if old != new]
     if changed:
         old, new = changed[0]
-        tell(f"a wrapper's name was taken away from {len(changed)} tensors of {given!r}: {old} is {new}")
+        tell(f"a wrapper's name was removed from {len(changed)} tensors of {given!r}: {old} is {new}")
     return best
 
 

@@ -53,7 +53,9 @@ def _with_head(base: Any, tensors: Mapping[str, Any], given: str, unused: set[st
     head = {name for name in model.state_dict() if not name.startswith(inner)}
     missing = {name for name in info["missing_keys"] if name in head}
     if missing and missing >= head - set(model.all_tied_weights_keys):
-        accounting.tell(f"{given!r} names itself a masked language model, and holds no head for it: it fills no masks")
+        accounting.tell(
+            f"{given!r} says that it is a masked language model, but has no head for it; it cannot fill a mask"
+        )
         return base
     unused &= set(info["unexpected_keys"])
     accounting.check_loaded({**info, "missing_keys": missing}, model, given, unused=())

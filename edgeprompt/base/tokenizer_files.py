@@ -88,5 +88,5 @@ def check_vocabulary(tokenizer: Any, vocab_size: int, base: str) -> None:
         raise SourceError(
             f"the tokenizer of {base!r} makes ids of text that its {vocab_size} embeddings do not reach: "
             f"{shown}{more}; resize the embeddings (model.resize_token_embeddings(len(tokenizer))) and train them, or "
-            "take the tokens out of the tokenizer"
+            "remove the tokens from the tokenizer"
         )

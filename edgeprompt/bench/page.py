@@ -181,8 +181,8 @@ _PLOTS: tuple[_Plot, ...] = (
         lambda shown: _lines(shown, "n_tasks", 1e6, x="prompts loaded", y="MB", log_x=True),
     ),
     (
-        "Throughput against rows of a call",
+        "Throughput by batch size",
         lambda result: result.test in ("decode", "classify", "embed"),
-        lambda shown: _lines(shown, "batch_size", 1, x="rows of a call", y="tokens/s or texts/s (p50)"),
+        lambda shown: _lines(shown, "batch_size", 1, x="sequences in one call", y="tokens/s or texts/s (p50)"),
     ),
 )

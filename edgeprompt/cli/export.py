@@ -112,7 +112,7 @@ def command(
         raise click.UsageError("--against is for graphs that others exported, whose precision is not chosen here")
     if door is not None:
         prompt_input = {"input": "required", "adapter": "optional"}[door]
-        console.note(f"--door {door} is now --prompt-input {prompt_input}; the old name goes with the next version")
+        console.note(f"--door {door} is now --prompt-input {prompt_input}; the old name is removed in the next version")
     console.quiet_libraries()
     from exporters import export_best, export_model
 

@@ -124,9 +124,7 @@ def check_task(prompts: Mapping[str, PromptFile], metric: str | None) -> None:
         (("f1", "exact-match", "rouge", "bleu"), task in ("generate", "qa")),
     ):
         if fits and metric is not None and metric not in needed:
-            raise InputError(
-                f"metric {metric} does not fit {_kind(task, several, numbers)}; take {' or '.join(needed)}"
-            )
+            raise InputError(f"metric {metric} does not fit {_kind(task, several, numbers)}; use {' or '.join(needed)}")
 
 
 def _kind(task: str, several: bool, numbers: bool) -> str:

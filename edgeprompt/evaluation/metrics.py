@@ -76,7 +76,7 @@ def score(
     if len(predictions) != len(references) or not references:
         raise DataError(f"{len(predictions)} predictions and {len(references)} references cannot be compared")
     if metric == "accuracy" and not labels:
-        raise InputError("accuracy is for labels; for texts take exact-match, f1, rouge or bleu")
+        raise InputError("accuracy is for labels; for texts use exact-match, f1, rouge or bleu")
     tokenizer = ""
     several = [truth if isinstance(truth, tuple) else (truth,) for truth in references]
     texts = [] if labels else [text for truth in several for text in truth]

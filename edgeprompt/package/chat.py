@@ -32,7 +32,7 @@ def render_chat(
         add_generation_prompt: Whether the assistant's turn is opened at the end.
 
     Raises:
-        InputError: a message has no role or content, or the template refuses the conversation (`raise_exception`).
+        InputError: a message has no role or content, or the template rejects the conversation (`raise_exception`).
         PackageError: the template is broken.
         MissingDependencyError: jinja2 is not installed.
     """
@@ -51,7 +51,7 @@ def render_chat(
             )
         )
     except _RefusedError as error:
-        raise InputError(f"the chat template refuses the conversation: {error}") from error
+        raise InputError(f"the chat template rejects the conversation: {error}") from error
     except (jinja2.TemplateError, TypeError, ValueError, KeyError, AttributeError, ArithmeticError) as error:
         raise PackageError(f"the chat template fails: {type(error).__name__}: {error}") from error
 

@@ -78,7 +78,7 @@ class Tokenizer:
             place = ids.index(max(ids))
             raise InputError(
                 f"the text has the token {encoding.tokens[place]!r}, which has id {ids[place]} in this tokenizer, and "
-                f"the base has embeddings for {self._vocab_size} tokens; take it out of the text, or resize the base's "
+                f"the base has embeddings for {self._vocab_size} tokens; remove it from the text, or resize the base's "
                 "embeddings to its tokenizer and export it again"
             )
         return ids
@@ -129,7 +129,7 @@ class Tokenizer:
 
         Raises:
             UnsupportedError: the package has no chat template.
-            InputError: a message is broken, or the template refuses the conversation.
+            InputError: a message is broken, or the template rejects the conversation.
             PackageError: the template is broken.
             MissingDependencyError: jinja2 is not installed.
         """

@@ -51,11 +51,11 @@ class RecordEncoder:
     def _check(self, ids: Sequence[int], where: str) -> None:
         foreign = sum(token >= self.vocab_size for token in ids) != self.num_virtual_ids
         if foreign:
-            raise DataError(f"{where} holds a special token that the base has no embedding of; take it out of the text")
+            raise DataError(f"{where} holds a special token that the base has no embedding of; remove it from the text")
         wanted = sum(isinstance(part, Mask) for part in self.template.parts)
         if wanted and self._mask is not None and list(ids).count(self._mask) != wanted:
             mask = self.tokenizer.mask_token
-            raise DataError(f"{where} holds {mask!r}, the token that the template's {{mask}} stands for; take it out")
+            raise DataError(f"{where} holds {mask!r}, the token that the template's {{mask}} stands for; remove it")
 
     @cached_property
     def _mask(self) -> int | None:

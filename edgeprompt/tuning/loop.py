@@ -144,7 +144,7 @@ class Loop:
     def _why_not_finite(self, rate: float) -> str:
         """What is wrong where a loss is not finite, and what to do about it."""
         if self._options.mixed_precision == "fp16":
-            return "float16 ends at 65504, which this base exceeds; take --mixed-precision bf16 or no"
+            return "float16 ends at 65504, which this base exceeds; use --mixed-precision bf16 or no"
         if not self.progress.step:
             return "nothing was trained yet: the base's own weights give it, or the prompt that the run started as"
         return f"try a lower --lr than {rate:g}"

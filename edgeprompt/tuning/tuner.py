@@ -227,7 +227,7 @@ def _resume(run: Run, loop: Loop, path: Path) -> None:
             f"this base is {run.loaded.name} ({run.fingerprint})"
         )
     if soft is None:
-        raise InputError("--method head has no prompt to start as another; leave out --resume")
+        raise InputError("--method head trains no prompt, so it cannot start from a prompt file; leave out --resume")
     tensor = prompt.past_key_values if soft.is_prefix else prompt.prompt_embeddings
     shape = list(soft().shape)
     if tensor is None or list(tensor.shape) != shape:

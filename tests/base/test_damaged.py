@@ -73,7 +73,7 @@ def test_a_tokenizer_beside_a_gguf_file_is_taken(tmp_path, caplog):
     bases.tokenizer().save(str(tmp_path / "tokenizer.json"))
     loaded = load_base(path)
     assert loaded.tokenizer.encode("a")
-    assert "beside it is taken" in caplog.text
+    assert "beside it is used" in caplog.text
 
 
 @pytest.mark.parametrize(

@@ -183,7 +183,7 @@ def test_html_is_self_contained_with_plots(report: Report):
     assert "script" not in parser.tags
     assert "url(http" not in page
     assert page.count("<svg") == 4
-    assert all(label in page for label in ("prompts loaded", "tokens of the text", "rows of a call", "milliseconds"))
+    assert all(label in page for label in ("prompts loaded", "tokens of the text", "in one call", "milliseconds"))
 
 
 def test_the_title_tells_how_weights_are_stored(report: Report):

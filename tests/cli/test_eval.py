@@ -71,7 +71,7 @@ def test_refusals(cli, refused, tiny_llama_package, prompt_folder, data, tmp_pat
     assert "different tasks (classify, generate)" in refused(
         "eval", tiny_llama_package, data, "--prompt", sentiment, "--prompt", story
     )
-    assert "metric accuracy does not fit task generate; take f1" in refused(
+    assert "metric accuracy does not fit task generate; use f1" in refused(
         "eval", tiny_llama_package, data, "--prompt", story, "--metric", "accuracy"
     )
     assert "no column 'target'; it has text, label" in refused("eval", tiny_llama_package, data, "--prompt", story)

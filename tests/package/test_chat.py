@@ -76,7 +76,7 @@ def test_templates_render_as_in_transformers(tokenizers, name, conversation, ope
     ours, theirs = tokenizers(TEMPLATES[name])
     messages = CONVERSATIONS[conversation]
     if name == "Gemma" and conversation == "system":
-        with pytest.raises(InputError, match="refuses the conversation: System role not supported"):
+        with pytest.raises(InputError, match="rejects the conversation: System role not supported"):
             ours.chat(messages)
         return
     expected = theirs.apply_chat_template(messages, tokenize=False, add_generation_prompt=opened)

@@ -63,7 +63,7 @@ def cell(exported: Export) -> Cell:
 def find(exported: Export, model_type: str, check: str) -> str:
     """One cell of the table; raises where the package and PyTorch differ."""
     if check == "genai route" and model_type not in GENAI:
-        return "refused: sliding window" if find_family(model_type).genai else "not used"
+        return "rejected: sliding window" if find_family(model_type).genai else "not used"
     loaded, report = exported(model_type, "genai" if check == "genai route" else "torch")
     if check in METHODS:
         return compare_with_peft(loaded, report, METHODS[check])

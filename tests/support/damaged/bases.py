@@ -287,7 +287,7 @@ CASES: dict[str, Damage] = {
     "one tensor with module.": Damage(
         renamed("model.norm.", "module.model.norm."), "wrapper's name .* 1 tensors", loads=True
     ),
-    "DDP": Damage(renamed("", "module."), "wrapper's name was taken away from 21 tensors", loads=True),
+    "DDP": Damage(renamed("", "module."), "wrapper's name was removed from 21 tensors", loads=True),
     "torch.compile": Damage(renamed("", "_orig_mod."), "wrapper's name", loads=True),
     "DDP and torch.compile": Damage(renamed("", "module._orig_mod."), "wrapper's name", loads=True),
     "compiled layers": Damage(tensors(_inner), r"layers\._orig_mod", loads=True),
@@ -313,7 +313,7 @@ CASES: dict[str, Damage] = {
     "half of an encoder's head deleted": Damage(
         without("cls.predictions.transform.dense", kind="bert"), r"lacks 2 .*cls\.predictions\.transform"
     ),
-    "an encoder's head deleted": Damage(without("cls.", kind="bert"), "holds no head for it", loads=True),
+    "an encoder's head deleted": Damage(without("cls.", kind="bert"), "has no head for it", loads=True),
     "T5's untied head deleted": Damage(without("lm_head", kind="t5"), r"lacks 1 .*lm_head\.weight"),
     "T5's decoder deleted": Damage(without("decoder.block.0.layer.1", kind="t5"), r"lacks 5 .*decoder\.block\.0"),
     "BART's shared embedding deleted": Damage(
