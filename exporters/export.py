@@ -27,6 +27,7 @@ from edgeprompt.prompts.file import PromptFile, load_prompt
 from edgeprompt.prompts.weights import ALLOWED, check_weights
 from exporters.contract import Exporter, ExportOptions, Progress
 from exporters.package import make_manifest, write_prompts, write_tokenizer
+from exporters.validate.core import check_positions
 from exporters.validate.quality import with_quality
 
 _LOG = logging.getLogger("edgeprompt")
@@ -202,11 +203,13 @@ def _build(
         raise InputError(f"precision 'gguf' keeps what a .gguf file stores, and {loaded.name!r} is none; give another")
     for prompt in prompts.values():
         _check_fingerprint(prompt, loaded)
+    geometry = geometry_of(loaded.config)
+    check_positions(geometry, loaded.name)
     exporter = find_exporter(loaded.family.architecture)
     with _few_threads(loaded.model):
         tell("build", 0.2)
         fingerprint = write_tokenizer(
-            loaded.tokenizer, folder, scratch, vocab_size=geometry_of(loaded.config).vocab_size, base=loaded.name
+            loaded.tokenizer, folder, scratch, vocab_size=geometry.vocab_size, base=loaded.name
         )
         built = exporter.build(loaded, options, folder, scratch)
         manifest = make_manifest(loaded, built, options, folder, fingerprint)

@@ -12,8 +12,8 @@ import numpy.typing as npt
 import torch
 
 from edgeprompt.base.load import LoadedBase
-from edgeprompt.errors import ValidationError
-from edgeprompt.package.manifest import Manifest
+from edgeprompt.errors import UnsupportedError, ValidationError
+from edgeprompt.package.manifest import Geometry, Manifest
 from exporters.validate.quality import Prediction, measure_quality
 from exporters.validate.weights import check_weights
 
@@ -26,6 +26,9 @@ TOLERANCE = {"fp32": 1e-3, "fp16": 3e-2}
 TIE = 1e-4
 """Two tokens nearer to each other than this share of the logits' scale: rounding may decide either way."""
 
+VIRTUAL = 5
+"""Virtual rows of the comparisons."""
+LEAST_POSITIONS = 12
 _TEXTS = (
     "The film starts slowly, but the last half hour is worth the ticket.",
     "Paris is the capital of France, and Berlin is the capital of",
@@ -152,17 +155,34 @@ def is_tie(got: Floats, want: Floats) -> bool:
     return bool(best - float(want[int(got.argmax())]) <= TIE * float(np.abs(want).max()))
 
 
-def sample_ids(loaded: LoadedBase, vocab_size: int, lengths: Sequence[int] = (15, 13, 11)) -> list[Ids]:
-    """Three short texts as token ids; random ids where the base has no tokenizer that fits."""
+def sample_ids(loaded: LoadedBase, geometry: Geometry, lengths: Sequence[int] = (15, 13, 11)) -> list[Ids]:
+    """Three short texts as token ids; random ids where the base has no tokenizer that fits.
+
+    They leave room for `VIRTUAL` rows and one more token among the base's positions.
+    """
+    room = max(4, geometry.max_positions - VIRTUAL - 1) if geometry.max_positions else None
     if loaded.tokenizer is not None:
         texts = [np.array(loaded.tokenizer.encode(text), np.int64) for text in _TEXTS]
-        if all(len(ids) >= 4 and ids.max() < vocab_size for ids in texts):
-            return texts
+        if all(len(ids) >= 4 and ids.max() < geometry.vocab_size for ids in texts):
+            return [ids[:room] for ids in texts]
     generator = np.random.default_rng(0)
-    return [generator.integers(0, vocab_size, length, dtype=np.int64) for length in lengths]
+    return [generator.integers(0, geometry.vocab_size, length, dtype=np.int64)[:room] for length in lengths]
 
 
-def random_rows(model: Any, count: int = 5) -> Floats:
+def check_positions(geometry: Geometry, name: str) -> None:
+    """Refuse a base that is too short to be checked.
+
+    Raises:
+        UnsupportedError: it has fewer positions than `LEAST_POSITIONS`.
+    """
+    if 0 < geometry.max_positions < LEAST_POSITIONS:
+        raise UnsupportedError(
+            f"{name!r} has {geometry.max_positions} positions, and {LEAST_POSITIONS} is the least: a prompt, a text "
+            "and an answer need more"
+        )
+
+
+def random_rows(model: Any, count: int = VIRTUAL) -> Floats:
     """Rows as an untrained prompt has them: of the size of what the embedding module returns."""
     generator = torch.Generator().manual_seed(0)
     with torch.no_grad():

@@ -118,7 +118,7 @@ def reference(loaded: LoadedBase, row: Row, manifest: Manifest) -> dict[str, Flo
 
 def _batches(loaded: LoadedBase, manifest: Manifest) -> Iterator[list[Row]]:
     size = manifest.geometry
-    texts = [ids.tolist() for ids in sample_ids(loaded, size.vocab_size)]
+    texts = [ids.tolist() for ids in sample_ids(loaded, size)]
     width = size.embedding_size or size.hidden_size
     generator = np.random.default_rng(0)
     spread = float(loaded.model.get_input_embeddings().weight.detach().std())

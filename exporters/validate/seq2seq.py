@@ -161,7 +161,7 @@ def _unused(*_: Any, **__: Any) -> None:
 def _rows(loaded: LoadedBase, manifest: Manifest, encoder_prefix: bool) -> tuple[Row, Row, Row, Row | None]:
     """A plain row, one with virtual tokens, one with a decoder prefix, and one with encoder deep prompts."""
     size, generator = manifest.geometry, np.random.default_rng(0)
-    texts = sample_ids(loaded, size.vocab_size, (12, 5, 9))
+    texts = sample_ids(loaded, size, (12, 5, 9))
 
     def noise(*shape: int) -> Floats:
         return generator.standard_normal(shape).astype(np.float32)
@@ -189,4 +189,5 @@ def _with_prompt(prompt: PromptFile, like: Row, manifest: Manifest) -> Row:
     table, ids = prompt.prompt_embeddings, like.source.ids
     if table is not None:
         ids = np.concatenate([manifest.geometry.vocab_size + np.arange(len(table)), ids])
+        ids = ids[: manifest.geometry.max_positions or None]
     return Row(SourceRow(ids, table, prompt.encoder_past_key_values), prompt.past_key_values, like.tokens)
