@@ -63,6 +63,7 @@ class Lines:
         self._began = self._changed = time.monotonic()
         self._told_at, self._told = self._began, start
         self._end = threading.Event()
+        self._file = sys.stderr  # as it is now: libraries' chatter is turned off by putting another one in its place
 
     def update(self, done: float, note: str = "") -> None:
         """Say how much is done; cheap, nothing is written."""
@@ -85,7 +86,7 @@ class Lines:
             if self.due(now):
                 self._told_at, self._told = now, self._done
                 with contextlib.suppress(OSError, ValueError):  # nobody reads stderr any more
-                    print(self.line(now), file=sys.stderr, flush=True)
+                    print(self.line(now), file=self._file, flush=True)
 
     def due(self, now: float) -> bool:
         """Whether it is time for a line."""

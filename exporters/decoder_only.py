@@ -38,11 +38,12 @@ def build(loaded: LoadedBase, options: ExportOptions, folder: Path, scratch: Pat
             f"{loaded.name!r} has heads of {head_size} values: ONNX Runtime's GroupQueryAttention takes multiples of "
             "8; choose another base"
         )
-    route = options.route
+    route, instead = options.route, {}
     if route == "auto":
         route = "genai" if genai.suits(loaded) else "torch"
+        if genai.is_built(loaded) and (reason := genai.obstacle(loaded)) is not None:
+            instead = {"route_instead_of_genai": f"the genai route cannot: {reason}"}
     builder = genai.build_graph if route == "genai" else torch_route.build_graph
-    instead: dict[str, str] = {}
     try:
         model = builder(loaded, options, folder, scratch)
     except ExportError as error:

@@ -6,14 +6,34 @@ from typing import Any
 
 from edgeprompt import names
 from edgeprompt.errors import SourceError
-from edgeprompt.package.generation import COUNTS, NUMBERS, TOKEN_LISTS, TOKEN_SEQUENCES, TOKENS, check_generation
+from edgeprompt.package.generation import (
+    COUNTS,
+    FIELDS,
+    NUMBERS,
+    TOKEN_LISTS,
+    TOKEN_SEQUENCES,
+    TOKENS,
+    check_generation,
+)
 
 _UNSUPPORTED = (
     "constraints", "diversity_penalty", "dola_layers", "encoder_no_repeat_ngram_size", "encoder_repetition_penalty",
     "exponential_decay_length_penalty", "force_words_ids", "forced_decoder_ids", "guidance_scale", "penalty_alpha",
-    "remove_invalid_values", "sequence_bias", "stop_strings", "token_healing", "watermarking_config",
+    "max_time", "remove_invalid_values", "sequence_bias", "stop_strings", "token_healing", "watermarking_config",
 )  # fmt: skip
 """Fields that change a greedy answer, and that the runtime does not carry out."""
+_HARMLESS = (
+    # Lengths, which a request gives; beams, sampling and special tokens, which are told or carried elsewhere.
+    "max_length", "max_new_tokens", "num_beams", "early_stopping", "length_penalty", "num_beam_groups", "do_sample",
+    "pad_token_id", "bos_token_id", "eos_token_id", "decoder_start_token_id", "num_return_sequences",
+    # How model.generate works and what it returns, not what it says.
+    "use_cache", "use_mtp", "cache_implementation", "cache_config", "max_cache_len", "return_legacy_cache",
+    "output_attentions", "output_hidden_states", "output_scores", "output_logits", "return_dict_in_generate",
+    "is_assistant", "num_assistant_tokens", "num_assistant_tokens_schedule", "assistant_confidence_threshold",
+    "prompt_lookup_num_tokens", "max_matching_ngram_size", "assistant_early_exit", "assistant_lookbehind",
+    "target_lookbehind", "assistant_ensemble_weight", "speculation_type", "compile_config", "disable_compile",
+    "continuous_batching_config", "low_memory", "prefill_chunk_size", "renormalize_logits", "transformers_version",
+)  # fmt: skip
 _NEUTRAL: tuple[Any, ...] = (None, False, 0, 0.0, [], {}, ())
 _ONE = ("encoder_repetition_penalty", "guidance_scale")
 _SAMPLING = ("temperature", "top_k", "top_p", "min_p", "typical_p", "epsilon_cutoff", "eta_cutoff", "top_h")
@@ -52,10 +72,18 @@ def generation_of(config: Any, generation_config: Any, architecture: str) -> tup
         found[name] = value
     try:
         check_generation(found)
+        for name in ("forced_bos_token_id", "forced_eos_token_id"):
+            tokens = found.get(name, [])
+            for token in tokens if isinstance(tokens, list) else [tokens]:
+                if token >= config.vocab_size:
+                    raise ValueError(f"{name} is {token}, and the base has {config.vocab_size} tokens")
     except ValueError as error:
         raise SourceError(f"the base's generation_config is not usable: {error}") from error
     notes = []
-    for name in _UNSUPPORTED:
+    known = (*FIELDS, *_HARMLESS, *_SAMPLING, *_UNSUPPORTED)
+    fields = vars(generation_config) if generation_config is not None else {}
+    unknown = [name for name in fields if name not in known and not name.startswith("_")]
+    for name in (*_UNSUPPORTED, *sorted(unknown)):
         value = find(name)
         if value not in _NEUTRAL and not (name in _ONE and value == 1):
             notes.append(f"{name}={value!r} is not carried out: answers may differ from model.generate")

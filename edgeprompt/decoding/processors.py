@@ -103,5 +103,8 @@ class Processors:
 
     @staticmethod
     def _force(scores: Scores, tokens: Sequence[int]) -> None:
+        beyond = [token for token in tokens if token >= scores.size]
+        if beyond:
+            raise InputError(f"forced token {beyond[0]} is none of the base's {scores.size}; mend `generation`")
         scores[:] = -np.inf
         scores[list(tokens)] = 0.0

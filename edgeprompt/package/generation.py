@@ -5,6 +5,7 @@ Fields have transformers' own names and meanings. Fields that are not there chan
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from typing import Any
 
@@ -29,8 +30,8 @@ def check_generation(data: object) -> dict[str, Any]:
     for name, value in found.items():
         where = f"generation.{name}"
         if name in NUMBERS:
-            if check_type(value, (int, float), where) <= 0:
-                raise ValueError(f"{where} is {value}, it must be more than 0")
+            if not 0 < check_type(value, (int, float), where) < math.inf:
+                raise ValueError(f"{where} is {value}, it must be a finite number of more than 0")
         elif name in COUNTS or name in TOKENS:
             _least_zero(value, where)
         elif name in TOKEN_LISTS:

@@ -18,6 +18,8 @@ from edgeprompt.errors import ExportError, MissingDependencyError
 from exporters.contract import ExportOptions
 
 GENAI_CONFIG = "genai_config.json"
+_ROPE = ("default", "llama3", "dynamic")
+"""Types of rotary scaling that the builder writes as transformers has them (dynamic: within the base's positions)."""
 
 
 def build_graph(loaded: LoadedBase, options: ExportOptions, folder: Path, scratch: Path) -> Any:
@@ -29,17 +31,8 @@ def build_graph(loaded: LoadedBase, options: ExportOptions, folder: Path, scratc
     Returns:
         An onnx_ir model in float32 with logits of the last position only.
     """
-    if has_window(loaded.config):
-        raise ExportError(
-            f"the genai builder writes full attention, {loaded.name!r} has a sliding window of "
-            f"{loaded.config.sliding_window}; use --route torch"
-        )
-    head_size = geometry_of(loaded.config).head_size
-    if head_size % 16:
-        raise ExportError(
-            f"the genai builder rotates inside the operator, which takes heads of multiples of 16, {loaded.name!r} has "
-            f"{head_size}; use --route torch"
-        )
+    if (reason := obstacle(loaded)) is not None:
+        raise ExportError(f"the genai route cannot export {loaded.name!r}: {reason}; use --route torch")
     home = scratch / "genai"
     home.mkdir()
     loaded.config.save_pretrained(home)
@@ -75,21 +68,32 @@ def build_graph(loaded: LoadedBase, options: ExportOptions, folder: Path, scratc
 
 def suits(loaded: LoadedBase) -> bool:
     """Whether the builder is here and writes this model as it is."""
-    installed = importlib.util.find_spec("onnxruntime_genai") is not None
-    return (
-        installed
-        and bool(loaded.family.genai)
-        and not has_window(loaded.config)
-        and not scales_rope(loaded.config)
-        and geometry_of(loaded.config).head_size % 16 == 0
-    )
+    return is_built(loaded) and obstacle(loaded) is None
 
 
-def scales_rope(config: Any) -> bool:
-    """Whether rotary positions are scaled so that the torch route is exact and the builder is not."""
+def is_built(loaded: LoadedBase) -> bool:
+    """Whether the builder is installed and knows the family."""
+    return importlib.util.find_spec("onnxruntime_genai") is not None and bool(loaded.family.genai)
+
+
+def obstacle(loaded: LoadedBase) -> str | None:
+    """Why the builder would write another model than this one, None where it writes this one."""
+    if has_window(loaded.config):
+        return f"its builder writes full attention, and the base has a sliding window of {loaded.config.sliding_window}"
+    if scaling := rope_scaling(loaded.config):
+        return f"its builder scales rotary positions by {scaling} otherwise than transformers"
+    head_size = geometry_of(loaded.config).head_size
+    if head_size % 16:
+        return f"its builder rotates heads of multiples of 16 values, and the base has {head_size}"
+    return None
+
+
+def rope_scaling(config: Any) -> str | None:
+    """The type of scaling that the torch route writes exactly and the builder does not."""
     rope = getattr(config, "rope_parameters", None) or {}
     nested = [value for value in rope.values() if isinstance(value, dict)]
-    return any(part.get("rope_type", "default") not in ("default", "llama3") for part in (rope, *nested))
+    types = (part.get("rope_type", "default") for part in (rope, *nested))
+    return next((kind for kind in types if kind not in _ROPE), None)
 
 
 def has_window(config: Any) -> bool:

@@ -7,7 +7,7 @@ import pytest
 from transformers import GenerationConfig, LlamaConfig
 
 from edgeprompt import names
-from edgeprompt.base.generation import generation_of
+from edgeprompt.base.generation import _HARMLESS, _SAMPLING, _UNSUPPORTED, generation_of
 from edgeprompt.errors import PackageError, SourceError
 from edgeprompt.package.folder import open_package
 from edgeprompt.package.generation import FIELDS, check_generation
@@ -56,9 +56,36 @@ def test_what_is_not_carried_out_is_told():
     assert any("decoders here answer without beams" in note for note in notes)
 
 
-def test_nonsense_is_refused():
+@pytest.mark.parametrize(
+    "field",
+    [
+        {"suppress_tokens": ["a"]}, {"forced_bos_token_id": 32000}, {"forced_eos_token_id": [2, 40000]},
+        {"repetition_penalty": float("nan")}, {"repetition_penalty": float("inf")}, {"min_length": -3},
+    ],
+)  # fmt: skip
+def test_nonsense_is_refused(field):
+    config = GenerationConfig()
+    for name, value in field.items():
+        setattr(config, name, value)  # as a file has it: transformers checks only what its constructor is given
     with pytest.raises(SourceError, match="generation_config is not usable"):
-        generation_of(LlamaConfig(), GenerationConfig(suppress_tokens=["a"]), names.DECODER_ONLY)
+        generation_of(LlamaConfig(vocab_size=32000), config, names.DECODER_ONLY)
+
+
+def test_every_field_of_transformers_is_known_and_a_new_one_is_told():
+    everything = GenerationConfig()
+    for name in vars(everything):
+        if not name.startswith("_") and name != "transformers_version":
+            assert name in (*FIELDS, *_HARMLESS, *_SAMPLING, *_UNSUPPORTED), name
+    _, notes = generation_of(LlamaConfig(), GenerationConfig(entropy_floor=0.5), names.DECODER_ONLY)
+    assert notes == ["entropy_floor=0.5 is not carried out: answers may differ from model.generate"]
+
+
+@pytest.mark.parametrize("name", _UNSUPPORTED)
+def test_each_field_that_is_not_carried_out_is_told(name):
+    config = GenerationConfig()
+    setattr(config, name, 2)
+    _, notes = generation_of(LlamaConfig(), config, names.DECODER_ONLY)
+    assert notes == [f"{name}=2 is not carried out: answers may differ from model.generate"]
 
 
 @pytest.mark.parametrize(

@@ -23,6 +23,7 @@ RULES: dict[str, dict[str, Any]] = {
     "bad_words_ids": {"bad_words_ids": [[5], [7, 9], [3, 4, 11], [0]]},
     "min_length": {"min_length": 9},
     "min_new_tokens": {"min_new_tokens": 5},
+    "forced_bos_token_id": {"forced_bos_token_id": 4},
     "forced_eos_token_id": {"forced_eos_token_id": [0]},
     "suppress_tokens": {"suppress_tokens": [2, 6, 8]},
     "begin_suppress_tokens": {"begin_suppress_tokens": [1, 2, 3, 12]},
@@ -128,3 +129,8 @@ def test_a_prompts_fields_come_before_the_bases_and_are_checked() -> None:
     assert merged == {"min_length": 2, "suppress_tokens": [1]}
     with pytest.raises(InputError, match=r"generation.min_length has -1"):
         generation_fields({"min_length": -1})
+
+
+def test_a_forced_token_that_does_not_exist_is_told() -> None:
+    with pytest.raises(InputError, match="forced token 13 is none of the base's 13"):
+        Processors({"forced_bos_token_id": 13}, [0], [0], 8)(np.zeros(13, np.float32), [])

@@ -77,11 +77,27 @@ def tiny(**changes):
     )
 
 
+BUILT = ("llama3", "dynamic")
+"""Types that the genai builder writes exactly."""
+
+
+@pytest.mark.parametrize("kind", [kind for kind in EVERY if kind not in BUILT])
+def test_the_genai_route_refuses_and_names_the_route_that_does_it(kind, save_tiny, tmp_path):
+    """It used to end in "logits differ from PyTorch's", which names no way out."""
+    base = save_tiny(tiny(rope_parameters={"rope_theta": 10000.0, **EVERY[kind]}))
+    with pytest.raises(ExportError, match=f"rotary positions by {EVERY[kind]['rope_type']} .*; use --route torch"):
+        export_model(base, tmp_path / "out", route="genai")
+    assert not (tmp_path / "out").exists()
+    report = export_model(base, tmp_path / "out")
+    assert report.manifest.route == "torch"
+    assert EVERY[kind]["rope_type"] in report.manifest.extra["route_instead_of_genai"]
+
+
 @pytest.mark.parametrize("kind", EVERY)
 def test_every_type_at_every_length(kind, save_tiny, tmp_path):
     """As in PyTorch on texts shorter and longer than the original positions, and one line beyond what is served."""
     base = save_tiny(tiny(rope_parameters={"rope_theta": 10000.0, **EVERY[kind]}))
-    report = export_model(base, tmp_path / "out", route="torch")
+    report = export_model(base, tmp_path / "out", route="genai" if kind in BUILT else "torch")
     most = SERVED.get(kind, 128)
     assert report.manifest.geometry.max_positions == most
     model = AutoModelForCausalLM.from_pretrained(base).eval()
