@@ -1,5 +1,7 @@
 """The names of the graph contract, each written once (docs/graph-contract.md)."""
 
+from functools import cache
+
 INPUT_IDS = "input_ids"
 ATTENTION_MASK = "attention_mask"
 POSITION_IDS = "position_ids"
@@ -45,21 +47,25 @@ CHAT_TEMPLATE = "chat_template.jinja"
 PROMPTS_FOLDER = "prompts"
 
 
+@cache
 def past(layer: int, part: str) -> str:
     """Input name of a layer's self-attention cache; `part` is "key" or "value"."""
     return f"past_key_values.{layer}.{part}"
 
 
+@cache
 def present(layer: int, part: str) -> str:
     """Output name of a layer's self-attention cache; `part` is "key" or "value"."""
     return f"present.{layer}.{part}"
 
 
+@cache
 def cross_past(layer: int, part: str) -> str:
     """Decoder input name of a layer's cross-attention keys or values (encoder-decoder)."""
     return f"past_key_values.{layer}.cross.{part}"
 
 
+@cache
 def cross_present(layer: int, part: str) -> str:
     """Encoder output name of a layer's cross-attention keys or values (encoder-decoder)."""
     return f"present.{layer}.cross.{part}"

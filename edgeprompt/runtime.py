@@ -184,7 +184,7 @@ class Runtime:
             for start in range(0, len(requests), self._group):
                 made = [self._prepare(one, prompts, return_errors) for one in requests[start : start + self._group]]
                 jobs += made
-                self._engine.queue([job for job in made if isinstance(job, Job)], wait=True)
+                self._engine.scheduler.submit([job for job in made if isinstance(job, Job)], wait=True)
             return [_outcome(job, return_errors) for job in jobs]
         except BaseException:
             for job in jobs:
@@ -226,7 +226,7 @@ class Runtime:
             for request, listener in zip(requests, listeners, strict=True)
         ]
         found = cast("list[Job]", jobs)
-        self._engine.queue(found, wait=False)
+        self._engine.scheduler.submit(found, wait=False)
         return found
 
     @overload

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from importlib import import_module
 
 from edgeprompt import names
@@ -77,12 +77,8 @@ class Engine(ABC):
             EdgePromptError: as `prepare`.
         """
         job = self.prepare(request, prompt, on_text)
-        self.queue([job], wait=wait)
+        self.scheduler.submit([job], wait=wait)
         return job
-
-    def queue(self, jobs: Sequence[Job], *, wait: bool) -> None:
-        """Queue prepared requests (`Scheduler.submit`)."""
-        self.scheduler.submit(jobs, wait=wait)
 
     def forget(self, prompt: LoadedPrompt) -> None:
         """Drop what was computed from a prompt."""

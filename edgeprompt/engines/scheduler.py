@@ -109,8 +109,9 @@ class Lane(Protocol):
 class Scheduler:
     """Jobs from any thread, on one lane or several."""
 
-    def __init__(self, lanes: Sequence[Lane], *, max_queue: int) -> None:
-        self._lanes, self._max_queue = lanes, max_queue
+    def __init__(self, lanes: Sequence[Lane], *, max_queue: int, order: Callable[[Job], int] | None = None) -> None:
+        """`order` sorts the jobs of one call; None keeps their order."""
+        self._lanes, self._max_queue, self._order = lanes, max_queue, order
         self._waiting: deque[Job] = deque()
         self._next_look = 0.0
         """When to look through the waiting jobs again for those that were cancelled or are late."""
@@ -128,7 +129,7 @@ class Scheduler:
             QueueFullError: the queue is full.
             RequestCancelledError: the runtime is closed.
         """
-        todo = list(jobs)
+        todo = sorted(jobs, key=self._order) if self._order else list(jobs)
         with self._changed:
             while wait and todo and not self._closed and self._waiting and not self._has_room(todo):
                 now = time.monotonic()

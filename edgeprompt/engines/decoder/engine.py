@@ -92,7 +92,7 @@ class DecoderEngine(Engine):
         if prompt.num_virtual_tokens and prompt.is_prefix and self._prefixes.has_room(prompt):
             job = DecoderJob(prompt, [], PrefixOnly())
             self._check_room(job)
-            self.queue([job], wait=True)
+            self.scheduler.submit([job], wait=True)
             job.result()
 
     def prepare(

@@ -6,7 +6,7 @@ prompts, tasks, beams and lengths differ from row to row.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from dataclasses import replace
 from typing import Any
 
@@ -72,7 +72,10 @@ class Seq2SeqEngine(Engine):
             Seq2SeqLane(self._graphs, self._budget, max_rows=rows, position_bytes=shape.bytes_per_position)
             for _ in range(options.workers or 1)
         ]
-        self.scheduler = Scheduler(self._lanes, max_queue=options.max_queue)
+        # Texts of similar length stand side by side, and so in one batch.
+        self.scheduler = Scheduler(
+            self._lanes, max_queue=options.max_queue, order=lambda job: getattr(job, "positions", 0)
+        )
 
     def accept(self, prompt: LoadedPrompt) -> None:
         """Check a prompt."""
@@ -119,10 +122,6 @@ class Seq2SeqEngine(Engine):
         self._lanes[0].narrow(job)
         self._budget.check(self._lanes[0].bytes([job]))
         return job
-
-    def queue(self, jobs: Sequence[Job], *, wait: bool) -> None:
-        """Queue prepared requests, those of similar length side by side."""
-        super().queue(sorted(jobs, key=lambda job: getattr(job, "positions", 0)), wait=wait)
 
     def _embed(self, request: Request, prompt: LoadedPrompt | None) -> Seq2SeqJob:
         """The encoder's states over the text's tokens, virtual ones left out: float32 [hidden_size]."""
