@@ -34,7 +34,6 @@ import numpy as np
 from edgeprompt import EngineOptions, PromptFile, Request, Runtime, load_prompt, save_prompt
 from edgeprompt.bench.device import clock, describe_device, throttling
 from edgeprompt.bench.memory import split_rss
-from edgeprompt.bench.statistics import percentile
 from edgeprompt.names import PAST_KEY_VALUES
 from edgeprompt.package.folder import Package, open_package
 from edgeprompt.prompts.template import Template
@@ -46,6 +45,10 @@ REQUESTS, PROMPTS, CLIENTS = 200, 20, 16
 BATCH, TASKS, NEW_TOKENS = 16, 8, 32
 ROUNDS = 15
 SAMPLES = 1000
+
+
+def _percentile(values: Sequence[float], share: float) -> float:
+    return float(np.percentile(values, share))
 
 
 def texts(count: int, rng: random.Random) -> list[str]:
@@ -327,9 +330,9 @@ def swap(runtime: Runtime, names: Sequence[str]) -> dict[str, Any]:
             times.append(time.perf_counter_ns() - started)
         differences.append((times[0] - times[1]) / 1000)
     return {
-        "swap_microseconds": {f"p{p}": percentile(direct, p) for p in (50, 90, 99)} | {"max": direct[-1]},
+        "swap_microseconds": {f"p{p}": _percentile(direct, p) for p in (50, 90, 99)} | {"max": direct[-1]},
         "swap_samples": len(direct),
-        "request_difference_microseconds": {f"p{p}": percentile(sorted(differences), p) for p in (10, 50, 90)},
+        "request_difference_microseconds": {f"p{p}": _percentile(sorted(differences), p) for p in (10, 50, 90)},
         "virtual_tokens": prompts[0].num_virtual_tokens,
     }
 
