@@ -19,7 +19,7 @@ _DECODER_NAMES = {
     "num_layers": ("num_decoder_layers", "decoder_layers"),
     "num_attention_heads": ("decoder_attention_heads",),
 }
-_POSITION_NAMES = ("max_position_embeddings", "n_positions", "n_ctx", "seq_length")
+_POSITION_NAMES = ("max_position_embeddings", "n_positions", "n_ctx", "seq_length", "max_seq_len")
 _OFFSET_FAMILIES = ("roberta", "xlm-roberta", "camembert", "mpnet")
 
 

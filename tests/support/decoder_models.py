@@ -27,6 +27,7 @@ CONFIGS: dict[str, dict[str, Any]] = {
     "gptj": {**_GPT2, "rotary_dim": 8},
     "llama": _GROUPED,
     "mistral": {**_GROUPED, "sliding_window": 8},
+    "mpt": {"max_seq_len": 128},
     "opt": {"ffn_dim": 96, "word_embed_proj_dim": 64},
     "phi3": {"num_key_value_heads": 2, "sliding_window": 8, "original_max_position_embeddings": 128},
     "qwen2": {"num_key_value_heads": 2},

@@ -29,6 +29,7 @@ _MODULES = {
     "mt5": "t5",
     "modernbert": "bert",
     "mpnet": "mpnet",
+    "mpt": "mpt",
     "opt": "learned",
     "pegasus": "bart",
     "phi3": "rotary",
