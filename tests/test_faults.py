@@ -129,6 +129,33 @@ def test_prefixes_of_another_origin_are_not_found(tmp_path: Path) -> None:
     assert store.read("prompt", (4, 2, 5, 8)) is None
 
 
+@pytest.mark.parametrize("how", ["a folder", "a folder that holds something", "a link to itself", "refused"])
+def test_a_prefix_that_cannot_be_kept_is_a_warning(
+    how: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    bound = {"weights_hash": "w", "provider": "cpu", "dtype": "float32", "ort_version": "1"}
+    store = PrefixStore(tmp_path / "cache", **bound)
+    place = store.path("prompt")
+    place.parent.mkdir()
+    if how.startswith("a folder"):
+        place.mkdir()
+        if "holds" in how:
+            (place / "notes.txt").write_text("mine")
+    elif how == "a link to itself":
+        place.symlink_to(place)
+    else:
+        # A foreign file that comes between the unlink and the write.
+        monkeypatch.setattr(Path, "unlink", lambda self, missing_ok=False: None)
+        place.write_text("mine")
+    store.write("prompt", np.ones((4, 2, 3, 8), np.float32))
+    if how == "a link to itself":
+        assert store.read("prompt", (4, 2, 3, 8)) is not None
+        return
+    assert "cannot keep a prefix" in caplog.text
+    assert store.read("prompt", (4, 2, 3, 8)) is None
+    assert place.read_text() == "mine" if how == "refused" else place.is_dir()
+
+
 def test_prompts_beyond_every_budget(tiny_llama_package: Path) -> None:
     options = dataclasses.replace(QUIET, prefix_budget=0, kv_budget=256 * 2 * 2 * 2 * 16 * 4)
     with edgeprompt.load(tiny_llama_package, options=options) as runtime:

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import hashlib
 import re
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from typing import Any
 
 import numpy as np
@@ -44,9 +44,19 @@ def base_fingerprint(model: Any) -> str:
     rows = sampled_rows(geometry.vocab_size)
     sample = model.get_input_embeddings().weight.detach()[rows].float().cpu().numpy()
     first = fingerprint_of(config.model_type, geometry, sample)
-    lines = {f"{layer}:{_digest(matrix)}" for layer, matrix in _covered(model, geometry.vocab_size)}
-    text = "\n".join([first, *sorted(lines)])
+    return joined_fingerprint(first, {f"{layer}:{_digest(one)}" for layer, one in _covered(model, geometry.vocab_size)})
+
+
+def joined_fingerprint(first: str, lines: Collection[str]) -> str:
+    """The fingerprint of format 2, from format 1 and what `matrix_line` says of every matrix and bias."""
+    text = "\n".join([first, *sorted(set(lines))])
     return f"{FINGERPRINT_2}{hashlib.sha256(text.encode()).hexdigest()}.{first.removeprefix('sha256:')[:16]}"
+
+
+def matrix_line(name: str, values: Any) -> str:
+    """What format 2 holds of a matrix or bias: the number of its layer, its shape and its signs."""
+    layer = _LAYER.search(f".{name}")
+    return f"{layer[1] if layer else ''}:{_digest(values)}"
 
 
 def sampled_rows(vocab_size: int) -> list[int]:

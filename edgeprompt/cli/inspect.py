@@ -5,12 +5,15 @@ from __future__ import annotations
 import json
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import click
 
 from edgeprompt import names
 from edgeprompt.cli import console
+
+if TYPE_CHECKING:
+    from edgeprompt.package.manifest import Base
 
 
 @click.command("inspect")
@@ -68,6 +71,7 @@ def _package(path: Path) -> dict[str, Any]:
         "kind": "package",
         "base": manifest.base.name,
         "fingerprint": manifest.base.fingerprint,
+        **_weaker(manifest.base),
         "architecture": f"{manifest.architecture} ({manifest.model_type})",
         "precision": manifest.precision,
         **({"block_size": manifest.extra["block_size"]} if "block_size" in manifest.extra else {}),
@@ -89,6 +93,11 @@ def _package(path: Path) -> dict[str, Any]:
     return facts
 
 
+def _weaker(base: Base) -> dict[str, str]:
+    """A line for a fingerprint of the older format."""
+    return {"fingerprint_note": reason} if (reason := base.weaker(base)) else {}
+
+
 def _prompt(path: Path) -> dict[str, Any]:
     from edgeprompt.prompts.file import load_prompt
 
@@ -101,6 +110,7 @@ def _prompt(path: Path) -> dict[str, Any]:
         "method": prompt.method,
         "base": prompt.base.name,
         "fingerprint": prompt.base.fingerprint,
+        **_weaker(prompt.base),
         "tuned_for": f"{tuned.precision} {tuned.weights_hash or '(full precision)'}" if tuned else None,
         "num_virtual_tokens": prompt.num_virtual_tokens,
         "template": str(prompt.template),

@@ -13,6 +13,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save
 
 from edgeprompt import names
+from edgeprompt.errors import InputError
 from edgeprompt.ort.kv_cache import KV
 from edgeprompt.package import strict_json
 from edgeprompt.package.files import check_regular, write_atomic
@@ -71,8 +72,8 @@ class PrefixStore:
         try:
             path.unlink(missing_ok=True)  # what was read and was not used; its name is a hash, so it is ours
             write_atomic(path, save({names.PAST_KEY_VALUES: prefix}, metadata=metadata), PREFIX)
-        except OSError as error:
-            _LOG.warning("cannot keep a prefix in %s: %s", self._folder, error.strerror or error)
+        except (OSError, InputError) as error:  # a folder or a foreign file lies in its place
+            _LOG.warning("cannot keep a prefix in %s: %s", self._folder, getattr(error, "strerror", None) or error)
 
     def _key(self, prompt_sha256: str) -> str:
         return strict_json.dumps({**self._bound, "prompt": prompt_sha256})

@@ -74,17 +74,17 @@ class Base:
 
     def matches(self, other: Base) -> bool:
         """Whether both are one base: by every matrix, or by the embedding alone where either says no more."""
-        ours, theirs = _digests(self.fingerprint), _digests(other.fingerprint)
+        ours, theirs = digests(self.fingerprint), digests(other.fingerprint)
         return ours == theirs if ours[0] and theirs[0] else ours[1] == theirs[1]
 
     def apart(self, other: Base) -> str:
         """What an error adds where bases do not match and all that older fingerprints cover is the same."""
-        same = _digests(self.fingerprint)[1] == _digests(other.fingerprint)[1]
+        same = digests(self.fingerprint)[1] == digests(other.fingerprint)[1]
         return "; their embeddings are the same, so one of both was fine-tuned or merged" if same else ""
 
     def weaker(self, other: Base) -> str | None:
         """What to say where `matches` rests on the embedding alone, so that a fine-tuned base would pass for it."""
-        if _digests(self.fingerprint)[0] and _digests(other.fingerprint)[0]:
+        if digests(self.fingerprint)[0] and digests(other.fingerprint)[0]:
             return None
         return (
             f"the fingerprint of base {self.name!r} is of an older format, which covers its embedding alone: a "
@@ -176,7 +176,7 @@ class Manifest:
         (Path(folder) / names.MANIFEST).write_text(self.to_json(), encoding="utf-8")
 
 
-def _digests(fingerprint: str) -> tuple[str, str]:
+def digests(fingerprint: str) -> tuple[str, str]:
     """What a fingerprint says of every matrix ("" in format 1), and what format 1 says."""
     if fingerprint.startswith(FINGERPRINT_2):
         every, _, first = fingerprint.removeprefix(FINGERPRINT_2).partition(".")

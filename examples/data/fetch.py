@@ -132,32 +132,50 @@ def sample(items: list[tuple[str, str]], count: int) -> list[tuple[str, str]]:
     return [row for group in zip(*by_label.values(), strict=False) for row in group][:count]
 
 
-def write(path: Path, items: list[tuple[str, str]]) -> None:
-    with path.open("w", encoding="utf-8", newline="") as file:
-        writer = csv.writer(file, lineterminator="\n")
-        writer.writerow(HEADERS.get(path.name.partition(".")[0], ("text", "label")))
-        writer.writerows(items)
+def content(name: str, items: list[tuple[str, str]]) -> bytes:
+    """The bytes of a csv file."""
+    text = io.StringIO(newline="")
+    writer = csv.writer(text, lineterminator="\n")
+    writer.writerow(HEADERS.get(name.partition(".")[0], ("text", "label")))
+    writer.writerows(items)
+    return text.getvalue().encode()
+
+
+def save(wanted: dict[Path, list[tuple[str, str]]], *, force: bool) -> None:
+    """Write all files, each through a temporary one; none if one lies there that holds something else."""
+    data = {path: content(path.name, items) for path, items in wanted.items()}
+    others = [str(path) for path, found in data.items() if path.exists() and path.read_bytes() != found]
+    if others and not force:
+        sys.exit(f"error: {', '.join(others[:3])} hold something else; move them away, or give --out FOLDER or --force")
+    for path, found in data.items():
+        part = path.with_name(path.name + ".part")
+        part.write_bytes(found)
+        part.replace(path)
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--out", type=Path, default=Path("work/data"))
     parser.add_argument("--sample", type=Path, help="also write the small committed sample into this folder")
+    parser.add_argument("--force", action="store_true", help="replace files that lie there with other contents")
     options = parser.parse_args()
     options.out.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory() as scratch:
         files = rows(download(Path(scratch)))
     mix(files)
+    wanted: dict[Path, list[tuple[str, str]]] = {}
     for name, items in files.items():
         if ".test." in name:  # the archive sorts by rating: in the hash's order, any first rows are a fair sample
             items = sorted(items, key=lambda row: hashlib.sha256(row[0].encode()).hexdigest())
-        write(options.out / name, items)
-        print(f"{options.out / name}: {len(items)} sentences")
-    for name in ("movie", "source") if options.sample else ():
-        for part, count in SAMPLE.items():
-            write(options.sample / f"{name}.{part}.csv", sample(files[f"{name}.{part}.csv"], count))
+        wanted[options.out / name] = items
     if options.sample:
-        write(options.sample / "restore.test.csv", pick(files["restore.test.csv"], SAMPLE["test"]))
+        for name in ("movie", "source"):
+            for part, count in SAMPLE.items():
+                wanted[options.sample / f"{name}.{part}.csv"] = sample(files[f"{name}.{part}.csv"], count)
+        wanted[options.sample / "restore.test.csv"] = pick(files["restore.test.csv"], SAMPLE["test"])
+    save(wanted, force=options.force)
+    for path, items in wanted.items():
+        print(f"{path}: {len(items)} sentences")
 
 
 if __name__ == "__main__":

@@ -6,14 +6,17 @@ import re
 from collections.abc import Callable, Mapping
 from typing import Any
 
-from edgeprompt.base.fingerprint import fingerprint_of, sampled_rows
+from edgeprompt.base.fingerprint import fingerprint_of, joined_fingerprint, matrix_line, sampled_rows
 from edgeprompt.errors import BaseMismatchError
+from edgeprompt.package.manifest import digests
 from exporters.importers.foreign import BaseFacts
 from exporters.importers.reading import Checkpoint
 
 _EMBEDDING = re.compile(r"(?:^|\.)(?:embed_tokens|word_embeddings|wte|shared|raw_embedding|tok_embeddings)\.weight$")
 _BUFFER = re.compile(r"(?:position_ids|inv_freq|(?:^|\.)(?:attn|attention)\.(?:masked_)?bias)$")
 _LEGACY = ((re.compile(r"LayerNorm\.gamma$"), "LayerNorm.weight"), (re.compile(r"LayerNorm\.beta$"), "LayerNorm.bias"))
+_HEAD = re.compile(r"(?:^|\.)(?:cls|lm_head|vocab_\w+|predictions|generator_\w+)\.")
+_POOLER = re.compile(r"(?:^|\.)pooler\.dense\.")
 _DIGEST = re.compile(r"[0-9a-f]{16,64}$")
 
 EMBEDDING = "raw_embedding.weight"
@@ -28,8 +31,8 @@ def check_copy(
 ) -> tuple[str, ...]:
     """Compare a checkpoint's copy of the base with the base.
 
-    A base folder is compared tensor by tensor. A package has no weights by name; its fingerprint is compared with that
-    of the copy's input embedding.
+    A base folder is compared tensor by tensor. A package has no weights by name; its fingerprint, which covers every
+    matrix and bias, is compared with that of the copy. Packages of older versions have one of the embedding alone.
 
     Args:
         checkpoint: The foreign file.
@@ -108,7 +111,8 @@ def _without(base: BaseFacts, name: str) -> str:
 
 
 def _by_fingerprint(checkpoint: Checkpoint, base: BaseFacts, copied: Mapping[str, str], tool: str) -> tuple[str, ...]:
-    first = base.base.fingerprint.rpartition(".")[2].rpartition(":")[2]
+    """Compare with a package: its fingerprint of every matrix; that of its embedding where the copy is no more."""
+    every, first = digests(base.base.fingerprint)
     name = next((name for name in copied if _EMBEDDING.search(copied[name])), None)
     if not _DIGEST.match(first) or name is None:
         return ()
@@ -118,10 +122,46 @@ def _by_fingerprint(checkpoint: Checkpoint, base: BaseFacts, copied: Mapping[str
     if table.dim() != 2 or len(table) < rows or table.shape[1] != width:
         raise _trained(base, tool, [f"{name} {list(table.shape)}"])
     sample = table[sampled_rows(rows)].float().numpy()
-    found = fingerprint_of(base.model_type, base.geometry, sample).rpartition(":")[2]
-    if not found.startswith(first):
+    found = fingerprint_of(base.model_type, base.geometry, sample)
+    if not digests(found)[1].startswith(first):
         raise _trained(base, tool, [name])
-    return (
-        "the checkpoint's copy of the base was compared by its embedding, all that a package tells; --base with the "
-        "base's folder compares every tensor",
+    if len(copied) == 1 or not every:
+        return (
+            "the checkpoint's copy of the base was compared by its embedding, all that "
+            f"{'the checkpoint has' if every else 'the package, which is of an older format, tells'}; --base with the "
+            "base's folder compares every tensor",
+        )
+    if base.base.fingerprint not in _fingerprints(checkpoint, found, copied, rows, width):
+        raise BaseMismatchError(
+            f"the {tool} checkpoint's copy of the base has not the matrices of {base.base.name}, only its embedding: "
+            "the base was trained together with the prompt (freeze_plm=False, OpenPrompt's default), or the copy lacks "
+            "some; give --base with the base's folder, which names the tensors that differ"
+        )
+    return ()
+
+
+def _fingerprints(
+    checkpoint: Checkpoint, first: str, copied: Mapping[str, str], vocab_size: int, width: int
+) -> set[str]:
+    """What the base's fingerprint would be with the copy's matrices: with and without heads, and without a pooler.
+
+    A copy may have heads that the package has not (a masked-language-model head, next-sentence prediction).
+    """
+    lines: dict[str, str] = {}
+    names = {**copied, **{name: name for name in checkpoint.names if _POOLER.search(name)}}
+    for name, tensor in checkpoint.each(names):
+        inside = names[name]
+        for pattern, modern in _LEGACY:
+            inside = pattern.sub(modern, inside)
+        if not tensor.is_floating_point() or not (tensor.dim() > 1 or inside.endswith("bias")):
+            continue
+        if tensor.dim() == 2 and tensor.shape[1] == width and (_EMBEDDING.search(inside) or _HEAD.search(inside)):
+            tensor = tensor[:vocab_size]
+        lines[inside] = matrix_line(inside, tensor)
+    kinds = (
+        lines,
+        {name: line for name, line in lines.items() if not _HEAD.search(name)},
+        {name: line for name, line in lines.items() if not (_HEAD.search(name) or _POOLER.search(name))},
+        {name: line for name, line in lines.items() if not _POOLER.search(name)},
     )
+    return {joined_fingerprint(first, kind.values()) for kind in kinds}

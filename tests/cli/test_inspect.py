@@ -79,3 +79,23 @@ def test_a_package_whose_files_are_none(tiny_llama_package, tmp_path, kind, name
     make_irregular(kind, home / name)
     with pytest.raises(PackageError, match=f"it is {kind}"):
         _ = open_package(home).tokenizer
+
+
+def test_a_fingerprint_of_the_older_format_is_told(cli, tiny_llama_package, make_prompt, tmp_path):
+    """Everybody who reads it should know that a fine-tuned base would pass."""
+    import shutil
+    from dataclasses import replace
+
+    from edgeprompt import save_prompt
+    from edgeprompt.package.folder import open_package
+
+    folder = shutil.copytree(tiny_llama_package, tmp_path / "package")
+    manifest = open_package(folder).manifest
+    digits = manifest.base.fingerprint.rpartition(".")[2]
+    old = replace(manifest.base, fingerprint="sha256:" + digits + "0" * 48)
+    replace(manifest, base=old).write(folder)
+    save_prompt(make_prompt("old", base=old), tmp_path / "old.safetensors")
+    for path in (folder, tmp_path / "old.safetensors"):
+        assert "covers its embedding alone" in cli("inspect", path).stdout
+        assert "older format" in json.loads(cli("inspect", path, "--json").stdout)["fingerprint_note"]
+    assert "fingerprint_note" not in cli("inspect", tiny_llama_package).stdout

@@ -6,6 +6,7 @@ import json
 import shutil
 import zipfile
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +17,8 @@ from safetensors.numpy import load_file, save_file
 
 from edgeprompt import load_prompt
 from edgeprompt.errors import EdgePromptError
+from edgeprompt.package.folder import open_package
+from edgeprompt.package.manifest import Base
 from exporters import convert_prompt
 from exporters.importers.base_facts import read_base_facts
 from exporters.importers.foreign import BaseFacts
@@ -338,20 +341,35 @@ def test_a_base_that_was_trained_too(case: str, bases: dict[str, Path], tmp_path
     assert not (tmp_path / "no.safetensors").exists()
 
 
-@pytest.mark.parametrize("case", ["openprompt-soft-gpt2", "openprompt-soft-t5", "p-tuning-v2-bert"])
+@pytest.mark.parametrize("case", FROZEN)
 def test_a_trained_base_against_a_package(case: str, package: Callable[[str], Path], tmp_path: Path) -> None:
-    """A package's fingerprint tells of the embedding alone, and the report says so."""
+    """A package's fingerprint covers every matrix; the copy used to be compared by its embedding alone."""
     base = package(case.rpartition("-")[2])
+    template = json.loads((GOLDEN / case / "expected.json").read_text("utf-8")).get("template")
     whole = renamed(case, tmp_path / "a", dict)
-    report = convert_prompt(whole, tmp_path / "out.safetensors", base=base)
-    assert any("every tensor" in line for line in report.notes)
+    report = convert_prompt(whole, tmp_path / "out.safetensors", base=base, template=template)
+    assert not any("was compared" in line for line in report.notes)
     ends = ("wte.weight", "word_embeddings.weight", "shared.weight", "raw_embedding.weight", "embed_tokens.weight")
-    flipped: Callable[[dict[str, Any]], Any] = lambda state: {  # noqa: E731
-        name: -tensor if name.endswith(ends) else tensor for name, tensor in state.items()
-    }
-    with pytest.raises(EdgePromptError, match="trained together"):
-        convert_prompt(renamed(case, tmp_path / "b", flipped), tmp_path / "no.safetensors", base=base)
-    assert not (tmp_path / "no.safetensors").exists()
+    trained = FROZEN[case].replace("LayerNorm.weight", "LayerNorm.bias")  # norms have no signs to tell them by
+    for change in (ends, (trained,)):
+        flipped: Callable[[dict[str, Any]], Any] = lambda state: {  # noqa: E731
+            name: -tensor if name.endswith(change) else tensor  # noqa: B023
+            for name, tensor in state.items()
+        }
+        with pytest.raises(EdgePromptError, match="trained together"):
+            source = renamed(case, tmp_path / f"b{len(change)}", flipped)
+            convert_prompt(source, tmp_path / "no.safetensors", base=base, template=template)
+        assert not (tmp_path / "no.safetensors").exists()
+
+
+def test_a_package_of_an_older_format_says_that_it_tells_less(package: Callable[[str], Path], tmp_path: Path) -> None:
+    case = "openprompt-soft-gpt2"
+    folder = shutil.copytree(package("gpt2"), tmp_path / "package")
+    manifest = open_package(folder).manifest
+    old = Base(manifest.base.name, f"sha256:{manifest.base.fingerprint.rpartition('.')[2]}" + "0" * 48)
+    replace(manifest, base=old).write(folder)
+    report = convert_prompt(renamed(case, tmp_path / "a", dict), tmp_path / "out.safetensors", base=folder)
+    assert any("which is of an older format" in line for line in report.notes)
 
 
 def test_the_counts_in_the_docs() -> None:
