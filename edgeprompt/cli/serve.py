@@ -21,34 +21,34 @@ KEY_VARIABLE = "EDGEPROMPT_API_KEY"
     multiple=True,
     type=click.Path(path_type=Path),
     metavar="FOLDER",
-    help="Serve every prompt file in this folder, by its name; files may come, change and go while the server runs. "
-    "May be repeated.",
+    help="Folder of prompt files, served by their names. Files may be added, replaced and removed while the server "
+    "runs. May be repeated.",
 )
-@click.option("--host", default="127.0.0.1", show_default=True, help="Another than this machine's own needs a key.")
-@click.option("--port", type=click.IntRange(0, 65535), default=8080, show_default=True, help="0 takes a free one.")
+@click.option("--host", default="127.0.0.1", show_default=True, help="Address. All but loopback need a key.")
+@click.option("--port", type=click.IntRange(0, 65535), default=8080, show_default=True, help="0: any free port.")
 @click.option(
     "--api-key",
     "keys",
     multiple=True,
     metavar="KEY",
-    help="Clients must send this key. Other users of this machine can see a command line: prefer --api-key-file or "
+    help="Clients must send this key. Other users of this machine can see command lines, so prefer --api-key-file or "
     f"the variable {KEY_VARIABLE}. May be repeated.",
 )
-@click.option("--api-key-file", type=click.Path(path_type=Path), help="Keys, one a line.")
-@click.option("--allow-unauthenticated", is_flag=True, help="Let everybody who reaches --host in, without a key.")
+@click.option("--api-key-file", type=click.Path(path_type=Path), help="File of keys, one per line.")
+@click.option("--allow-unauthenticated", is_flag=True, help="Need no key, whatever --host is.")
 @click.option(
     "--grace",
     type=click.FloatRange(min=0),
     default=30.0,
     show_default=True,
-    help="Seconds that requests in flight get on SIGTERM; then they are cancelled.",
+    help="Seconds that requests in flight have after SIGTERM, before they are cancelled.",
 )
 @click.option(
     "--timeout",
     type=click.FloatRange(min=0, min_open=True),
     default=600.0,
     show_default=True,
-    help="Seconds that a request may take, waiting included.",
+    help="Seconds that a request may take, queueing included.",
 )
 @click.option("--max-queue", type=click.IntRange(min=1), default=1024, show_default=True, help="Most waiting requests.")
 @click.option("--max-streams", type=click.IntRange(min=1), default=64, show_default=True, help="Most open streams.")
@@ -58,7 +58,7 @@ KEY_VARIABLE = "EDGEPROMPT_API_KEY"
     "--max-text", type=click.IntRange(min=1), default=100_000, show_default=True, help="Characters of a text."
 )
 @click.option("--max-inputs", type=click.IntRange(min=1), default=256, show_default=True, help="Texts of a request.")
-@click.option("--log-texts", is_flag=True, help="Write what is asked and answered into the log.")
+@click.option("--log-texts", is_flag=True, help="Also log the texts of requests and answers.")
 @serving.session_options
 def command(
     package: Path,
@@ -73,11 +73,11 @@ def command(
     max_queue: int,
     **values: Any,
 ) -> None:
-    """Serve PACKAGE over HTTP as OpenAI's API has it.
+    """Serve PACKAGE over HTTP with OpenAI's API.
 
-    The base and every prompt is a model: /v1/completions, /v1/chat/completions, /v1/embeddings, /v1/classify,
-    /v1/models; /health, /metrics and /openapi.json beside them. Requests of different prompts share one scheduler. The
-    log goes to stderr, a JSON object a line.
+    The base and every prompt are models. The paths are /v1/completions, /v1/chat/completions, /v1/embeddings,
+    /v1/classify, /v1/models, /health, /metrics and /openapi.json. Requests of different prompts share one scheduler.
+    The log is one JSON object per line on stderr.
     """
     from edgeprompt.server.log import Log, forward
     from edgeprompt.server.options import ServerOptions
