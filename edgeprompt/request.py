@@ -51,7 +51,7 @@ class Request:
     prompt: str | None = None
     input_ids: Sequence[int] | None = None
     task: str | None = None
-    """"classify", "generate", "tag", "qa", "embed" or "logits"; None takes the prompt's task, or the bare base's:
+    """"classify", "generate", "tag", "qa", "embed" or "logits"; None takes the prompt's task, or the base's default:
     "generate", on an encoder "embed"."""
     options: GenerationOptions = field(default_factory=GenerationOptions)
     chat: bool = False

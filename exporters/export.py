@@ -78,9 +78,9 @@ def export_model(
     Args:
         base: Hugging Face id, local folder, `.gguf` file, or a base that is loaded already.
         out: The package's folder; must not exist unless `force`.
-        precision: "fp32", "fp16", "int8" (weights by column, activations by row), "int4" (weight-only, in blocks),
-            or "gguf" (4 or 8 bits for each matrix, as its `.gguf` file has it). None: "gguf" for a `.gguf` file, else
-            "fp32".
+        precision: "fp32", "fp16", "int8" (a scale per column of weights and per token), "int4" (weight-only, in
+            blocks), or "gguf" (4 or 8 bits for each matrix, as its `.gguf` file has it). None: "gguf" for a `.gguf`
+            file, else "fp32".
         route: "genai", "torch", "onnx", or "auto": genai where its builder knows the family, else torch.
         provider: "cpu" or "cuda": what the graph's operators and types are chosen for.
         prompts: Prompt files to validate with and to put into the package.

@@ -122,9 +122,10 @@ def to_markdown(result: dict[str, Any], machine: dict[str, Any]) -> str:
     lines = [
         "# A real decoder: the package beside PEFT",
         "",
-        "Written by `python -m benchmarks.quality.parity`: SmolLM2-135M-Instruct at fp32 in ONNX Runtime, the same",
-        "prompts in PyTorch + PEFT, held-out sentences, greedy decoding. Differences are shares of the largest logit,",
-        "behind the text and behind the whole answer; 1e-3 is allowed.",
+        "Written by `python -m benchmarks.quality.parity`. SmolLM2-135M-Instruct at fp32 in ONNX Runtime is",
+        "compared with PyTorch + PEFT: the same prompts and held-out sentences, greedy decoding. Differences of",
+        "logits are shares of the largest logit. They are taken behind the text and behind the whole answer, and",
+        "1e-3 is allowed.",
         "",
         "| method | texts with equal tokens | tokens compared | largest difference |",
         "| --- | --- | --- | --- |",

@@ -125,10 +125,10 @@ def test_the_committed_table_is_what_was_found(cell: Cell) -> None:
         "| --- |" + " --- |" * len(METHODS),
         *(f"| {family} | " + " | ".join(cell(family, method) for method in METHODS) + " |" for family in CONFIGS),
         "",
-        "P-Tuning v2 (deep prompts in the encoder) is not in PEFT. OpenPrompt's prefix for T5, which has a part in the",
-        "encoder, is served for T5, v1.1 and mT5 (`encoder_past_key_values` in the prompt file); the other families",
-        "have absolute positions, and nobody trains encoder prefixes for them: not supported, with an error that says",
-        "so.",
+        "P-Tuning v2 (deep prompts in the encoder) is not in PEFT. OpenPrompt's prefix for T5 has a part in the",
+        "encoder. It is served for T5, v1.1 and mT5 (`encoder_past_key_values` in the prompt file). The other",
+        "families have absolute positions, and nobody trains encoder prefixes for them. They are not supported, and",
+        "an error says so.",
         "",
     ]
     text = "\n".join(lines)
