@@ -65,7 +65,9 @@ def main() -> None:
 def is_for(path: Path, package: Path) -> bool:
     """Whether a prompt is of a package's base, and was tuned for its precision."""
     prompt, manifest = ep.load_prompt(path), open_package(package).manifest
-    same_precision = prompt.tuned_for is None or prompt.tuned_for.precision == manifest.precision
+    same_precision = not prompt.tuned_weights or any(
+        one.precision == manifest.precision for one in prompt.tuned_weights
+    )
     return same_precision and prompt.base.matches(manifest.base)
 
 

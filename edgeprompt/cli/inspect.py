@@ -102,7 +102,7 @@ def _prompt(path: Path) -> dict[str, Any]:
     from edgeprompt.prompts.file import load_prompt
 
     prompt = load_prompt(path)
-    tuned = prompt.tuned_for
+    tuned = [f"{one.precision} {one.weights_hash or '(full precision)'}" for one in prompt.tuned_weights]
     return {
         "kind": "prompt file",
         "name": prompt.name,
@@ -111,7 +111,7 @@ def _prompt(path: Path) -> dict[str, Any]:
         "base": prompt.base.name,
         "fingerprint": prompt.base.fingerprint,
         **_weaker(prompt.base),
-        "tuned_for": f"{tuned.precision} {tuned.weights_hash or '(full precision)'}" if tuned else None,
+        "tuned_for": ", ".join(tuned) or None,
         "num_virtual_tokens": prompt.num_virtual_tokens,
         "template": str(prompt.template),
         "verbalizer": {label: list(words) for label, words in prompt.verbalizer.items()},
@@ -120,6 +120,7 @@ def _prompt(path: Path) -> dict[str, Any]:
         "generation": dict(prompt.generation),
         "training": dict(prompt.training),
         "golden": dict(prompt.golden.fields) if prompt.golden else None,
+        **({"distilled_from": dict(prompt.distilled_from)} if prompt.distilled_from else {}),
         "size_bytes": path.stat().st_size,
     }
 

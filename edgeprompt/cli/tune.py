@@ -9,10 +9,15 @@ import click
 
 from edgeprompt import names
 from edgeprompt.cli import console
-from edgeprompt.tuning.options import ENCODERS, INITS, METHODS, PRECISIONS, TuneOptions
+from edgeprompt.errors import DataError
+from edgeprompt.package.files import read_regular
+from edgeprompt.tuning.options import ENCODERS, INITS, LOSSES, METHODS, PRECISIONS, Distillation, TuneOptions
 
 if TYPE_CHECKING:
     from edgeprompt.tuning import TuneResult
+
+
+_MAX_INSTRUCTION = 1 << 20
 
 
 def _verbalizer(_context: click.Context, _parameter: click.Parameter, values: tuple[str, ...]) -> dict[str, Any]:
@@ -25,8 +30,25 @@ def _verbalizer(_context: click.Context, _parameter: click.Parameter, values: tu
     return words
 
 
+def _templates(context: click.Context, parameter: click.Parameter, values: tuple[str, ...]) -> tuple[str, ...]:
+    return tuple(_template(context, parameter, value) or "" for value in values)
+
+
 def _template(_context: click.Context, _parameter: click.Parameter, value: str | None) -> str | None:
     return None if value is None else value.replace("\\n", "\n").replace("\\t", "\t")
+
+
+def _instruction(_context: click.Context, _parameter: click.Parameter, value: str | None) -> str | None:
+    """The text, or with "@" in front what the file holds, without its last line's end."""
+    if value is None or not value.startswith("@"):
+        return _template(_context, _parameter, value)
+    file = Path(value[1:])
+    try:
+        return read_regular(file, _MAX_INSTRUCTION).decode("utf-8-sig").replace("\r\n", "\n").removesuffix("\n")
+    except UnicodeDecodeError as error:
+        raise DataError(f"the instruction {str(file)!r} is not UTF-8 text; save it as UTF-8") from error
+    except OSError as error:
+        raise DataError(f"cannot read the instruction {str(file)!r}: {error.strerror or error}") from error
 
 
 @click.command("tune")
@@ -63,6 +85,56 @@ def _template(_context: click.Context, _parameter: click.Parameter, value: str |
 @click.option("--label-column", default="label", show_default=True)
 @click.option("--target-column", default="target", show_default=True)
 @click.option(
+    "--distil",
+    metavar="TEXT|@FILE",
+    callback=_instruction,
+    help="Learn without labels to answer as BASE does when it reads this instruction, with {text} where DATA's text "
+    "stands.",
+)
+@click.option("--chat", is_flag=True, help="Put the instruction into the base's chat template.")
+@click.option("--shots-from", metavar="DATA", help="Where --distil takes --shots solved examples from.")
+@click.option("--shots-seed", type=click.IntRange(0), help="Draws them; without it --seed.")
+@click.option("--teacher", metavar="BASE", help="Another base that reads the instruction, instead of BASE.")
+@click.option(
+    "--teacher-prompt",
+    type=click.Path(path_type=Path),
+    help="Prompt file of --teacher: move it to BASE, instead of an instruction.",
+)
+@click.option(
+    "--distil-loss",
+    type=click.Choice(LOSSES),
+    default="auto",
+    show_default=True,
+    help="Of free text: the teacher's distributions (one tokenizer), or its text.",
+)
+@click.option(
+    "--label-weight",
+    type=click.FloatRange(0, 1),
+    default=0.5,
+    show_default=True,
+    help="With --distil and --label-column: the share of cross-entropy where a text has a label.",
+)
+@click.option(
+    "--temperature",
+    type=click.FloatRange(0),
+    default=0.0,
+    show_default=True,
+    help="With --distil: samples the teacher's text; 0 is greedy.",
+)
+@click.option(
+    "--max-new-tokens",
+    type=click.IntRange(1),
+    default=64,
+    show_default=True,
+    help="With --distil: of an answer in free text.",
+)
+@click.option("--stop", multiple=True, callback=_templates, help="With --distil: text that ends the teacher's answer.")
+@click.option(
+    "--teacher-answers",
+    type=click.Path(path_type=Path),
+    help="With --distil: file that keeps the teacher's answers; without it OUTPUT.teacher.jsonl.",
+)
+@click.option(
     "--task-column", help="Column with the name of the task. Tasks are trained together; each gets a prompt file."
 )
 @click.option("--eval", "eval_data", metavar="DATA", help="Data that chooses the best prompt.")
@@ -73,7 +145,11 @@ def _template(_context: click.Context, _parameter: click.Parameter, value: str |
     show_default=True,
     help="Without --eval: fraction of DATA kept for evaluation.",
 )
-@click.option("--shots", type=click.IntRange(1), help="Training examples per class.")
+@click.option(
+    "--shots",
+    type=click.IntRange(1),
+    help="Training examples per class. With --distil: solved examples for the teacher.",
+)
 @click.option("--steps", type=click.IntRange(1), help="Training steps. Default: 200, unless --epochs is given.")
 @click.option("--epochs", type=click.FloatRange(0, min_open=True))
 @click.option("--batch-size", type=click.IntRange(1), default=16, show_default=True)
@@ -89,19 +165,32 @@ def _template(_context: click.Context, _parameter: click.Parameter, value: str |
     "--for",
     "package",
     type=click.Path(path_type=Path),
-    help="Package to tune for: train against its own weights, dequantised.",
+    multiple=True,
+    help="Package to tune for: train against its own weights, dequantised. Repeat it: one prompt for all of them.",
 )
 @click.option("--resume", type=click.Path(path_type=Path), help="Checkpoint to continue, or prompt file to start from.")
 @click.option("--adapter", type=click.Path(path_type=Path), help="Folder for the same prompt as a PEFT adapter.")
 @click.option("--log", type=click.Path(path_type=Path), help="Folder for metrics.jsonl and TensorBoard events.")
 @click.option("--json", "as_json", is_flag=True, help="Print the result as one JSON object.")
-def command(base: str, data: str, output: Path, task_column: str | None, as_json: bool, **values: Any) -> None:
+@click.pass_context
+def command(
+    context: click.Context,
+    /,
+    base: str,
+    data: str,
+    output: Path,
+    task_column: str | None,
+    as_json: bool,
+    **values: Any,
+) -> None:
     """Train a soft prompt for BASE on DATA.
 
     BASE is a Hugging Face id, a local folder or a .gguf file; DATA is a .csv, .tsv, .jsonl or .parquet file or a
-    dataset id (name:split).
+    dataset id (name:split). With --distil, DATA are texts without labels, also a .txt file with a text a line.
     """
-    options = TuneOptions(**values)
+    options = TuneOptions(**_with_teacher(context, values))
+    if task_column is not None and options.distil is not None:
+        raise click.UsageError("--task-column and --distil do not go together")
     console.quiet_libraries()
     from edgeprompt.tuning.files import check_inputs
 
@@ -117,6 +206,27 @@ def command(base: str, data: str, output: Path, task_column: str | None, as_json
         _tell(result, as_json)
 
 
+def _with_teacher(context: click.Context, values: dict[str, Any]) -> dict[str, Any]:
+    """The options of `TuneOptions`; those of a teacher are one of them."""
+    names = {
+        "distil": "instruction", "chat": "chat", "shots_from": "shots_from", "shots_seed": "shots_seed",
+        "teacher": "teacher", "teacher_prompt": "teacher_prompt", "distil_loss": "loss", "label_weight": "label_weight",
+        "temperature": "temperature", "max_new_tokens": "max_new_tokens", "stop": "stop", "teacher_answers": "answers",
+    }  # fmt: skip
+    given = {name for name in names if context.get_parameter_source(name) is click.core.ParameterSource.COMMANDLINE}
+    asked = {new: values.pop(old) for old, new in names.items()}
+    values["package"] = values["package"] or None
+    if not given & {"distil", "teacher_prompt"}:
+        if given:
+            flag = "--" + sorted(given)[0].replace("_", "-")
+            raise click.UsageError(f"{flag} is for --distil INSTRUCTION, or --teacher BASE --teacher-prompt FILE")
+        return {**values, "distil": None}
+    if context.get_parameter_source("label_column") is click.core.ParameterSource.COMMANDLINE:
+        asked["label_column"] = values["label_column"]
+    asked["shots"] = values.pop("shots") or 0
+    return {**values, "shots": None, "distil": Distillation(**asked)}
+
+
 def _tell(result: TuneResult, as_json: bool) -> None:
     from accelerate import PartialState
 
@@ -124,7 +234,7 @@ def _tell(result: TuneResult, as_json: bool) -> None:
         return
     for note in result.notes:
         console.note(f"note: {note}")
-    facts = {
+    facts: dict[str, Any] = {
         "path": str(result.path),
         "steps": result.steps,
         "best_step": result.best_step,

@@ -17,7 +17,7 @@ from edgeprompt.evaluation.cells import (
     tagged_words,
     text_of,
 )
-from edgeprompt.evaluation.data import read_records
+from edgeprompt.evaluation.data import DataSource, read_records
 from edgeprompt.evaluation.formats import Record
 from edgeprompt.evaluation.metrics import Score, default_metric, score
 from edgeprompt.evaluation.requests import RECORDS_AT_ONCE, answers, batches, fields_of
@@ -136,7 +136,7 @@ def _is_regression(prompt: PromptFile) -> bool:
 
 
 def draw_shots(
-    prompt: PromptFile, source: str, columns: Columns, count: int, seed: int
+    prompt: PromptFile, source: DataSource, columns: Columns, count: int, seed: int
 ) -> Sequence[tuple[Mapping[str, str], str]]:
     """`count` solved examples drawn by the seed, labels as equally many as can be, in one pass over the data."""
     by_label: dict[str, list[tuple[Mapping[str, str], str]]] = {}

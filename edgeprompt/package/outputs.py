@@ -115,6 +115,14 @@ def _text(path: Path) -> str | None:
     return "it is no text" if b"\0" in _read(path, _HEAD) else None
 
 
+def _answers(path: Path) -> str | None:
+    try:
+        known = json.loads(_read(path, _HEAD).partition(b"\n")[0])["format"] == names.ANSWERS_FORMAT
+    except (ValueError, TypeError, KeyError):
+        known = False
+    return None if known else "it is another file"
+
+
 def _metrics(path: Path) -> str | None:
     try:
         known = {"step", "time"} <= set(json.loads(_read(path, _HEAD).partition(b"\n")[0]))
@@ -146,6 +154,7 @@ ONNX_ADAPTER = Kind("ONNX Runtime adapter", _begins(b"TORT", 4))
 TABLE = Kind("table of numbers (.npy)", _begins(b"\x93NUMPY"))
 CHECKPOINT = Kind("checkpoint of edgeprompt tune", _begins(b"archive/data.pkl", 30))
 METRICS = Kind("metrics.jsonl of edgeprompt tune", _metrics)
+ANSWERS = Kind("teacher's answers of edgeprompt tune", _answers)
 PARQUET = Kind("parquet", _begins(b"PAR1"))
 TEXT = Kind("text", _text, marked=False)
 

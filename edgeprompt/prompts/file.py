@@ -135,9 +135,19 @@ class PromptFile:
     generation: Mapping[str, Any] = field(default_factory=dict)
     """Defaults for generation: max_new_tokens, stop, temperature, top_k, top_p, chat; encoder-decoders also num_beams,
     length_penalty, early_stopping, and decoder_prefix (text or ids that the decoder starts with)."""
-    tuned_for: TunedFor | None = None
+    tuned_for: TunedFor | tuple[TunedFor, ...] | None = None
+    """Several, where one prompt was tuned for several packages."""
     training: Mapping[str, Any] = field(default_factory=dict)
     golden: Golden | None = None
+    distilled_from: Mapping[str, Any] = field(default_factory=dict)
+    """Of a distilled prompt: the teacher (`base`, `fingerprint`), what it read (`template`), and how closely the prompt
+    follows it (docs/distillation.md)."""
+
+    @property
+    def tuned_weights(self) -> tuple[TunedFor, ...]:
+        """All weights that the prompt was tuned for; empty where that is not known."""
+        tuned = self.tuned_for
+        return () if tuned is None else (tuned,) if isinstance(tuned, TunedFor) else tuned
 
     @property
     def num_virtual_tokens(self) -> int:
@@ -177,9 +187,10 @@ class PromptFile:
             "tokenizer_fingerprint": self.tokenizer_fingerprint,
             "add_special_tokens": self.add_special_tokens,
             "generation": dict(self.generation),
-            "tuned_for": dataclasses.asdict(self.tuned_for) if self.tuned_for else None,
+            "tuned_for": _tuned_json(self.tuned_for),
             "training": dict(self.training),
             "golden": dataclasses.asdict(self.golden) if self.golden else None,
+            **({"distilled_from": dict(self.distilled_from)} if self.distilled_from else {}),
         }
 
     def to_bytes(self) -> bytes:
@@ -344,6 +355,19 @@ class _Written:
     training: Any
     golden: Any
     verbalizer_aggregation: Any = "sum"
+    distilled_from: Any = None
+
+
+def _tuned_json(tuned: TunedFor | tuple[TunedFor, ...] | None) -> Any:
+    if isinstance(tuned, tuple):
+        return [dataclasses.asdict(one) for one in tuned]
+    return None if tuned is None else dataclasses.asdict(tuned)
+
+
+def _tuned_for(data: object) -> TunedFor | tuple[TunedFor, ...] | None:
+    if isinstance(data, list):
+        return tuple(TunedFor(**check_keys(TunedFor, one, "tuned_for")) for one in data)
+    return None if data is None else TunedFor(**check_keys(TunedFor, data, "tuned_for"))
 
 
 def _from_parts(data: dict[str, Any], tensors: dict[str, Array]) -> PromptFile:
@@ -355,7 +379,7 @@ def _from_parts(data: dict[str, Any], tensors: dict[str, Array]) -> PromptFile:
     for key in ("name", "method", "task"):
         check_type(data[key], str, key)
     check_type(data["num_virtual_tokens"], int, "num_virtual_tokens")
-    head, tuned, golden = data["head"], data["tuned_for"], data["golden"]
+    head, golden = data["head"], data["golden"]
     if head is not None:
         steps = check_type(check_keys(Head, head, "head")["steps"], list, "head.steps")
         head = Head(**{**head, "steps": tuple(HeadStep(**check_keys(HeadStep, step, "head step")) for step in steps)})
@@ -380,9 +404,10 @@ def _from_parts(data: dict[str, Any], tensors: dict[str, Array]) -> PromptFile:
         tokenizer_fingerprint=check_type(data["tokenizer_fingerprint"], (str, type(None)), "tokenizer_fingerprint"),
         add_special_tokens=check_type(data["add_special_tokens"], bool, "add_special_tokens"),
         generation=check_type(data["generation"], dict, "generation"),
-        tuned_for=TunedFor(**check_keys(TunedFor, tuned, "tuned_for")) if tuned is not None else None,
+        tuned_for=_tuned_for(data["tuned_for"]),
         training=check_type(data["training"], dict, "training"),
         golden=_golden(golden) if golden is not None else None,
+        distilled_from=check_type(data.get("distilled_from", {}), dict, "distilled_from"),
     )
 
 

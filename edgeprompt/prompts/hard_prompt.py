@@ -34,6 +34,7 @@ def hard_prompt(prompt: PromptFile, text: str, *, name: str) -> PromptFile:
         tuned_for=None,
         training={},
         golden=None,
+        distilled_from={},
     )
 
 

@@ -6,13 +6,13 @@ weights; where one of them is far, a prompt of the other may answer worse than n
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
 from edgeprompt.errors import OtherWeightsError
 from edgeprompt.package.manifest import Manifest
-from edgeprompt.prompts.file import PromptFile
+from edgeprompt.prompts.file import PromptFile, TunedFor
 
 ALLOWED = "allowed_prompts"
 """Key of the manifest's `extra`: hashes of prompt files that the exporter put into the package whatever they were tuned
@@ -45,15 +45,26 @@ def figures(quality: Mapping[str, Any]) -> dict[str, float]:
     return {bound.key: float(quality[bound.key]) for bound in NEAR if bound.key in quality}
 
 
+def nearest(qualities: Iterable[Mapping[str, Any]]) -> dict[str, float]:
+    """The figures of the nearest of several packages: a prompt that was tuned for all follows that one too."""
+    return min(map(figures, qualities), key=lambda one: max(one.values(), default=0.0), default={})
+
+
 def differ(prompt: PromptFile, manifest: Manifest) -> str | None:
     """What a prompt was tuned for, in words, where that is not this package; None where it is, or where nothing is."""
     tensors = (prompt.prompt_embeddings, prompt.past_key_values, prompt.encoder_past_key_values)
-    tuned = prompt.tuned_for
-    if tuned is None:
+    tuned = prompt.tuned_weights
+    if not tuned:
         if all(tensor is None for tensor in tensors) and not prompt.head:
             return None  # text alone
         # Other tools tune in float and note nothing.
         return None if manifest.precision in _EXACT else "weights that its file does not name"
+    found = [_other(one, manifest) for one in tuned]
+    return None if None in found else " and ".join(dict.fromkeys(str(other) for other in found))
+
+
+def _other(tuned: TunedFor, manifest: Manifest) -> str | None:
+    """What one of the weights that a prompt was tuned for is called, where it is not this package."""
     if tuned.weights_hash is None:
         return None if tuned.precision == manifest.precision else tuned.precision
     if tuned.weights_hash == manifest.weights_hash:

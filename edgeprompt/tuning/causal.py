@@ -88,6 +88,28 @@ class CausalPrompt(PromptedLM):
         places = [(row, place) for row, answer in enumerate(answers) for place in range(len(answer))]
         return self._run(answers, places, state, DynamicCache())
 
+    def open(self, texts: Sequence[Sequence[int]], shared: KeysValues | None = None) -> tuple[torch.Tensor, Any]:
+        """See `PromptedLM.open`; the state is the batch's cache."""
+        from transformers import DynamicCache
+
+        shared = self.shared() if shared is None else shared
+        skipped = self._skipped(shared)
+        rows = [list(text[skipped:]) for text in texts]
+        cache = DynamicCache()
+        return self._run(rows, [(index, len(row) - 1) for index, row in enumerate(rows)], shared, cache), cache
+
+    def step(self, state: Any, tokens: torch.Tensor) -> torch.Tensor:
+        """See `PromptedLM.step`."""
+        mask = torch.ones(len(tokens), state.get_seq_length() + 1, dtype=torch.long, device=self.base.device)
+        with self.gathering([(row, 0) for row in range(len(tokens))]):
+            logits: torch.Tensor = self.base(
+                input_ids=tokens[:, None].to(self.base.device),
+                attention_mask=mask,
+                past_key_values=state,
+                use_cache=True,
+            ).logits
+        return logits
+
     def _skipped(self, shared: KeysValues) -> int:
         """How many virtual ids at the start of a text `shared` stands for."""
         return 0 if self.soft.is_prefix or not shared else self.soft.num_virtual_tokens

@@ -29,6 +29,8 @@ class RecordEncoder:
     prefix_length: int
     """Positions that a prefix takes of the longest length."""
     vocab_size: int
+    add_special_tokens: bool = True
+    """Whether the tokenizer adds its own tokens; a chat template brings them itself."""
 
     def fields(self, record: Record, where: str) -> dict[str, str]:
         """The template's slots from the columns of the same name; `{text}` is the text column."""
@@ -80,6 +82,7 @@ class RecordEncoder:
             num_virtual_tokens=self.num_virtual_ids,
             first_virtual_id=self.vocab_size,
             max_length=longest,
+            add_special_tokens=self.add_special_tokens,
         )
         return EncodedText(ids, [], [])
 

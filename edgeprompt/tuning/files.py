@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 from zipfile import BadZipFile, ZipFile
@@ -12,14 +12,14 @@ from safetensors import safe_open
 
 from edgeprompt import names
 from edgeprompt.base.source import find_local
-from edgeprompt.errors import TuningError
-from edgeprompt.evaluation.data import column_names
-from edgeprompt.evaluation.formats import READERS
+from edgeprompt.errors import DataError, TuningError
+from edgeprompt.evaluation.data import DataSource, column_names
+from edgeprompt.evaluation.formats import READERS, Record, read_lines
 from edgeprompt.package.files import atomic_folder, check_regular
 from edgeprompt.package.folder import open_package
-from edgeprompt.package.outputs import ADAPTER, CHECKPOINT, LOG, METRICS, PROMPT, check_output
+from edgeprompt.package.outputs import ADAPTER, ANSWERS, CHECKPOINT, LOG, METRICS, PROMPT, check_output
 from edgeprompt.prompts.file import load_prompt
-from edgeprompt.tuning.options import TuneOptions, checkpoint_path
+from edgeprompt.tuning.options import TuneOptions, answers_path, checkpoint_path
 
 METRICS_FILE = "metrics.jsonl"
 
@@ -37,10 +37,17 @@ def check_outputs(prompts: Iterable[Path], output: Path, base: object, data: obj
     Raises:
         InputError: one of them holds something that is not replaced, or is what the run reads.
     """
-    sources = (base, data, options.eval_data, options.package, options.resume)
+    teacher: tuple[object, ...] = ()
+    if (distil := options.distil) is not None:
+        teacher = (distil.teacher, distil.teacher_prompt, distil.shots_from)
+    sources = (base, data, options.eval_data, *options.packages, options.resume, *teacher)
     for path in prompts:
         check_output(path, PROMPT, sources=sources)
-    check_output(checkpoint_path(output), CHECKPOINT, sources=(base, data, options.eval_data, options.package))
+    check_output(
+        checkpoint_path(output), CHECKPOINT, sources=(base, data, options.eval_data, *options.packages, *teacher)
+    )
+    if distil is not None:
+        check_output(answers_path(output, options), ANSWERS, sources=sources)
     if options.adapter is not None:
         check_output(options.adapter, ADAPTER, force=True, sources=sources)
     if options.log is not None:
@@ -63,13 +70,17 @@ def check_inputs(base: object, data: object, options: TuneOptions) -> None:
         TuningError: there is no checkpoint to go on from.
         PromptFileError: the prompt to start as is broken.
     """
-    if isinstance(base, (str, os.PathLike)):
-        find_local(base)
-    for source in (data, options.eval_data):
+    distil = options.distil
+    for given in (base, distil and distil.teacher):
+        if isinstance(given, (str, os.PathLike)):
+            find_local(given)
+    for source in (data, options.eval_data, distil and distil.shots_from):
         if isinstance(source, (str, os.PathLike)) and (Path(source).exists() or Path(source).suffix.lower() in READERS):
-            column_names(source)
-    if options.package is not None:
-        open_package(options.package)
+            column_names(text_source(source) if distil is not None else source)
+    for package in options.packages:
+        open_package(package)
+    if distil is not None and distil.teacher_prompt is not None:
+        load_prompt(distil.teacher_prompt)
     if options.resume is None:
         return
     if options.resume.suffix == ".safetensors":
@@ -85,6 +96,34 @@ def check_inputs(base: object, data: object, options: TuneOptions) -> None:
         raise TuningError(
             f"cannot go on from {str(options.resume)!r}: {what} that an interrupted run left beside its output"
         ) from error
+
+
+class TextLines(Sequence[Record]):
+    """The lines of a text file as records with the column `text`, streamed anew each time; empty lines are left out."""
+
+    def __init__(self, path: Path) -> None:
+        self._path = path
+        self.name = str(path)
+
+    def __iter__(self) -> Iterator[Record]:
+        try:
+            with self._path.open("rb") as file:
+                yield from (record for record in read_lines(file, self.name) if record["text"].strip())
+        except OSError as error:
+            raise DataError(f"cannot read {self.name!r}: {error.strerror or error}") from error
+
+    def __len__(self) -> int:
+        return sum(1 for _ in self)
+
+    def __getitem__(self, index: Any) -> Any:
+        return list(self)[index]
+
+
+def text_source(data: DataSource) -> DataSource:
+    """The data, of a .txt file its lines."""
+    if isinstance(data, (str, os.PathLike)) and Path(data).suffix.lower() == ".txt":
+        return TextLines(Path(data))
+    return data
 
 
 def save_adapter(model: Any, folder: Path) -> None:

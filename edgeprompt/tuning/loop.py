@@ -23,6 +23,7 @@ from edgeprompt.package.outputs import CHECKPOINT
 from edgeprompt.tuning.examples import BatchPlan, Examples
 from edgeprompt.tuning.objectives import Objective
 from edgeprompt.tuning.options import HEAD_RATE, TuneOptions
+from edgeprompt.tuning.packages import PackageWeights
 from edgeprompt.tuning.record import Recorder
 
 _WARMUP = 0.05
@@ -74,9 +75,10 @@ class Loop:
         steps: int,
         checkpoint: Path,
         signature: Mapping[str, Any],
+        weights: PackageWeights,
     ) -> None:
         """`eval_batches`: examples and which of them to evaluate on, none for no evaluation; `signature`: what a
-        checkpoint must agree with to go on."""
+        checkpoint must agree with to go on; `weights`: those that take turns in the base."""
         from accelerate import Accelerator
         from accelerate.state import AcceleratorState
         from accelerate.utils import DistributedDataParallelKwargs
@@ -88,6 +90,7 @@ class Loop:
         self.accelerator = Accelerator(mixed_precision=options.mixed_precision, kwargs_handlers=[several])
         self._objective, self._examples, self._plan, self._options = objective, examples, plan, options
         self._eval_examples, self._eval_batches = eval_batches
+        self._weights = weights
         self._steps, self._checkpoint, self._signature = steps, checkpoint, strict_json.dumps(signature)
         if options.mixed_precision != "no":
             objective.model.base.to({"bf16": torch.bfloat16, "fp16": torch.float16}[options.mixed_precision])
@@ -122,24 +125,13 @@ class Loop:
                     recorder.step(progress.step + 1, self._train_step())
             except (KeyboardInterrupt, SystemExit) as error:
                 self.save(self._checkpoint)
-                raise self._stopped(error) from error
+                where = f"after step {progress.step}; go on with --resume {self._checkpoint} and the same other options"
+                raise stopped(error, where) from error
         if progress.best_parameters:
             self._set_parameters(progress.best_parameters)
         else:
             progress.best_step = progress.step
         return progress
-
-    def _stopped(self, error: BaseException) -> TuningError:
-        """What to raise for Ctrl-C, or for the SystemExit that a signal's handler raised, whose exit code it keeps."""
-        how = "interrupted"
-        code = getattr(error, "code", None)
-        if isinstance(code, int) and code > 128:
-            how = f"stopped by {signal.Signals(code - 128).name}"
-        stopped = TuningError(
-            f"{how} after step {self.progress.step}; go on with --resume {self._checkpoint} and the same other options"
-        )
-        stopped.exit_code = 1 if code is None else code  # type: ignore[attr-defined]
-        return stopped
 
     def _why_not_finite(self, rate: float) -> str:
         """What is wrong where a loss is not finite, and what to do about it."""
@@ -159,6 +151,7 @@ class Loop:
         rate = self._options.rate * factor
         for group in self._optimizer.param_groups:
             group["lr"] = group["full_rate"] * factor
+        self._weights.use(self._weights.at(step))
         self._optimizer.zero_grad()  # an interrupted step may have left some
         self._objective.model.train()
         indices = self._plan.batch(step)
@@ -210,17 +203,19 @@ class Loop:
 
     @torch.no_grad()
     def evaluate(self) -> dict[str, float]:
-        """Mean loss and metric over the eval batches; empty without any."""
+        """Mean loss and metric over the eval batches, on all packages' weights; empty without any."""
         if not self._eval_batches:
             return {}
         model, accelerator = self._objective.model, self.accelerator
         model.eval()
         sums = torch.zeros(3, dtype=torch.float64)
-        with accelerator.autocast():
-            shared = self._objective.model.shared()
-            for batch in self._eval_batches[accelerator.process_index :: accelerator.num_processes]:
-                outcome = self._objective.measure([self._eval_examples[index] for index in batch], shared)
-                sums += torch.tensor([float(outcome.loss), outcome.correct, outcome.count], dtype=torch.float64)
+        for turn in range(max(1, len(self._weights))):
+            self._weights.use(turn)
+            with accelerator.autocast():
+                shared = self._objective.model.shared()
+                for batch in self._eval_batches[accelerator.process_index :: accelerator.num_processes]:
+                    outcome = self._objective.measure([self._eval_examples[index] for index in batch], shared)
+                    sums += torch.tensor([float(outcome.loss), outcome.correct, outcome.count], dtype=torch.float64)
         loss, correct, count = accelerator.reduce(sums.float().to(accelerator.device), "sum").tolist()
         if not math.isfinite(loss):
             why = self._why_not_finite(self._options.rate)
@@ -290,6 +285,17 @@ class Loop:
         if self.accelerator.is_main_process:
             with suppress(FileNotFoundError):
                 self._checkpoint.unlink()
+
+
+def stopped(error: BaseException, where: str) -> TuningError:
+    """What to raise for Ctrl-C, or for the SystemExit that a signal's handler raised, whose exit code it keeps."""
+    how = "interrupted"
+    code = getattr(error, "code", None)
+    if isinstance(code, int) and code > 128:
+        how = f"stopped by {signal.Signals(code - 128).name}"
+    made = TuningError(f"{how} {where}")
+    made.exit_code = 1 if code is None else code  # type: ignore[attr-defined]
+    return made
 
 
 @contextmanager

@@ -25,7 +25,7 @@ from edgeprompt.tuning.objectives import Objective, Outcome
 from edgeprompt.tuning.options import TuneOptions
 from edgeprompt.tuning.plan import MAX_LABELS, inspect_data
 from edgeprompt.tuning.prepare import Run, another_task, prepare
-from edgeprompt.tuning.tuner import TuneResult, make_loop, prompt_file, read_data
+from edgeprompt.tuning.runs import TuneResult, make_loop, prompt_file, read_data
 
 _MAX_TASKS = 1000
 

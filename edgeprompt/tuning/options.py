@@ -3,18 +3,21 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 from edgeprompt import names
 from edgeprompt.errors import InputError
 from edgeprompt.evaluation.data import DataSource
 from edgeprompt.prompts.template import Template
 
-INITS = ("text", "vocab", "labels", "random")
+INITS = ("text", "vocab", "labels", "random", "sampled", "clustered")
+"""The last two are of an instruction to distil, where it is longer than the prompt."""
 ENCODERS = ("mlp", "lstm")
 PRECISIONS = ("no", "bf16", "fp16")
+LOSSES = ("auto", "kl", "text")
 METHODS = (*names.METHODS, "head")
 """How to tune; "head" trains an encoder's task head alone, with no prompt."""
 
@@ -31,6 +34,60 @@ PROJECTED_RATE = 0.001
 HEAD_RATE = 0.005
 """Learning rate of a task head."""
 DEFAULT_STEPS = 200
+
+
+@dataclass(frozen=True)
+class Distillation:
+    """A teacher whose answers are learned instead of labels: a base that reads an instruction, or a tuned prompt."""
+
+    instruction: str | None = None
+    """What the teacher reads, with `{text}` where the input stands; None: `teacher_prompt` says it."""
+    chat: bool = False
+    """Put the instruction into the base's chat template, as a user's message."""
+    shots: int = 0
+    """Solved examples of `shots_from` in the teacher's prompt, drawn by `shots_seed`."""
+    shots_from: DataSource | None = None
+    shots_seed: int | None = None
+    """Draws the solved examples; None: the run's seed."""
+    teacher: Any = None
+    """Base of the teacher, as `tune` takes one; None: the student's own, in full precision."""
+    teacher_prompt: Path | None = None
+    """A prompt file of the teacher's base, instead of an instruction."""
+    label_column: str | None = None
+    """Labels, where there are some: cross-entropy is mixed in, and accuracy reported."""
+    label_weight: float = 0.5
+    """The share of cross-entropy in the loss of a text that has a label."""
+    loss: str = "auto"
+    """Of free text: "kl" (the teacher's distribution of every token), "text" (its tokens alone); "auto": "kl" where
+    both have one tokenizer."""
+    temperature: float = 0.0
+    """At which the teacher's free text is sampled; 0: greedy."""
+    max_new_tokens: int = 64
+    stop: tuple[str, ...] = ()
+    """Texts that end the teacher's answer; none: the empty line where there are solved examples."""
+    answers: Path | None = None
+    """File that keeps the teacher's answers; None: beside the output."""
+
+    def __post_init__(self) -> None:
+        """Refuse what no run could use.
+
+        Raises:
+            InputError: a value is out of its range, or options do not go together.
+        """
+        if (self.instruction is None) == (self.teacher_prompt is None):
+            raise InputError("a teacher reads an instruction (--distil), or has a prompt (--teacher-prompt): give one")
+        if self.teacher_prompt is not None and self.teacher is None:
+            raise InputError("--teacher-prompt is for another base: name the one it was made for with --teacher")
+        if self.teacher_prompt is not None and (self.chat or self.shots):
+            raise InputError("--chat, --shots and --shots-from are for an instruction (--distil)")
+        if bool(self.shots) != (self.shots_from is not None):
+            raise InputError("--shots and --shots-from go together")
+        if self.shots < 0 or self.max_new_tokens < 1 or not 0 <= self.temperature < float("inf"):
+            raise InputError("shots must be at least 0, max_new_tokens at least 1, temperature at least 0")
+        if not 0 <= self.label_weight <= 1:
+            raise InputError(f"label_weight is {self.label_weight}, it must be from 0 to 1")
+        if self.loss not in LOSSES:
+            raise InputError(f"loss is {self.loss!r}, allowed: {', '.join(LOSSES)}")
 
 
 @dataclass(frozen=True)
@@ -79,8 +136,10 @@ class TuneOptions:
     mixed_precision: str = "no"
     calibrate: bool = True
     """Try a contextual calibration of the verbalizer, and keep it where it helps on the eval data."""
-    package: Path | None = None
-    """Package whose own, dequantised weights the prompt is tuned against."""
+    package: Path | Sequence[Path] | None = None
+    """Package whose own, dequantised weights the prompt is tuned against; of several, one prompt serves all."""
+    distil: Distillation | None = None
+    """Learn a teacher's answers to texts without labels."""
     resume: Path | None = None
     """A checkpoint to go on from, or a prompt file to start from."""
     adapter: Path | None = None
@@ -115,6 +174,8 @@ class TuneOptions:
             value = getattr(self, name)
             if value is not None and not least <= value < float("inf"):
                 raise InputError(f"{name} is {value}, it must be a number of at least {least}")
+        if self.distil is None and self.init in ("sampled", "clustered"):
+            raise InputError(f"init {self.init!r} is for --distil; allowed: {', '.join(INITS[:4])}")
         if self.steps and self.epochs:
             raise InputError("give steps or epochs, not both")
         if not 0 <= self.eval_split < 1:
@@ -126,11 +187,25 @@ class TuneOptions:
                 raise InputError(f"the verbalizer has no word for label {label!r}")
 
     @property
+    def packages(self) -> tuple[Path, ...]:
+        """The packages that the prompt is tuned for."""
+        if self.package is None:
+            return ()
+        return (Path(self.package),) if isinstance(self.package, (str, os.PathLike)) else tuple(self.package)
+
+    @property
     def rate(self) -> float:
         """The learning rate: as given, or one that converges with the method."""
         if self.learning_rate is not None:
             return self.learning_rate
         return PROJECTED_RATE if self.projection else LEARNING_RATES[self.method]
+
+
+def answers_path(output: str | os.PathLike[str], options: TuneOptions) -> Path:
+    """Where a run that makes `output` keeps its teacher's answers."""
+    if options.distil is not None and options.distil.answers is not None:
+        return options.distil.answers
+    return Path(output).with_suffix(".teacher.jsonl")
 
 
 def checkpoint_path(output: str | os.PathLike[str]) -> Path:

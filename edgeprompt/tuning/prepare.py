@@ -10,15 +10,17 @@ import torch
 
 from edgeprompt import names
 from edgeprompt.errors import InputError, SourceError, UnsupportedError
-from edgeprompt.package.folder import Package, open_package
+from edgeprompt.package.folder import open_package
 from edgeprompt.package.manifest import Geometry, Tokens
 from edgeprompt.package.tokenizer import Tokenizer
+from edgeprompt.prompts.template import Template
 from edgeprompt.tuning.causal import CausalPrompt
 from edgeprompt.tuning.encoder import EncoderPrompt
 from edgeprompt.tuning.encoding import RecordEncoder
 from edgeprompt.tuning.heads import AnswerSpan, HeadClassify, Tag
 from edgeprompt.tuning.objectives import Generate, Objective, WordClassify
 from edgeprompt.tuning.options import TuneOptions
+from edgeprompt.tuning.packages import PackageWeights
 from edgeprompt.tuning.plan import DataFacts, TaskPlan, make_plan
 from edgeprompt.tuning.prompted import Prompted
 from edgeprompt.tuning.seq2seq import Seq2SeqPrompt
@@ -43,7 +45,8 @@ class Run:
     encoder: RecordEncoder
     objective: Objective
     options: TuneOptions
-    package: Package | None
+    weights: PackageWeights
+    """The packages that the prompt is tuned for, whose weights the model holds in turn."""
     model: Any
     """The base with its soft prompt; several tasks may share it."""
     tokens: Tokens
@@ -63,17 +66,14 @@ def prepare(base: Any, facts: DataFacts, options: TuneOptions, *, num_tasks: int
     from edgeprompt.base.tokenizer_files import check_tokenizer_files
 
     check_tokenizer_files(base)
-    package = open_package(options.package) if options.package is not None else None
+    packages = [open_package(path) for path in options.packages]
     loaded = base if isinstance(base, LoadedBase) else load_base(base)
     fingerprint = loaded.fingerprint
-    if package is not None:
-        from edgeprompt.base.dequantize import load_package_weights
-
-        load_package_weights(loaded.model, package.path)
+    weights = PackageWeights(loaded.model, packages)
     architecture = loaded.family.architecture
     plan = _plan(loaded, facts, options)
     geometry = geometry_of(loaded.config)
-    tokenizer = _tokenizer(loaded, geometry.vocab_size)
+    tokenizer = read_tokenizer(loaded, geometry.vocab_size)
     if options.max_length > geometry.max_positions > 0:
         raise InputError(f"max_length is {options.max_length}, {loaded.name} takes at most {geometry.max_positions}")
     soft = None
@@ -91,10 +91,10 @@ def prepare(base: Any, facts: DataFacts, options: TuneOptions, *, num_tasks: int
         vocab_size=geometry.vocab_size,
     )
     tokens = tokens_of(loaded.config, getattr(loaded.model, "generation_config", None), loaded.tokenizer)
-    model = _prompted(loaded, plan, geometry, soft, tokens)
+    model = prompted(loaded, plan.template, geometry, soft, tokens)
     _start(model, plan, tokenizer, options)
     objective = _objective(loaded.name, model, encoder, plan, tokens)
-    return Run(loaded, fingerprint, tokenizer, plan, encoder, objective, options, package, model, tokens)
+    return Run(loaded, fingerprint, tokenizer, plan, encoder, objective, options, weights, model, tokens)
 
 
 def another_task(run: Run, facts: DataFacts) -> Run:
@@ -111,7 +111,12 @@ def _plan(loaded: Any, facts: DataFacts, options: TuneOptions) -> TaskPlan:
     return make_plan(facts, options, architecture=architecture, name=loaded.name, predicts_masks=predicts_masks)
 
 
-def _prompted(loaded: Any, plan: TaskPlan, geometry: Geometry, soft: SoftPrompt | None, tokens: Tokens) -> Any:
+def prompted(loaded: Any, template: Template, geometry: Geometry, soft: Any, tokens: Tokens) -> Any:
+    """A base with a prompt (`SoftPrompt`, or what stands for one) in front of or inside its texts.
+
+    Raises:
+        SourceError: an encoder-decoder that does not say what its decoder starts with.
+    """
     architecture, vocab = loaded.family.architecture, geometry.vocab_size
     if architecture == names.ENCODER_ONLY:
         return EncoderPrompt(loaded, geometry, soft, mask_token=-1 if tokens.mask is None else tokens.mask)
@@ -121,7 +126,7 @@ def _prompted(loaded: Any, plan: TaskPlan, geometry: Geometry, soft: SoftPrompt 
         if start is None:
             raise SourceError(f"{loaded.name} names no token that its decoder starts with")
         return Seq2SeqPrompt(loaded.model, soft, vocab_size=vocab, start=[start])
-    return CausalPrompt(loaded.model, soft, vocab_size=vocab, prompt_leads=plan.template.prompt_is_prefix)
+    return CausalPrompt(loaded.model, soft, vocab_size=vocab, prompt_leads=template.prompt_is_prefix)
 
 
 def _objective(name: str, model: Any, encoder: RecordEncoder, plan: TaskPlan, tokens: Tokens) -> Objective:
@@ -139,13 +144,29 @@ def _objective(name: str, model: Any, encoder: RecordEncoder, plan: TaskPlan, to
     return WordClassify(model, encoder, plan.verbalizer)
 
 
-def _tokenizer(loaded: Any, vocab_size: int) -> Tokenizer:
+def read_tokenizer(loaded: Any, vocab_size: int, *, chat: bool = False) -> Tokenizer:
+    """The base's tokenizer as a package has it.
+
+    Args:
+        loaded: the base.
+        vocab_size: rows of its embedding.
+        chat: whether its chat template is needed.
+
+    Raises:
+        SourceError: the base has no tokenizer.
+        UnsupportedError: it has no chat template.
+    """
     if loaded.tokenizer is None:
         raise SourceError(f"{loaded.name} has no tokenizer; put its tokenizer files beside the model")
     with tempfile.TemporaryDirectory() as folder:
         loaded.tokenizer.save_pretrained(folder)
         tokenizer = Tokenizer(folder, vocab_size)
         _ = tokenizer.fingerprint  # reads the file, which will be gone
+        if chat:
+            try:
+                tokenizer.chat("")
+            except UnsupportedError as error:
+                raise UnsupportedError(f"{loaded.name} has no chat template; leave out --chat") from error
         return tokenizer
 
 

@@ -78,6 +78,14 @@ class PromptedLM(Prompted):
         """Logits [count, vocab_size] behind every token of every answer to the text of `state` (see `begin`)."""
         raise NotImplementedError
 
+    def open(self, texts: Sequence[Sequence[int]], shared: Any = None) -> tuple[torch.Tensor, Any]:
+        """Begin an answer to each of some texts of equal length: logits [len(texts), vocab_size], and a state."""
+        raise NotImplementedError
+
+    def step(self, state: Any, tokens: torch.Tensor) -> torch.Tensor:
+        """Logits [len(texts), vocab_size] behind one more token [len(texts)] of every answer; the state goes along."""
+        raise NotImplementedError
+
     def bytes_of(self, text: int, answer: int) -> int:
         """About how many bytes an answer's row holds until its gradients are there, from two numbers of tokens.
 

@@ -97,6 +97,20 @@ class Seq2SeqPrompt(PromptedLM):
         states = state.encoder.expand(count, -1, -1)
         return self._decode(states, torch.ones_like(states[..., 0], dtype=torch.long), answers, places, cache)
 
+    def open(self, texts: Sequence[Sequence[int]], shared: torch.Tensor | None = None) -> tuple[torch.Tensor, Any]:
+        """See `PromptedLM.open`; the state is the encoder's, its mask, and the decoder's cache."""
+        shared = self.shared() if shared is None else shared
+        states, mask = self._encoded(texts, shared)
+        cache = self._prefixed(shared, len(texts)) if self.soft.is_prefix else self._cache()
+        places = [(index, len(self._start) - 1) for index in range(len(texts))]
+        return self._decode(states, mask, [self._start] * len(texts), places, cache), (states, mask, cache)
+
+    def step(self, state: Any, tokens: torch.Tensor) -> torch.Tensor:
+        """See `PromptedLM.step`."""
+        states, mask, cache = state
+        rows = [[int(token)] for token in tokens]
+        return self._decode(states, mask, rows, [(row, 0) for row in range(len(rows))], cache)
+
     def _encoded(self, texts: Sequence[Sequence[int]], shared: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """The encoder's states [batch_size, sequence_length, hidden_size] and their mask."""
         ids, mask = pad_right(texts)

@@ -95,6 +95,13 @@ class SoftPrompt(nn.Module):
         last.bias.copy_(mean)
         last.weight.copy_((torch.linalg.pinv(features.double()) @ (target - mean).double()).T)
 
+    def freeze_first(self) -> None:
+        """Keep the first position of a prefix as it is: attention rests on it (Eyuboglu et al. 2025, "Cartridges")."""
+        weight: torch.Tensor = self.encoder.embedding.weight
+        mask = torch.ones_like(weight)
+        mask[0] = 0
+        weight.register_hook(lambda gradient: gradient * mask.to(gradient.device))  # type: ignore[no-untyped-call]
+
     def array(self) -> np.ndarray[Any, np.dtype[np.float32]]:
         """`forward` as float32 in numpy."""
         with torch.no_grad():
