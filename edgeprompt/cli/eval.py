@@ -48,6 +48,11 @@ METRICS = ("accuracy", "f1", "exact-match", "rouge", "bleu", "mae")
     help="Compare with TEXT in place of the soft prompt.",
 )
 @click.option(
+    "--teacher",
+    is_flag=True,
+    help="Compare with the instruction that the soft prompt was distilled from.",
+)
+@click.option(
     "--shots", type=click.IntRange(min=1), help="Compare with this many solved examples in place of the soft prompt."
 )
 @click.option(
@@ -70,6 +75,7 @@ def command(
     limit: int | None,
     zero_shot: bool,
     hard: str | None,
+    teacher: bool,
     shots: int | None,
     shots_from: str | None,
     seed: int,
@@ -93,7 +99,7 @@ def command(
     console.need_stdout()
     from edgeprompt.evaluation.data import column_names, read_records
     from edgeprompt.evaluation.evaluate import Columns, check_task, draw_shots, evaluate
-    from edgeprompt.prompts.hard_prompt import few_shot_text, hard_prompt
+    from edgeprompt.prompts.hard_prompt import few_shot_text, hard_prompt, teacher_prompt
     from edgeprompt.request import GenerationOptions
 
     columns = Columns(text_column, label_column, target_column)
@@ -115,6 +121,8 @@ def command(
         baselines = [hard_prompt(first, "", name="zero-shot")] if zero_shot else []
         if hard is not None:
             baselines.append(hard_prompt(first, hard, name="hard prompt"))
+        if teacher:
+            baselines.append(teacher_prompt(first, name="teacher's instruction"))
         if shots and shots_from:
             hard_prompt(first, "", name="")  # what has no counterpart in text is said before examples are drawn
             text = few_shot_text(first, draw_shots(first, shots_from, columns, shots, seed))

@@ -38,10 +38,10 @@ def _template(_context: click.Context, _parameter: click.Parameter, value: str |
     return None if value is None else value.replace("\\n", "\n").replace("\\t", "\t")
 
 
-def _instruction(_context: click.Context, _parameter: click.Parameter, value: str | None) -> str | None:
+def _instruction(value: str | None) -> str | None:
     """The text, or with "@" in front what the file holds, without its last line's end."""
     if value is None or not value.startswith("@"):
-        return _template(_context, _parameter, value)
+        return value
     file = Path(value[1:])
     try:
         return read_regular(file, _MAX_INSTRUCTION).decode("utf-8-sig").replace("\r\n", "\n").removesuffix("\n")
@@ -87,7 +87,7 @@ def _instruction(_context: click.Context, _parameter: click.Parameter, value: st
 @click.option(
     "--distil",
     metavar="TEXT|@FILE",
-    callback=_instruction,
+    callback=_template,
     help="Learn without labels to answer as BASE does when it reads this instruction, with {text} where DATA's text "
     "stands.",
 )
@@ -141,9 +141,7 @@ def _instruction(_context: click.Context, _parameter: click.Parameter, value: st
 @click.option(
     "--eval-split",
     type=float,
-    default=0.1,
-    show_default=True,
-    help="Without --eval: fraction of DATA kept for evaluation.",
+    help="Without --eval: fraction of DATA kept for evaluation. Default: 256 examples, at most a fifth.",
 )
 @click.option(
     "--shots",
@@ -215,6 +213,7 @@ def _with_teacher(context: click.Context, values: dict[str, Any]) -> dict[str, A
     }  # fmt: skip
     given = {name for name in names if context.get_parameter_source(name) is click.core.ParameterSource.COMMANDLINE}
     asked = {new: values.pop(old) for old, new in names.items()}
+    asked["instruction"] = _instruction(asked["instruction"])
     values["package"] = values["package"] or None
     if not given & {"distil", "teacher_prompt"}:
         if given:

@@ -38,6 +38,24 @@ def hard_prompt(prompt: PromptFile, text: str, *, name: str) -> PromptFile:
     )
 
 
+def teacher_prompt(prompt: PromptFile, *, name: str) -> PromptFile:
+    """The instruction that a prompt was distilled from, with its solved examples, as a prompt of text alone.
+
+    Raises:
+        InputError: the prompt was not distilled from an instruction.
+    """
+    source = prompt.distilled_from
+    if "template" not in source or "prompt" in source:
+        raise InputError(
+            f"prompt {prompt.name!r} was not distilled from an instruction, so it has none to compare with"
+        )
+    return dataclasses.replace(
+        hard_prompt(prompt, "", name=name),
+        template=Template.parse(str(source["template"])),
+        add_special_tokens=bool(source.get("add_special_tokens", True)),
+    )
+
+
 def few_shot_text(prompt: PromptFile, examples: Sequence[tuple[Mapping[str, str], str]]) -> str:
     """Solved examples in the prompt's template, as text to stand before the question.
 

@@ -28,6 +28,8 @@ from edgeprompt.tuning.record import Recorder
 
 _WARMUP = 0.05
 _CLIP = 1.0
+_TAIL = 0.25
+"""Share of the steps at the end over which the prompt is averaged."""
 
 
 @dataclass
@@ -45,6 +47,12 @@ class Progress:
     """Step of the last evaluation."""
     seconds: float = 0.0
     """Time spent in training steps."""
+    average: dict[str, torch.Tensor] = field(default_factory=dict)
+    """Mean of the parameters over the last steps of the run."""
+    averaged: int = 0
+    """Steps that `average` is over."""
+    keeps_average: bool = False
+    """Whether the prompt that was kept is `average`."""
 
 
 class _Step(nn.Module):
@@ -99,6 +107,8 @@ class Loop:
         optimizer = torch.optim.AdamW(_groups(objective.model, options), weight_decay=0.0)
         self._module, self._optimizer = self.accelerator.prepare(_Step(objective), optimizer)
         self.progress = Progress()
+        self._evaluated = 1.0
+        """Answers that the last evaluation compared."""
         self._random = torch.get_rng_state()
         """Random state before the step that is under way."""
 
@@ -127,11 +137,43 @@ class Loop:
                 self.save(self._checkpoint)
                 where = f"after step {progress.step}; go on with --resume {self._checkpoint} and the same other options"
                 raise stopped(error, where) from error
+        self._choose()
+        return progress
+
+    def _choose(self) -> None:
+        """Keep the average of the last steps, unless an evaluated prompt is better by more than the standard error.
+
+        The best of several evaluations on few examples is the best by chance; the average needs no choosing.
+        """
+        progress = self.progress
+        if progress.averaged:
+            self._set_parameters(progress.average)
+            figures = self.evaluate()
+            if not figures or not progress.best or not self._clearly_better(progress.best, figures):
+                progress.best, progress.best_step, progress.keeps_average = figures, progress.step, True
+                return
         if progress.best_parameters:
             self._set_parameters(progress.best_parameters)
         else:
             progress.best_step = progress.step
-        return progress
+
+    def _clearly_better(self, one: Mapping[str, float], other: Mapping[str, float]) -> bool:
+        """Whether an evaluation's figures are better than another's by more than chance."""
+        if self._objective.by_loss:
+            return one["loss"] < other["loss"]
+        share = min(max(other[self._objective.metric], 0.0), 1.0)
+        error = math.sqrt(share * (1 - share) / self._evaluated)
+        return one[self._objective.metric] - other[self._objective.metric] > error
+
+    def _average(self) -> None:
+        """Take the parameters of this step into the mean, where the run is near its end."""
+        progress = self.progress
+        if progress.step <= self._steps * (1 - _TAIL):
+            return
+        progress.averaged += 1
+        for name, value in self.parameters.items():
+            mean = progress.average.setdefault(name, torch.zeros_like(value, device="cpu", requires_grad=False))
+            mean += (value.detach().cpu() - mean) / progress.averaged
 
     def _why_not_finite(self, rate: float) -> str:
         """What is wrong where a loss is not finite, and what to do about it."""
@@ -172,6 +214,7 @@ class Loop:
             self._optimizer.step()
             self.progress.step += 1
             self.progress.seconds += seconds
+            self._average()
         return {
             "loss": shown,
             "learning_rate": rate,
@@ -220,6 +263,7 @@ class Loop:
         if not math.isfinite(loss):
             why = self._why_not_finite(self._options.rate)
             raise TuningError(f"the eval loss is {loss} after step {self.progress.step}; {why}")
+        self._evaluated = count / max(1, len(self._weights))
         return {"loss": loss / count, self._objective.metric: correct / count}
 
     def _rank(self, figures: Mapping[str, float]) -> tuple[float, float]:

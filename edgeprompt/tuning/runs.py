@@ -75,8 +75,9 @@ def read_data(run: Run, data: DataSource) -> RunData:
         indices, held = np.arange(len(examples)), np.arange(len(eval_examples))
     else:
         eval_examples = examples
-        indices, held = split(examples.groups, options.eval_split, options.seed)
-        if options.eval_split and (alone := int((np.unique(examples.groups, return_counts=True)[1] == 1).sum())):
+        share = options.eval_share(len(examples))
+        indices, held = split(examples.groups, share, options.seed)
+        if share and (alone := int((np.unique(examples.groups, return_counts=True)[1] == 1).sum())):
             notes.append(f"{alone} classes have one example each, which stays in training: evaluation has none of them")
     if options.shots is not None:
         if run.plan.task != "classify" or run.plan.problem_type != "single_label":
@@ -208,6 +209,7 @@ def prompt_file(run: Run, loop: Loop, progress: Progress, path: Path, data: RunD
             "examples": len(data.indices),
             "steps": progress.step,
             "best_step": progress.best_step,
+            **({"averaged_steps": progress.averaged} if progress.keeps_average else {}),
             "metric": {f"eval_{name}": value for name, value in progress.best.items()},
             "eval_examples": sum(len(batch) for batch in data.eval_batches),
             "seed": options.seed,

@@ -15,6 +15,8 @@ import torch
 
 from edgeprompt.errors import BaseMismatchError, DataError, InputError, UnsupportedError
 from edgeprompt.prompts.file import load_prompt
+from edgeprompt.prompts.hard_prompt import teacher_prompt
+from edgeprompt.prompts.template import Template
 from edgeprompt.tuning import Distillation, TuneOptions, tune
 from edgeprompt.tuning.answers import AnswerFile, LabelAnswer, TextAnswer
 from edgeprompt.tuning.examples import Example
@@ -261,6 +263,7 @@ def test_the_teacher_says_what_transformers_computes(tiny_llama_base: Path, tmp_
     asked = options(steps=1, distil={"shots": 2, "shots_from": shots})
     result = tune(tiny_llama_base, rows, output=tmp_path / "p.safetensors", options=asked)
     template = result.prompt.distilled_from["template"]
+    assert teacher_prompt(result.prompt, name="t").template == Template.parse(template)
     assert template.startswith("Say whether the words are animals or numbers.\n\n")
     assert template.endswith("\n\n{text} is")
     assert template.count(" is a\n\n") == template.count(" is n\n\n") == 1, template
@@ -409,6 +412,11 @@ def test_one_prompt_for_several_packages(tiny_llama_base: Path, tiny_llama_packa
     with edgeprompt.load(tiny_llama_package) as runtime:
         runtime.add_prompt(prompt)
         assert runtime.check(prompt.name).passed
+
+
+def test_a_prompt_that_had_no_instruction(taught: Path) -> None:
+    with pytest.raises(InputError, match="was not distilled from an instruction"):
+        teacher_prompt(load_prompt(taught), name="t")
 
 
 def test_a_frozen_first_position(tiny_llama_base: Path, tmp_path: Path) -> None:
