@@ -20,7 +20,8 @@ class EngineOptions:
     spinning: bool = True
     """Whether idle threads spin between operators (faster answers, busier cores)."""
     prefix_budget: int | None = None
-    """Most bytes of cached prefixes and prompt embeddings. None: 64 MiB, on encoders 128 MiB."""
+    """Most bytes of what is kept of prompts and texts (keys and values, prompt embeddings). None: 64 MiB, on encoders
+    128 MiB."""
     kv_budget: int | None = None
     """Most bytes of KV cache for running requests."""
     max_batch: int = 16

@@ -169,6 +169,10 @@ class Timings:
     total: float
     input_tokens: int
     new_tokens: int
+    reused_tokens: int = 0
+    """Input tokens whose keys and values were resident (encoder-decoders: whose encoding was)."""
+    computed_tokens: int = 0
+    """The other input tokens."""
 
     @property
     def tpot(self) -> float | None:

@@ -315,7 +315,7 @@ def swap(runtime: Runtime, names: Sequence[str]) -> dict[str, Any]:
         name = names[number % 2]
         started = time.perf_counter_ns()
         prefix = engine.derived.get((runtime._prompts.find(name), PAST_KEY_VALUES))
-        graph.place(0, prefix, 64, 0)
+        graph.place(0, [(name.encode(), prefix)], 64, 0)
         direct.append((time.perf_counter_ns() - started) / 1000)
     direct = sorted(direct[50:])
     assert prompts[0].num_virtual_tokens == prompts[1].num_virtual_tokens

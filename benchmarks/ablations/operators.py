@@ -82,7 +82,7 @@ def open_step(
 def turn(graph: DecoderGraph, vocab_size: int, seed: int) -> tuple[float, list[float]]:
     """Seconds of a prefill of `TEXT` random tokens behind `PREFIX`, and of each of `STEPS` decode steps after it."""
     ids: npt.NDArray[np.int64] = np.random.default_rng(seed).integers(0, vocab_size, PREFIX + TEXT + STEPS)
-    graph.place(0, None, PREFIX + TEXT + STEPS, 0)
+    graph.place(0, (), PREFIX + TEXT + STEPS, 0)
     graph.prefill(0, ids[:PREFIX].tolist(), 0, None)
     started = time.perf_counter()
     graph.prefill(0, ids[PREFIX : PREFIX + TEXT].tolist(), PREFIX, None)

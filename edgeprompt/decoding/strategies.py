@@ -74,6 +74,7 @@ class Clock:
         self.start = time.perf_counter()
         self.first = 0.0
         self.input_tokens = input_tokens
+        self.reused_tokens = 0
 
     def tick(self) -> None:
         """A token is there."""
@@ -82,7 +83,14 @@ class Clock:
     def timings(self, new_tokens: int) -> Timings:
         """What has passed until now."""
         now = time.perf_counter()
-        return Timings((self.first or now) - self.start, now - self.start, self.input_tokens, new_tokens)
+        return Timings(
+            (self.first or now) - self.start,
+            now - self.start,
+            self.input_tokens,
+            new_tokens,
+            reused_tokens=self.reused_tokens,
+            computed_tokens=self.input_tokens - self.reused_tokens,
+        )
 
 
 class ReadLogits(OneSequence):

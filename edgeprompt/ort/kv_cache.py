@@ -1,4 +1,4 @@
-"""Keys and values: one growing buffer with a slot per running row, and the resident prefixes of prompts."""
+"""Keys and values: one growing buffer with a slot per running row, and what is resident of prompts and texts."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import threading
 from collections import OrderedDict
 from collections.abc import Callable, Hashable, Iterable, Sequence
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Any, Protocol, TypeAlias
 
 import numpy as np
 import numpy.typing as npt
@@ -58,14 +58,34 @@ class KVShape:
         return prefix
 
 
+Part: TypeAlias = tuple[bytes, KV]
+"""Keys and values [2 * num_layers, heads, positions, head_size], and a name that no others have."""
+
+
 @dataclass(frozen=True)
 class _Slot:
     """What a slot holds: the one record that placing, moving and filling up a step go by."""
 
-    prefix: KV | None = None
-    """Intact at the slot's start: sequences write behind it only, so the next one may use it as it is."""
+    parts: tuple[tuple[bytes, int], ...] = ()
+    """Parts at the slot's start, by name and length: sequences write behind them only, so the next sequence may use
+    them as they are."""
     written: int = 0
     """Positions that a prefill still needs; a sequence that fills up a step writes at this one or behind it."""
+
+    @property
+    def size(self) -> int:
+        """Positions of the parts."""
+        return sum(length for _, length in self.parts)
+
+    def within(self, end: int, written: int) -> _Slot:
+        """The same with the parts that lie before position `end`."""
+        parts, size = [], 0
+        for part in self.parts:
+            size += part[1]
+            if size > end:
+                break
+            parts.append(part)
+        return _Slot(tuple(parts), written)
 
 
 _EMPTY = _Slot()
@@ -111,7 +131,7 @@ class SlotCache:
         self._buffer = buffer
         self.slots, self.length = slots, length
         self._held = {
-            slot: held for slot, held in self._held.items() if slot < used and max(held.written, _size(held)) <= kept
+            slot: held for slot, held in self._held.items() if slot < used and max(held.written, held.size) <= kept
         }
         self.generation += 1
 
@@ -128,17 +148,27 @@ class SlotCache:
         strides = self._buffer.strides
         return int(self._buffer.ctypes.data) + block * strides[0] + slot * strides[1]
 
-    def place(self, slot: int, prefix: KV | None) -> None:
-        """Begin a slot with a prefix [2 * num_layers, heads, length, head_size]; one that is still there stays."""
-        if prefix is not None and self._held.get(slot, _EMPTY).prefix is not prefix:
-            self._held.pop(slot, None)  # should the copy fail, the slot holds nothing
-            self._buffer[:, slot, :, : prefix.shape[2]] = prefix
-        self._held[slot] = _Slot(prefix, 0 if prefix is None else prefix.shape[2])
+    def place(self, slot: int, parts: Sequence[Part]) -> None:
+        """Begin a slot with some parts; those that are still there stay."""
+        held = self._held.pop(slot, _EMPTY)  # should a copy fail, the slot holds nothing
+        end, there = 0, True
+        for place, (name, part) in enumerate(parts):
+            length = part.shape[2]
+            there = there and held.parts[place : place + 1] == ((name, length),)
+            if not there:
+                self._buffer[:, slot, :, end : end + length] = part
+            end += length
+        self._held[slot] = _Slot(tuple((name, part.shape[2]) for name, part in parts), end)
+
+    def name(self, slot: int, parts: Sequence[tuple[bytes, int]], start: int) -> None:
+        """Say that what a slot holds from `start` on are parts of these names and lengths."""
+        held = self._held.get(slot, _EMPTY)
+        if held.size == start:
+            self._held[slot] = _Slot((*held.parts, *parts), held.written)
 
     def extend(self, slot: int, start: int, end: int) -> None:
         """Say that positions `start` to `end` of a slot are about to be written."""
-        held = self._held.get(slot, _EMPTY)
-        self._held[slot] = _Slot(held.prefix if _size(held) <= start else None, end)
+        self._held[slot] = self._held.get(slot, _EMPTY).within(start, end)
 
     def spare(self, slot: int) -> int:
         """A position of a slot that may be written without harm to what the slot holds.
@@ -154,11 +184,10 @@ class SlotCache:
 
     def spread(self, slot: int, count: int, length: int, written: int) -> None:
         """Let `count` slots from `slot` on hold its first `length` positions; they will write up to `written`."""
-        held = self._held.get(slot, _EMPTY)
-        held = _Slot(held.prefix if _size(held) <= length else None, written)
+        held = self._held.get(slot, _EMPTY).within(length, written)
         for target in range(slot + 1, slot + count):
-            there = self._held.pop(target, _EMPTY).prefix
-            start = _size(held) if there is held.prefix else 0
+            there = self._held.pop(target, _EMPTY).parts
+            start = held.size if there[: len(held.parts)] == held.parts else 0
             self._buffer[:, target, :, start:length] = self._buffer[:, slot, :, start:length]
         self._held.update(dict.fromkeys(range(slot, slot + count), held))
 
@@ -168,20 +197,16 @@ class SlotCache:
             found = self._buffer[:, [slot + parent for parent in parents], :, start:end]
             self._buffer[:, slot : slot + len(parents), :, start:end] = found
 
-    def read(self, slot: int, length: int) -> KV:
-        """Copy of the first `length` positions of a slot."""
-        return self._buffer[:, slot, :, :length].copy()
+    def read(self, slot: int, start: int, end: int) -> KV:
+        """Copy of positions `start` to `end` of a slot."""
+        return self._buffer[:, slot, :, start:end].copy()
 
     def move(self, source: int, target: int, length: int) -> None:
         """Copy the first `length` positions of one slot over another, and what is known of them."""
         held = self._held.get(source, _EMPTY)
         self._held.pop(target, None)
         self._buffer[:, target, :, :length] = self._buffer[:, source, :, :length]
-        self._held[target] = _Slot(held.prefix if _size(held) <= length else None, length)
-
-
-def _size(held: _Slot) -> int:
-    return 0 if held.prefix is None else held.prefix.shape[2]
+        self._held[target] = held.within(length, length)
 
 
 def _round(length: int) -> int:
@@ -198,13 +223,21 @@ class Owner(Hashable, Protocol):
 
 
 class PrefixCache:
-    """Resident prefixes, least recently used first out, within a budget in bytes. Safe from any thread."""
+    """What is resident of prompts and texts, within one budget in bytes. Safe from any thread.
+
+    Entries are what is derived from prompts. Blocks are keys and values of texts: a block's name covers all that stands
+    in front of it too, so blocks form a tree. Of each kind the least recently used goes first, and blocks go before
+    entries: a prompt is asked for more often than a text.
+    """
 
     def __init__(self, budget: int) -> None:
         self.budget = budget
         self.size = 0
         self.misses = 0
         self._entries: OrderedDict[Hashable, KV] = OrderedDict()
+        self._blocks: OrderedDict[bytes, tuple[KV, Owner | None]] = OrderedDict()
+        """With the prompt that a block depends on. No block is used later than those in front of it."""
+        self._block_bytes = 0
         self._lock = threading.Lock()
 
     def __len__(self) -> int:
@@ -226,11 +259,50 @@ class PrefixCache:
             self._drop(key)
             if prefix.nbytes > self.budget:
                 return
+            self._make_room(prefix.nbytes)
             while self.size + prefix.nbytes > self.budget:
                 _, old = self._entries.popitem(last=False)
                 self.size -= old.nbytes
             self._entries[key] = prefix
             self.size += prefix.nbytes
+
+    def find_blocks(self, names: Sequence[bytes]) -> list[KV]:
+        """As many of the blocks, from the first on, as are resident."""
+        with self._lock:
+            found = []
+            for name in names:
+                block = self._blocks.get(name)
+                if block is None:
+                    break
+                found.append(block[0])
+            self._touch(names[: len(found)])
+            return found
+
+    def put_blocks(self, names: Sequence[bytes], blocks: Sequence[KV], owner: Owner | None) -> None:
+        """Keep the blocks of the last of `names`, as many as there is room for beside the entries.
+
+        Args:
+            names: of all blocks from the first on.
+            blocks: those that were computed: the last ones.
+            owner: the prompt that they depend on.
+        """
+        with self._lock:
+            if owner is not None and owner.removed:  # while they were computed
+                return
+            self._touch(names)
+            first = len(names) - len(blocks)
+            room = self.budget - (self.size - self._block_bytes)
+            room -= sum(self._blocks[name][0].nbytes for name in names[:first] if name in self._blocks)
+            for name, block in zip(names[first:], blocks, strict=True):
+                self._drop_block(name)
+                room -= block.nbytes
+                if room < 0:
+                    break
+                self._make_room(block.nbytes)
+                self._blocks[name] = block, owner
+                self.size += block.nbytes
+                self._block_bytes += block.nbytes
+            self._touch(names)
 
     def derive(self, owner: Owner, part: str, make: Callable[[], KV]) -> KV:
         """A part of what is derived from an owner; made where it is not resident, and kept while its owner is there."""
@@ -247,17 +319,36 @@ class PrefixCache:
         """Drop what is derived from an owner."""
         for part in parts:
             self.remove((owner, part))
+        with self._lock:
+            for name in [name for name, (_, other) in self._blocks.items() if other is owner]:
+                self._drop_block(name)
 
     def has_room(self, size: int) -> bool:
-        """Whether `size` more bytes fit without putting anything out."""
-        return self.size + size <= self.budget
+        """Whether `size` more bytes of entries fit without putting an entry out."""
+        return self.size - self._block_bytes + size <= self.budget
 
     def remove(self, key: Hashable) -> None:
         """Forget a prefix, if it is there."""
         with self._lock:
             self._drop(key)
 
+    def _touch(self, names: Sequence[bytes]) -> None:
+        for name in reversed(names):
+            if name in self._blocks:
+                self._blocks.move_to_end(name)
+
+    def _make_room(self, size: int) -> None:
+        """Put out blocks for `size` more bytes."""
+        while self._blocks and self.size + size > self.budget:
+            self._drop_block(next(iter(self._blocks)))
+
     def _drop(self, key: Hashable) -> None:
         old = self._entries.pop(key, None)
         if old is not None:
             self.size -= old.nbytes
+
+    def _drop_block(self, name: bytes) -> None:
+        old = self._blocks.pop(name, None)
+        if old is not None:
+            self.size -= old[0].nbytes
+            self._block_bytes -= old[0].nbytes

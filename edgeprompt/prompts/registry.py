@@ -85,7 +85,8 @@ class LoadedPrompt:
     @property
     def sha256(self) -> str:
         """Hash of the prompt's file."""
-        return self._sha256 or self.tensors().sha256
+        self._sha256 = self._sha256 or self.tensors().sha256
+        return self._sha256
 
     @cached_property
     def is_prefix(self) -> bool:

@@ -29,27 +29,27 @@ def test_rows_survive_growth_of_slots_and_of_length() -> None:
     cache = SlotCache(SHAPE, max_slots=8, budget=1 << 24)
     cache.reserve(1, 10, 0)
     first = prefix(10, 1)
-    cache.place(0, first)
+    cache.place(0, [(b"first", first)])
     cache.reserve(2, 10, 1)
     second = prefix(256, 2)
-    cache.place(1, second)
+    cache.place(1, [(b"second", second)])
     generation = cache.generation
     cache.reserve(2, 256, 2)
     assert cache.generation == generation  # it fits: nothing moves
     cache.reserve(3, 300, 2)
     assert (cache.slots, cache.length) == (4, 512)
     assert cache.generation == generation + 1
-    assert (cache.read(0, 10) == first).all()
-    assert (cache.read(1, 256) == second).all()
+    assert (cache.read(0, 0, 10) == first).all()
+    assert (cache.read(1, 0, 256) == second).all()
 
 
 def test_move_and_pointer() -> None:
     cache = SlotCache(SHAPE, max_slots=4, budget=1 << 24)
     cache.reserve(3, 8, 0)
     block = prefix(8)
-    cache.place(2, block)
+    cache.place(2, [(b"block", block)])
     cache.move(2, 0, 8)
-    assert (cache.read(0, 8) == block).all()
+    assert (cache.read(0, 0, 8) == block).all()
     assert cache.pointer(1, 2) - cache.pointer(1, 0) == 2 * 3 * cache.length * 4 * 4
     assert cache.pointer(1, 0) - cache.pointer(0, 0) == cache.slots * 3 * cache.length * 4 * 4
 

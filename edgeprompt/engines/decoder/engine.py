@@ -149,7 +149,7 @@ class DecoderEngine(Engine):
             clock=clock,
             on_text=on_text,
         )
-        return self._job(request, prompt, ids, strategy, new_tokens=sampling.max_new_tokens)
+        return self._job(request, prompt, ids, strategy, new_tokens=sampling.max_new_tokens, clock=clock)
 
     def _classify(self, request: Request, prompt: LoadedPrompt | None) -> DecoderJob:
         clock = Clock()
@@ -157,7 +157,8 @@ class DecoderEngine(Engine):
             check_states(self._graph)
             ids, states = self._encode(request, prompt), list[npt.NDArray[np.float32]]()
             clock.input_tokens = len(ids)
-            return self._job(request, prompt, ids, ClassifyState(states, prompt.file, clock), states=states)
+            strategy = ClassifyState(states, prompt.file, clock)
+            return self._job(request, prompt, ids, strategy, states=states, clock=clock)
         if prompt is None or prompt.verbalizer is None:
             raise InputError(
                 f"prompt {request.prompt!r} has no verbalizer, which classify needs; tune it with label words"
@@ -167,7 +168,7 @@ class DecoderEngine(Engine):
         deepest = max(len(word) for word in prompt.verbalizer.words)
         ids = self._encode(request, prompt, deepest)
         clock.input_tokens = len(ids)
-        return self._job(request, prompt, ids, ScoreWords(prompt.verbalizer, clock), new_tokens=deepest)
+        return self._job(request, prompt, ids, ScoreWords(prompt.verbalizer, clock), new_tokens=deepest, clock=clock)
 
     def _words(self, request: Request, prompt: LoadedPrompt | None, task: str) -> DecoderJob:
         if prompt is None or prompt.file.task != task:
@@ -187,7 +188,7 @@ class DecoderEngine(Engine):
         )
         states: list[npt.NDArray[np.float32]] = []
         strategy = LabelWords(states, prompt.file, encoded, fields[located_slot(template)], inside)
-        return self._job(request, prompt, encoded.ids, strategy, states=states)
+        return self._job(request, prompt, encoded.ids, strategy, states=states, every_state=True)
 
     def _job(
         self,
@@ -198,6 +199,8 @@ class DecoderEngine(Engine):
         *,
         new_tokens: int = 0,
         states: list[npt.NDArray[np.float32]] | None = None,
+        every_state: bool = False,
+        clock: Clock | None = None,
     ) -> DecoderJob:
         return DecoderJob(
             prompt,
@@ -205,6 +208,8 @@ class DecoderEngine(Engine):
             strategy,
             new_tokens=new_tokens,
             states=states,
+            every_state=every_state,
+            clock=clock,
             vocab_size=self._vocab,
             timeout=request.timeout,
         )

@@ -11,7 +11,7 @@ import numpy.typing as npt
 
 from edgeprompt import names
 from edgeprompt.decoding.strategies import WORDS_AT_ONCE
-from edgeprompt.ort.kv_cache import KV, KVShape, SlotCache
+from edgeprompt.ort.kv_cache import KV, KVShape, Part, SlotCache
 from edgeprompt.ort.session import Session, graph_inputs, import_onnxruntime
 
 Ids = npt.NDArray[np.int64]
@@ -20,6 +20,9 @@ Logits = npt.NDArray[np.float32]
 LOGITS_BUDGET = 64 << 20
 """Most bytes of logits per prefill chunk, for graphs that compute them at every position."""
 PREFILL_CHUNK = 512
+BLOCK = 32
+"""Positions of the pieces in which a text's keys and values are kept. Kernels take rows in groups: only where a text is
+cut at a multiple of their sizes are the rows behind the same to the last bit."""
 KEPT_LENGTH = 1024
 """Positions a slot that an idle cache keeps its memory for."""
 MASK_STEP = 64
@@ -38,8 +41,11 @@ class DecoderGraph(Protocol):
     def fits(self, rows: int, length: int, first: int = 0) -> bool:
         """Whether that many rows of that many positions, behind `first` others, are within the budget."""
 
-    def place(self, row: int, prefix: KV | None, length: int, used: int) -> None:
-        """Start row `row` on a prefix [2 * num_layers, heads, positions, head_size], with room for `length`."""
+    def place(self, row: int, parts: Sequence[Part], length: int, used: int) -> None:
+        """Start row `row` on keys and values that are there, with room for `length` positions."""
+
+    def name(self, row: int, parts: Sequence[tuple[bytes, int]], start: int) -> None:
+        """Say that a row's keys and values from `start` on are parts of these names and lengths."""
 
     def prefill(
         self, row: int, ids: Sequence[int], past: int, rows: Logits | None, states: list[Logits] | None = None
@@ -71,8 +77,8 @@ class DecoderGraph(Protocol):
     def release(self, row: int) -> None:
         """No row from `row` on is used any more."""
 
-    def read(self, row: int, length: int) -> KV:
-        """Copy of a row's first keys and values."""
+    def read(self, row: int, start: int, end: int) -> KV | None:
+        """Copy of a row's keys and values from position `start` to `end`; None where the graph keeps fewer."""
 
     def move(self, source: int, target: int, length: int) -> None:
         """Let `target` continue where `source` is."""
@@ -130,7 +136,7 @@ class _Graph:
         self.gives_all_states = self.gives_states and not self._states_last_only
         self.chunk = PREFILL_CHUNK
         if not self._last_only:
-            self.chunk = min(PREFILL_CHUNK, max(16, LOGITS_BUDGET // (4 * self._vocab)))
+            self.chunk = min(PREFILL_CHUNK, max(BLOCK, LOGITS_BUDGET // (4 * self._vocab) // BLOCK * BLOCK))
         self._no_rows = np.zeros((1, hidden_size), np.float32)
         self._blocks = [
             (2 * layer + index, names.past(layer, part), names.present(layer, part))
@@ -172,10 +178,14 @@ class SharedGraph(_Graph):
         """Whether that many rows of that many positions, behind `first` others, are within the budget."""
         return self._cache.fits(first + max(rows, self.least_rows), length)
 
-    def place(self, row: int, prefix: KV | None, length: int, used: int) -> None:
-        """Start a row on a prefix; a slot that still holds the same prefix from its last row is used as it is."""
+    def place(self, row: int, parts: Sequence[Part], length: int, used: int) -> None:
+        """Start a row; what its slot still holds from its last row is used as it is."""
         self._reserve(max(row + 1, self.least_rows), length, used)
-        self._cache.place(row, prefix)
+        self._cache.place(row, parts)
+
+    def name(self, row: int, parts: Sequence[tuple[bytes, int]], start: int) -> None:
+        """Say what a slot holds."""
+        self._cache.name(row, parts, start)
 
     def _reserve(self, rows: int, length: int, used: int) -> None:
         self._cache.reserve(rows, length, used)
@@ -268,9 +278,9 @@ class SharedGraph(_Graph):
     def release(self, row: int) -> None:
         """Nothing to do: slots are memory."""
 
-    def read(self, row: int, length: int) -> KV:
-        """Copy of a slot's first keys and values."""
-        return self._cache.read(row, length)
+    def read(self, row: int, start: int, end: int) -> KV:
+        """Copy of a slot's keys and values."""
+        return self._cache.read(row, start, end)
 
     def move(self, source: int, target: int, length: int) -> None:
         """Copy a slot over another (when a row in the middle leaves)."""
@@ -317,11 +327,15 @@ class GrowingGraph(_Graph):
         """Whether that many rows of that many positions, behind `first` others, are within the budget."""
         return (first + rows) * length * self._shape.bytes_per_position <= self._budget
 
-    def place(self, row: int, prefix: KV | None, length: int, used: int) -> None:
-        """Start a row on a prefix."""
+    def place(self, row: int, parts: Sequence[Part], length: int, used: int) -> None:
+        """Start a row on keys and values that are there."""
         size = self._shape
         empty = np.empty((2 * size.num_layers, size.num_heads, 0, size.head_size), size.dtype)
-        self._rows[row] = [self._send(block[None]) for block in (empty if prefix is None else prefix)]
+        begun = np.concatenate([empty, *(part for _, part in parts)], axis=2)
+        self._rows[row] = [self._send(block[None]) for block in begun]
+
+    def name(self, row: int, parts: Sequence[tuple[bytes, int]], start: int) -> None:
+        """Nothing to do: a row begins anew each time."""
 
     def prefill(
         self, row: int, ids: Sequence[int], past: int, rows: Logits | None, states: list[Logits] | None = None
@@ -383,9 +397,11 @@ class GrowingGraph(_Graph):
             for gone in [other for other in kept if other >= row]:
                 del kept[gone]
 
-    def read(self, row: int, length: int) -> KV:
-        """A row's first keys and values."""
-        found: KV = np.concatenate([value.numpy()[:, :, :length] for value in self._rows[row]])
+    def read(self, row: int, start: int, end: int) -> KV | None:
+        """A row's keys and values; None where attention has a window and the graph keeps no more."""
+        if any(value.shape()[2] < end for value in self._rows[row]):
+            return None
+        found: KV = np.concatenate([value.numpy()[:, :, start:end] for value in self._rows[row]])
         return found
 
     def move(self, source: int, target: int, length: int) -> None:

@@ -12,10 +12,11 @@ from collections.abc import Sequence
 import numpy as np
 import numpy.typing as npt
 
-from edgeprompt.decoding.strategies import Move, Strategy
-from edgeprompt.engines.decoder.graph import DecoderGraph
+from edgeprompt.decoding.strategies import Clock, Move, Strategy
+from edgeprompt.engines.decoder.graph import BLOCK, DecoderGraph
 from edgeprompt.engines.decoder.prefixes import Prefixes
 from edgeprompt.engines.scheduler import Job
+from edgeprompt.ort.kv_cache import Part
 from edgeprompt.prompts.registry import LoadedPrompt
 
 Floats = npt.NDArray[np.float32]
@@ -32,6 +33,8 @@ class DecoderJob(Job):
         *,
         new_tokens: int = 0,
         states: list[Floats] | None = None,
+        every_state: bool = False,
+        clock: Clock | None = None,
         vocab_size: int = 0,
         timeout: float | None = None,
     ) -> None:
@@ -42,12 +45,14 @@ class DecoderJob(Job):
             ids: what to prefill behind the prompt's prefix.
             strategy: what becomes of the logits.
             new_tokens: most tokens that follow.
-            states: gets the hidden states behind every piece of `ids`; None: nobody asks for them.
+            states: gets the hidden states behind the pieces of `ids` that are run; None: nobody asks for them.
+            every_state: whether all of `ids` must be run for that, though their keys and values are resident.
+            clock: is told how many of `ids` were resident.
             vocab_size: of the base.
             timeout: seconds from now.
         """
         super().__init__(timeout, strategy.result)
-        self.strategy, self.states = strategy, states
+        self.strategy, self.states, self.every_state, self.clock = strategy, states, every_state, clock
         self.prefix = prompt if prompt is not None and prompt.is_prefix and prompt.num_virtual_tokens else None
         """Whose keys and values stand in front."""
         self.table = prompt if prompt is not None and prompt.rows and not prompt.is_prefix else None
@@ -60,8 +65,12 @@ class DecoderJob(Job):
         if not ids and vocab_size and self.prefix is not None:
             self.table, self.cut, ids = self.prefix, 1, [vocab_size + count - 1]
         self.ids = ids
-        self.filled = 0
-        """How many of `ids` are prefilled."""
+        self.filled = -1
+        """How many of `ids` are prefilled; -1 before it begins."""
+        self.blocks: list[bytes] = []
+        """Names of the blocks of `ids`."""
+        self.kept = 0
+        """How many of them are resident."""
         self.slot = 0
         """Where it is prefilled."""
         self.length = 0
@@ -139,20 +148,20 @@ class DecoderLane:
     def _prefill(self, job: DecoderJob) -> bool:
         """Run a chunk of the text; whether that ends the job."""
         graph, strategy = self.graph, job.strategy
-        if not job.filled:
-            total = self._longest(job)
-            prefix = None if job.prefix is None else self._prefixes.find(job.prefix, graph, job.slot, total)
-            if prefix is not None and job.cut:
-                prefix = prefix[:, :, : -job.cut]
-            job.length = 0 if prefix is None else prefix.shape[2]
+        if job.filled < 0:
+            self._begin(job)
             if not job.ids:  # the prefix alone was asked for
                 return True
-            graph.place(job.slot, prefix, total, job.slot)
-        piece = job.ids[job.filled : job.filled + graph.chunk]
+        # Pieces end where they would if nothing were resident, so that their rows are the same to the last bit.
+        piece = job.ids[job.filled : (job.filled // graph.chunk + 1) * graph.chunk]
         table = None if job.table is None else self._prefixes.rows(job.table)
         logits = graph.prefill(job.slot, piece, job.length, table, job.states)
         job.filled += len(piece)
         job.length += len(piece)
+        done = job.filled // BLOCK
+        start = job.length - job.filled + job.kept * BLOCK
+        self._prefixes.keep(job.blocks[:done], done - job.kept, graph, job.slot, start, job.prefix or job.table)
+        job.kept = done
         if job.filled < len(job.ids):
             return False
         several = strategy.width > 1
@@ -166,6 +175,30 @@ class DecoderLane:
         else:
             self._join(job, move)
         return False
+
+    def _begin(self, job: DecoderJob) -> None:
+        """Start a job on what is resident of its prompt and text."""
+        graph, total, parts = self.graph, self._longest(job), list[Part]()
+        if job.prefix is not None:
+            prefix = self._prefixes.find(job.prefix, graph, job.slot, total)
+            parts = [(job.prefix.sha256.encode(), prefix[:, :, : -job.cut] if job.cut else prefix)]
+            job.length = parts[0][1].shape[2]
+        job.blocks = self._prefixes.names(job.prefix, job.table, job.ids)
+        if not job.every_state:
+            # One row alone takes another kernel, so one is left alone only where it would be without the blocks.
+            most = next(n for n in range(len(job.blocks), -1, -1) if self._may_begin(job, n * BLOCK))
+            parts += zip(job.blocks, self._prefixes.cache.find_blocks(job.blocks[:most]), strict=False)
+        job.kept = len(parts) - (job.prefix is not None)
+        job.filled = job.kept * BLOCK
+        job.length += job.filled
+        if job.clock is not None:
+            job.clock.reused_tokens = job.filled
+        if job.ids:
+            graph.place(job.slot, parts, total, job.slot)
+
+    def _may_begin(self, job: DecoderJob, filled: int) -> bool:
+        left = len(job.ids) - filled
+        return left > 1 or (left == 1 and filled % self.graph.chunk == 0) or filled == 0
 
     def _join(self, job: DecoderJob, move: Move) -> None:
         """Decode a job with the others from now on."""

@@ -6,6 +6,7 @@ prompts, tasks, beams and lengths differ from row to row.
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Callable, Mapping
 from dataclasses import replace
 from typing import Any
@@ -69,7 +70,9 @@ class Seq2SeqEngine(Engine):
         # Dynamic quantisation takes one scale per tensor: rows of one batch would change each other's results.
         rows = 1 if manifest.precision == "int8" else options.max_batch
         self._lanes = [
-            Seq2SeqLane(self._graphs, self._budget, max_rows=rows, position_bytes=shape.bytes_per_position)
+            Seq2SeqLane(
+                self._graphs, self._budget, self.derived, max_rows=rows, position_bytes=shape.bytes_per_position
+            )
             for _ in range(options.workers or 1)
         ]
         # Texts of similar length stand side by side, and so in one batch.
@@ -166,7 +169,7 @@ class Seq2SeqEngine(Engine):
         longest = max(len(word) for word in words)
         strategy = ScoreWords(prompt.verbalizer, clock)
         job = self._decoding(request, prompt, strategy, new_tokens=longest)
-        clock.input_tokens = job.source.ids.size
+        job.clock, clock.input_tokens = clock, job.source.ids.size
         return job
 
     def _generate(
@@ -212,7 +215,7 @@ class Seq2SeqEngine(Engine):
                 processors=processors,
             )
         job = self._decoding(request, prompt, strategy, new_tokens=length)
-        clock.input_tokens = job.source.ids.size
+        job.clock, clock.input_tokens = clock, job.source.ids.size
         if on_text is not None and beams > 1:  # the whole text, once it is decided
             job.add_done_callback(lambda job: None if job.exception() else on_text(job.result().text))
         return job
@@ -258,6 +261,7 @@ class Seq2SeqEngine(Engine):
         """A job that decodes sequences of at most `new_tokens`."""
         job = Seq2SeqJob(self._source(request, prompt), request.timeout, strategy.result)
         job.strategy, job.feed = strategy, self._feed(prompt)
+        job.owner = prompt if prompt is not None and (prompt.rows or prompt.has_encoder_prefix) else None
         if prompt is not None and prompt.past_length:
             job.prefix = self._tensor(prompt, names.PAST_KEY_VALUES)
         job.positions += job.prefix_length + len(job.feed) + new_tokens
@@ -279,7 +283,10 @@ class Seq2SeqEngine(Engine):
             )
         if len(ids) == rows:
             raise InputError("the text has no token, so there is nothing to run; give at least one character")
-        return SourceRow(np.asarray(ids, np.int64), *self._encoder_tensors(prompt))
+        array = np.asarray(ids, np.int64)
+        encoded_by = prompt.sha256 if prompt is not None and (prompt.rows or prompt.has_encoder_prefix) else ""
+        name = hashlib.blake2b(encoded_by.encode() + array.tobytes(), digest_size=20).digest()
+        return SourceRow(array, *self._encoder_tensors(prompt), name)
 
     def _text_ids(self, prompt: LoadedPrompt | None, fields: Mapping[str, str], limit: int | None) -> list[int]:
         """Ids of a text for the encoder, the prompt's virtual tokens among them; cut to `limit` where given."""

@@ -28,6 +28,8 @@ class SourceRow:
     ids: Array
     table: Array | None = None
     prefix: Array | None = None
+    name: bytes = b""
+    """Of all that its encoding depends on; empty where nobody asks for it again."""
 
 
 @dataclass(frozen=True)
@@ -45,6 +47,17 @@ class Source:
         """Some of its rows."""
         index = list(rows)
         return Source(self.states[index], self.mask[index], tuple(tensor[index] for tensor in self.cross))
+
+    def row(self, index: int) -> Array:
+        """One row's keys and values `[2 * num_layers, num_heads, length, head_size]`, without padding."""
+        length = int(self.text_mask[index].sum())
+        return np.stack([tensor[index, :, :length] for tensor in self.cross])
+
+    @staticmethod
+    def of_row(row: Array) -> Source:
+        """A batch of the one text whose `row` was kept; the encoder's states are gone."""
+        length = row.shape[2]
+        return Source(np.zeros((1, length, 0), np.float32), np.ones((1, length), np.int64), tuple(row[:, None]))
 
     @property
     def text_mask(self) -> Array:

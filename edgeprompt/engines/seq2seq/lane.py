@@ -7,15 +7,17 @@ beams and label words, join and leave between steps.
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Hashable, Sequence
 from typing import Any
 
 import numpy as np
 
-from edgeprompt.decoding.strategies import Logits, Move, Strategy
+from edgeprompt.decoding.strategies import Clock, Logits, Move, Strategy
 from edgeprompt.engines.scheduler import Job
 from edgeprompt.engines.seq2seq.graphs import DecoderState, Seq2SeqGraphs, Source, SourceRow, joined
+from edgeprompt.ort.kv_cache import PrefixCache
 from edgeprompt.ort.memory_budget import MemoryBudget
+from edgeprompt.prompts.registry import LoadedPrompt
 
 
 class Seq2SeqJob(Job):
@@ -24,6 +26,10 @@ class Seq2SeqJob(Job):
     def __init__(self, source: SourceRow, timeout: float | None, answer: Callable[[], Any]) -> None:
         super().__init__(timeout, answer)
         self.source = source
+        self.owner: LoadedPrompt | None = None
+        """The prompt that the encoding depends on."""
+        self.clock: Clock | None = None
+        """Is told how many tokens were encoded before."""
         self.read: Callable[[Source, int], None] | None = None
         """Takes what the encoder made of the text, and the row; nothing is decoded then."""
         self.strategy: Strategy | None = None
@@ -66,9 +72,11 @@ class Seq2SeqJob(Job):
 class Seq2SeqLane:
     """Runs jobs in one batch of sequences (`edgeprompt.engines.scheduler.Lane`)."""
 
-    def __init__(self, graphs: Seq2SeqGraphs, budget: MemoryBudget, *, max_rows: int, position_bytes: int) -> None:
-        """Share `budget` with the other lanes; a position of one sequence takes `position_bytes`."""
-        self._graphs, self._budget, self._max_rows = graphs, budget, max_rows
+    def __init__(
+        self, graphs: Seq2SeqGraphs, budget: MemoryBudget, kept: PrefixCache, *, max_rows: int, position_bytes: int
+    ) -> None:
+        """Share `budget` and `kept` with the other lanes; a position of one sequence takes `position_bytes`."""
+        self._graphs, self._budget, self._kept, self._max_rows = graphs, budget, kept, max_rows
         self._position_bytes = position_bytes
         self._taken: list[Seq2SeqJob] = []
         """Jobs whose text is not encoded yet."""
@@ -162,11 +170,18 @@ class Seq2SeqLane:
         self._jobs, self._tokens = jobs, tokens
 
     def _encode(self, jobs: list[Seq2SeqJob]) -> None:
-        """Encode texts. If that fails, each is tried alone, so that only the culprit fails."""
+        """Encode texts that are new. If that fails, each is tried alone, so that only the culprit fails."""
         try:
-            source = self._graphs.encode([job.source for job in jobs])
-            places = [place for place, job in enumerate(jobs) if job.read is None]
-            begun = self._graphs.begin(source.take(places), [jobs[at].prefix for at in places]) if places else None
+            kept = {job: rows[0] for job in jobs if (rows := self._find(job))}
+            new = [job for job in jobs if job not in kept]
+            each = {self._key(job): job.source for job in new}  # the same text once
+            places = {key: place for place, key in enumerate(each)}
+            source = self._graphs.encode([*each.values()]) if each else None
+            begun = [self._graphs.begin(Source.of_row(row), [job.prefix]) for job, row in kept.items()]
+            decoding = [job for job in new if job.read is None]
+            if source is not None and decoding:
+                rows = [places[self._key(job)] for job in decoding]
+                begun.append(self._graphs.begin(source.take(rows), [job.prefix for job in decoding]))
         except Exception as error:
             if len(jobs) > 1:
                 for job in jobs:
@@ -175,15 +190,33 @@ class Seq2SeqLane:
                 jobs[0].fail(error)
                 self._shrink()
             return
-        for place, job in enumerate(jobs):
+        for job in new:
+            assert source is not None
+            self._keep_encoding(job, source, places[self._key(job)])
             if job.read is not None:
-                job.read(source, place)
+                job.read(source, places[self._key(job)])
                 job.finish()
-        if begun is not None:
-            self._state = begun if self._state is None else joined([self._state, begun])
-            self._jobs += [jobs[place] for place in places]
-            self._tokens += [jobs[place].feed[0] for place in places]
+        if begun:
+            self._state = joined([*([] if self._state is None else [self._state]), *begun])
+            self._jobs += [*kept, *decoding]
+            self._tokens += [job.feed[0] for job in (*kept, *decoding)]
         self._shrink()
+
+    @staticmethod
+    def _key(job: Seq2SeqJob) -> Hashable:
+        return job.source.name or job
+
+    def _find(self, job: Seq2SeqJob) -> list[Any]:
+        """What is kept of a text that was encoded before; whoever reads the encoder's states needs more."""
+        found = [] if job.read is not None or not job.source.name else self._kept.find_blocks([job.source.name])
+        if found and job.clock is not None:
+            job.clock.reused_tokens = job.clock.input_tokens
+        return found
+
+    def _keep_encoding(self, job: Seq2SeqJob, source: Source, place: int) -> None:
+        name = job.source.name
+        if name and job.read is None and self._kept.budget and not self._kept.find_blocks([name]):
+            self._kept.put_blocks([name], [source.row(place)], job.owner)
 
     def _decode(self) -> None:
         assert self._state is not None
