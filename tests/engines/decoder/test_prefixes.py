@@ -151,7 +151,7 @@ def test_heads_that_read_every_token_run_every_token(package: Path) -> None:
         engine: Any = runtime._engine
         ids, states = runtime._package.tokenizer.encode(text), list[Any]()
         job = engine._job(Request(text), None, ids, ReadState(states), states=states, every_state=True)
-        engine.queue([job], wait=True)
+        engine.scheduler.submit([job], wait=True)
         job.result()
         assert sum(map(len, states)) == len(ids)
 
