@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 from edgeprompt.base.geometry import geometry_of
 from edgeprompt.base.load import LoadedBase
+from edgeprompt.base.source import read_json
 from edgeprompt.errors import UnsupportedError
 from edgeprompt.package.manifest import Manifest
 from edgeprompt.prompts.file import PromptFile
@@ -60,7 +60,7 @@ def _pooling(config: Any) -> str:
     file = Path(getattr(config, "_name_or_path", "") or ".") / "1_Pooling/config.json"
     if not file.is_file():
         return "mean"
-    noted = json.loads(file.read_text("utf-8"))
+    noted = read_json(file)
     if noted.get("pooling_mode_cls_token"):
         return "cls"
     return "last" if noted.get("pooling_mode_lasttoken") else "mean"

@@ -92,7 +92,9 @@ def _load_folder(source: Source, per_parameter: float) -> tuple[Any, Any, Any]:
     import transformers
 
     raw = read_json(source.folder / CONFIG)
-    known = raw.get("model_type") in transformers.CONFIG_MAPPING
+    if not isinstance(raw.get("model_type"), str):
+        raise SourceError(f"the config of {source.given!r} names no model_type, but {raw.get('model_type')!r}")
+    known = raw["model_type"] in transformers.CONFIG_MAPPING
     check_config(source.given, raw, known)
     try:
         config = transformers.AutoConfig.from_pretrained(source.folder, trust_remote_code=False)

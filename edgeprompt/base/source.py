@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from edgeprompt.errors import SourceError
-from edgeprompt.package.files import open_regular, read_regular
+from edgeprompt.package.files import check_regular, open_regular, read_regular
 
 CONFIG = "config.json"
 WEIGHTS = ("model.safetensors", "pytorch_model.bin")
@@ -76,7 +76,12 @@ def find_local(base: str | os.PathLike[str]) -> Source | None:
         return Source(given, path.parent, _parts(path))
     if path.is_dir():
         _check_folder(given, path)
+        _check_kinds(path)
         return Source(given, path)
+    if path.exists():
+        raise SourceError(
+            f"base {given!r} is a pipe or a device; give a model folder, a .gguf file or a Hugging Face id"
+        )
     looks_local = given.startswith((".", "/", "~")) or given.endswith(".gguf") or not _HUB_ID.fullmatch(given)
     if looks_local:
         raise SourceError(f"no base model at {given!r}; give a model folder, a .gguf file or a Hugging Face id")
@@ -167,6 +172,21 @@ def _check_folder(given: str, path: Path) -> None:
     if files:
         raise SourceError(f"{missing}; give its GGUF file: {_some(files)}")
     raise SourceError(missing)
+
+
+def _check_kinds(folder: Path) -> None:
+    """Refuse pipes and devices among the files that libraries open: they would be waited for, or read for ever.
+
+    Raises:
+        SourceError: names the file.
+    """
+    for name in (CONFIG, *_HUB_FILES, *WEIGHTS, *(f"{name}.index.json" for name in WEIGHTS)):
+        file = folder / name
+        if file.exists() and not file.is_file():
+            try:
+                check_regular(file)
+            except OSError as error:
+                raise SourceError(f"cannot read {str(file)!r}: {error.strerror or error}") from error
 
 
 def _parts(path: Path) -> tuple[Path, ...]:

@@ -9,11 +9,11 @@ import json
 import os
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Any
 
 from edgeprompt.bench.statistics import Summary, summarise
 from edgeprompt.errors import InputError
+from edgeprompt.package.files import read_regular
 
 FORMAT = "edgeprompt-bench"
 VERSION = 1
@@ -173,6 +173,10 @@ class Report:
         return [run | result.row() for result in self.results]
 
 
+MAX_RESULT = 256 << 20
+"""Bytes of a result; one of 10,000 settings has 30 MB."""
+
+
 def load_report(path: str | os.PathLike[str]) -> Report:
     """Read a result that was written with --format json.
 
@@ -180,7 +184,7 @@ def load_report(path: str | os.PathLike[str]) -> Report:
         InputError: no such file, or no such result.
     """
     try:
-        data = json.loads(Path(path).read_text(encoding="utf-8"))
+        data = json.loads(read_regular(path, MAX_RESULT).decode("utf-8"))
         if data["format"] != FORMAT or data["version"] != VERSION:
             raise ValueError(f"format {data['format']!r} version {data['version']!r}")
         known = [spec.name for spec in dataclasses.fields(Result)]
@@ -192,7 +196,7 @@ def load_report(path: str | os.PathLike[str]) -> Report:
         )
     except OSError as error:
         raise InputError(f"cannot read {str(path)!r}: {error.strerror or error}") from error
-    except (ValueError, KeyError, TypeError) as error:
+    except (ValueError, KeyError, TypeError, RecursionError) as error:
         raise InputError(f"{str(path)!r} is no result of edgeprompt bench --format json: {error}") from error
 
 

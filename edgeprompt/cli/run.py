@@ -141,7 +141,7 @@ def command(
     for item in wanted:  # before the model is loaded, which takes seconds
         serving.find_prompt(package, item)
     if source and source.suffix.lower() == ".txt":
-        source.stat()
+        serving.check_text(source)
     elif source:
         next(serving.read_texts(source))
     rows = _rows(texts, source)

@@ -149,10 +149,30 @@ def read_texts(source: Path) -> Iterator[Mapping[str, Any]]:
     from edgeprompt.evaluation.formats import read_lines
 
     if source.suffix.lower() == ".txt":
+        check_text(source)
         with source.open("rb") as file:
             yield from read_lines(file, str(source))
     else:
         yield from read_records(source)
+
+
+def check_text(source: Path) -> None:
+    """Refuse what is no regular file.
+
+    Raises:
+        DataError: says what it is.
+    """
+    from edgeprompt.errors import DataError
+    from edgeprompt.package.files import check_regular
+
+    try:
+        check_regular(source)
+    except OSError as error:
+        raise DataError(
+            f"cannot read {str(source)!r}: {error.strerror or error}; pipe lines into stdin, without --input"
+            if source.exists()
+            else f"{source}: {error.strerror or error}"
+        ) from error
 
 
 def count_records(source: Path) -> int | None:

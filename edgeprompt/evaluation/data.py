@@ -75,6 +75,10 @@ def _open(source: DataSource) -> Iterator[Record]:
         return read_file(path)
     if path.is_dir():
         raise DataError(f"data {str(path)!r} is a folder; give one file ({', '.join(READERS)}) or a dataset id")
+    if path.exists():
+        raise DataError(
+            f"data {str(path)!r} is a pipe or a device, and only regular files are read; write it into a file"
+        )
     if path.suffix.lower() in READERS or path.is_absolute() or str(source).startswith((".", "~")):
         raise DataError(f"no data file at {str(source)!r}")
     return read_dataset(str(source))

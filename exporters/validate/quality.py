@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import io
 import os
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
@@ -15,6 +16,7 @@ import numpy.typing as npt
 import torch
 
 from edgeprompt.errors import DataError, ValidationError
+from edgeprompt.package.files import open_regular
 from edgeprompt.package.manifest import Manifest
 
 Floats = npt.NDArray[np.float32]
@@ -198,10 +200,11 @@ def read_texts(data: Any) -> tuple[str, list[str]]:
     name = os.path.basename(source_name(data))
     if name.endswith(".txt"):
         try:
-            with open(data, encoding="utf-8-sig") as file:
-                texts = [line.strip() for line in islice(file, MOST_TEXTS)]
+            with open_regular(data) as file:
+                texts = [line.strip() for line in islice(io.TextIOWrapper(file, "utf-8-sig"), MOST_TEXTS)]
         except (OSError, UnicodeDecodeError) as error:
-            raise DataError(f"cannot read texts from {name!r}: {error}") from error
+            reason = getattr(error, "strerror", None) or error
+            raise DataError(f"cannot read texts from {name!r}: {reason}") from error
     else:
         texts = [_text_of(row) for row in islice(read_records(data), MOST_TEXTS)]
     texts = [text for text in texts if text]
