@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections import Counter
 from collections.abc import Sequence
 from contextlib import suppress
 from dataclasses import replace
@@ -56,6 +57,8 @@ def _labelled(run: Run, found: RunData, shared: Any) -> dict[str, Any]:
         teacher += said.argmax(-1).tolist()
         labels += given.tolist()
     figures: dict[str, Any] = {"agreement": _share([int(a == b) for a, b in zip(student, teacher, strict=True)])}
+    often, times = Counter(teacher).most_common(1)[0]
+    figures["teacher_says_most"] = {"label": run.objective.labels[often], "share": round(times / len(teacher), 4)}
     known = [index for index, label in enumerate(labels) if label >= 0]
     if known:
         figures["accuracy"] = _share([int(student[index] == labels[index]) for index in known])

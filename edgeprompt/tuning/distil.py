@@ -35,6 +35,8 @@ from edgeprompt.tuning.teach import Taught, check_tokenizers, load_reader, teach
 from edgeprompt.tuning.teacher import CHUNK
 
 _EVAL_BATCHES = 2
+_ONE_SIDED = 0.9
+"""Share of one label among a teacher's answers from which on a note says so."""
 _UNSHOWN = ("template", "prompt", "fingerprint", "add_special_tokens")
 """What the file says of the teacher and the terminal does not."""
 _INITS = ("text", "sampled", "clustered")
@@ -80,6 +82,13 @@ def distil(base: Any, data: DataSource, path: Path, options: TuneOptions, *, pro
         prompt = prompt_file(run, loop, done, path, found)
         figures = figures_of(run, found, taught, loop)
     checks = closeness(run, found)
+    most = (figures.get("on") or [figures])[0].get("teacher_says_most")
+    notes = []
+    if most is not None and most["share"] >= _ONE_SIDED:
+        notes.append(
+            f"the teacher says {most['label']!r} of {most['share']:.0%} of the held-out texts, so agreement shows little; "
+            "try another instruction, or other examples (--shots-seed)"
+        )
     prompt = replace(prompt, generation={**_generation(question, taught, asked), **prompt.generation})
     about = {
         **taught.about,
@@ -112,7 +121,7 @@ def distil(base: Any, data: DataSource, path: Path, options: TuneOptions, *, pro
         value=done.best.get(objective.metric),
         examples_per_second=done.step * batches.batch_size / done.seconds if done.seconds else 0.0,
         checks={"distilled": shown, **checks},
-        notes=(f"learned: {calls}", *taught.notes, *found.notes),
+        notes=(f"learned: {calls}", *taught.notes, *found.notes, *notes),
     )
 
 

@@ -159,6 +159,9 @@ def test_an_instruction_becomes_a_prompt(
         result = tune(base, texts, output=tmp_path / f"{base.name}.safetensors", options=asked)
         labels = [int(answer.logprobs.argmax()) for answer in answers_of(result.path, asked, LabelAnswer)[:32]]
         print(base.name, labels.count(0), result.value, result.prompt.distilled_from["agreement"])
+        most = result.prompt.distilled_from["teacher_says_most"]
+        assert most["share"] == pytest.approx(max(labels.count(0), labels.count(1)) / 32, abs=1e-4)
+        assert any("so agreement shows little" in note for note in result.notes) == (most["share"] >= 0.9)
         assert 6 <= labels.count(0) <= 26, "a teacher that always says the same teaches nothing"
         # Learned by heart: on the same texts, and better than always saying the same.
         assert result.prompt.distilled_from["agreement"]["value"] > max(labels.count(0), labels.count(1)) / 32
