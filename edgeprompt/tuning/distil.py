@@ -86,8 +86,8 @@ def distil(base: Any, data: DataSource, path: Path, options: TuneOptions, *, pro
     notes = []
     if most is not None and most["share"] >= _ONE_SIDED:
         notes.append(
-            f"the teacher says {most['label']!r} of {most['share']:.0%} of the held-out texts, so agreement shows little; "
-            "try another instruction, or other examples (--shots-seed)"
+            f"the teacher says {most['label']!r} of {most['share']:.0%} of the held-out texts, so agreement shows "
+            "little; try another instruction, or other examples (--shots-seed)"
         )
     prompt = replace(prompt, generation={**_generation(question, taught, asked), **prompt.generation})
     about = {
