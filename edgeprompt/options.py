@@ -22,6 +22,9 @@ class EngineOptions:
     prefix_budget: int | None = None
     """Most bytes of what is kept of prompts and texts (keys and values, prompt embeddings). None: 64 MiB, on encoders
     128 MiB."""
+    reuse_texts: bool = True
+    """Keep what was computed of texts, within `prefix_budget`, for requests that begin alike. False computes every text
+    anew, as measurements of speed need it."""
     kv_budget: int | None = None
     """Most bytes of KV cache for running requests."""
     max_batch: int = 16

@@ -230,7 +230,13 @@ class _Judge:
             for found in candidates:
                 if found.report is None:
                     continue
-                runtime = stack.enter_context(edgeprompt.load(found.report.path, provider=provider))
+                runtime = stack.enter_context(
+                    edgeprompt.load(
+                        found.report.path,
+                        provider=provider,
+                        options=edgeprompt.EngineOptions(reuse_texts=False),  # the same texts are timed again
+                    )
+                )
                 for file in self._files:
                     runtime.add_prompt(file, allow_other_weights=True)
                 found.scores = evaluate(

@@ -122,6 +122,7 @@ def equality(package: Package, threads: int, *, batch_invariant: bool = False) -
     prompts = make_prompts(package, PROMPTS, lengths=(4, 9, 16, 23), deep=True)
     options = EngineOptions(
         allow_other_weights=True,
+        reuse_texts=False,
         threads=threads,
         spinning=False,
         batch_invariant=batch_invariant,
@@ -203,7 +204,7 @@ def mixed(package: Package, threads: int) -> dict[str, Any]:
     lines = texts(2 * BATCH, rng)
     options = GenerationOptions(max_new_tokens=NEW_TOKENS)
     with Runtime(
-        endless(package), EngineOptions(allow_other_weights=True, threads=threads, max_batch=BATCH)
+        endless(package), EngineOptions(allow_other_weights=True, reuse_texts=False, threads=threads, max_batch=BATCH)
     ) as runtime:
         for task in tasks:
             runtime.add_prompt(task)
@@ -239,7 +240,9 @@ def together(package: Package, threads: int) -> dict[str, Any]:
     prompts = make_prompts(package, 3)
     new = 64
     options = GenerationOptions(max_new_tokens=new)
-    with Runtime(endless(package), EngineOptions(allow_other_weights=True, threads=threads, max_batch=8)) as runtime:
+    with Runtime(
+        endless(package), EngineOptions(allow_other_weights=True, reuse_texts=False, threads=threads, max_batch=8)
+    ) as runtime:
         names = [runtime.add_prompt(prompt) for prompt in prompts]
         requests = [
             Request(text, names[index % len(names)], task="generate", options=options)
@@ -283,7 +286,8 @@ def thousand(package: Package, threads: int) -> dict[str, Any]:
         del prompts
         for title, budget in (("registered", 0), ("default_budget", None)):
             with Runtime(
-                package, EngineOptions(allow_other_weights=True, threads=threads, prefix_budget=budget)
+                package,
+                EngineOptions(allow_other_weights=True, reuse_texts=False, threads=threads, prefix_budget=budget),
             ) as runtime:
                 for path in files[:3]:
                     runtime.add_prompt(path)
@@ -294,7 +298,7 @@ def thousand(package: Package, threads: int) -> dict[str, Any]:
                 extra = anonymous() - before
                 found[f"extra_bytes_{title}"] = extra
                 found[f"extra_share_{title}"] = extra / weights
-        with Runtime(package, EngineOptions(allow_other_weights=True, threads=threads)) as runtime:
+        with Runtime(package, EngineOptions(allow_other_weights=True, reuse_texts=False, threads=threads)) as runtime:
             runtime.add_folder(folder)
             runtime.run([Request("a film", name) for name in names[:3]])
             found.update(swap(runtime, names[:3]))

@@ -63,7 +63,9 @@ def measure(precision: str, count: int, texts: int, threads: int) -> dict[str, A
     )
     reader = read_records(ROOT / "examples" / "data" / "movie.train.csv")
     sentences = [str(row["text"]) for row in islice(reader, texts + 1)]
-    with Runtime(open_package(package(precision)), EngineOptions(provider="cpu", threads=threads)) as runtime:
+    with Runtime(
+        open_package(package(precision)), EngineOptions(provider="cpu", threads=threads, reuse_texts=False)
+    ) as runtime:
         runtime.add_prompt(prompt, allow_base_mismatch=True)
         before, times = split_rss().get("anonymous", 0), []
         compiled: Any = runtime._prompts.find("intents").verbalizer

@@ -2,13 +2,13 @@
 
     python -m benchmarks.ablations.reuse [--precision int8] [--threads 1] [--rounds 3]
 
-Each part runs twice, alternating: as it is, and in a runtime that keeps nothing (`prefix_budget=0`) and computes every
-request from its first token. Answers of both are compared. The rows of the prompts are drawn from the shipped ones:
-what is measured is the way to an answer, not the answer.
+Each part runs twice, alternating: as it is, and in a runtime that keeps no text (`reuse_texts=False`), which computes
+every request from its first token. Answers of both are compared. The rows of the prompts are drawn from the shipped
+ones: what is measured is the way to an answer, not the answer.
 
     tasks         8 text-first prompts over one text of 512 tokens, by `run_tasks`
     chat          ten turns of 16 new tokens each; seconds to the first token of every turn
-    instruction   20 texts behind one instruction of about 400 tokens
+    instruction   20 texts behind one instruction with 19 examples
 """
 
 from __future__ import annotations
@@ -125,7 +125,7 @@ def measure(precision: str, threads: int, rounds: int) -> dict[str, Any]:
     opened = open_package(package(precision))
     with (
         Runtime(opened, EngineOptions(provider="cpu", threads=threads)) as kept,
-        Runtime(opened, EngineOptions(provider="cpu", threads=threads, prefix_budget=0)) as nothing,
+        Runtime(opened, EngineOptions(provider="cpu", threads=threads, reuse_texts=False)) as nothing,
     ):
         for name, part in PARTS.items():
             times: dict[str, list[list[float]]] = {"kept": [], "nothing kept": []}

@@ -59,7 +59,11 @@ class Latency:
         tokens = dataclasses.replace(package.manifest.tokens, eos=())
         self._package = Package(package.path, dataclasses.replace(package.manifest, tokens=tokens))
         self._settings = EngineOptions(
-            provider=provider, threads=threads, max_batch=max(16, *options.batch), allow_other_weights=True
+            provider=provider,
+            threads=threads,
+            max_batch=max(16, *options.batch),
+            allow_other_weights=True,
+            reuse_texts=False,  # the same texts are measured again and again
         )
         self.provider = provider
 

@@ -44,7 +44,7 @@ def main() -> None:
 def _answer(arguments: argparse.Namespace, files: list[Path]) -> Runtime:
     from edgeprompt import EngineOptions, GenerationOptions, Request, load
 
-    options = EngineOptions(allow_other_weights=True)
+    options = EngineOptions(allow_other_weights=True, reuse_texts=False)
     runtime = load(arguments.package, provider=arguments.provider, threads=arguments.threads, options=options)
     names = [runtime.add_prompt(file, name=file.stem) for file in files]
     for name in dict.fromkeys((names[0], names[-1])):

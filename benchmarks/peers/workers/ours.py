@@ -43,6 +43,7 @@ class Peer:
             threads=None if workers else self._threads,
             workers=workers,
             prefix_budget=prefix_budget,
+            reuse_texts=False,  # the same texts are measured again and again
             # The folder keeps prefixes too: a prompt that is to be run again must not be found there.
             cache_folder=self._folder / "packed" if prefix_budget is None else None,
         )

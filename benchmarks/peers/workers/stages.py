@@ -19,7 +19,7 @@ def start(folder: str, package: str, started: float) -> list[float]:
     import edgeprompt
 
     options = edgeprompt.EngineOptions(
-        provider="cpu", threads=2, cache_folder=f"{folder}/packed", allow_other_weights=True
+        provider="cpu", threads=2, cache_folder=f"{folder}/packed", allow_other_weights=True, reuse_texts=False
     )
     _ = edgeprompt.load
     times.append(time.monotonic())

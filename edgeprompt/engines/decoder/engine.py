@@ -60,7 +60,7 @@ class DecoderEngine(Engine):
                 dtype=shape.dtype,
                 ort_version=import_onnxruntime().__version__,
             )
-        self._prefixes = Prefixes(self.derived, shape, self._vocab, store)
+        self._prefixes = Prefixes(self.derived, shape, self._vocab, store, texts=options.reuse_texts)
         self._lanes = []
         """Each with a cache of its own."""
         for _ in range(lanes):

@@ -23,8 +23,11 @@ from edgeprompt.prompts.registry import LoadedPrompt
 class Prefixes:
     """What decoders derive from prompts. `find` is for the thread that owns the graph it gets."""
 
-    def __init__(self, cache: PrefixCache, shape: KVShape, vocab_size: int, store: PrefixStore | None) -> None:
-        self.cache, self._shape, self._vocab, self._store = cache, shape, vocab_size, store
+    def __init__(
+        self, cache: PrefixCache, shape: KVShape, vocab_size: int, store: PrefixStore | None, *, texts: bool
+    ) -> None:
+        """`texts`: whether blocks of texts are kept as well."""
+        self.cache, self._shape, self._vocab, self._store, self._texts = cache, shape, vocab_size, store, texts
 
     def has_room(self, prompt: LoadedPrompt) -> bool:
         """Whether its keys and values fit beside those that are resident."""
@@ -42,13 +45,15 @@ class Prefixes:
         return self.cache.derive(prompt, names.PAST_KEY_VALUES, lambda: self._make(prompt, graph, slot, total))
 
     def names(self, prefix: LoadedPrompt | None, table: LoadedPrompt | None, ids: Sequence[int]) -> list[bytes]:
-        """Names of a text's blocks, of which each covers all that stands in front.
+        """Names of a text's blocks, of which each covers all that stands in front; none where texts are not kept.
 
         Args:
             prefix: the prompt whose keys and values stand in front of the text.
             table: the prompt whose rows virtual ids among `ids` index.
             ids: the text's.
         """
+        if not self._texts or not self.cache.budget:
+            return []
         name = b"" if prefix is None else prefix.sha256.encode()
         tag = b"" if table is None else table.sha256.encode()
         array, found = np.asarray(ids, np.int64), list[bytes]()
@@ -72,7 +77,7 @@ class Prefixes:
             start: where in the slot the first of the new blocks begins.
             owner: the prompt that they depend on.
         """
-        if not count or self.cache.budget == 0:
+        if not count or not names:
             return
         found = graph.read(slot, start, start + count * BLOCK)
         if found is None:

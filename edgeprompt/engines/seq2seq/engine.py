@@ -66,6 +66,7 @@ class Seq2SeqEngine(Engine):
         self.derived = PrefixCache(TENSOR_BUDGET if options.prefix_budget is None else options.prefix_budget)
         size = manifest.geometry
         shape = KVShape(size.num_layers, size.num_key_value_heads, size.head_size, manifest.kv_dtype)
+        self._reuse_texts = options.reuse_texts
         self._budget = MemoryBudget(options.kv_budget or KV_BUDGET)
         # Dynamic quantisation takes one scale per tensor: rows of one batch would change each other's results.
         rows = 1 if manifest.precision == "int8" else options.max_batch
@@ -285,7 +286,9 @@ class Seq2SeqEngine(Engine):
             raise InputError("the text has no token, so there is nothing to run; give at least one character")
         array = np.asarray(ids, np.int64)
         encoded_by = prompt.sha256 if prompt is not None and (prompt.rows or prompt.has_encoder_prefix) else ""
-        name = hashlib.blake2b(encoded_by.encode() + array.tobytes(), digest_size=20).digest()
+        name = b""
+        if self._reuse_texts:
+            name = hashlib.blake2b(encoded_by.encode() + array.tobytes(), digest_size=20).digest()
         return SourceRow(array, *self._encoder_tensors(prompt), name)
 
     def _text_ids(self, prompt: LoadedPrompt | None, fields: Mapping[str, str], limit: int | None) -> list[int]:

@@ -14,6 +14,7 @@ import pytest
 
 import edgeprompt
 from edgeprompt import EngineOptions, Request, Runtime
+from edgeprompt.bench.memory import split_rss
 from edgeprompt.engines.decoder.graph import BLOCK
 from edgeprompt.engines.decoder.head import ReadState
 from edgeprompt.prompts.template import Template
@@ -180,6 +181,35 @@ def test_threads_under_a_budget_that_evicts_all_the_time(package: Path, workers:
 
 
 @pytest.mark.slow
+def test_ten_thousand_requests_from_sixteen_threads(package: Path) -> None:
+    """Every answer is the one alone, and memory stays flat, while the budget evicts all the time."""
+    asked = requests(200, seed=11)
+    expected = [plain(result) for result in alone(package, asked)]
+    with opened(package) as runtime:
+        budget = 12 * block_bytes(runtime)
+    with opened(package, prefix_budget=budget, max_batch=1) as runtime:
+        failures, sizes = list[Any](), list[int]()
+
+        def ask(seed: int) -> None:
+            rng = random.Random(seed)
+            for count in range(625):
+                at = rng.randrange(len(asked))
+                if plain(runtime.run([asked[at]])[0]) != expected[at]:
+                    failures.append(asked[at])
+                if seed == 0 and count % 25 == 0:
+                    sizes.append(split_rss().get("anonymous", 0))
+
+        clients = [threading.Thread(target=ask, args=(seed,)) for seed in range(16)]
+        for client in clients:
+            client.start()
+        for client in clients:
+            client.join()
+        assert not failures
+        assert runtime._engine.derived.size <= budget
+        assert max(sizes[5:]) - sizes[5] < 16 << 20
+
+
+@pytest.mark.slow
 def test_attention_with_a_window(save_tiny: Callable[..., Path], tmp_path: Path) -> None:
     """A window that has moved on: blocks are used in place, and never where a graph keeps fewer positions."""
     import torch
@@ -223,3 +253,11 @@ def test_a_chat_reads_what_is_new(smollm2_package: Path) -> None:
     assert [timing.reused_tokens // BLOCK > place for place, timing in enumerate(timings[1:])] == [True, True]
     assert timings[2].computed_tokens < timings[2].input_tokens / 2
     assert forked.reused_tokens >= timings[2].input_tokens // BLOCK * BLOCK
+
+
+def test_texts_are_computed_anew_where_nobody_wants_them_kept(package: Path) -> None:
+    with opened(package, reuse_texts=False) as runtime:
+        found = [runtime.generate(FIRST, prompt="front", max_new_tokens=1) for _ in range(2)]
+        assert found[1].timings.computed_tokens == found[1].timings.input_tokens > BLOCK
+        assert not runtime._engine.derived._blocks
+        assert len(runtime._engine.derived) > 0  # prompts are kept
