@@ -108,7 +108,7 @@ def convert_prompt(
         if facts and kind == "prompt":
             check_servable(prompt, facts)
     package = Path(base) if isinstance(base, (str, os.PathLike)) else None
-    outputs = _write(prompts, Path(output), kind, facts, package, force)
+    outputs = _write(prompts, Path(output), kind, facts, package, force, (base, *sources))
     return ConversionReport(
         ", ".join(dict.fromkeys(source_formats)),
         kind,
@@ -276,13 +276,19 @@ def _reread(
 
 
 def _write(
-    prompts: list[PromptFile], output: Path, kind: str, facts: BaseFacts | None, package: Path | None, force: bool
+    prompts: list[PromptFile],
+    output: Path,
+    kind: str,
+    facts: BaseFacts | None,
+    package: Path | None,
+    force: bool,
+    sources: Sequence[object],
 ) -> tuple[Path, ...]:
     if kind == "trtllm":
         writers.write_table(prompts, output)
         return (output,)
     if kind == "prompt" and not output.suffix:
-        return _write_folder(prompts, output)
+        return _write_folder(prompts, output, sources)
     if len(prompts) != 1:
         raise InputError(
             f"the source holds {len(prompts)} prompts ({', '.join(p.name for p in prompts[:10])}): choose one with "
@@ -302,12 +308,12 @@ def _write(
     return (output,)
 
 
-def _write_folder(prompts: list[PromptFile], folder: Path) -> tuple[Path, ...]:
+def _write_folder(prompts: list[PromptFile], folder: Path, sources: Sequence[object]) -> tuple[Path, ...]:
     paths = [folder / f"{_file_name(prompt.name)}.safetensors" for prompt in prompts]
     if len(set(paths)) != len(paths):
         raise InputError("two prompts of the source have the same file name; convert them one by one with --task-index")
     for path in paths:
-        check_output(path, PROMPT)  # all of them, before the first is written
+        check_output(path, PROMPT, sources=sources)  # all of them, before the first is written
     for prompt, path in zip(prompts, paths, strict=True):
         save_prompt(prompt, path)
     return tuple(paths)

@@ -32,6 +32,9 @@ from edgeprompt.base.tokenizer_files import check_tokenizer_files
 from edgeprompt.errors import SourceError
 from edgeprompt.package.manifest import Base
 
+_EMBEDDINGS = ("shared.weight", "embed_tokens.weight")
+"""Names that encoder-decoders store the embedding under; any of them gives it."""
+
 
 @dataclass(frozen=True)
 class LoadedBase:
@@ -122,13 +125,18 @@ def _load_folder(source: Source, per_parameter: float) -> tuple[Any, Any, Any]:
 def _read_model(config: Any, tensors: Mapping[str, Any], source: Source, family: Any, raw: Mapping[str, Any]) -> Any:
     model_class = _model_class(config, family)
     renamed = accounting.match(tensors, config, model_class, source.given)
-    if family.architecture == names.ENCODER_DECODER and family.untied(raw) and "lm_head.weight" not in renamed:
-        raise SourceError(
-            f"{source.given!r} lacks 1 tensors that {model_class.__name__} needs (lm_head.weight): its config gives "
-            "the head weights of its own; the checkpoint is incomplete, or its config belongs to another model"
-        )
+    if family.architecture == names.ENCODER_DECODER and family.untied(raw):
+        # transformers ties both whatever the config says, and would fill one that is missing from the other.
+        for needed, ends in (("lm_head.weight", ("lm_head.weight",)), ("shared.weight", _EMBEDDINGS)):
+            if not any(name.endswith(ends) for name in renamed):
+                raise SourceError(
+                    f"{source.given!r} lacks 1 tensors that {model_class.__name__} needs ({needed}): its config gives "
+                    "the head weights of its own; the checkpoint is incomplete, or its config belongs to another model"
+                )
     model, info = accounting.load(model_class, config, renamed, source.given)
     accounting.check_loaded(info, model, source.given)
+    if (bias := "final_logits_bias") in model.state_dict() and bias not in renamed:
+        accounting.tell(f"{source.given!r} has no {bias}, so its head is taken to have none (zeros)")
     return model
 
 

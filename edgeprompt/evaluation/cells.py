@@ -18,6 +18,11 @@ from edgeprompt.evaluation.formats import Record
 _BOM = "\ufeff"
 _SURROGATE = re.compile("[\ud800-\udfff]")
 _NUMBER = re.compile(r"[+-]?\d+(\.\d+)?")
+_NO_VALUE = ("nan", "NaN", "NaT", "<NA>", "#N/A")
+"""How pandas, numpy and Excel write nothing; the last word on others ("None", "null") is the data's own."""
+_FLAGS = {"0", "1", "0.0", "1.0", "true", "false"}
+_NUMPY = re.compile(r"(?:array|tensor)\(.*\)|\[[\s\d.+-]+\]", re.DOTALL)
+"""An array as numpy or torch prints it: `[1 0 1]`, `array([1, 0, 1])`."""
 TAG_COLUMNS = ("tags", "ner_tags")
 """Where the tags of a text stand; the first that the data has."""
 
@@ -90,6 +95,11 @@ def label_of(record: Record, column: str, where: str) -> str:
     label = text_of({column: value}, column, where).strip()
     if not label:
         raise DataError(f"{where} has nothing in column {column!r}, so its label is unknown; leave the row out")
+    if label in _NO_VALUE:
+        raise DataError(
+            f"{where}: label {label!r} is how programs write a cell with nothing in it; fill it in, leave the row out, "
+            "or give the class another name"
+        )
     if _is_list(label):
         raise DataError(
             f"{where}: label {label[:60]!r} is a list written as text; use .jsonl with real lists, or labels with "
@@ -102,7 +112,7 @@ def labels_of(record: Record, column: str, where: str) -> list[str]:
     """Several labels of one record: a list of names, or a text with commas.
 
     Raises:
-        DataError: numbers, which may be ids or a 0 or 1 for each label; or a list written as text.
+        DataError: numbers, which may be ids or a 0 or 1 for each label, also as text; or a list written as text.
     """
     value = value_of(record, column, where)
     if isinstance(value, (list, tuple)):
@@ -116,9 +126,15 @@ def labels_of(record: Record, column: str, where: str) -> list[str]:
     elif isinstance(value, str):
         if _is_list(value.strip()):
             return [label_of({column: value}, column, where)]  # which says what is wrong with it
-        found = [label.strip() for label in clean(value, where).split(",") if label.strip()]
+        cells = [label.strip() for label in clean(value, where).split(",") if label.strip()]
+        found = [label_of({column: label}, column, where) for label in cells]
     else:
         found = [label_of(record, column, where)]
+    if len(found) > 1 and {label.lower() for label in found} <= _FLAGS:
+        raise DataError(
+            f"{where}: column {column!r} holds {str(value)[:60]!r}, which reads like a 0 or 1 for each label; write "
+            'the names of the labels that hold, as ["drama", "war"]'
+        )
     return list(dict.fromkeys(found))
 
 
@@ -242,9 +258,12 @@ def known_label(label: str, known: Iterable[str]) -> str | None:
 
 
 def _is_list(text: str) -> bool:
-    if not (text.startswith("[") and text.endswith("]")):
+    """Whether Python or numpy wrote a list, a tuple, a set, an array or a tensor here."""
+    if _NUMPY.fullmatch(text):
+        return True
+    if text[:1] + text[-1:] not in ("[]", "()", "{}"):
         return False
     try:
-        return isinstance(ast.literal_eval(text), list)
-    except (ValueError, SyntaxError, MemoryError, RecursionError):
+        return isinstance(ast.literal_eval(text), (list, tuple, set, dict))
+    except (ValueError, TypeError, SyntaxError, MemoryError, RecursionError):
         return False

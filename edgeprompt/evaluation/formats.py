@@ -134,8 +134,9 @@ def _class_names(feature: Any) -> Sequence[str] | None:
         return feature.get(key) if isinstance(feature, Mapping) else getattr(feature, key, None)
 
     if (get("_type") or type(feature).__name__) == "ClassLabel":
-        names: Sequence[str] | None = get("names")
-        return names
+        names = get("names")
+        known = isinstance(names, (list, tuple)) and all(isinstance(name, str) for name in names)
+        return names if known else None
     inner = get("feature")
     return None if inner is None else _class_names(inner)
 
@@ -293,9 +294,10 @@ def _parquet(path: Path) -> Iterator[Record]:
 def _features(metadata: Mapping[bytes, bytes]) -> Any:
     """What the datasets library says about the columns of a parquet file that it wrote."""
     try:
-        return strict_json.loads(metadata.get(b"huggingface", b"{}"))["info"]["features"]
+        features = strict_json.loads(metadata.get(b"huggingface", b"{}"))["info"]["features"]
     except (ValueError, KeyError, TypeError):
         return None
+    return features if isinstance(features, Mapping) else None
 
 
 READERS: Mapping[str, Callable[[Path], Iterator[Record]]] = {

@@ -98,3 +98,14 @@ def test_our_own_adapter_is_replaced_by_force(cli, refused, place):
     assert cli(*arguments, "--force").exit_code == 0
     (place / "ours" / "notes.md").write_text("mine")
     assert "'notes.md'" in refused(*arguments, "--force")
+
+
+def test_a_folder_of_prompts_keeps_the_source_inside_it(refused, place):
+    (place / "set").mkdir()
+    shutil.copy(place / "p.safetensors", place / "set" / "sentiment.safetensors")
+    before = tree(place)
+    line = refused(
+        "convert", "set/sentiment.safetensors", "-o", "set", "--base", "package", "--template", "{prompt}{text}"
+    )
+    assert "also what the command reads" in line
+    assert tree(place) == before

@@ -63,10 +63,23 @@ def test_labels_have_no_white_space_around_and_numbers_one_form(value: Any, labe
     assert label_of({"label": value}, "label", "row 1") == label
 
 
-@pytest.mark.parametrize("value", [None, float("nan"), float("inf"), "", "  ", ["a"], "[1, 0, 1]", "['a', 'b']", {}])
+@pytest.mark.parametrize(
+    "value", [None, float("nan"), float("inf"), "", "  ", ["a"], "[1, 0, 1]", "['a', 'b']", {}, "nan", "<NA>"]
+)
 def test_what_is_no_label_names_its_row(value: Any) -> None:
     with pytest.raises(DataError, match="row 7"):
         label_of({"label": value}, "label", "row 7")
+
+
+@pytest.mark.parametrize(
+    "value", ["[1 0 1]", "[1. 0.\n 1.]", "(1, 0, 1)", "('a', 'b')", "{'a'}", "{'a': 1}", "array([1, 0])", "tensor([1])"]
+)
+def test_what_a_program_printed_is_no_label(value: str) -> None:
+    for read in (label_of, labels_of):
+        with pytest.raises(DataError, match="row 7"):
+            read({"label": value}, "label", "row 7")
+    for label in ("(positive)", "[drama]", "{x}", "(1)", "[-", "None"):
+        assert label_of({"label": label}, "label", "row 7") == label
 
 
 def test_several_labels() -> None:
@@ -77,7 +90,11 @@ def test_several_labels() -> None:
 
 
 @pytest.mark.parametrize(
-    "value", [[1, 0, 1], [0, 3], [1.0, 0.0], [True, False], np.array([1, 0]), ["a", None], [["a"]], "[1, 0, 1]", None]
+    "value",
+    [
+        *([1, 0, 1], [0, 3], [1.0, 0.0], [True, False], np.array([1, 0]), ["a", None], [["a"]], "[1, 0, 1]", None),
+        *("1,0,1", "0, 1", ["1", "0", "1"], ["0", "0"], "0.0,1.0", ["True", "False"], np.array(["1", "0"]), "a,nan"),
+    ],
 )
 def test_what_may_be_ids_or_zeros_and_ones_is_refused_with_the_row(value: Any) -> None:
     with pytest.raises(DataError, match="row 3"):

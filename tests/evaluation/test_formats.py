@@ -164,3 +164,16 @@ def test_a_class_id_without_a_name_is_refused(tmp_path: Path) -> None:
     pyarrow.parquet.write_table(twice, tmp_path / "d.parquet")
     with pytest.raises(DataError, match="names a column twice"):
         list(read_records(tmp_path / "d.parquet"))
+
+
+@pytest.mark.parametrize(
+    "said",
+    [{"info": {"features": [1]}}, {"info": {"features": {"label": {"names": "np", "_type": "ClassLabel"}}}}, [], 1],
+)
+def test_features_that_are_none_name_nothing(tmp_path: Path, said: Any) -> None:
+    import pyarrow
+    import pyarrow.parquet
+
+    table = pyarrow.table({"label": [1]}).replace_schema_metadata({"huggingface": json.dumps(said)})
+    pyarrow.parquet.write_table(table, tmp_path / "d.parquet")
+    assert list(read_records(tmp_path / "d.parquet")) == [{"label": 1}]

@@ -315,7 +315,9 @@ CASES: dict[str, Damage] = {
     ),
     "an encoder's head deleted": Damage(without("cls.", kind="bert"), "has no head for it", loads=True),
     "T5's untied head deleted": Damage(without("lm_head", kind="t5"), r"lacks 1 .*lm_head\.weight"),
+    "T5's embedding deleted, its head untied": Damage(without("shared", kind="t5"), r"lacks 1 .*shared\.weight"),
     "T5's decoder deleted": Damage(without("decoder.block.0.layer.1", kind="t5"), r"lacks 5 .*decoder\.block\.0"),
+    "BART's bias deleted": Damage(without("final_logits_bias", kind="bart"), "has no final_logits_bias", loads=True),
     "BART's shared embedding deleted": Damage(
         without("model.shared", "model.encoder.embed_tokens", "model.decoder.embed_tokens", "lm_head", kind="bart"),
         r"lacks .*(embed_tokens|shared|lm_head)",
