@@ -116,7 +116,7 @@ class Lines:
         parts.append(f"{_clock(now - self._began)} so far")
         if self._total and made:
             left = spent / made * (self._total - self._done) - (now - self._changed)
-            parts.append(f"about {_clock(max(left, 0.0))} left")
+            parts += [f"about {_clock(left)} left"] if left > 0 else []  # a stage that takes longer than those before
         return f"{self._title}: {', '.join(parts)}"
 
 

@@ -63,7 +63,7 @@ def soon(monkeypatch):
 
 
 def test_run_and_eval_say_how_far_they_are(soon, cli, texts, tiny_llama_package, prompt_folder, tmp_path):
-    form = r"%s: \d+ of 200 rows \(\d+%%\), [\d.]+ rows/s, 0:0\d so far, about \d:\d\d left"
+    form = r"%s: \d+ of 200 rows \(\d+%%\), [\d.]+ rows/s, 0:\d\d so far.*"
     plain = cli("run", tiny_llama_package, "--input", texts, "--max-new-tokens", 2)
     assert any(re.fullmatch(form % "run", line) for line in plain.stderr.splitlines()), plain.stderr
     assert len(plain.stdout.splitlines()) == 200
@@ -79,9 +79,9 @@ def test_long_commands_say_off_a_terminal_how_far_they_are(soon, cli, tiny_llama
     data.write_text("text,label\n" + "good film,positive\nbad film,negative\n" * 4)
     bench = ("--input-tokens", 4, "--new-tokens", 2, "--batch", 1, "--tasks", 1, "--repetitions", 1, "--warmup", 0)
     for form, *args in (
-        (r"export: 70%, validate, .* left", "export", tiny_llama_base, "-o", tmp_path / "package"),
-        (r"validate: 30%, compare, .* left", "validate", tiny_llama_package, "--against", tiny_llama_base),
-        (r"tuning: \d of 4 steps \(\d+%\), [\d.]+ steps/s, loss [\d.]+.* left", "tune", tiny_llama_base, data, "-o",
+        (r"export: 70%, validate, .*", "export", tiny_llama_base, "-o", tmp_path / "package"),
+        (r"validate: 30%, compare, .*", "validate", tiny_llama_package, "--against", tiny_llama_base),
+        (r"tuning: \d of 4 steps \(\d+%\), [\d.]+ steps/s, loss [\d.]+.*", "tune", tiny_llama_base, data, "-o",
          tmp_path / "p.safetensors", "--steps", 4),
         (r"bench: \d+%, .* so far.*", "bench", tiny_llama_package, *bench),
     ):  # fmt: skip
