@@ -89,5 +89,9 @@ class TuningError(EdgePromptError, RuntimeError):
     """Tuning could not continue."""
 
 
+class HubError(EdgePromptError, RuntimeError):
+    """Something of the Hugging Face Hub is not there, not allowed, not reachable, or came damaged."""
+
+
 class MissingDependencyError(EdgePromptError, ImportError):
     """An optional dependency is not installed; the message has the install command."""

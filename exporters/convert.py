@@ -6,11 +6,12 @@ import contextlib
 import dataclasses
 import os
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 from edgeprompt.errors import BaseMismatchError, InputError, SourceError
+from edgeprompt.package import hub
 from edgeprompt.package.manifest import Base
 from edgeprompt.package.outputs import ADAPTER, KV, ONNX_ADAPTER, PROMPT, PROMPT_SET, TABLE, Kind, check_output
 from edgeprompt.prompts.file import METADATA_KEY, PromptFile, load_prompt, save_prompt
@@ -39,6 +40,31 @@ class ConversionReport:
     dropped: tuple[str, ...]
     """Each with the reason."""
     notes: tuple[str, ...] = ()
+
+
+PEFT_FILES = ("adapter_config.json", "adapter_model.safetensors", "adapter_model.bin")
+"""Files of a PEFT adapter on the Hub: the first, and one of the others."""
+
+
+def _local(source: str | os.PathLike[str]) -> Path:
+    """Where a source lies; one on the Hugging Face Hub (a PEFT adapter, or a file) is downloaded.
+
+    Raises:
+        HubError: it cannot be had from the Hub.
+    """
+    wanted = hub.parse(source)
+    if wanted is None:
+        return Path(source)
+    if wanted.file is not None and Path(wanted.file).suffix:
+        return hub.fetch_file(wanted, what="prompt")
+    inside = "" if wanted.file is None else f"{wanted.file}/"
+
+    def weights(config: Path) -> Iterator[tuple[str, bool]]:
+        yield f"{inside}{PEFT_FILES[1]}", False
+        if not (config.parent / PEFT_FILES[1]).exists():
+            yield f"{inside}{PEFT_FILES[2]}", True
+
+    return hub.fetch(wanted, f"{inside}{PEFT_FILES[0]}", weights, what="prompt").folder / inside
 
 
 def convert_prompt(
@@ -82,14 +108,14 @@ def convert_prompt(
     check_output(output, _output_kind(kind, Path(output)), force=force, sources=(base, *sources))
     options = ReadOptions(template, tuple(labels), bool(verbalizer))
     if base is not None and not isinstance(base, BaseFacts):
-        _check_sources([Path(one) for one in sources], source_format, options)
+        _check_sources([_local(one) for one in sources], source_format, options)
     facts = base if isinstance(base, BaseFacts) or base is None else read_base_facts(base)
     prompts: list[PromptFile] = []
     found: list[str] = []
     dropped: list[str] = []
     notes: list[str] = []
     source_formats: list[str] = []
-    for path in map(Path, sources):
+    for path in map(_local, sources):
         if _is_prompt_file(path):
             prompts.append(_reread(load_prompt(path), facts, template, verbalizer, labels))
             source_formats.append("edgeprompt")

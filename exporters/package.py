@@ -86,6 +86,7 @@ def make_manifest(
         versions=tool_versions(),
         extra={
             **built.extra,
+            **({"base_revision": loaded.pinned} if loaded.pinned else {}),
             **({"generation_notes": notes} if notes else {}),
             **({"block_size": options.block_size} if options.precision == "int4" else {}),
         },

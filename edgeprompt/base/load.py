@@ -50,6 +50,8 @@ class LoadedBase:
     """Its entry in `edgeprompt.base.families`."""
     stored: Mapping[str, str] = field(default_factory=dict)
     """Parameter -> its type in the GGUF file ("Q4_K"); empty for bases that are no GGUF file."""
+    pinned: str | None = None
+    """`user/repo@commit` of a base that came from the Hugging Face Hub."""
 
     @property
     def config(self) -> Any:
@@ -88,7 +90,7 @@ def load_base(base: str | os.PathLike[str], *, per_parameter: float = memory.LOA
         model, tokenizer, family, stored = found
     accounting.check_values(model.named_parameters(), source.given)
     model.requires_grad_(False)
-    return LoadedBase(source.name, model.eval(), tokenizer, family, stored)
+    return LoadedBase(source.name, model.eval(), tokenizer, family, stored, source.pinned)
 
 
 def _load_folder(source: Source, per_parameter: float) -> tuple[Any, Any, Any]:

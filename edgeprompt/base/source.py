@@ -5,12 +5,13 @@ from __future__ import annotations
 import json
 import os
 import re
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from edgeprompt.errors import SourceError
+from edgeprompt.package import hub
 from edgeprompt.package.files import check_regular, open_regular, read_regular
 
 CONFIG = "config.json"
@@ -43,6 +44,8 @@ class Source:
     """The GGUF file, or all parts of a split one in their order."""
     hub: bool = False
     """Whether it was downloaded from Hugging Face."""
+    pinned: str | None = None
+    """`user/repo@commit` of what came from Hugging Face."""
 
     @property
     def name(self) -> str:
@@ -50,16 +53,31 @@ class Source:
         if self.gguf:
             found = _PART.fullmatch(self.gguf[0].name)
             return found["stem"] if found else self.gguf[0].stem
-        return self.given if self.hub else self.folder.resolve().name
+        if self.hub:
+            return self.given if self.pinned is None else self.pinned.partition("@")[0]
+        return self.folder.resolve().name
 
 
 def find_source(base: str | os.PathLike[str]) -> Source:
-    """Find a Hugging Face id, a local folder, or a `.gguf` file (any part of a split one).
+    """Find a folder, a `.gguf` file (any part of a split one), or a Hugging Face id (`user/repo[@revision][/file]`).
 
     Raises:
         SourceError: nothing is there, or nothing that is a base model; the message says what is there instead.
     """
-    return find_local(base) or Source(str(base), _download(str(base)), hub=True)
+    local = find_local(base)
+    if local is not None:
+        return local
+    wanted = hub.parse(base)
+    if wanted is None:  # an id without a user: "gpt2"
+        return Source(str(base), _download(str(base)), hub=True)
+    if wanted.file is not None and wanted.file.endswith(".gguf"):
+        names = _part_names(wanted.file)
+        found = hub.fetch(wanted, wanted.file, lambda _: ((name, True) for name in names), what="base model")
+        path = found.folder / wanted.file
+        return Source(wanted.given, path.parent, _parts(path), pinned=found.pinned)
+    inside = "" if wanted.file is None else f"{wanted.file}/"
+    found = hub.fetch(wanted, f"{inside}{CONFIG}", lambda config: _base_files(config.parent, inside), what="base model")
+    return Source(wanted.given, found.folder / inside, hub=True, pinned=found.pinned)
 
 
 def find_local(base: str | os.PathLike[str]) -> Source | None:
@@ -82,7 +100,11 @@ def find_local(base: str | os.PathLike[str]) -> Source | None:
         raise SourceError(
             f"base {given!r} is a pipe or a device; give a model folder, a .gguf file or a Hugging Face id"
         )
-    looks_local = given.startswith((".", "/", "~")) or given.endswith(".gguf") or not _HUB_ID.fullmatch(given)
+    there = hub.parse(given)
+    on_hub = there is not None or _HUB_ID.fullmatch(given) is not None
+    if given.endswith(".gguf"):
+        on_hub = there is not None and there.file is not None
+    looks_local = given.startswith((".", "/", "~")) or not on_hub
     if looks_local:
         raise SourceError(f"no base model at {given!r}; give a model folder, a .gguf file or a Hugging Face id")
     return None
@@ -189,6 +211,16 @@ def _check_kinds(folder: Path) -> None:
                 raise SourceError(f"cannot read {str(file)!r}: {error.strerror or error}") from error
 
 
+def _part_names(file: str) -> list[str]:
+    """All parts of a GGUF file in a repository."""
+    home, _, name = file.rpartition("/")
+    found = _PART.fullmatch(name)
+    if found is None:
+        return [file]
+    count, before = int(found["count"]), f"{home}/" if home else ""
+    return [f"{before}{found['stem']}-{number:05d}-of-{count:05d}.gguf" for number in range(1, count + 1)]
+
+
 def _parts(path: Path) -> tuple[Path, ...]:
     """All parts of a split GGUF file, or the file alone.
 
@@ -207,6 +239,22 @@ def _parts(path: Path) -> tuple[Path, ...]:
             f"{'is' if len(missing) == 1 else 'are'} not beside it; download all parts into one folder"
         )
     return tuple(parts)
+
+
+def _base_files(folder: Path, inside: str) -> Iterator[tuple[str, bool]]:
+    """What belongs to a transformers model: as each comes, it tells what comes next."""
+    for optional in _HUB_FILES:
+        yield f"{inside}{optional}", False
+    for weights in WEIGHTS:
+        index = f"{weights}.index.json"
+        yield f"{inside}{weights}", False
+        if (folder / weights).exists():
+            return
+        yield f"{inside}{index}", False
+        if (folder / index).exists():
+            for shard in sorted(set(read_json(folder / index).get("weight_map", {}).values())):
+                yield f"{inside}{shard}", True
+            return
 
 
 def _download(name: str) -> Path:

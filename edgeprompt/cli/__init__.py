@@ -19,7 +19,7 @@ import edgeprompt
 from edgeprompt.cli import console
 from edgeprompt.errors import EdgePromptError, MissingDependencyError
 
-COMMANDS = ("tune", "export", "convert", "run", "eval", "bench", "serve", "inspect", "validate")
+COMMANDS = ("tune", "export", "convert", "run", "eval", "bench", "serve", "push", "inspect", "validate")
 
 
 class _Failed(click.ClickException):

@@ -22,7 +22,8 @@ if TYPE_CHECKING:
 def command(path: Path, as_json: bool) -> None:
     """Show what PATH is, its base and its sizes.
 
-    PATH is a package folder, a prompt file (.safetensors) or an ONNX Runtime adapter (.onnx_adapter).
+    PATH is a package folder, a prompt file (.safetensors) or an ONNX Runtime adapter (.onnx_adapter), here or on the
+    Hugging Face Hub (user/repo[@revision][/file]).
     """
     console.need_stdout()
     facts = describe(path)
@@ -43,9 +44,15 @@ def describe(path: Path) -> dict[str, Any]:
         InputError: another kind of file, or none that can be read.
     """
     from edgeprompt.errors import InputError
+    from edgeprompt.package import hub
     from edgeprompt.package.files import check_regular
+    from edgeprompt.package.folder import open_package
     from edgeprompt.prompts.file import MAX_FILE_BYTES
 
+    there = hub.parse(path)
+    if there is not None:
+        is_file = (there.file or "").endswith((".safetensors", ".onnx_adapter"))
+        path = hub.fetch_file(there, what="prompt file") if is_file else open_package(path).path
     if not path.exists():
         raise InputError(f"nothing at {str(path)!r}; give a package folder, a .safetensors or an .onnx_adapter file")
     if path.is_dir():

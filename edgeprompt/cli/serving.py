@@ -19,6 +19,7 @@ if TYPE_CHECKING:
     from edgeprompt.prompts.file import PromptFile
     from edgeprompt.runtime import Runtime
 
+SUFFIX = ".safetensors"
 F = TypeVar("F", bound=Callable[..., Any])
 
 
@@ -104,10 +105,14 @@ def find_prompt(package: Path, wanted: str) -> Path:
     Raises:
         InputError: neither; names those in the package.
     """
+    from edgeprompt.package import hub
     from edgeprompt.package.folder import open_package
 
     if Path(wanted).exists() and not Path(wanted).is_dir():
         return Path(wanted)
+    there = hub.parse(wanted)
+    if there is not None and (there.file or "").endswith(SUFFIX):
+        return hub.fetch_file(there, what="prompt file")
     inside = {path.stem: path for path in open_package(package).prompt_paths}
     if wanted in inside:
         return inside[wanted]

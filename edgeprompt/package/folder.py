@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING
 
 from edgeprompt import names
 from edgeprompt.errors import PackageError
+from edgeprompt.package import hub
 from edgeprompt.package.files import read_regular, sha256_file
 from edgeprompt.package.manifest import MAX_BYTES, Manifest
 
@@ -80,6 +81,23 @@ class Package:
                 _check_hash(self.path / name, expected)
 
 
+def _download(wanted: hub.HubPath) -> Path:
+    """The folder of a package from the Hub: what its manifest names, and no other file of the repository."""
+    inside = "" if wanted.file is None else f"{wanted.file.rstrip('/')}/"
+
+    def files(manifest_file: Path) -> list[tuple[str, bool]]:
+        manifest = Manifest.from_json(read_regular(manifest_file, MAX_BYTES))
+        needed = [name for graph in manifest.graphs.values() for name in (graph.file, *graph.data)]
+        optional = (names.TOKENIZER, names.TOKENIZER_CONFIG, names.CHAT_TEMPLATE)
+        return [
+            *((f"{inside}{name}", True) for name in (*needed, *manifest.prompts)),
+            *((f"{inside}{name}", False) for name in optional),
+        ]
+
+    found = hub.fetch(wanted, f"{inside}{names.MANIFEST}", files, what="package")
+    return found.folder / inside
+
+
 def _check_hash(path: Path, expected: str) -> None:
     found = sha256_file(path)
     if found != expected:
@@ -89,12 +107,18 @@ def _check_hash(path: Path, expected: str) -> None:
 def open_package(path: str | os.PathLike[str]) -> Package:
     """Open a package: read and check its manifest, and that its files are there.
 
+    Args:
+        path: a folder, or `user/repo[@revision][/folder]` on the Hugging Face Hub.
+
     Raises:
         PackageError: no package, a broken manifest, or a file is missing.
+        HubError: it cannot be had from the Hub.
     """
     if not isinstance(path, str | os.PathLike):
         raise PackageError(f"a package is a folder, found {path!r}; give its path")
     folder = Path(path)
+    if not folder.exists() and (wanted := hub.parse(path)) is not None:
+        folder = _download(wanted)
     file = folder / names.MANIFEST
     try:
         if not folder.is_dir():
