@@ -73,7 +73,8 @@ def prompt_card(file: Path, repo: str, licence: str | None) -> Card:
     if labels:
         lines.append("Labels: " + ", ".join(labels) + ".")
     if prompt.tuned_for is not None:
-        lines.append(f"Tuned for weights at {prompt.tuned_for.precision}.")
+        tuned = prompt.tuned_for if isinstance(prompt.tuned_for, tuple) else (prompt.tuned_for,)
+        lines.append(f"Tuned for weights at {', '.join(one.precision for one in tuned)}.")
     if prompt.golden is not None:
         lines.append("It holds a golden example, which `edgeprompt validate PACKAGE --prompt FILE` asks.")
     usage = f'edgeprompt run PACKAGE --prompt {repo}/{file.name} "your text"'
