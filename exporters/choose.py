@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
 
 from edgeprompt.base.load import LoadedBase, load_base
-from edgeprompt.base.memory import EXPORT
+from edgeprompt.base.memory import to_export
 from edgeprompt.errors import ExportError, InputError, UnsupportedError, ValidationError
 from edgeprompt.package.files import atomic_folder, sha256_file
 from edgeprompt.package.outputs import PACKAGE, check_output
@@ -140,7 +140,7 @@ def export_best(
     files = {Path(path): load_prompt(path) for path in prompts}
     judge = _Judge(files, str(data))
     tell("load", 0.0)
-    loaded = base if isinstance(base, LoadedBase) else load_base(base, per_parameter=EXPORT)
+    loaded = base if isinstance(base, LoadedBase) else load_base(base, need=to_export("fp32"), mapped=True)
     wanted = CANDIDATES[provider]
     step = 0.9 / (len(wanted) + 1)
     with atomic_folder(out, PACKAGE, force=force, sources=sources) as folder, contextlib.ExitStack() as stack:

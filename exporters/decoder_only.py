@@ -51,13 +51,16 @@ def build(loaded: LoadedBase, options: ExportOptions, folder: Path, scratch: Pat
             raise
         instead = {"route_instead_of_genai": str(error)}
         route, model = "torch", torch_route.build_graph(loaded, options, folder, scratch)
-    finish_graph(model, loaded, options)
+    finish_graph(model, loaded, options, scratch)
     save_graph(model, folder / GRAPH)
     return BuiltGraphs({"model": GRAPH}, route, extra={"weights": model.meta["weights"], **instead})
 
 
-def finish_graph(model: ir.Model, loaded: LoadedBase, options: ExportOptions) -> None:
-    """What every route's graph goes through, in place: contract shapes, quantisation, virtual tokens."""
+def finish_graph(model: ir.Model, loaded: LoadedBase, options: ExportOptions, scratch: Path | None = None) -> None:
+    """What every route's graph goes through, in place: contract shapes, quantisation, virtual tokens.
+
+    With `scratch`, a folder that must outlive the graph, quantised weights lie there.
+    """
     geometry = geometry_of(loaded.config)
     width = loaded.model.get_input_embeddings().weight.shape[1]
     if width != geometry.hidden_size:
@@ -68,7 +71,12 @@ def finish_graph(model: ir.Model, loaded: LoadedBase, options: ExportOptions) ->
     _name_shapes(model, geometry.num_key_value_heads, geometry.head_size)
     expose_hidden_states(model, geometry.hidden_size)
     model.meta["weights"] = quantize_graph(
-        model, options.precision, loaded.model, block_size=options.block_size, stored=loaded.stored
+        model,
+        options.precision,
+        loaded.model,
+        block_size=options.block_size,
+        stored=loaded.stored,
+        scratch=scratch,
     )
     graft_virtual_tokens(
         model,

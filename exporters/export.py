@@ -16,7 +16,7 @@ from typing import Any, cast
 from edgeprompt import names
 from edgeprompt.base.geometry import geometry_of
 from edgeprompt.base.load import LoadedBase, load_base
-from edgeprompt.base.memory import EXPORT
+from edgeprompt.base.memory import to_export, to_validate
 from edgeprompt.base.tokenizer_files import check_tokenizer_files
 from edgeprompt.errors import BaseMismatchError, ExportError, InputError, OtherWeightsError
 from edgeprompt.package.files import atomic_folder
@@ -163,8 +163,12 @@ def validate_package(
     tell("files", 0.0)
     package.verify()
     tell("load", 0.1)
-    loaded = against if isinstance(against, LoadedBase) else load_base(against)
     manifest = package.manifest
+    loaded = (
+        against
+        if isinstance(against, LoadedBase)
+        else load_base(against, need=to_validate(manifest.precision), mapped=True)
+    )
     base = loaded.base
     if not base.matches(manifest.base):
         raise BaseMismatchError(
@@ -198,7 +202,11 @@ def _build(
 ) -> Manifest:
     tell("load", 0.0)
     check_tokenizer_files(base)
-    loaded = base if isinstance(base, LoadedBase) else load_base(base, per_parameter=EXPORT)
+    loaded = (
+        base
+        if isinstance(base, LoadedBase)
+        else load_base(base, need=to_export(options.precision), mapped=True, scratch=scratch)
+    )
     if options.precision == "gguf" and not loaded.stored:
         raise InputError(f"precision 'gguf' keeps what a .gguf file stores, and {loaded.name!r} is none; give another")
     for prompt in prompts.values():

@@ -3,7 +3,7 @@
     python -m benchmarks.sizes.checkpoints llama-3.2-1b FOLDER [--dtype bf16] [--shard-gb 2] [--seed 0]
 
 Its config is the published one, its matrices are normal with a deviation of 0.02, norms are near one, biases small. Its
-tokenizer knows single bytes, so that real text can be read. One tensor is in memory at a time.
+tokenizer is trained on the example texts, so that real text can be read. One tensor is in memory at a time.
 """
 
 from __future__ import annotations
@@ -74,6 +74,7 @@ SIZES: Mapping[str, Mapping[str, Any]] = {
     },
 }  # fmt: skip
 """Published configs, as far as they differ from what transformers takes for granted."""
+TEXTS = Path(__file__).resolve().parents[2] / "examples" / "data"
 DTYPES = {"bf16": "BF16", "fp16": "F16", "fp32": "F32"}
 _DEVIATION = 0.02
 
@@ -191,13 +192,18 @@ def _write_shard(file: Path, shapes: Mapping[str, tuple[int, ...]], dtype: str, 
 
 
 def _write_tokenizer(folder: Path) -> None:
-    from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+    """Byte-level BPE of 8,000 pieces, trained on the example texts: as many tokens a text as real models have."""
+    from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
     from transformers import PreTrainedTokenizerFast
 
-    letters = sorted(pre_tokenizers.ByteLevel.alphabet())
-    tokenizer = Tokenizer(models.BPE({"<s>": 0, **{letter: at for at, letter in enumerate(letters, 1)}}, []))
+    tokenizer = Tokenizer(models.BPE())
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     tokenizer.decoder = decoders.ByteLevel()
+    letters = pre_tokenizers.ByteLevel.alphabet()
+    trainer = trainers.BpeTrainer(
+        vocab_size=8000, special_tokens=["<s>"], initial_alphabet=letters, show_progress=False
+    )
+    tokenizer.train_from_iterator((file.read_text("utf-8") for file in sorted(TEXTS.glob("*.train.csv"))), trainer)
     PreTrainedTokenizerFast(tokenizer_object=tokenizer, bos_token="<s>", eos_token="<s>").save_pretrained(folder)
 
 

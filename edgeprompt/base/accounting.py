@@ -70,17 +70,37 @@ def match(tensors: Mapping[str, Any], config: Any, model_class: Any, given: str)
     return renamed
 
 
-def load(model_class: Any, config: Any, tensors: Mapping[str, Any], given: str) -> tuple[Any, dict[str, Any]]:
+def load(
+    model_class: Any, config: Any, tensors: Mapping[str, Any], given: str, *, mapped: bool = False
+) -> tuple[Any, dict[str, Any]]:
     """A model in float32 with those tensors, and what transformers says of missing and unexpected ones.
+
+    Args:
+        model_class: Of transformers.
+        config: Its config.
+        tensors: By the model's names.
+        given: The base as the user named it.
+        mapped: Leave large matrices where they are mapped (`edgeprompt.base.mapped`), in the type they are stored in.
 
     Raises:
         SourceError: the tensors cannot be read.
     """
+    if mapped:
+        from edgeprompt.base.mapped import StandIns
+
+        standing = StandIns()
+        model, info = _from_pretrained(model_class, config, standing.instead(tensors), given)
+        if standing.settle(model, set(info["unexpected_keys"]), tensors):
+            return model, info
+    return _from_pretrained(model_class, config, dict(tensors), given)
+
+
+def _from_pretrained(model_class: Any, config: Any, tensors: dict[str, Any], given: str) -> tuple[Any, dict[str, Any]]:
     import torch
 
     try:
         model, info = model_class.from_pretrained(
-            None, config=config, state_dict=dict(tensors), dtype=torch.float32,
+            None, config=config, state_dict=tensors, dtype=torch.float32,
             output_loading_info=True, ignore_mismatched_sizes=True,
         )  # fmt: skip
     except Exception as error:  # foreign files: transformers and its readers raise nearly anything
@@ -225,6 +245,8 @@ def check_values(parameters: Iterable[tuple[str, Any]], given: str) -> None:
     """
     import torch
 
+    from edgeprompt.base.mapped import release
+
     zero = []
     for name, parameter in parameters:
         values = parameter.detach()
@@ -233,6 +255,7 @@ def check_values(parameters: Iterable[tuple[str, Any]], given: str) -> None:
         # An all-zero row 0 tells nothing (padding), the last rows do: files are filled from the start.
         if values.dim() == 2 and min(values.shape) > 1 and not bool(values[-1].any()) and not bool(values.any()):
             zero.append(name)
+        release(values)
     if zero:
         tell(f"{len(zero)} matrices of {given!r} are all zero: {_some(zero)}")
 

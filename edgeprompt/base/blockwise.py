@@ -76,9 +76,17 @@ def quantize_stored(weight: torch.Tensor, *, block: int = 32) -> BlockWeights:
     """
     rows, columns = weight.shape
     blocks = -(-columns // block)
-    padded = torch.nn.functional.pad(weight.detach().float(), (0, blocks * block - columns)).reshape(-1, block)
-    scales = torch.cat([_grid_steps(part) for part in torch.split(padded, max(1, _CHUNK_VALUES // block))])
-    codes = (torch.round(padded / scales[:, None]).clamp_(-127, 127) + 128).to(torch.uint8)
+    parts = torch.split(weight.detach(), max(1, _CHUNK_VALUES // (blocks * block)))
+
+    def values(part: torch.Tensor) -> torch.Tensor:
+        return torch.nn.functional.pad(part.float(), (0, blocks * block - columns)).reshape(-1, block)
+
+    scales = torch.cat([_grid_steps(values(part)) for part in parts])
+    codes = torch.empty((rows * blocks, block), dtype=torch.uint8)
+    row = 0
+    for part in parts:
+        here = slice(row, row := row + len(part) * blocks)
+        codes[here] = torch.round(values(part) / scales[here, None]).clamp_(-127, 127) + 128
     scales = _half_if_equal(scales).reshape(rows, blocks)
     zeros = torch.full((rows, blocks), 128, dtype=torch.uint8)
     return BlockWeights(codes.reshape(rows, blocks, block), scales, zeros, columns, 8)
@@ -110,11 +118,17 @@ def quantize_symmetric(weight: torch.Tensor, *, block: int = 64) -> BlockWeights
     """Quantise [rows, columns] to 8 bits with the zero point in the middle, which is then not stored."""
     rows, columns = weight.shape
     blocks = -(-columns // block)
-    values = torch.nn.functional.pad(weight.detach().float(), (0, blocks * block - columns)).reshape(
-        rows, blocks, block
-    )
-    scales = half_where_exact(values.abs().amax(2).clamp(min=1e-12) / 127)
-    codes = (torch.round(values / scales.unsqueeze(-1)).clamp_(-127, 127) + 128).to(torch.uint8)
+    parts = torch.split(weight.detach(), max(1, _CHUNK_VALUES // (blocks * block)))
+
+    def values(part: torch.Tensor) -> torch.Tensor:
+        return torch.nn.functional.pad(part.float(), (0, blocks * block - columns)).reshape(len(part), blocks, block)
+
+    scales = half_where_exact(torch.cat([values(part).abs().amax(2).clamp(min=1e-12) / 127 for part in parts]))
+    codes = torch.empty((rows, blocks, block), dtype=torch.uint8)
+    row = 0
+    for part in parts:
+        here = slice(row, row := row + len(part))
+        codes[here] = torch.round(values(part) / scales[here].unsqueeze(-1)).clamp_(-127, 127) + 128
     return BlockWeights(codes, scales, torch.full((rows, blocks), 128, dtype=torch.uint8), columns, 8)
 
 

@@ -4,16 +4,19 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
+from edgeprompt.base.memory import Sizes
 from edgeprompt.base.source import WEIGHTS, check_contents, one_line, read_json
 from edgeprompt.errors import SourceError
 
 _MAX_HEADER = 100_000_000
 """What safetensors allows."""
-_FLOATS = ("F64", "F32", "F16", "BF16")
+MAPPED = ("F32", "F16", "BF16")
+"""Types that computing takes as they are, from the file."""
+_FLOATS = ("F64", *MAPPED)
 
 
 def read_checkpoint(folder: Path) -> dict[str, Any]:
@@ -36,19 +39,40 @@ def read_checkpoint(folder: Path) -> dict[str, Any]:
     )
 
 
-def count_values(folder: Path) -> int:
-    """How many values a folder's weights have, from their headers: nothing is mapped that may be too large to be."""
+def map_checkpoint(folder: Path, tensors: Mapping[str, Any]) -> dict[str, Any]:
+    """The tensors of `read_checkpoint` with those of safetensors files as PyTorch tensors that lie in the files."""
+    from edgeprompt.base.mapped import map_safetensors
+
+    files = [file for file in _files(folder) if file.suffix == ".safetensors"]
+    mapped = {name: tensor for file in files for name, tensor in map_safetensors(file).items()}
+    return {name: mapped.get(name, tensor) for name, tensor in tensors.items()}
+
+
+def measure(folder: Path, *, mapped: bool) -> Sizes:
+    """How large a folder's weights are, from their headers: nothing is mapped that may be too large to be.
+
+    With `mapped`, matrices of the types that `map_checkpoint` maps need no memory.
+    """
     whole = folder / WEIGHTS[0]
-    count = 0
+    count = largest = in_memory = 0
     for file in [whole] if whole.is_file() else sorted(folder.glob("model-*.safetensors")):
         try:
             with file.open("rb") as opened:
                 length = int.from_bytes(opened.read(8), "little")
                 header = json.loads(opened.read(min(length, _MAX_HEADER)))
-            count += sum(math.prod(entry["shape"]) for name, entry in header.items() if name != "__metadata__")
+            for name, entry in header.items():
+                if name == "__metadata__":
+                    continue
+                values = math.prod(entry["shape"])
+                count, largest = count + values, max(largest, values)
+                if not (mapped and entry["dtype"] in MAPPED and len(entry["shape"]) == 2):
+                    in_memory += values
         except (OSError, ValueError, TypeError, KeyError, AttributeError):
-            return 0  # damaged: reading says how
-    return count or sum(file.stat().st_size for file in folder.glob("pytorch_model*.bin")) // 4
+            return Sizes(0)  # damaged: reading says how
+    if count:
+        return Sizes(count, largest, in_memory)
+    count = sum(file.stat().st_size for file in folder.glob("pytorch_model*.bin")) // 4
+    return Sizes(count, in_memory=count)
 
 
 def is_float(tensor: Any) -> bool:
@@ -61,6 +85,17 @@ def is_float(tensor: Any) -> bool:
 def shape_of(tensor: Any) -> tuple[int, ...]:
     """Its shape, unread."""
     return tuple(tensor.get_shape() if hasattr(tensor, "get_shape") else tensor.shape)
+
+
+def _files(folder: Path) -> list[Path]:
+    """The files that `read_checkpoint` read."""
+    for name in WEIGHTS:
+        if (folder / name).is_file():
+            return [folder / name]
+        index = folder / f"{name}.index.json"
+        if index.is_file():
+            return [folder / file for file in sorted(set(read_json(index)["weight_map"].values()))]
+    return []
 
 
 def _read_shards(folder: Path, index: Path) -> dict[str, Any]:

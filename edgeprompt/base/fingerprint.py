@@ -115,8 +115,11 @@ def _covered(model: Any, vocab_size: int) -> Iterator[tuple[str, Any]]:
 def _digest(values: Any) -> str:
     import torch
 
+    from edgeprompt.base.mapped import release
+
     hashed = hashlib.sha256(str(list(values.shape)).encode())
     rows = max(1, _CHUNK_VALUES // max(1, values[0].numel()))
     for part in torch.split(values, rows):
         hashed.update(np.packbits(torch.signbit(part).cpu().numpy().ravel()).tobytes())
+        release(part)
     return hashed.hexdigest()

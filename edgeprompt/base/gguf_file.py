@@ -7,10 +7,13 @@ import sys
 import tempfile
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from edgeprompt.base.source import check_contents, one_line
 from edgeprompt.errors import SourceError
+
+if TYPE_CHECKING:
+    from edgeprompt.base.mapped import Spill
 
 _LINEAR_ROPE = ("llama", "mistral", "qwen2", "qwen3")
 """Model types with one set of rotary parameters for all layers."""
@@ -82,6 +85,24 @@ class GgufFile:
         finally:
             gguf.GGUFReader, gguf.get_tensor_name_map = before, maps
             loader.get_gguf_hf_weights_map = find
+
+    @contextlib.contextmanager
+    def on_disk(self, folder: Path) -> Iterator[Spill]:
+        """Let transformers put what it dequantises into a file in `folder` instead of memory, one tensor at a time."""
+        from types import SimpleNamespace
+
+        import torch
+        from transformers import modeling_gguf_pytorch_utils as loader
+
+        from edgeprompt.base.mapped import Spill
+
+        spill = Spill(folder, [int(tensor.n_elements) for tensor in self.reader.tensors])
+        before = loader.torch
+        loader.torch = SimpleNamespace(**{**vars(torch), "from_numpy": spill.put})
+        try:
+            yield spill
+        finally:
+            loader.torch = before
 
     def keep_rotary_scaling(self, config: Any) -> None:
         """Put the file's scaling of rotary positions into a config; transformers drops it.

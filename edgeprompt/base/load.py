@@ -11,11 +11,12 @@ from typing import Any
 
 from edgeprompt import names
 from edgeprompt.base import accounting, memory
-from edgeprompt.base.checkpoint import count_values, read_checkpoint
+from edgeprompt.base.checkpoint import map_checkpoint, measure, read_checkpoint
 from edgeprompt.base.encoder import read_encoder
 from edgeprompt.base.families import find_family
 from edgeprompt.base.fingerprint import base_fingerprint
 from edgeprompt.base.gguf_file import GgufFile
+from edgeprompt.base.mapped import own
 from edgeprompt.base.rope import check_rope
 from edgeprompt.base.sentencepiece_file import find_sentencepiece, read_sentencepiece
 from edgeprompt.base.source import (
@@ -69,14 +70,24 @@ class LoadedBase:
         return Base(self.name, self.fingerprint)
 
 
-def load_base(base: str | os.PathLike[str], *, per_parameter: float = memory.LOAD) -> LoadedBase:
+def load_base(
+    base: str | os.PathLike[str],
+    *,
+    need: memory.Need = memory.to_load,
+    mapped: bool = False,
+    scratch: Path | None = None,
+) -> LoadedBase:
     """Load BASE: a Hugging Face id, a local folder, or a `.gguf` file (any part of a split one).
 
     Every parameter is accounted for (`edgeprompt.base.accounting`); what was changed on the way is logged.
 
     Args:
         base: What to load.
-        per_parameter: Bytes of memory a parameter that the work ahead takes (`edgeprompt.base.memory`).
+        need: Memory that the work ahead takes (`edgeprompt.base.memory`).
+        mapped: Leave a decoder's large matrices in its files, in the type they have there (`edgeprompt.base.mapped`);
+            such a model computes as one in float32 does, and must not be trained or written to.
+        scratch: With `mapped`, a folder for the matrices of a `.gguf` file, which are float32 on disk then, not in
+            memory; their file there is gone when the model is.
 
     Raises:
         CapacityError: less memory is free than that.
@@ -85,7 +96,9 @@ def load_base(base: str | os.PathLike[str], *, per_parameter: float = memory.LOA
     source = find_source(base)
     with _quiet():
         found: tuple[Any, Any, Any, dict[str, str]] = (
-            _load_gguf(source, per_parameter) if source.gguf else (*_load_folder(source, per_parameter), {})
+            _load_gguf(source, need, scratch if mapped else None)
+            if source.gguf
+            else (*_load_folder(source, need, mapped), {})
         )
         model, tokenizer, family, stored = found
     accounting.check_values(model.named_parameters(), source.given)
@@ -93,7 +106,7 @@ def load_base(base: str | os.PathLike[str], *, per_parameter: float = memory.LOA
     return LoadedBase(source.name, model.eval(), tokenizer, family, stored, source.pinned)
 
 
-def _load_folder(source: Source, per_parameter: float) -> tuple[Any, Any, Any]:
+def _load_folder(source: Source, need: memory.Need, mapped: bool) -> tuple[Any, Any, Any]:
     import transformers
 
     raw = read_json(source.folder / CONFIG)
@@ -108,13 +121,16 @@ def _load_folder(source: Source, per_parameter: float) -> tuple[Any, Any, Any]:
     family = find_family(config.model_type)
     check_rope(config, source.given)
     tokenizer = read_tokenizer(source.given, source.folder)
-    memory.check_memory(source.given, count_values(source.folder), per_parameter=per_parameter)
+    mapped = mapped and family.architecture == names.DECODER_ONLY
+    memory.check_memory(source.given, measure(source.folder, mapped=mapped), need)
     tensors = read_checkpoint(source.folder)
     check_layers(tensors, config, source.given)
     if family.architecture == names.ENCODER_ONLY:
         model = read_encoder(config, tensors, source.given)
     else:
-        model = _read_model(config, tensors, source, family, raw)
+        if mapped:
+            tensors = map_checkpoint(source.folder, tensors)
+        model = _read_model(config, tensors, source, family, raw, mapped)
     if (source.folder / "generation_config.json").is_file() and hasattr(model, "generation_config"):
         try:
             model.generation_config = transformers.GenerationConfig.from_pretrained(source.folder)
@@ -124,7 +140,9 @@ def _load_folder(source: Source, per_parameter: float) -> tuple[Any, Any, Any]:
     return model, tokenizer, family
 
 
-def _read_model(config: Any, tensors: Mapping[str, Any], source: Source, family: Any, raw: Mapping[str, Any]) -> Any:
+def _read_model(
+    config: Any, tensors: Mapping[str, Any], source: Source, family: Any, raw: Mapping[str, Any], mapped: bool
+) -> Any:
     model_class = _model_class(config, family)
     renamed = accounting.match(tensors, config, model_class, source.given)
     if family.architecture == names.ENCODER_DECODER and family.untied(raw):
@@ -135,14 +153,14 @@ def _read_model(config: Any, tensors: Mapping[str, Any], source: Source, family:
                     f"{source.given!r} lacks 1 tensors that {model_class.__name__} needs ({needed}): its config gives "
                     "the head weights of its own; the checkpoint is incomplete, or its config belongs to another model"
                 )
-    model, info = accounting.load(model_class, config, renamed, source.given)
+    model, info = accounting.load(model_class, config, renamed, source.given, mapped=mapped)
     accounting.check_loaded(info, model, source.given)
     if (bias := "final_logits_bias") in model.state_dict() and bias not in renamed:
         accounting.tell(f"{source.given!r} has no {bias}, so its head is taken to have none (zeros)")
     return model
 
 
-def _load_gguf(source: Source, per_parameter: float) -> tuple[Any, Any, Any, dict[str, str]]:
+def _load_gguf(source: Source, need: memory.Need, scratch: Path | None) -> tuple[Any, Any, Any, dict[str, str]]:
     import torch
     from transformers import AutoConfig
 
@@ -158,17 +176,21 @@ def _load_gguf(source: Source, per_parameter: float) -> tuple[Any, Any, Any, dic
         tokenizer = _gguf_tokenizer(source, file, where)
         check_layers(file.names, config, source.given)
         check_rope(config, source.given)
-        count = sum(int(tensor.n_elements) for tensor in file.reader.tensors)
-        memory.check_memory(source.given, count, per_parameter=per_parameter)
+        counts = [int(tensor.n_elements) for tensor in file.reader.tensors]
+        sizes = memory.Sizes(sum(counts), max(counts), 0 if scratch is not None else sum(counts))
+        memory.check_memory(source.given, sizes, need)
         file.keep_rotary_scaling(config)
-        try:
-            model, info = _model_class(config, family).from_pretrained(
-                **where, config=config, dtype=torch.float32, output_loading_info=True, ignore_mismatched_sizes=True
-            )
-        except Exception as error:
-            raise SourceError(f"cannot load the base model {source.given!r}: {one_line(error)}") from error
+        with file.on_disk(scratch) if scratch is not None else contextlib.nullcontext() as spill:
+            try:
+                model, info = _model_class(config, family).from_pretrained(
+                    **where, config=config, dtype=torch.float32, output_loading_info=True, ignore_mismatched_sizes=True
+                )
+            except Exception as error:
+                raise SourceError(f"cannot load the base model {source.given!r}: {one_line(error)}") from error
     accounting.check_loaded(info, model, source.given, unused=file.unmapped)
     model = _without_gguf(model)
+    if spill is not None:
+        own(model, [spill.map])
     model.config._name_or_path = str(source.folder)
     return model, tokenizer, family, file.types
 

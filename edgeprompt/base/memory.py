@@ -2,33 +2,69 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
 
 from edgeprompt.errors import CapacityError
 
-LOAD = 4.2
-"""Bytes a parameter for a base in float32."""
-EXPORT = 7.5
-"""The same for an export with its validation: the base, and what is written of it. A Llama of 1.24 billion parameters
-took 7.7 at int4."""
+_PROCESS = 0.7e9
+"""Bytes of the libraries, and of what they allocate for any base."""
+_QUANTISED = 5.5
+"""Bytes for each value of the largest matrix while that is quantised: in float32, as codes, and a part in float32."""
+_ANSWERS = 0.4e9
+"""Bytes of the logits that are compared."""
+_SERVED = {"fp32": 4.2, "fp16": 8.4, "int8": 2.2, "int4": 1.5, "gguf": 2.2}
+"""Bytes a parameter of a package that ONNX Runtime has open: packed weights, and the file's own where it keeps them."""
 
 
-def check_memory(given: str, parameters: int, *, per_parameter: float = LOAD) -> None:
+@dataclass(frozen=True)
+class Sizes:
+    """How large a base is."""
+
+    parameters: int
+    largest: int = 0
+    """Values of its largest matrix."""
+    in_memory: int = 0
+    """Parameters that loading puts into memory in float32, because they cannot be mapped from their file."""
+
+
+Need = Callable[[Sizes], float]
+"""Bytes of memory that work on a base takes."""
+
+
+def to_load(sizes: Sizes) -> float:
+    """A base in float32."""
+    return 4.2 * sizes.parameters
+
+
+def to_validate(precision: str) -> Need:
+    """A base that stays in its files, beside its package."""
+    return lambda sizes: _PROCESS + 4.2 * sizes.in_memory + _SERVED[precision] * sizes.parameters + _ANSWERS
+
+
+def to_export(precision: str) -> Need:
+    """An export and its validation: one after the other, while the base stays in its files."""
+    served = to_validate(precision)
+    return lambda sizes: max(_PROCESS + 4.2 * sizes.in_memory + _QUANTISED * sizes.largest, served(sizes))
+
+
+def check_memory(given: str, sizes: Sizes, need: Need = to_load) -> None:
     """Refuse a base that memory is too small for.
 
     Args:
         given: The base as the user named it.
-        parameters: How many there are.
-        per_parameter: Bytes that the work takes for each.
+        sizes: How large it is.
+        need: What the work ahead takes.
 
     Raises:
         CapacityError: says what is needed and what is free; never where the system does not say what is free.
     """
-    free, needed = free_memory(), int(parameters * per_parameter)
+    free, needed = free_memory(), need(sizes)
     if free is not None and needed > free:
         raise CapacityError(
-            f"{given!r} has {parameters / 1e9:.2f} billion parameters and needs about {needed / 1e9:.1f} GB of memory, "
-            f"{free / 1e9:.1f} GB are free; close other programs, or use a machine with more memory"
+            f"{given!r} has {sizes.parameters / 1e9:.2f} billion parameters and needs about {needed / 1e9:.1f} GB of "
+            f"memory, {free / 1e9:.1f} GB are free; close other programs, or use a machine with more memory"
         )
 
 

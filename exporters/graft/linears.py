@@ -9,6 +9,11 @@ from typing import Any
 import onnx_ir as ir
 import torch
 
+from edgeprompt.base.mapped import release
+
+_CHUNK_VALUES = 1 << 22
+"""Values that are compared at a time."""
+
 
 @dataclass(frozen=True)
 class Linear:
@@ -21,9 +26,16 @@ class Linear:
     """Whether the initialiser is stored [out_features, in_features]."""
 
     def weight(self) -> torch.Tensor:
-        """The weight as [out_features, in_features]; shares the initialiser's memory."""
+        """The weight as [out_features, in_features]; shares the initialiser's memory, or is read now."""
         matrix = initializer_tensor(self.value)
         return matrix if self.transposed else matrix.T
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        """(out_features, in_features), of a weight that need not be read for it."""
+        assert self.value.shape is not None
+        first, second = (int(size) for size in self.value.shape.numpy())
+        return (first, second) if self.transposed else (second, first)
 
     @property
     def bias(self) -> ir.Value | None:
@@ -87,7 +99,7 @@ class WeightIndex:
             for name, transposed, matrix in self._by_row.get(_row_key(weight[row]), ()):
                 rows = matrix.shape[0]
                 fits = matrix.shape[1] == weight.shape[1] and row + rows <= weight.shape[0]
-                if fits and torch.equal(weight[row : row + rows], matrix):
+                if fits and _equal(weight[row : row + rows], matrix):
                     found.append((name, rows, transposed))
                     row += rows
                     break
@@ -97,4 +109,15 @@ class WeightIndex:
 
 
 def _row_key(row: torch.Tensor) -> bytes:
-    return row[:64].contiguous().numpy().tobytes()
+    return row[:64].float().contiguous().numpy().tobytes()
+
+
+def _equal(weight: torch.Tensor, matrix: torch.Tensor) -> bool:
+    """Whether a parameter, in whatever type it is stored, is a weight: some rows at a time."""
+    step = max(1, _CHUNK_VALUES // weight.shape[1])
+    for start in range(0, len(weight), step):
+        part = matrix[start : start + step]
+        if not torch.equal(weight[start : start + step], part.float()):
+            return False
+        release(part)
+    return True

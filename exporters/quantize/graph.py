@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -21,6 +23,7 @@ from edgeprompt.base.blockwise import (
 from exporters.graft.fuse import drop_unused
 from exporters.graft.linears import Linear, WeightIndex, find_linears, initializer_tensor, is_constant
 from exporters.quantize.rows import quantize_rows
+from exporters.quantize.store import Store
 
 BLOCK = 32
 """The smallest block, and the one whose float offsets are kept."""
@@ -69,6 +72,7 @@ def quantize_graph(
     levels: int = SIGNED_8,
     block_size: int = BLOCK,
     stored: Mapping[str, str] | None = None,
+    scratch: Path | None = None,
 ) -> list[dict[str, Any]]:
     """Quantise in place: "int4", "int8", or "fp16" (weights stored as float16); "fp32" only shares tied weights.
 
@@ -87,20 +91,29 @@ def quantize_graph(
         stored: for "gguf", parameter -> its type in the file: `FOUR_BITS` stay 4 bits, others become 8, and both keep
             the file's own grid.
         block_size: of int4 weights, 32, 64 or 128; a matrix whose columns it does not divide gets half of it.
+        scratch: A folder that outlives the graph: what is quantised lies there, not in memory.
 
     Returns:
         A `WeightRecord` as a dictionary for each quantised weight whose parameters are known.
     """
-    records = _Quantizer(model, precision, torch_model, levels, block_size, stored or {}).run()
+    store = Store(scratch) if scratch is not None else None
+    records = _Quantizer(model, precision, torch_model, levels, block_size, stored or {}, store).run()
     quantize_rows(model)
     return records
 
 
 class _Quantizer:
     def __init__(
-        self, model: ir.Model, precision: str, torch_model: Any, levels: int, block_size: int, stored: Mapping[str, str]
+        self,
+        model: ir.Model,
+        precision: str,
+        torch_model: Any,
+        levels: int,
+        block_size: int,
+        stored: Mapping[str, str],
+        store: Store | None,
     ) -> None:
-        self.graph, self.stored = model.graph, stored
+        self.graph, self.stored, self.store = model.graph, stored, store
         self.precision, self.levels, self.block_size = precision, levels, block_size
         self.index = WeightIndex(torch_model)
         self.records: list[dict[str, Any]] = []
@@ -113,37 +126,54 @@ class _Quantizer:
         embedding = self._embedding()
         table = embedding.inputs[0] if embedding is not None else None
         head = self._head()
-        tied = table is not None and head is not None and torch.equal(initializer_tensor(table), head.weight())
+        tied = table is not None and head is not None and self._tied(table, head)
         if self.precision in ("fp32", "fp16"):
             if tied and table is not None and head is not None:
                 self._share_float(table, head)
             if self.precision == "fp16":
                 self._store_half()
             return self.records
-        linears = [linear for linear in find_linears(self.graph) if linear.weight().numel() >= MIN_WEIGHTS]
+        linears = [linear for linear in find_linears(self.graph) if math.prod(linear.shape) >= MIN_WEIGHTS]
         for linear in linears:
             is_head = head is not None and linear.node is head.node
-            if self.precision == "int8" and not is_head:
-                self._dynamic(linear)
-                continue
-            if self._four_bits(linear) and not is_head and linear.weight().shape[1] % BLOCK == 0:
-                if self.block_size == BLOCK:
-                    self._affine(linear)
-                else:
-                    self._integer(linear)
-                continue
-            blocks = self._nbits(linear)
-            if is_head and tied and embedding is not None and linear.weight().shape[1] % BLOCK == 0:
+            blocks = self._linear(linear, is_head)
+            if blocks is not None and is_head and tied and embedding is not None and linear.shape[1] % BLOCK == 0:
                 self._gather(embedding, *blocks)
         if embedding is not None and not (tied and head is not None and head in linears):
             self._quantize_table(embedding)
         drop_unused(self.graph)
         return self.records
 
-    def _four_bits(self, linear: Linear) -> bool:
+    def _linear(self, linear: Linear, is_head: bool) -> tuple[BlockWeights, ir.Value, ir.Value, ir.Value | None] | None:
+        """Quantise one weight, which is read here and let go; what `_gather` needs where it has 8 bits."""
+        weight = linear.weight()
+        if self.precision == "int8" and not is_head:
+            self._dynamic(linear, weight)
+        elif self._four_bits(weight) and not is_head and weight.shape[1] % BLOCK == 0:
+            if self.block_size == BLOCK:
+                self._affine(linear, weight)
+            else:
+                self._integer(linear, weight)
+        else:
+            return self._nbits(linear, weight)
+        return None
+
+    def _tied(self, table: ir.Value, head: Linear) -> bool:
+        """Whether the output layer's weight is the embedding table."""
+        if tuple(table.shape.numpy() if table.shape is not None else ()) != head.shape:
+            return False
+        if table is head.value:
+            return True
+        # Both by the parameter that they are, one after the other: two copies need not be in memory together.
+        first, second = self.index.pieces(initializer_tensor(table)), self.index.pieces(head.weight())
+        if first and second:
+            return first == second
+        return torch.equal(initializer_tensor(table), head.weight())
+
+    def _four_bits(self, weight: torch.Tensor) -> bool:
         if self.precision != "gguf":
             return self.precision == "int4"
-        pieces = self.index.pieces(linear.weight())
+        pieces = self.index.pieces(weight)
         return bool(pieces) and all(self.stored.get(name) in FOUR_BITS for name, _, _ in pieces)
 
     def _embedding(self) -> ir.Node | None:
@@ -188,14 +218,13 @@ class _Quantizer:
                 user.replace_input_with(at, wide)
         drop_unused(self.graph)
 
-    def _affine(self, linear: Linear) -> None:
+    def _affine(self, linear: Linear, weight: torch.Tensor) -> None:
         """4 bits with a float offset for every block, in one MatMulNBits.
 
         `sum_k x[k] * (code * scale + offset[block of k])` needs the sum of x over each block beside x itself. Those
         sums are appended to x (one small product with a constant matrix of ones, shared by all readers of x), and
         the offsets, quantised like weights, to the weight's columns.
         """
-        weight = linear.weight()
         columns = weight.shape[1]
         blocks, offsets = quantize_affine(weight, block=BLOCK, exact_grid=self.precision == "gguf")
         padded = torch.nn.functional.pad(offsets, (0, -offsets.shape[1] % BLOCK))
@@ -204,9 +233,9 @@ class _Quantizer:
         assert value is not None
         self._matmul(linear, weight, blocks, self._with_block_sums(value, columns), BLOCK, offsets=padded.shape[1])
 
-    def _integer(self, linear: Linear) -> None:
+    def _integer(self, linear: Linear, weight: torch.Tensor) -> None:
         """4 bits with integer zero points, in the largest blocks that the columns are whole blocks of."""
-        weight, value, block = linear.weight(), linear.node.inputs[0], self.block_size
+        value, block = linear.node.inputs[0], self.block_size
         assert value is not None
         while weight.shape[1] % block:
             block //= 2
@@ -239,11 +268,11 @@ class _Quantizer:
             return quantize_stored(weight, block=BLOCK)
         return quantize_symmetric(weight, block=table_block(weight.shape[1]))
 
-    def _nbits(self, linear: Linear) -> tuple[BlockWeights, ir.Value, ir.Value, ir.Value | None]:
+    def _nbits(self, linear: Linear, weight: torch.Tensor) -> tuple[BlockWeights, ir.Value, ir.Value, ir.Value | None]:
         value = linear.node.inputs[0]
         assert value is not None
-        blocks = self._eight_bits(linear.weight())
-        return blocks, *self._matmul(linear, linear.weight(), blocks, value, blocks.codes.shape[2])
+        blocks = self._eight_bits(weight)
+        return blocks, *self._matmul(linear, weight, blocks, value, blocks.codes.shape[2])
 
     def _matmul(
         self, linear: Linear, weight: torch.Tensor, blocks: BlockWeights, value: ir.Value, block: int, offsets: int = 0
@@ -277,8 +306,7 @@ class _Quantizer:
         self.graph.insert_before(next(iter(self.graph)), node)
         return out
 
-    def _dynamic(self, linear: Linear) -> None:
-        weight = linear.weight().float()
+    def _dynamic(self, linear: Linear, weight: torch.Tensor) -> None:
         scale = weight.abs().amax(1, keepdim=True).clamp(min=1e-12) / self.levels
         integers = torch.round(weight / scale).to(torch.int8)
         stem = linear.value.name
@@ -325,7 +353,7 @@ class _Quantizer:
         ir.convenience.replace_nodes_and_values(self.graph, node, [node], [new], [old], [out])
 
     def _initializer(self, name: str, array: Any) -> ir.Value:
-        tensor = ir.tensor(array, name=name)
+        tensor = self.store.put(name, array) if self.store is not None else ir.tensor(array, name=name)
         value = ir.Value(name=name, shape=ir.Shape(tensor.shape), type=ir.TensorType(tensor.dtype), const_value=tensor)
         self.graph.register_initializer(value)
         return value

@@ -2,16 +2,19 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import onnx_ir as ir
 import torch
+from onnx_ir.tensor_adapters import TorchTensor
 
 from edgeprompt import names
 from edgeprompt.base.fused_attention import Step, fused, running
 from edgeprompt.base.geometry import geometry_of
 from edgeprompt.base.load import LoadedBase
+from edgeprompt.base.mapped import stand_ins
 from edgeprompt.base.rope import scales_by_length
 from edgeprompt.errors import ExportError
 from exporters.contract import ExportOptions
@@ -96,6 +99,7 @@ def build_graph(loaded: LoadedBase, options: ExportOptions, folder: Path, scratc
             loaded.family.patch(loaded.model),
             torch.no_grad(),
             quiet_export(),
+            stand_ins(loaded.model) as originals,
         ):
             program = torch.onnx.export(
                 DecoderGraph(loaded.model).eval(),
@@ -111,5 +115,25 @@ def build_graph(loaded: LoadedBase, options: ExportOptions, folder: Path, scratc
         reason = " ".join(str(error).split())[:300]
         raise ExportError(f"torch cannot export {loaded.name!r} ({loaded.config.model_type}): {reason}") from error
     assert program is not None
+    _read_later(program.model, originals)
     fuse_graph(program.model)
     return program.model
+
+
+def _read_later(model: ir.Model, originals: Mapping[int, torch.Tensor]) -> None:
+    """Give initialisers that stand for mapped parameters these, each read when it is needed."""
+    for value in model.graph.initializers.values():
+        held = getattr(value.const_value, "raw", None)
+        original = originals.get(held.data_ptr()) if isinstance(held, torch.Tensor) else None
+        if original is None or held is None:
+            continue
+        if held.shape != original.shape or not held.is_contiguous():
+            raise ExportError(f"torch holds {value.name} in another shape than the base; choose --route genai")
+        value.const_value = _lazily(original, str(value.name))
+
+
+def _lazily(parameter: torch.Tensor, name: str) -> ir.LazyTensor:
+    def evaluate() -> TorchTensor:
+        return TorchTensor(parameter.detach().float(), name=name)
+
+    return ir.LazyTensor(evaluate, dtype=ir.DataType.FLOAT, shape=ir.Shape(parameter.shape), name=name)

@@ -92,7 +92,9 @@ def prove(subject: Subject, loaded: LoadedBase, folder: Path, manifest: Manifest
         inner.update(tally.report())
     if weights:
         measured["weights"] = weights
-    measured["quality"] = measure_quality(subject.predictions, loaded.tokenizer, manifest, data)
+    measured["quality"] = measure_quality(
+        subject.predictions, loaded.tokenizer, manifest, data, foresee=getattr(subject, "foresee", None)
+    )
     if manifest.precision not in TOLERANCE:
         measured["quality"]["least_correlation"] = round(min(min(t.correlations) for t in tallies.values()), 4)
     return measured
@@ -151,8 +153,12 @@ def _judge(what: str, tally: Tally, precision: str) -> None:
 
 def is_tie(got: Floats, want: Floats) -> bool:
     """Whether the package's best token is PyTorch's, or as good as that."""
-    best = float(want.max())
-    return bool(best - float(want[int(got.argmax())]) <= TIE * float(np.abs(want).max()))
+    return is_best(want, int(got.argmax()))
+
+
+def is_best(want: Floats, token: int) -> bool:
+    """Whether a token is PyTorch's best, or as good as that."""
+    return bool(float(want.max()) - float(want[token]) <= TIE * float(np.abs(want).max()))
 
 
 def sample_ids(loaded: LoadedBase, geometry: Geometry, lengths: Sequence[int] = (15, 13, 11)) -> list[Ids]:

@@ -2,23 +2,23 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import numpy.typing as npt
-import torch
 
 from edgeprompt import names
-from edgeprompt.base.decoder_graph import DecoderGraph, all_logits, embed, reference_logits
+from edgeprompt.base.decoder_graph import DecoderGraph
 from edgeprompt.base.load import LoadedBase
 from edgeprompt.errors import ValidationError
 from edgeprompt.package.manifest import Manifest
 from edgeprompt.prompts.file import PromptFile
-from exporters.validate.core import Comparison, Floats, Ids, is_tie, prove, random_rows, sample_ids
+from exporters.validate.core import Comparison, Floats, Ids, is_best, prove, random_rows, sample_ids
 from exporters.validate.quality import PREDICTIONS, Prediction
+from exporters.validate.reference import Question, ask
 
 GREEDY_STEPS = 12
 
@@ -58,46 +58,83 @@ class _Decoder:
         self.texts = sample_ids(loaded, graph.manifest.geometry)
         self.rows = random_rows(loaded.model)
         self.window = getattr(loaded.config.get_text_config(), "sliding_window", None)
+        self._foreseen: dict[bytes, Floats] = {}
+        self._greedy = 0.0
 
     def comparisons(self) -> Iterator[Comparison]:
-        """Logits in one pass and in pieces, in a ragged batch, behind real prompts; then hidden states."""
-        cases, ends = list(self._cases()), []
+        """Logits in one pass and in pieces, in a ragged batch, behind real prompts; then hidden states.
+
+        The package runs first. What PyTorch is asked by then is asked at once (`exporters.validate.reference`).
+        """
+        cases, got = list(self._cases()), []
+        questions = []
+        ends = []
         for case in cases:
             past, start = self.graph.empty_past(), 0
             for end in case.splits:
                 logits, past = self._run(case.ids[start:end], end, past, self.rows)
-                yield Comparison("", logits, reference_logits(self.model, case.ids[:end], self.rows))
+                got.append(logits)
+                questions.append(Question(case.ids[:end], [end - 1], self.rows))
                 start = end
             ends.append(past)
-        yield from self._ragged(cases[:3], ends[:3])
+        for ids, logits in self._ragged(cases[:3], ends[:3]):
+            got.append(logits)
+            questions.append(Question(ids, [len(ids) - 1], self.rows))
+        states = cases[1].ids
+        path, steps = self._greedy_path()
+        said = ask(
+            self.model,
+            [
+                *questions,
+                Question(path, range(len(path) - 1 - steps, len(path) - 1), self.rows),
+                Question(states, range(len(states)), self.rows),
+            ],
+            self.vocab,
+        )
+        for logits, wanted in zip(got, said, strict=False):
+            yield Comparison("", logits, wanted.logits[0])
+        chosen = path[-steps:]
+        same = [is_best(wanted, int(token)) for wanted, token in zip(said[-2].logits, chosen, strict=True)]
+        self._greedy = round(sum(same) / steps, 4)
         for prompt in self.prompts:
             yield from self._behind(prompt)
         if names.HIDDEN_STATES in self.graph.outputs:
-            yield self._states(cases[1].ids)
+            found = self.graph.states(states, self.rows)
+            # Those of the last position alone, where the graph gives no others.
+            yield Comparison(names.HIDDEN_STATES, found, said[-1].states[-len(found) :])
+
+    def foresee(self, texts: Sequence[Ids]) -> None:
+        """Ask PyTorch about all of these texts, which `predictions` will be asked for."""
+        questions = [Question(ids, range(len(ids) - _count(ids) - 1, len(ids) - 1)) for ids in texts]
+        self._foreseen = {
+            ids.tobytes(): said.logits for ids, said in zip(texts, ask(self.model, questions, self.vocab), strict=True)
+        }
 
     def predictions(self, ids: Ids) -> Iterator[Prediction]:
         """The last tokens of a text one after another, as decoding computes them."""
-        count = min(PREDICTIONS, len(ids) - 1)
-        wanted = all_logits(self.model, embed(self.model, ids, None, self.vocab))
+        if ids.tobytes() not in self._foreseen:
+            self.foresee([ids])
         past, fed = self.graph.empty_past(), 0
-        for at in range(len(ids) - count, len(ids)):
+        for at, wanted in zip(range(len(ids) - _count(ids), len(ids)), self._foreseen[ids.tobytes()], strict=True):
             logits, past = self._run(ids[fed:at], at, past, self.rows)
-            yield Prediction(logits, wanted[at - 1], int(ids[at]))
+            yield Prediction(logits, wanted, int(ids[at]))
             fed = at
 
     def greedy(self) -> float:
-        """Share of tokens that agree, step by step, both sides following PyTorch's choice."""
+        """Share of the package's greedy tokens that PyTorch, behind the same tokens, would have chosen."""
+        return self._greedy
+
+    def _greedy_path(self) -> tuple[Ids, int]:
+        """Virtual rows, a text, and what the package says behind them; and how many tokens it says."""
         text = self.texts[0][: (self.limit - len(self.rows)) // 2] if self.limit else self.texts[0]
         ids = np.concatenate([self._virtual(len(self.rows)), text])
-        past, fed, same = self.graph.empty_past(), 0, 0
         steps = min(GREEDY_STEPS, self.limit - len(ids)) if self.limit else GREEDY_STEPS
+        past, fed = self.graph.empty_past(), 0
         for _ in range(steps):
             logits, past = self._run(ids[fed:], len(ids), past, self.rows)
             fed = len(ids)
-            want = reference_logits(self.model, ids, self.rows)
-            same += is_tie(logits, want)
-            ids = np.append(ids, int(want.argmax()))
-        return round(same / steps, 4)
+            ids = np.append(ids, int(logits[: self.vocab].argmax()))
+        return ids, steps
 
     def _run(
         self, ids: Ids, total: int, past: Mapping[str, npt.NDArray[Any]], rows: Floats
@@ -119,8 +156,8 @@ class _Decoder:
             long = np.resize(np.concatenate([first, virtual, second]), 2 * self.window + 3)
             yield _Case(long, (self.window + 5, len(long) - 1, len(long)))
 
-    def _ragged(self, cases: list[_Case], pasts: list[dict[str, npt.NDArray[Any]]]) -> Iterator[Comparison]:
-        """One decode step for rows of different length in one batch, padded on the right."""
+    def _ragged(self, cases: list[_Case], pasts: list[dict[str, npt.NDArray[Any]]]) -> Iterator[tuple[Ids, Floats]]:
+        """One decode step for rows of different length in one batch, padded on the right: ids, and their logits."""
         lengths = [len(case.ids) for case in cases]
         longest = max(lengths)
         batch = {
@@ -133,41 +170,29 @@ class _Decoder:
         following = np.array([case.ids[0] for case in cases], np.int64)
         logits, _ = self.graph.run(following[:, None], mask, batch, self.rows)
         for row, case in enumerate(cases):
-            want = reference_logits(self.model, np.append(case.ids, following[row]), self.rows)
-            yield Comparison("", logits[row], want)
+            yield np.append(case.ids, following[row]), logits[row]
 
     def _behind(self, prompt: PromptFile) -> Iterator[Comparison]:
-        from transformers import DynamicCache
-
-        for text in self.texts:
-            ids, past, cache, length = text, self.graph.empty_past(), None, 0
-            rows = np.zeros((1, self.graph.manifest.geometry.hidden_size), np.float32)
-            if prompt.prompt_embeddings is not None:
-                rows = prompt.prompt_embeddings.astype(np.float32)
-                ids = np.concatenate([self._virtual(len(rows)), text])
-            elif prompt.past_key_values is not None:
-                prefix = prompt.past_key_values.astype(np.float32)
-                length = prefix.shape[3]
-                cache = DynamicCache()
-                for layer, (key, value) in enumerate(prefix):
-                    cache.update(torch.from_numpy(key)[None], torch.from_numpy(value)[None], layer)
-                    past[names.past(layer, "key")] = key[None].astype(self.graph.kv_dtype)
-                    past[names.past(layer, "value")] = value[None].astype(self.graph.kv_dtype)
-            if self.limit:
-                ids = ids[: self.limit - length]
+        prefix = prompt.past_key_values
+        rows = np.zeros((1, self.graph.manifest.geometry.hidden_size), np.float32)
+        texts, length = list(self.texts), 0
+        if prompt.prompt_embeddings is not None:
+            rows = prompt.prompt_embeddings.astype(np.float32)
+            texts = [np.concatenate([self._virtual(len(rows)), text]) for text in texts]
+        elif prefix is not None:
+            prefix, length = prefix.astype(np.float32), prefix.shape[3]
+        if self.limit:
+            texts = [ids[: self.limit - length] for ids in texts]
+        said = ask(self.model, [Question(ids, [len(ids) - 1], rows) for ids in texts], self.vocab, prefix)
+        for ids, wanted in zip(texts, said, strict=True):
+            past = self.graph.empty_past()
+            for layer, (key, value) in enumerate(prefix if prefix is not None else ()):
+                past[names.past(layer, "key")] = key[None].astype(self.graph.kv_dtype)
+                past[names.past(layer, "value")] = value[None].astype(self.graph.kv_dtype)
             logits, _ = self._run(ids, length + len(ids), past, rows)
-            yield Comparison(f"prompts.{prompt.name}", logits, reference_logits(self.model, ids, rows, cache))
+            yield Comparison(f"prompts.{prompt.name}", logits, wanted.logits[0])
 
-    def _states(self, ids: Ids) -> Comparison:
-        """What heads read, against what PyTorch's output layer reads."""
-        taken: list[Floats] = []
-        hook = self.model.get_output_embeddings().register_forward_pre_hook(
-            lambda _, given: taken.append(given[0][0].float().numpy().copy())
-        )
-        try:
-            reference_logits(self.model, ids, self.rows)
-        finally:
-            hook.remove()
-        got = self.graph.states(ids, self.rows)
-        # Those of the last position alone, where the graph gives no others.
-        return Comparison(names.HIDDEN_STATES, got, taken[0][-len(got) :])
+
+def _count(ids: Ids) -> int:
+    """How many of a text's last tokens are predicted."""
+    return min(PREDICTIONS, len(ids) - 1)

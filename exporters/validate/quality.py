@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import io
 import os
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from importlib.resources import files
 from itertools import islice
@@ -24,6 +24,8 @@ Ids = npt.NDArray[np.int64]
 
 PREDICTIONS = 8
 """Tokens of a text that are predicted one after another."""
+AT_ONCE = 64
+"""Texts whose logits are in memory at a time."""
 MOST_TOKENS = 64
 """Of a text that are read."""
 MOST_TEXTS = 256
@@ -68,9 +70,16 @@ class Prediction:
 
 
 def measure_quality(
-    predictions: Callable[[Ids], Iterator[Prediction]], tokenizer: Any | None, manifest: Manifest, data: Any = None
+    predictions: Callable[[Ids], Iterator[Prediction]],
+    tokenizer: Any | None,
+    manifest: Manifest,
+    data: Any = None,
+    *,
+    foresee: Callable[[Sequence[Ids]], None] | None = None,
 ) -> dict[str, Any]:
     """Figures over texts, in nats; see `LIMITS` for what they may be.
+
+    `foresee` is told which texts `predictions` will be asked for, `AT_ONCE` at a time.
 
     Returns:
         "texts", "source"; where there are next tokens "kl_mean", "kl_p90", "kl_worst" (mean of the worst text),
@@ -83,7 +92,9 @@ def measure_quality(
     source, texts = _encoded(tokenizer, manifest, data)
     by_text: list[list[tuple[float, bool, float, float]]] = []
     embeddings: list[tuple[Floats, Floats]] = []
-    for ids in texts:
+    for at, ids in enumerate(texts):
+        if foresee is not None and at % AT_ONCE == 0:
+            foresee(texts[at : at + AT_ONCE])
         places = []
         for found in predictions(ids):
             if found.token is None:

@@ -10,6 +10,7 @@ import onnx_ir as ir
 import torch
 
 from edgeprompt.base.dequantize import WEIGHTS, dequantize_record, read_scales
+from edgeprompt.base.mapped import release
 from edgeprompt.errors import ValidationError
 from edgeprompt.package.manifest import Manifest
 
@@ -88,5 +89,7 @@ def _wanted(
         matrix = matrix.T if transposed else matrix
         step = max(1, _CHUNK // matrix.shape[1])
         for start in range(0, rows, step):
-            yield row + start, matrix[start : min(start + step, rows)].float()
+            part = matrix[start : min(start + step, rows)]
+            yield row + start, part.float()
+            release(part)
         row += rows

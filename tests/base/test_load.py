@@ -9,7 +9,7 @@ import time
 import pytest
 
 from edgeprompt.base.load import load_base
-from edgeprompt.base.memory import check_memory, free_memory
+from edgeprompt.base.memory import Sizes, check_memory, free_memory
 from edgeprompt.errors import CapacityError, SourceError
 from exporters import export_model
 from tests.support.damaged import bases
@@ -79,4 +79,4 @@ def test_a_base_that_memory_is_too_small_for_is_refused_before_it_is_read(tmp_pa
 def test_free_memory_is_a_sum_that_a_small_base_fits_into():
     free = free_memory()
     assert free is None or 1 << 20 < free < 1 << 50
-    check_memory("small", 1000)
+    check_memory("small", Sizes(1000))

@@ -1,0 +1,60 @@
+"""Bases whose matrices stay in their files: what they compute, what they hold, what is written to nobody."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from edgeprompt.base.load import load_base
+from edgeprompt.base.mapped import LEAST_VALUES, release, reserve, stand_ins
+from tests.support.decoder_models import CONFIGS, tiny_decoder
+
+
+def _saved(folder: Path, family: str, dtype: torch.dtype) -> Path:
+    tiny_decoder(family).to(dtype).save_pretrained(folder / "base")
+    return folder / "base"
+
+
+@pytest.mark.parametrize("family", sorted(CONFIGS))
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32])
+def test_a_mapped_base_computes_what_a_loaded_one_does(family: str, dtype: torch.dtype, tmp_path: Path) -> None:
+    folder = _saved(tmp_path, family, dtype)
+    plain, mapped = load_base(folder), load_base(folder, mapped=True)
+    ids = torch.tensor([[5, 9, 3, 77, 123, 5, 5]])
+    with torch.no_grad():
+        want, got = plain.model(input_ids=ids).logits, mapped.model(input_ids=ids).logits
+    assert got.dtype == torch.float32
+    assert torch.equal(got, want)
+    assert mapped.fingerprint == plain.fingerprint
+    large = [value.dtype for value in mapped.model.parameters() if value.dim() == 2 and value.numel() >= LEAST_VALUES]
+    assert large.count(dtype) >= 8
+    assert all(value.dtype == torch.float32 for value in mapped.model.parameters() if value.dim() == 1)
+    tied = plain.model.get_input_embeddings().weight is plain.model.get_output_embeddings().weight
+    assert tied == (mapped.model.get_input_embeddings().weight is mapped.model.get_output_embeddings().weight)
+
+
+def test_released_pages_come_back_from_the_file(tmp_path: Path) -> None:
+    folder = _saved(tmp_path, "llama", torch.bfloat16)
+    model = load_base(folder, mapped=True).model
+    stored = load_file(folder / "model.safetensors")
+    for name, value in model.named_parameters():
+        release(value)
+        assert torch.equal(value, stored[name].to(value.dtype)), name
+    own = torch.ones(3000)
+    release(own)
+    assert bool(own.all())
+
+
+def test_stand_ins_have_shapes_and_are_taken_away_again(tmp_path: Path) -> None:
+    model = load_base(_saved(tmp_path, "gpt2", torch.bfloat16), mapped=True).model
+    before = dict(model.named_parameters())
+    with stand_ins(model) as originals:
+        for name, value in model.named_parameters():
+            assert value.dtype == torch.float32
+            assert value.shape == before[name].shape
+            assert originals.get(value.data_ptr(), value) is before[name]
+    assert all(value is before[name] for name, value in model.named_parameters())
+    assert not bool(reserve((30, 5)).any())
