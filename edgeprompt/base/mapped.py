@@ -20,8 +20,8 @@ import numpy.typing as npt
 import torch
 
 _DTYPES = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
-LEAST_VALUES = 4096
-"""Smaller matrices are read into memory."""
+FOLDED = 1 << 19
+"""Values of a matrix that no tracer computes with: torch.onnx folds constants of up to 512 x 512 values."""
 _CHUNK_VALUES = 1 << 24
 """Most values of a matrix that are in float32 at a time."""
 _MAPS: WeakValueDictionary[int, _Map] = WeakValueDictionary()
@@ -92,9 +92,9 @@ class Spill:
         self._end = 0
 
     def put(self, array: npt.NDArray[Any]) -> torch.Tensor:
-        """The array, on disk from here on; a small one stays in memory."""
+        """The array, on disk from here on; what is no matrix stays in memory."""
         tensor = torch.from_numpy(array)
-        if not _is_large(tensor) or self._end + tensor.nbytes > len(self.map.pages):
+        if not _is_matrix(tensor) or self._end + tensor.nbytes > len(self.map.pages):
             return tensor
         stored = self.map.bytes[self._end : self._end + tensor.nbytes].view(torch.float32).view(tensor.shape)
         stored.copy_(tensor)
@@ -116,8 +116,8 @@ class StandIns:
         self._kept: list[torch.Tensor] = []
 
     def instead(self, tensors: Mapping[str, Any]) -> dict[str, Any]:
-        """The tensors, with one that takes no memory in place of every large one that is mapped."""
-        return {name: self._stand_in(tensor) if _is_large(tensor) else tensor for name, tensor in tensors.items()}
+        """The tensors, with one that takes no memory in place of every matrix that is mapped."""
+        return {name: self._stand_in(tensor) if _is_matrix(tensor) else tensor for name, tensor in tensors.items()}
 
     def settle(self, model: Any, unexpected: set[str], tensors: Mapping[str, Any]) -> bool:
         """Put the mapped matrices into the model; False where it made something else of one of them."""
@@ -141,8 +141,8 @@ class StandIns:
                 module.forward = _Streamed(module)
         own(model, (getattr(tensor, "edgeprompt_map", None) for tensor in tensors.values()))
         settled = {self._mapped[key].data_ptr() for key in found}
-        large = {name: tensor for name, tensor in tensors.items() if _is_large(tensor) and name not in unexpected}
-        return all(tensor.data_ptr() in settled for tensor in large.values())
+        matrices = {name: tensor for name, tensor in tensors.items() if _is_matrix(tensor) and name not in unexpected}
+        return all(tensor.data_ptr() in settled for tensor in matrices.values())
 
     def _stand_in(self, tensor: torch.Tensor) -> torch.Tensor:
         made = reserve(tuple(tensor.shape))
@@ -166,11 +166,14 @@ def is_streamed(parameter: torch.Tensor) -> bool:
 
 
 @contextlib.contextmanager
-def stand_ins(model: Any) -> Iterator[dict[int, torch.Tensor]]:
-    """Give a model float32 parameters for those that are streamed, of no memory, for a tracer that looks at shapes.
+def stand_ins(model: Any, *, least: int = FOLDED) -> Iterator[dict[int, torch.Tensor]]:
+    """Give a model float32 parameters for those that are streamed, for a tracer that looks at shapes.
+
+    Those of at least `least` values are zeros that take no memory; smaller ones are copies, which tracers may compute
+    with.
 
     Yields:
-        Address of a stand-in -> the parameter that it stands for.
+        Address of what takes no memory -> the parameter that it stands for.
     """
     replaced: dict[int, tuple[torch.nn.Parameter, torch.nn.Parameter]] = {}
     places = []
@@ -178,12 +181,13 @@ def stand_ins(model: Any) -> Iterator[dict[int, torch.Tensor]]:
         for name, parameter in module._parameters.items():
             if parameter is not None and is_streamed(parameter):
                 if id(parameter) not in replaced:
-                    made = torch.nn.Parameter(reserve(tuple(parameter.shape)), requires_grad=False)
-                    replaced[id(parameter)] = (parameter, made)
+                    large = parameter.numel() >= least
+                    made = reserve(tuple(parameter.shape)) if large else parameter.detach().float()
+                    replaced[id(parameter)] = (parameter, torch.nn.Parameter(made, requires_grad=False))
                 places.append((module, name, parameter))
                 module._parameters[name] = replaced[id(parameter)][1]
     try:
-        yield {made.data_ptr(): parameter for parameter, made in replaced.values()}
+        yield {made.data_ptr(): parameter for parameter, made in replaced.values() if parameter.numel() >= least}
     finally:
         for module, name, parameter in places:
             module._parameters[name] = parameter
@@ -198,10 +202,10 @@ class _Streamed:
     def __call__(self, given: torch.Tensor) -> torch.Tensor:
         module = self.module
         weight = module._parameters["weight"]
-        run = type(module).forward
-        if not is_streamed(weight):
-            out: torch.Tensor = run(module, given)
-        elif isinstance(module, torch.nn.Embedding):
+        if not is_streamed(weight):  # a stand-in, which a tracer looks at
+            traced: torch.Tensor = type(module).forward(module, given)
+            return traced
+        if isinstance(module, torch.nn.Embedding):
             ids, places = torch.unique(given, return_inverse=True)
             out = self._with(weight[ids].float(), places)
         elif type(module) is torch.nn.Linear and weight.numel() > _CHUNK_VALUES:
@@ -241,10 +245,11 @@ def _computes(module: Any) -> bool:
     return scaled or kind in (torch.nn.Embedding, torch.nn.Linear, Conv1D)
 
 
-def _is_large(tensor: Any) -> bool:
+def _is_matrix(tensor: Any) -> bool:
+    # Small ones too: matrices that exporters join must be of one type.
     return (
         isinstance(tensor, torch.Tensor)
         and tensor.dim() == 2
-        and tensor.numel() >= LEAST_VALUES
+        and tensor.numel() > 0
         and tensor.dtype in _DTYPES.values()
     )

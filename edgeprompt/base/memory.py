@@ -10,6 +10,8 @@ from edgeprompt.errors import CapacityError
 
 _PROCESS = 0.7e9
 """Bytes of the libraries, and of what they allocate for any base."""
+_HELD = 5.4
+"""Bytes a parameter that cannot stay in its file: in float32, and as it is written."""
 _QUANTISED = 5.5
 """Bytes for each value of the largest matrix while that is quantised: in float32, as codes, and a part in float32."""
 _ANSWERS = 0.4e9
@@ -40,13 +42,13 @@ def to_load(sizes: Sizes) -> float:
 
 def to_validate(precision: str) -> Need:
     """A base that stays in its files, beside its package."""
-    return lambda sizes: _PROCESS + 4.2 * sizes.in_memory + _SERVED[precision] * sizes.parameters + _ANSWERS
+    return lambda sizes: _PROCESS + _HELD * sizes.in_memory + _SERVED[precision] * sizes.parameters + _ANSWERS
 
 
 def to_export(precision: str) -> Need:
     """An export and its validation: one after the other, while the base stays in its files."""
     served = to_validate(precision)
-    return lambda sizes: max(_PROCESS + 4.2 * sizes.in_memory + _QUANTISED * sizes.largest, served(sizes))
+    return lambda sizes: max(_PROCESS + _HELD * sizes.in_memory + _QUANTISED * sizes.largest, served(sizes))
 
 
 def check_memory(given: str, sizes: Sizes, need: Need = to_load) -> None:

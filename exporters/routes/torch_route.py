@@ -6,6 +6,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import onnx_ir as ir
 import torch
 from onnx_ir.tensor_adapters import TorchTensor
@@ -121,19 +122,49 @@ def build_graph(loaded: LoadedBase, options: ExportOptions, folder: Path, scratc
 
 
 def _read_later(model: ir.Model, originals: Mapping[int, torch.Tensor]) -> None:
-    """Give initialisers that stand for mapped parameters these, each read when it is needed."""
+    """Give initialisers that stand for mapped parameters these, each read when it is needed.
+
+    torch transposes some of them, which leaves them where they are: their address says whose they are.
+
+    Raises:
+        ExportError: torch made something else of one, which would be zeros.
+    """
+    seen = set()
     for value in model.graph.initializers.values():
         held = getattr(value.const_value, "raw", None)
-        original = originals.get(held.data_ptr()) if isinstance(held, torch.Tensor) else None
-        if original is None or held is None:
+        array = held.detach() if isinstance(held, torch.Tensor) else held
+        address = _address(array)
+        if array is None or address not in originals:
             continue
-        if held.shape != original.shape or not held.is_contiguous():
-            raise ExportError(f"torch holds {value.name} in another shape than the base; choose --route genai")
-        value.const_value = _lazily(original, str(value.name))
+        matrix = originals[address].detach()
+        straight, turned = _strides(matrix), _strides(matrix)[::-1]
+        if tuple(array.shape) == tuple(matrix.shape) and _strides(array) == straight:
+            value.const_value = _lazily(matrix, str(value.name))
+        elif tuple(array.shape) == tuple(matrix.shape)[::-1] and _strides(array) == turned:
+            value.const_value = _lazily(matrix.T, str(value.name))
+        else:
+            continue
+        seen.add(address)
+    left = [list(matrix.shape) for address, matrix in originals.items() if address not in seen]
+    if left:
+        raise ExportError(f"torch left out or folded {len(left)} matrices of the base, one of {left[0]}")
 
 
-def _lazily(parameter: torch.Tensor, name: str) -> ir.LazyTensor:
+def _address(array: Any) -> int:
+    if isinstance(array, torch.Tensor):
+        return array.data_ptr()
+    return int(array.__array_interface__["data"][0]) if isinstance(array, np.ndarray) else 0
+
+
+def _strides(array: Any) -> tuple[int, ...]:
+    """In values."""
+    if isinstance(array, torch.Tensor):
+        return tuple(array.stride())
+    return tuple(step // array.itemsize for step in array.strides)
+
+
+def _lazily(matrix: torch.Tensor, name: str) -> ir.LazyTensor:
     def evaluate() -> TorchTensor:
-        return TorchTensor(parameter.detach().float(), name=name)
+        return TorchTensor(matrix.float(), name=name)
 
-    return ir.LazyTensor(evaluate, dtype=ir.DataType.FLOAT, shape=ir.Shape(parameter.shape), name=name)
+    return ir.LazyTensor(evaluate, dtype=ir.DataType.FLOAT, shape=ir.Shape(matrix.shape), name=name)

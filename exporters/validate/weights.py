@@ -39,6 +39,10 @@ def check_weights(model: Any, folder: Path, manifest: Manifest) -> dict[str, Any
         for record in mine:
             if record["codes"] in initializers:
                 errors[f"{record['codes']} ({key})"] = _compare(record, initializers, parameters)
+                for name in (record["codes"], record["scales"], record["zero_points"]):
+                    stored = initializers[name].const_value if name else None
+                    if isinstance(stored, ir.ExternalTensor):
+                        stored.release()  # each maps the whole file
     if not errors:
         return {}
     worst = max(errors, key=lambda name: errors[name])

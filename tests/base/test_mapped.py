@@ -9,7 +9,7 @@ import torch
 from safetensors.torch import load_file
 
 from edgeprompt.base.load import load_base
-from edgeprompt.base.mapped import LEAST_VALUES, release, reserve, stand_ins
+from edgeprompt.base.mapped import release, reserve, stand_ins
 from tests.support.decoder_models import CONFIGS, tiny_decoder
 
 
@@ -29,8 +29,9 @@ def test_a_mapped_base_computes_what_a_loaded_one_does(family: str, dtype: torch
     assert got.dtype == torch.float32
     assert torch.equal(got, want)
     assert mapped.fingerprint == plain.fingerprint
-    large = [value.dtype for value in mapped.model.parameters() if value.dim() == 2 and value.numel() >= LEAST_VALUES]
-    assert large.count(dtype) >= 8
+    kinds = [value.dtype for value in mapped.model.parameters() if value.dim() == 2]
+    # Learned positions are read in ways of their own, and are in memory.
+    assert kinds.count(dtype) >= len(kinds) - 1
     assert all(value.dtype == torch.float32 for value in mapped.model.parameters() if value.dim() == 1)
     tied = plain.model.get_input_embeddings().weight is plain.model.get_output_embeddings().weight
     assert tied == (mapped.model.get_input_embeddings().weight is mapped.model.get_output_embeddings().weight)
@@ -51,10 +52,13 @@ def test_released_pages_come_back_from_the_file(tmp_path: Path) -> None:
 def test_stand_ins_have_shapes_and_are_taken_away_again(tmp_path: Path) -> None:
     model = load_base(_saved(tmp_path, "gpt2", torch.bfloat16), mapped=True).model
     before = dict(model.named_parameters())
-    with stand_ins(model) as originals:
+    with stand_ins(model, least=20_000) as originals:
         for name, value in model.named_parameters():
             assert value.dtype == torch.float32
             assert value.shape == before[name].shape
-            assert originals.get(value.data_ptr(), value) is before[name]
+            if value.numel() >= 20_000 and value.dim() == 2:
+                assert originals[value.data_ptr()] is before[name]
+            else:
+                assert torch.equal(value, before[name].float())
     assert all(value is before[name] for name, value in model.named_parameters())
     assert not bool(reserve((30, 5)).any())
