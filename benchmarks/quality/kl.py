@@ -5,8 +5,8 @@
 PyTorch in float32 on the weights of the GGUF file is the reference. Two places of every sentence are predicted: its
 middle and its end. The sentences are those of the test sets in examples/data, filled up from the training set of the
 source task: no default was chosen by them. PYTHON is an interpreter that has xllamacpp. llama.cpp gives its 2,000 most
-likely tokens; the others count as one token there, which can only make its KL divergence look smaller. Writes
-benchmarks/results/kl.json; `--table` prints it.
+likely tokens; the others count as one token there, which can only make its KL divergence look smaller, and share the
+rest evenly for its perplexity, which is rough. Writes benchmarks/results/kl.json; `--table` prints it.
 """
 
 from __future__ import annotations

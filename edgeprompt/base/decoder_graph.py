@@ -29,8 +29,6 @@ class DecoderGraph:
         options.log_severity_level = 3
         # Between PyTorch's turns the graph's threads would spin for nothing.
         options.add_session_config_entry("session.intra_op.allow_spinning", "0")
-        # The arena grows by doubling: half of what a large package takes would lie idle.
-        options.enable_cpu_mem_arena = False
         provider = "CUDAExecutionProvider" if "CUDAExecutionProvider" in ort.get_available_providers() else None
         providers = [provider, "CPUExecutionProvider"] if provider else ["CPUExecutionProvider"]
         # As the runtime opens it: signed 8-bit weights saturate on x86 without VNNI otherwise.
