@@ -60,7 +60,7 @@ class Forward(logging.Handler):
 
 def forward(log: Log) -> None:
     """Pass on what uvicorn and edgeprompt log in this process."""
-    for name in ("uvicorn.error", "edgeprompt"):
+    for name in ("uvicorn.error", "asyncio", "edgeprompt"):
         logger = logging.getLogger(name)
         logger.handlers, logger.propagate = [Forward(log)], False
         logger.setLevel(logging.WARNING)
