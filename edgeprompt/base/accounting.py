@@ -42,7 +42,7 @@ _HEADS = re.compile(
     r"|vocab_(transform|layer_norm|projector)|generator_(predictions|lm_head)|discriminator_predictions|head"
     r"|lm_predictions|mask_predictions|seq_relationship|sequence_summary|multiple_choice_head|v_head|decoder)\."
 )
-"""Heads for other tasks than the base is loaded for."""
+"""Heads for other tasks than the base is loaded for; `lm_head` is one where the model has none."""
 
 
 def tell(text: str) -> None:
@@ -229,7 +229,8 @@ def check_loaded(info: Mapping[str, Any], model: Any, given: str, *, unused: Col
     missing = sorted(info["missing_keys"])
     left = sorted(info["unexpected_keys"] if unused is None else unused)
     strange = [name for name in left if not any(re.search(pattern, name) for pattern in HARMLESS)]
-    heads = [name for name in strange if _HEADS.match(name)]
+    own = hasattr(model, "get_output_embeddings") and model.get_output_embeddings() is not None
+    heads = [name for name in strange if _HEADS.match(name) and not (own and name.startswith("lm_head."))]
     strange = [name for name in strange if name not in heads]
     if missing or strange:
         raise SourceError(_complaint(given, type(model).__name__, missing, strange))

@@ -7,6 +7,7 @@ from typing import Any
 from edgeprompt import names
 from edgeprompt.errors import SourceError
 from edgeprompt.package.generation import (
+    BEAMS,
     COUNTS,
     FIELDS,
     NUMBERS,
@@ -70,6 +71,8 @@ def generation_of(config: Any, generation_config: Any, architecture: str) -> tup
         elif name in TOKEN_SEQUENCES:
             value = [list(sequence) for sequence in value]
         found[name] = value
+    if architecture == names.ENCODER_DECODER:
+        found |= {name: value for name, usual in BEAMS.items() if (value := find(name)) not in (None, usual)}
     try:
         check_generation(found)
         for name in ("forced_bos_token_id", "forced_eos_token_id"):

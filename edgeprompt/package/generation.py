@@ -18,6 +18,8 @@ TOKENS = ("forced_bos_token_id",)
 TOKEN_LISTS = ("suppress_tokens", "begin_suppress_tokens", "forced_eos_token_id")
 TOKEN_SEQUENCES = ("bad_words_ids",)
 FIELDS = (*NUMBERS, *COUNTS, *TOKENS, *TOKEN_LISTS, *TOKEN_SEQUENCES)
+BEAMS: Mapping[str, Any] = {"length_penalty": 1.0, "early_stopping": False}
+"""Fields of beam search alone -> the value that is the default."""
 
 
 def check_generation(data: object) -> dict[str, Any]:
@@ -40,8 +42,14 @@ def check_generation(data: object) -> dict[str, Any]:
             for sequence in check_type(value, list, where):
                 if not _tokens(sequence, where):
                     raise ValueError(f"{where} has an empty list")
+        elif name == "length_penalty":
+            if not math.isfinite(check_type(value, (int, float), where)):
+                raise ValueError(f"{where} is {value}, it must be a finite number")
+        elif name == "early_stopping":
+            if not isinstance(value, bool) and value != "never":
+                raise ValueError(f"{where} is {value!r}, it must be true, false or 'never'")
         else:
-            raise ValueError(f"generation has unknown key {name!r}; known: {', '.join(FIELDS)}")
+            raise ValueError(f"generation has unknown key {name!r}; known: {', '.join((*FIELDS, *BEAMS))}")
     return dict(found)
 
 

@@ -198,6 +198,11 @@ export function checkGeneration(data: unknown): Record<string, any> {
       for (const one of check<unknown[]>(value, "list", where)) {
         if (!list(one).length) throw new FormatError(`${where} has an empty list`);
       }
+    } else if (name === "length_penalty") numeric(value, where);
+    else if (name === "early_stopping") {
+      if (typeof value !== "boolean" && value !== "never") {
+        throw new FormatError(`${where} is ${repr(value)}, it must be true, false or 'never'`);
+      }
     } else throw new FormatError(`generation has unknown key ${repr(name)}`);
   }
   return plain(found);

@@ -103,3 +103,13 @@ def test_the_reader_is_strict(bad, tiny_llama_package):
         Manifest.from_json(json.dumps({**written, "generation": bad}))
     written.pop("generation", None)  # as it was before
     assert Manifest.from_json(json.dumps(written)).generation == {}
+
+
+def test_beam_search_of_a_base_is_carried_where_there_are_beams():
+    config = GenerationConfig(num_beams=4, length_penalty=2.0, early_stopping=True)
+    carried, _ = generation_of(LlamaConfig(), config, names.ENCODER_DECODER)
+    assert carried == {"length_penalty": 2.0, "early_stopping": True} == check_generation(carried)
+    assert generation_of(LlamaConfig(), config, names.DECODER_ONLY)[0] == {}
+    for wrong in ({"length_penalty": float("inf")}, {"length_penalty": "x"}, {"early_stopping": "soon"}):
+        with pytest.raises(ValueError, match="generation"):
+            check_generation(wrong)

@@ -193,7 +193,7 @@ class Seq2SeqEngine(Engine):
         strategy: Strategy
         if beams > 1:
             _check_beams(sampling, beams)
-            penalty, early = _beam_settings(defaults)
+            penalty, early = _beam_settings({**self._manifest.generation, **defaults})
             strategy = BeamSearch(
                 beams,
                 length,

@@ -157,6 +157,24 @@ def test_beams_are_those_of_transformers(
     assert len(lengths) > 1 or penalty > 0
 
 
+def test_beams_of_the_bases_generation_config(bart: Runtime) -> None:
+    """What the manifest says of beams is what a prompt's `generation` says, which comes before it."""
+    settings = {"length_penalty": -1.0, "early_stopping": True}
+    package = with_ends(bart, 60)
+    said = Package(package.path, dataclasses.replace(package.manifest, generation=settings))
+
+    def answers(one: Package, generation: dict[str, Any]) -> list[tuple[int, ...]]:
+        with Runtime(one, OPTIONS) as runtime:
+            prompt = make_prompt(runtime.manifest, "plain", generation=generation)
+            runtime.add_prompt(dataclasses.replace(prompt, prompt_embeddings=None))
+            texts = (TEXT, "a", "music and actors, and so on", "very long")
+            return [runtime.generate(text, prompt="plain", num_beams=4, max_new_tokens=12).token_ids for text in texts]
+
+    plain, set_ = answers(package, {}), answers(package, settings)
+    assert answers(said, {}) == set_ != plain
+    assert answers(said, {"length_penalty": 1.0, "early_stopping": False}) == plain
+
+
 def test_sampling_depends_on_the_seed_and_not_on_the_batch(t5: Runtime) -> None:
     options = [GenerationOptions(max_new_tokens=8, temperature=1.5, top_k=50, seed=seed) for seed in (1, 2, 1)]
     first, second, again = t5.run([Request(TEXT, options=one) for one in options])

@@ -326,6 +326,9 @@ CASES: dict[str, Damage] = {
         tensors(lambda held: {**held, "model.layers.0.mlp.extra.weight": held["model.norm.weight"].clone()}),
         r"holds 1 .*mlp\.extra",
     ),
+    "a bias of the head too many": Damage(
+        tensors(lambda held: {**held, "lm_head.bias": held["model.norm.weight"].clone()}), r"holds 1 .*lm_head\.bias"
+    ),
     # The config of another model
     "more layers in the config": Damage(config(num_hidden_layers=3), "says 3 layers, its weights have 2"),
     "fewer layers in the config": Damage(config(num_hidden_layers=1), "says 1 layers, its weights have 2"),
@@ -335,7 +338,7 @@ CASES: dict[str, Damage] = {
     "another width": Damage(config(intermediate_size=64), r"other shapes .*\[48, 32\].*\[64, 32\]"),
     "another vocabulary": Damage(config(vocab_size=301), r"other shapes .*\[300, 32\].*\[301, 32\]"),
     "heads that do not divide": Damage(config(num_attention_heads=5, head_dim=None), "not a multiple of the number"),
-    "no model type": Damage(config(model_type=None, architectures=None), "cannot read the config"),
+    "no model type": Damage(config(model_type=None, architectures=None), "names no model_type"),
     "a config cut short": Damage(cut("config.json", 0.5), r"cannot read .*config\.json"),
     "a config that is a list": Damage(file("config.json", "[]"), "a JSON object is needed"),
     "GPTQ": Damage(config(quantization_config={"quant_method": "gptq", "bits": 4}), "quantised already .gptq"),
