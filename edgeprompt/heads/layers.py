@@ -67,11 +67,23 @@ def check_head(name: str, prompt: PromptFile, manifest: Manifest, *, has_pooler:
     by_token = head.input.startswith("tokens")
     if by_token != (prompt.task in ("tag", "qa")):
         raise InputError(f"prompt {name!r} is for {prompt.task!r}, and its head reads {head.input!r}")
+    check_head_sizes(name, prompt, manifest.geometry.hidden_size)
+
+
+def check_head_sizes(name: str, prompt: PromptFile, hidden_size: int) -> None:
+    """Refuse a head whose tensors do not compute together, or not from vectors of that size.
+
+    Raises:
+        BaseMismatchError: it does not fit.
+        InputError: it gives another number of scores than there are labels.
+    """
+    head = prompt.head_spec
+    assert head is not None
     try:
-        shape = apply_head(head, prompt.head, np.zeros((1, manifest.geometry.hidden_size), np.float32)).shape
+        shape = apply_head(head, prompt.head, np.zeros((1, hidden_size), np.float32)).shape
     except ValueError as error:
         raise BaseMismatchError(
-            f"the head of prompt {name!r} does not fit hidden size {manifest.geometry.hidden_size}: {error}"
+            f"the head of prompt {name!r} does not fit hidden size {hidden_size}: {error}"
         ) from error
     wanted = 2 if prompt.task == "qa" else len(prompt.labels)
     if wanted and shape[1] != wanted:

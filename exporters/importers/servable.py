@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from edgeprompt import names
 from edgeprompt.errors import InputError, TemplateError, UnsupportedError
+from edgeprompt.heads.layers import check_head_sizes
 from edgeprompt.prompts.file import PromptFile
 from edgeprompt.prompts.template import Mask
 from edgeprompt.prompts.verbalizer import ids_behind, text_before_words
@@ -16,6 +17,7 @@ def check_servable(prompt: PromptFile, base: BaseFacts) -> None:
     """Refuse a prompt that no package of `base` answers with, and say what to give.
 
     Raises:
+        BaseMismatchError: its head's tensors do not fit each other, or the base's hidden size.
         UnsupportedError: the base has no such task.
         InputError: labels, words or the template's mask are missing, or the prompt is longer than the base's context.
         TemplateError: label words that cannot be told apart, or several tokens for one mask.
@@ -28,6 +30,7 @@ def check_servable(prompt: PromptFile, base: BaseFacts) -> None:
             f"{limit} positions, text included"
         )
     if prompt.head_spec is not None:
+        check_head_sizes(prompt.name, prompt, base.geometry.hidden_size)
         return
     encoder = base.architecture == names.ENCODER_ONLY
     if prompt.task == "generate" and encoder:

@@ -381,3 +381,19 @@ def test_the_counts_in_the_docs() -> None:
     ]
     assert counts == [len(cases) for cases in (bases_damaged.CASES, CASES, DAMAGED, ADAPTERS, FROZEN)]
     assert f"{sum(case.loads for case in bases_damaged.CASES.values())} of the cases load with a note" in text
+
+
+@pytest.mark.parametrize(("weight", "bias"), [((16, 2), 2), ((2, 15), 2), ((2, 16), 3)])
+def test_a_head_whose_tensors_do_not_fit_is_refused_at_conversion(
+    tmp_path: Path, weight: tuple[int, int], bias: int
+) -> None:
+    assert (BERT.geometry.hidden_size, BERT.geometry.num_layers) == (16, 3)
+    state = {
+        "prefix_encoder.embedding.weight": torch.randn(4, 3 * 2 * 16),
+        "classifier.weight": torch.randn(*weight),
+        "classifier.bias": torch.randn(bias),
+    }
+    torch.save(state, tmp_path / "p.bin")
+    with pytest.raises(EdgePromptError, match="head"):
+        convert_prompt(tmp_path / "p.bin", tmp_path / "out.safetensors", base=BERT)
+    assert not (tmp_path / "out.safetensors").exists()
