@@ -211,8 +211,8 @@ def read_texts(data: Any) -> tuple[str, list[str]]:
     name = os.path.basename(source_name(data))
     if name.endswith(".txt"):
         try:
-            with open_regular(data) as file:
-                texts = [line.strip() for line in islice(io.TextIOWrapper(file, "utf-8-sig"), MOST_TEXTS)]
+            with open_regular(data) as file, io.TextIOWrapper(file, "utf-8-sig") as lines:
+                texts = [line.strip() for line in islice(lines, MOST_TEXTS)]
         except (OSError, UnicodeDecodeError) as error:
             reason = getattr(error, "strerror", None) or error
             raise DataError(f"cannot read texts from {name!r}: {reason}") from error
