@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import os
+import socket
 import time
 from collections.abc import Mapping
 from pathlib import Path
@@ -19,11 +21,11 @@ class Recorder:
     def __init__(self, log: Path | None, *, total: int, start: int, progress: bool) -> None:
         """`log`: folder for metrics; `total`, `start`: steps of the run and those already done."""
         self._file: IO[str] | None = None
-        self._board: Any = None
+        self._board: _EventFile | None = None
         if log is not None:
             log.mkdir(parents=True, exist_ok=True)
             self._file = (log / METRICS_FILE).open("a" if start else "w", encoding="utf-8")
-            self._board = _summary_writer(log)
+            self._board = _EventFile(log)
         self._shown = show("tuning", total, start=start, unit="steps", wanted=progress)
         self._update: Update
         self._best = ""
@@ -55,12 +57,35 @@ class Recorder:
             self._file.flush()
         if self._board is not None:
             for name, value in figures.items():
-                self._board.add_scalar(name, value, step)
+                self._board.add(name, value, step)
 
 
-def _summary_writer(log: Path) -> Any:
-    try:
-        from torch.utils.tensorboard import SummaryWriter
-    except ImportError as error:
-        raise MissingDependencyError("--log needs tensorboard: pip install 'edgeprompt[tune]'") from error
-    return SummaryWriter(str(log))
+class _EventFile:
+    """TensorBoard's events, written on the caller's thread.
+
+    `SummaryWriter` has a thread and a queue. A signal that stops the run while the queue is locked would make its
+    `close` wait for ever.
+    """
+
+    def __init__(self, log: Path) -> None:
+        try:
+            from tensorboard.compat.proto import event_pb2, summary_pb2
+            from tensorboard.summary.writer.record_writer import RecordWriter
+        except ImportError as error:
+            raise MissingDependencyError("--log needs tensorboard: pip install 'edgeprompt[tune]'") from error
+        self._event, self._summary = event_pb2.Event, summary_pb2.Summary
+        name = f"events.out.tfevents.{time.time_ns()}.{socket.gethostname()}.{os.getpid()}"
+        self._writer = RecordWriter((log / name).open("wb"))
+        self._write(file_version="brain.Event:2")
+
+    def add(self, name: str, value: float, step: int) -> None:
+        """Write one figure."""
+        self._write(step=step, summary=self._summary(value=[self._summary.Value(tag=name, simple_value=value)]))
+
+    def close(self) -> None:
+        """Write what is left, and close the file."""
+        self._writer.close()
+
+    def _write(self, **fields: Any) -> None:
+        self._writer.write(self._event(wall_time=time.time(), **fields).SerializeToString())
+        self._writer.flush()

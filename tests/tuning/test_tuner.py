@@ -193,7 +193,16 @@ def test_early_stopping_keeps_the_best(tiny_llama_base: Path, tmp_path: Path) ->
     assert [line["step"] for line in lines if "loss" in line] == list(range(1, result.steps + 1))
     evaluated = {line["step"]: line["eval_accuracy"] for line in lines if "eval_accuracy" in line}
     assert evaluated[result.best_step] == max(evaluated.values()) == result.value
-    assert list((tmp_path / "log").glob("events.out.tfevents.*"))
+    from tensorboard.backend.event_processing.event_file_loader import EventFileLoader
+
+    (events,) = (tmp_path / "log").glob("events.out.tfevents.*")
+    found = [
+        (event.step, value.tensor.float_val[0])
+        for event in EventFileLoader(str(events)).Load()
+        for value in event.summary.value
+        if value.tag == "loss"
+    ]
+    assert found == [(line["step"], pytest.approx(line["loss"])) for line in lines if "loss" in line]
 
 
 def test_half_precision_trains(tiny_llama_base: Path, tmp_path: Path) -> None:
