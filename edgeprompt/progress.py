@@ -108,8 +108,8 @@ class Lines:
                 else f" {self._unit}"
             )
             parts.append(f"{self._done:g}{whole}")
-            if made and spent:
-                parts.append(_rate(made / spent, self._unit))
+            if made and now > self._began:
+                parts.append(_rate(made / (now - self._began), self._unit))  # what comes in batches too
         else:
             parts.append(f"{self._done:.0%}")
         parts += [self._note] if self._note else []
