@@ -185,9 +185,9 @@ def test_requests_with_many_labels_are_cancelled_and_late(
         request = Request(TEXT, "rows", task="classify")
         job = runtime.submit(request)
         assert begun.wait(20)
+        assert job.cancel()
         with pytest.raises(RequestTimeoutError):
             runtime.run([replace(request, timeout=0.05), request, request])  # back-pressure: the queue takes two
-        assert job.cancel()
         go.set()
         with pytest.raises(RequestCancelledError):
             job.result(20)
