@@ -6,6 +6,7 @@ import itertools
 import threading
 import time
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from functools import cache
 from pathlib import Path
@@ -164,6 +165,13 @@ def test_a_tiny_budget_makes_chunks_smaller_and_no_difference(kind: str, package
         runtime.classify(TEXT, prompt="rows")
 
 
+def until(happened: Callable[[], Any]) -> None:
+    deadline = time.monotonic() + 20
+    while not happened():
+        assert time.monotonic() < deadline
+        time.sleep(0.005)
+
+
 @pytest.mark.parametrize("kind", KINDS)
 def test_requests_with_many_labels_are_cancelled_and_late(
     kind: str, package_of: Callable[[str], Path], monkeypatch: pytest.MonkeyPatch
@@ -185,17 +193,22 @@ def test_requests_with_many_labels_are_cancelled_and_late(
         request = Request(TEXT, "rows", task="classify")
         job = runtime.submit(request)
         assert begun.wait(20)
-        assert job.cancel()
-        with pytest.raises(RequestTimeoutError):
-            runtime.run([replace(request, timeout=0.05), request, request])  # back-pressure: the queue takes two
-        go.set()
+        # The queue takes two, and the scheduler looks at deadlines between steps: `run` waits until this one goes on.
+        with ThreadPoolExecutor(1) as pool:
+            waiting = pool.submit(runtime.run, [replace(request, timeout=0.05), request, request])
+            until(lambda: engine.scheduler._waiting)
+            assert job.cancel()
+            time.sleep(0.06)
+            go.set()
+            with pytest.raises(RequestTimeoutError):
+                waiting.result(20)
         with pytest.raises(RequestCancelledError):
             job.result(20)
         steps.clear()
         begun.clear()
         go.clear()
         late = runtime.submit(replace(request, timeout=0.05))
-        assert begun.wait(20) or late.done()
+        until(lambda: begun.is_set() or late.done())
         time.sleep(0.06)
         go.set()
         with pytest.raises(RequestTimeoutError):
