@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 from itertools import islice
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Unpack
 
 import click
 
@@ -81,12 +81,8 @@ def command(
     seed: int,
     max_new_tokens: int | None,
     allow_base_mismatch: bool,
-    allow_other_weights: bool,
-    provider: str,
-    threads: int | None,
-    workers: int | None,
-    cache: Path | None,
     as_json: bool,
+    **session: Unpack[serving.SessionOptions],
 ) -> None:
     """Evaluate prompts on DATA as PACKAGE serves them.
 
@@ -107,14 +103,7 @@ def command(
         column_names(source)
     for item in wanted:
         serving.find_prompt(package, item)
-    with serving.open_runtime(
-        package,
-        provider=provider,
-        threads=threads,
-        workers=workers,
-        cache=cache,
-        allow_other_weights=allow_other_weights,
-    ) as runtime:
+    with serving.open_runtime(package, **session) as runtime:
         prompts = serving.add_prompts(runtime, package, wanted, allow_base_mismatch=allow_base_mismatch)
         first = next(iter(prompts.values()))
         check_task(prompts, metric)

@@ -9,7 +9,7 @@ from contextlib import contextmanager
 from dataclasses import replace
 from itertools import islice
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Unpack
 
 import click
 
@@ -98,12 +98,8 @@ def command(
     chat: bool,
     truncate: bool,
     allow_base_mismatch: bool,
-    allow_other_weights: bool,
-    provider: str,
-    threads: int | None,
-    workers: int | None,
-    cache: Path | None,
     as_json: bool,
+    **session: Unpack[serving.SessionOptions],
 ) -> None:
     """Answer each TEXT, record of --input, or line of stdin.
 
@@ -147,14 +143,7 @@ def command(
     rows = _rows(texts, source)
     form = Form(as_json=as_json, named=len(wanted) > 1 or bool(prompt_column), with_errors=on_error == "record")
     failures = _Failures(on_error)
-    with serving.open_runtime(
-        package,
-        provider=provider,
-        threads=threads,
-        workers=workers,
-        cache=cache,
-        allow_other_weights=allow_other_weights,
-    ) as runtime:
+    with serving.open_runtime(package, **session) as runtime:
         prompts = serving.add_prompts(runtime, package, wanted, allow_base_mismatch=allow_base_mismatch)
         ask = _asker(prompts, options, text_column, prompt_column, chat=chat, truncate=truncate)
         single = len(texts) == 1 and len(prompts) <= 1

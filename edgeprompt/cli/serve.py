@@ -65,11 +65,6 @@ def command(
     folders: tuple[Path, ...],
     keys: tuple[str, ...],
     api_key_file: Path | None,
-    provider: str,
-    threads: int | None,
-    workers: int | None,
-    cache: Path | None,
-    allow_other_weights: bool,
     max_queue: int,
     **values: Any,
 ) -> None:
@@ -84,21 +79,14 @@ def command(
     from edgeprompt.server.process import Server, import_server, open_socket
 
     import_server()
+    session: Any = {name: values.pop(name) for name in serving.SessionOptions.__annotations__}
     limits = dict(values, max_inputs=min(values["max_inputs"], max_queue))
     options = ServerOptions(api_keys=_keys(keys, api_key_file), **limits)
     if keys:
         console.note(f"note: a key on the command line shows in the list of processes; use {KEY_VARIABLE} or a file")
     with (
         open_socket(options) as bound,
-        serving.open_runtime(
-            package,
-            provider=provider,
-            threads=threads,
-            workers=workers,
-            cache=cache,
-            allow_other_weights=allow_other_weights,
-            max_queue=max_queue,
-        ) as runtime,
+        serving.open_runtime(package, max_queue=max_queue, **session) as runtime,
     ):
         for folder in folders:
             runtime.add_folder(folder)

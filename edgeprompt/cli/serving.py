@@ -7,7 +7,7 @@ import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, TypeVar
+from typing import TYPE_CHECKING, Any, TypedDict, TypeVar, Unpack
 
 import click
 
@@ -67,16 +67,19 @@ def session_options(command: F) -> F:
     return command
 
 
+class SessionOptions(TypedDict):
+    """What the options of `session_options` were set to."""
+
+    provider: str
+    threads: int | None
+    workers: int | None
+    cache: Path | None
+    allow_other_weights: bool
+
+
 @contextmanager
 def open_runtime(
-    package: Path,
-    *,
-    provider: str,
-    threads: int | None,
-    workers: int | None,
-    cache: Path | None,
-    allow_other_weights: bool = False,
-    max_queue: int | None = None,
+    package: Path, *, max_queue: int | None = None, **session: Unpack[SessionOptions]
 ) -> Iterator[Runtime]:
     """A runtime over a package, closed at the end; `cache` is `EngineOptions.cache_folder`."""
     # ONNX Runtime has threads of its own; those that numpy's OpenBLAS starts on import would cost 45 ms and never work.
@@ -84,11 +87,11 @@ def open_runtime(
     import edgeprompt
 
     options = edgeprompt.EngineOptions(
-        provider=provider,
-        threads=threads,
-        workers=workers,
-        cache_folder=cache,
-        allow_other_weights=allow_other_weights,
+        provider=session["provider"],
+        threads=session["threads"],
+        workers=session["workers"],
+        cache_folder=session["cache"],
+        allow_other_weights=session["allow_other_weights"],
     )
     if max_queue is not None:
         options = dataclasses.replace(options, max_queue=max_queue)

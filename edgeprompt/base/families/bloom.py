@@ -2,13 +2,11 @@
 
 from __future__ import annotations
 
-import contextlib
-from collections.abc import Iterator
 from typing import Any
 
 import torch
 
-from edgeprompt.base.families.decoder import DecoderFamily
+from edgeprompt.base.families.decoder import DecoderFamily, replacing
 
 
 def _forward(
@@ -39,16 +37,4 @@ def _forward(
     return self.dense(out) + residual, None
 
 
-@contextlib.contextmanager
-def _patch(model: Any) -> Iterator[None]:
-    modules = [module for module in model.modules() if type(module).__name__ == "BloomAttention"]
-    for module in modules:
-        module.forward = _forward.__get__(module)
-    try:
-        yield
-    finally:
-        for module in modules:
-            del module.forward
-
-
-FAMILIES = (DecoderFamily("bloom", patch=_patch),)
+FAMILIES = (DecoderFamily("bloom", patch=replacing("BloomAttention", "forward", _forward)),)

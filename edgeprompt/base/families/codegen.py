@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from edgeprompt.base.families.decoder import DecoderFamily
-from edgeprompt.base.families.gptj import patch
+from edgeprompt.base.families.decoder import DecoderFamily, replacing
+from edgeprompt.base.families.gptj import attention_on_heads
 
-FAMILIES = (DecoderFamily("codegen", patch=patch),)
+FAMILIES = (DecoderFamily("codegen", patch=replacing("CodeGenAttention", "_attn", attention_on_heads)),)

@@ -2,13 +2,11 @@
 
 from __future__ import annotations
 
-import contextlib
-from collections.abc import Iterator
 from typing import Any
 
 import torch
 
-from edgeprompt.base.families.decoder import DecoderFamily
+from edgeprompt.base.families.decoder import DecoderFamily, replacing
 
 
 def attention_on_heads(
@@ -21,17 +19,4 @@ def attention_on_heads(
     return out.transpose(1, 2), None
 
 
-@contextlib.contextmanager
-def patch(model: Any) -> Iterator[None]:
-    """Put fused attention into every attention module."""
-    modules = [module for module in model.modules() if hasattr(type(module), "_attn")]
-    for module in modules:
-        module._attn = attention_on_heads.__get__(module)
-    try:
-        yield
-    finally:
-        for module in modules:
-            del module._attn
-
-
-FAMILIES = (DecoderFamily("gptj", patch=patch),)
+FAMILIES = (DecoderFamily("gptj", patch=replacing("GPTJAttention", "_attn", attention_on_heads)),)

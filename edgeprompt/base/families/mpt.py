@@ -2,13 +2,11 @@
 
 from __future__ import annotations
 
-import contextlib
-from collections.abc import Iterator
 from typing import Any
 
 import torch
 
-from edgeprompt.base.families.decoder import DecoderFamily
+from edgeprompt.base.families.decoder import DecoderFamily, replacing
 
 
 def _forward(
@@ -37,16 +35,4 @@ def _forward(
     return self.out_proj(out), None
 
 
-@contextlib.contextmanager
-def _patch(model: Any) -> Iterator[None]:
-    modules = [module for module in model.modules() if type(module).__name__ == "MptAttention"]
-    for module in modules:
-        module.forward = _forward.__get__(module)
-    try:
-        yield
-    finally:
-        for module in modules:
-            del module.forward
-
-
-FAMILIES = (DecoderFamily("mpt", patch=_patch),)
+FAMILIES = (DecoderFamily("mpt", patch=replacing("MptAttention", "forward", _forward)),)
