@@ -20,6 +20,7 @@ from edgeprompt.base.blockwise import (
     quantize_stored,
     quantize_symmetric,
 )
+from edgeprompt.errors import ExportError
 from exporters.graft.fuse import drop_unused
 from exporters.graft.linears import Linear, WeightIndex, find_linears, initializer_tensor, is_constant
 from exporters.quantize.rows import quantize_rows
@@ -372,22 +373,26 @@ class _Quantizer:
         offsets: int = 0,
     ) -> None:
         pieces = self.index.pieces(weight)
-        if pieces:
-            cast = scales.producer()
-            stored = cast.inputs[0] if cast is not None else scales
-            assert stored is not None
-            self.records.append(
-                asdict(
-                    WeightRecord(
-                        str(codes.name),
-                        str(stored.name),
-                        zeros.name if zeros else None,
-                        layout,
-                        bits,
-                        columns,
-                        block,
-                        offsets,
-                        pieces,
-                    )
+        if not pieces:
+            raise ExportError(
+                f"the weight behind {codes.name!r} is made of no parameters of the base, so nothing could prove it; "
+                "export at fp32, and report the base"
+            )
+        cast = scales.producer()
+        stored = cast.inputs[0] if cast is not None else scales
+        assert stored is not None
+        self.records.append(
+            asdict(
+                WeightRecord(
+                    str(codes.name),
+                    str(stored.name),
+                    zeros.name if zeros else None,
+                    layout,
+                    bits,
+                    columns,
+                    block,
+                    offsets,
+                    pieces,
                 )
             )
+        )
