@@ -304,6 +304,41 @@ class Runtime:
             raise InputError("chat needs at least one message: {'role': 'user', 'content': ...}")
         return cast(Generation, self._each("", "generate", {**keywords, "messages": messages}))
 
+    def save_session(
+        self, path: str | os.PathLike[str], text: Text = "", **keywords: Unpack[GenerationKeywords]
+    ) -> int:
+        """Write what is resident of a text or a conversation that was asked, so that another process goes on with it.
+
+        Args:
+            path: of the file; an older session there is replaced.
+            text: as for `generate`.
+            keywords: as for `generate`, with the `prompt` and the `messages` that were asked.
+
+        Returns:
+            The number of tokens: whole blocks of 32.
+
+        Raises:
+            UnsupportedError: the package is no decoder-only one.
+            InputError: nothing of the text is resident, or something else lies at `path`.
+        """
+        request = make_request(text, "generate", keywords)
+        return self._engine.save_session(path, request, self._find(request))
+
+    def load_session(self, path: str | os.PathLike[str]) -> int:
+        """Make a saved session resident; requests that begin with its text reuse it. Add its prompt before.
+
+        Returns:
+            The number of tokens.
+
+        Raises:
+            UnsupportedError: the package is no decoder-only one.
+            InputError: no session, a broken one, or one of another package, prompt, provider or version.
+            CapacityError: it does not fit into `prefix_budget`.
+            PromptNotFoundError: its prompt was not added.
+        """
+        self._open()
+        return self._engine.load_session(path, self._prompts.find)
+
     def stream(self, text: Text | Request = "", **keywords: Unpack[GenerationKeywords]) -> TextStream:
         """Like `generate`, piece by piece; `text` may be a `Request`. Closing the iterator cancels the request."""
         if isinstance(text, Request):

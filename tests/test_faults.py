@@ -17,7 +17,7 @@ import pytest
 
 import edgeprompt
 from edgeprompt import CapacityError, PackageError, Request
-from edgeprompt.ort.prefix_store import PrefixStore
+from edgeprompt.ort.prefix_store import PrefixStore, facts_of
 from edgeprompt.package.files import sha256_file
 from edgeprompt.package.manifest import Manifest
 from edgeprompt.prompts.file import TunedFor, save_prompt
@@ -115,13 +115,13 @@ print([path.name for path in folder.rglob("*") if path.suffix in (".safetensors"
 def test_prefixes_of_another_origin_are_not_found(tmp_path: Path) -> None:
     bound = {"weights_hash": "w", "provider": "cpu", "dtype": "float32", "ort_version": "1"}
     prefix = np.ones((4, 2, 3, 8), np.float32)
-    store = PrefixStore(tmp_path, **bound)
+    store = PrefixStore(tmp_path, facts_of(**bound))
     store.write("prompt", prefix)
     found = store.read("prompt", prefix.shape)
     assert found is not None
     assert (found == prefix).all()
     for name, value in (("weights_hash", "x"), ("provider", "cuda"), ("dtype", "float16"), ("ort_version", "2")):
-        other = PrefixStore(tmp_path, **{**bound, name: value})
+        other = PrefixStore(tmp_path, facts_of(**{**bound, name: value}))
         assert other.read("prompt", prefix.shape) is None
         other.path("prompt").write_bytes(store.path("prompt").read_bytes())  # renamed by hand: still refused
         assert other.read("prompt", prefix.shape) is None
@@ -134,7 +134,7 @@ def test_a_prefix_that_cannot_be_kept_is_a_warning(
     how: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     bound = {"weights_hash": "w", "provider": "cpu", "dtype": "float32", "ort_version": "1"}
-    store = PrefixStore(tmp_path / "cache", **bound)
+    store = PrefixStore(tmp_path / "cache", facts_of(**bound))
     place = store.path("prompt")
     place.parent.mkdir()
     if how.startswith("a folder"):

@@ -111,9 +111,16 @@ def test_chat_is_a_conversation_in_the_template(tiny_llama_package: Path, tmp_pa
 
 
 @pytest.mark.parametrize("architecture", ["encoder", "encoder-decoder"])
-def test_chat_needs_a_decoder(architecture: str, any_runtime: Callable[[str], Runtime]) -> None:
+def test_chats_and_sessions_need_a_decoder(
+    architecture: str, any_runtime: Callable[[str], Runtime], tmp_path: Path
+) -> None:
+    runtime = any_runtime(architecture)
     with pytest.raises(UnsupportedError):
-        any_runtime(architecture).chat([{"role": "user", "content": "a"}])
+        runtime.chat([{"role": "user", "content": "a"}])
+    with pytest.raises(UnsupportedError, match="only decoder-only packages"):
+        runtime.save_session(tmp_path / "x", "a")
+    with pytest.raises(UnsupportedError, match="only decoder-only packages"):
+        runtime.load_session(tmp_path / "x")
 
 
 def test_a_request_is_streamed(runtime: Runtime) -> None:

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import os
 from abc import ABC, abstractmethod
 from collections.abc import Callable
 from importlib import import_module
 
 from edgeprompt import names
 from edgeprompt.engines.scheduler import Job, Scheduler
-from edgeprompt.errors import InputError, TemplateError
+from edgeprompt.errors import InputError, TemplateError, UnsupportedError
 from edgeprompt.options import EngineOptions
 from edgeprompt.ort.kv_cache import PrefixCache
 from edgeprompt.ort.session import Sessions
@@ -23,6 +24,7 @@ ENCODER_PAST = f"encoder_{names.PAST_KEY_VALUES}"
 PARTS = (names.PROMPT_EMBEDDINGS, names.PAST_KEY_VALUES, ENCODER_PAST)
 """What engines derive from a prompt, by name."""
 
+_NO_SESSIONS = "sessions hold a text's keys and values, which only decoder-only packages keep"
 _ENGINES = {
     names.DECODER_ONLY: ("edgeprompt.engines.decoder.engine", "DecoderEngine"),
     names.ENCODER_ONLY: ("edgeprompt.engines.encoder.engine", "EncoderEngine"),
@@ -79,6 +81,29 @@ class Engine(ABC):
         job = self.prepare(request, prompt, on_text)
         self.scheduler.submit([job], wait=wait)
         return job
+
+    def save_session(self, path: str | os.PathLike[str], request: Request, prompt: LoadedPrompt | None) -> int:
+        """Write the keys and values that are resident of a request's text; the number of tokens.
+
+        Raises:
+            UnsupportedError: the architecture keeps none.
+            InputError: nothing of the text is resident, or `path` holds something else.
+        """
+        raise UnsupportedError(_NO_SESSIONS)
+
+    def load_session(self, path: str | os.PathLike[str], find: Callable[[str], LoadedPrompt]) -> int:
+        """Make the keys and values of a session resident; the number of tokens.
+
+        Args:
+            path: what `save_session` wrote.
+            find: gives a prompt by name.
+
+        Raises:
+            UnsupportedError: the architecture keeps none.
+            InputError: no session, a broken one, or one of another graph, prompt, provider or version.
+            CapacityError: it does not fit into `prefix_budget`.
+        """
+        raise UnsupportedError(_NO_SESSIONS)
 
     def forget(self, prompt: LoadedPrompt) -> None:
         """Drop what was computed from a prompt."""

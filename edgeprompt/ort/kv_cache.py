@@ -291,7 +291,7 @@ class PrefixCache:
                 return
             self._touch(names)
             first = len(names) - len(blocks)
-            room = self.budget - (self.size - self._block_bytes)
+            room = self.room
             room -= sum(self._blocks[name][0].nbytes for name in names[:first] if name in self._blocks)
             for name, block in zip(names[first:], blocks, strict=True):
                 self._drop_block(name)
@@ -322,6 +322,11 @@ class PrefixCache:
         with self._lock:
             for name in [name for name, (_, other) in self._blocks.items() if other is owner]:
                 self._drop_block(name)
+
+    @property
+    def room(self) -> int:
+        """Bytes for blocks: what entries leave of the budget."""
+        return max(0, self.budget - (self.size - self._block_bytes))
 
     def has_room(self, size: int) -> bool:
         """Whether `size` more bytes of entries fit without putting an entry out."""

@@ -6,6 +6,7 @@ import hashlib
 import logging
 import os
 import platform
+from collections.abc import Mapping
 from pathlib import Path
 
 import numpy as np
@@ -23,6 +24,17 @@ _LOG = logging.getLogger("edgeprompt")
 _KEY, _DIGEST = "key", "sha256"
 
 
+def facts_of(*, weights_hash: str, provider: str, dtype: str, ort_version: str) -> dict[str, str]:
+    """What keys and values depend on beside the prompt and the text."""
+    return {
+        "weights_hash": weights_hash,
+        "provider": provider,
+        "dtype": dtype,
+        "onnxruntime": ort_version,
+        "machine": platform.machine(),
+    }
+
+
 class PrefixStore:
     """A folder of prefixes, each bound to what computed it.
 
@@ -30,17 +42,9 @@ class PrefixStore:
     right; anything else is computed again and written over. Files are written whole or not at all.
     """
 
-    def __init__(
-        self, folder: str | os.PathLike[str], *, weights_hash: str, provider: str, dtype: str, ort_version: str
-    ) -> None:
-        self._folder = Path(folder)
-        self._bound = {
-            "weights_hash": weights_hash,
-            "provider": provider,
-            "dtype": dtype,
-            "onnxruntime": ort_version,
-            "machine": platform.machine(),
-        }
+    def __init__(self, folder: str | os.PathLike[str], facts: Mapping[str, str]) -> None:
+        """`facts`: as `facts_of` gives them."""
+        self._folder, self._facts = Path(folder), facts
 
     def path(self, prompt_sha256: str) -> Path:
         """Where a prompt's prefix is kept."""
@@ -57,7 +61,7 @@ class PrefixStore:
                 metadata = file.metadata() or {}
                 prefix: KV = file.get_tensor(names.PAST_KEY_VALUES)
             expected = {_KEY: self._key(prompt_sha256), _DIGEST: _digest(prefix)}
-            if metadata == expected and prefix.shape == shape and prefix.dtype == np.dtype(self._bound["dtype"]):
+            if metadata == expected and prefix.shape == shape and prefix.dtype == np.dtype(self._facts["dtype"]):
                 return prefix
             reason = "it belongs to another graph, prompt or machine, or its bytes have changed"
         except (SafetensorError, OSError, ValueError, TypeError) as error:
@@ -76,7 +80,7 @@ class PrefixStore:
             _LOG.warning("cannot keep a prefix in %s: %s", self._folder, getattr(error, "strerror", None) or error)
 
     def _key(self, prompt_sha256: str) -> str:
-        return strict_json.dumps({**self._bound, "prompt": prompt_sha256})
+        return strict_json.dumps({**self._facts, "prompt": prompt_sha256})
 
 
 def _digest(prefix: KV) -> str:

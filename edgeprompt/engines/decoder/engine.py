@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -12,7 +14,7 @@ from edgeprompt.decoding.processors import Processors, generation_fields
 from edgeprompt.decoding.sampling import DEFAULT_NEW_TOKENS, resolve
 from edgeprompt.decoding.strategies import Clock, Generate, PrefixOnly, ReadLogits, ScoreWords, Strategy
 from edgeprompt.engines.base import Engine, check_template, compile_words, given_ids
-from edgeprompt.engines.decoder.graph import open_graph
+from edgeprompt.engines.decoder.graph import BLOCK, open_graph
 from edgeprompt.engines.decoder.head import ClassifyState, LabelWords, ReadState, check_head_of, check_states
 from edgeprompt.engines.decoder.lane import DecoderJob, DecoderLane
 from edgeprompt.engines.decoder.prefixes import Prefixes
@@ -20,8 +22,9 @@ from edgeprompt.engines.scheduler import Scheduler
 from edgeprompt.errors import CapacityError, InputError, UnsupportedError
 from edgeprompt.options import EngineOptions
 from edgeprompt.ort.kv_cache import KVShape, PrefixCache
-from edgeprompt.ort.prefix_store import PrefixStore
+from edgeprompt.ort.prefix_store import PrefixStore, facts_of
 from edgeprompt.ort.session import Sessions, graph_inputs, import_onnxruntime
+from edgeprompt.ort.session_file import SavedSession, read_session, write_session
 from edgeprompt.package.folder import Package
 from edgeprompt.prompts.encoder_text import encode_text, fields_of, located_slot
 from edgeprompt.prompts.registry import LoadedPrompt
@@ -51,16 +54,17 @@ class DecoderEngine(Engine):
         budget = options.kv_budget or max(KV_BUDGET, min(self._limit, 4096) * shape.bytes_per_position)
         lanes = options.workers or 1
         self.derived = PrefixCache(PREFIX_BUDGET if options.prefix_budget is None else options.prefix_budget)
-        store = None
-        if options.cache_folder is not None:
-            store = PrefixStore(
-                options.cache_folder,
-                weights_hash=self._manifest.weights_hash,
-                provider=self.provider,
-                dtype=shape.dtype,
-                ort_version=import_onnxruntime().__version__,
-            )
+        facts = facts_of(
+            weights_hash=self._manifest.weights_hash,
+            provider=self.provider,
+            dtype=shape.dtype,
+            ort_version=import_onnxruntime().__version__,
+        )
+        store = None if options.cache_folder is None else PrefixStore(options.cache_folder, facts)
         self._prefixes = Prefixes(self.derived, shape, self._vocab, store, texts=options.reuse_texts)
+        self._shape = shape
+        self._session_facts: dict[str, Any] = {**facts, "block": BLOCK}
+        """What the keys and values of a session depend on beside the prompt and the text."""
         self._lanes = []
         """Each with a cache of its own."""
         for _ in range(lanes):
@@ -122,6 +126,32 @@ class DecoderEngine(Engine):
                 raise UnsupportedError(f"task {task!r} is not known; there are classify, generate, tag, qa and embed")
         self._check_room(job)
         return job
+
+    def save_session(self, path: str | os.PathLike[str], request: Request, prompt: LoadedPrompt | None) -> int:
+        """Write what is resident of a request's text."""
+        job = self.prepare(request, prompt, None)
+        depends = job.prefix or job.table
+        blocks = self._prefixes.names(job.prefix, job.table, job.ids)
+        found = self.derived.find_blocks(blocks)
+        if not found:
+            raise InputError(
+                f"nothing of this text is resident: a session needs at least {BLOCK} tokens that were asked before, "
+                "reuse_texts, and room in prefix_budget"
+            )
+        name, sha256 = ("", "") if depends is None else (depends.name, depends.sha256)
+        kept = np.concatenate(found, axis=2)
+        write_session(path, SavedSession(self._session_facts, name, sha256, tuple(blocks[: len(found)]), kept))
+        return kept.shape[2]
+
+    def load_session(self, path: str | os.PathLike[str], find: Callable[[str], LoadedPrompt]) -> int:
+        """Make what a session holds resident."""
+        session = read_session(path, self._session_facts, self._shape, self.derived.room)
+        prompt = find(session.prompt) if session.prompt_sha256 else None
+        if prompt is not None and prompt.sha256 != session.prompt_sha256:
+            raise InputError(f"session {str(path)!r} belongs to another prompt {session.prompt!r} than the one here")
+        parts = np.split(session.keys_and_values, len(session.blocks), axis=2)
+        self.derived.put_blocks(session.blocks, [np.ascontiguousarray(part) for part in parts], prompt)
+        return session.keys_and_values.shape[2]
 
     def _generate(
         self, request: Request, prompt: LoadedPrompt | None, on_text: Callable[[str], None] | None
