@@ -21,7 +21,7 @@ from edgeprompt.engines.decoder.prefixes import Prefixes
 from edgeprompt.engines.scheduler import Scheduler
 from edgeprompt.errors import CapacityError, InputError, UnsupportedError
 from edgeprompt.options import EngineOptions
-from edgeprompt.ort.kv_cache import KVShape, PrefixCache
+from edgeprompt.ort.kv_cache import KV, KVShape, PrefixCache
 from edgeprompt.ort.prefix_store import PrefixStore, facts_of
 from edgeprompt.ort.session import Sessions, graph_inputs, import_onnxruntime
 from edgeprompt.ort.session_file import SavedSession, read_session, write_session
@@ -139,9 +139,9 @@ class DecoderEngine(Engine):
                 "reuse_texts, and room in prefix_budget"
             )
         name, sha256 = ("", "") if depends is None else (depends.name, depends.sha256)
-        kept = np.concatenate(found, axis=2)
+        kept: KV = np.concatenate(found, axis=2)
         write_session(path, SavedSession(self._session_facts, name, sha256, tuple(blocks[: len(found)]), kept))
-        return kept.shape[2]
+        return len(found) * BLOCK
 
     def load_session(self, path: str | os.PathLike[str], find: Callable[[str], LoadedPrompt]) -> int:
         """Make what a session holds resident."""
@@ -151,7 +151,7 @@ class DecoderEngine(Engine):
             raise InputError(f"session {str(path)!r} belongs to another prompt {session.prompt!r} than the one here")
         parts = np.split(session.keys_and_values, len(session.blocks), axis=2)
         self.derived.put_blocks(session.blocks, [np.ascontiguousarray(part) for part in parts], prompt)
-        return session.keys_and_values.shape[2]
+        return len(session.blocks) * BLOCK
 
     def _generate(
         self, request: Request, prompt: LoadedPrompt | None, on_text: Callable[[str], None] | None
