@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 import numpy.typing as npt
@@ -139,7 +139,7 @@ class DecoderEngine(Engine):
                 "reuse_texts, and room in prefix_budget"
             )
         name, sha256 = ("", "") if depends is None else (depends.name, depends.sha256)
-        kept: KV = np.concatenate(found, axis=2)
+        kept = cast("KV", np.concatenate(found, axis=2))
         write_session(path, SavedSession(self._session_facts, name, sha256, tuple(blocks[: len(found)]), kept))
         return len(found) * BLOCK
 
