@@ -49,7 +49,7 @@ def package_card(manifest: Manifest, repo: str, licence: str | None) -> Card:
     lines = [
         f"{_named(manifest.base.name)} ({manifest.architecture}, {manifest.model_type}) as one ONNX graph that takes "
         f"soft prompts; precision {manifest.precision}.",
-        f"Base fingerprint `{manifest.base.fingerprint}`.",
+        f"Base fingerprint `{manifest.base.brief}`.",
         *([f"Exported from `{pinned}`."] if pinned else []),
         *_quality(manifest.quality),
         "Made with " + ", ".join(f"{name} {version}" for name, version in sorted(manifest.versions.items())) + ".",
@@ -66,7 +66,7 @@ def prompt_card(file: Path, repo: str, licence: str | None) -> Card:
     lines = [
         f"A soft prompt for {_named(prompt.base.name)}: {prompt.method}, {prompt.num_virtual_tokens} virtual tokens, "
         f"task {prompt.task}.",
-        f"Base fingerprint `{prompt.base.fingerprint}`.",
+        f"Base fingerprint `{prompt.base.brief}`.",
         f"Template `{json.dumps(str(prompt.template))}`.",
     ]
     labels = [*(prompt.labels or prompt.verbalizer)]

@@ -289,8 +289,8 @@ def _reread(
     """An edgeprompt prompt file as source: options replace what it holds; its base is never changed."""
     if facts and not facts.base.matches(prompt.base):
         raise BaseMismatchError(
-            f"prompt {prompt.name!r} was made for base {prompt.base.name} ({prompt.base.fingerprint}), "
-            f"--base is {facts.base.name} ({facts.base.fingerprint})"
+            f"prompt {prompt.name!r} was made for base {prompt.base.name} ({prompt.base.brief}), "
+            f"--base is {facts.base.name} ({facts.base.brief}){prompt.base.apart(facts.base)}"
         )
     if template is not None:
         prompt = dataclasses.replace(prompt, template=Template.parse(template))

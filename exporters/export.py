@@ -172,8 +172,8 @@ def validate_package(
     base = loaded.base
     if not base.matches(manifest.base):
         raise BaseMismatchError(
-            f"package {str(path)!r} was exported from {manifest.base.name!r} ({manifest.base.fingerprint}); "
-            f"{base.name!r} has {base.fingerprint}{base.apart(manifest.base)}"
+            f"package {str(path)!r} was exported from {manifest.base.name!r} ({manifest.base.brief}); "
+            f"{base.name!r} has {base.brief}{base.apart(manifest.base)}"
         )
     _tell_weaker(manifest.base, base)
     files = _load_prompts(prompts)
@@ -251,8 +251,8 @@ def _check_fingerprint(prompt: PromptFile, loaded: LoadedBase) -> None:
     base = loaded.base
     if not prompt.base.matches(base):
         raise BaseMismatchError(
-            f"prompt {prompt.name!r} was made for {prompt.base.name!r} ({prompt.base.fingerprint}), not for "
-            f"{base.name!r} ({base.fingerprint}){base.apart(prompt.base)}; export that base, or tune the prompt for "
+            f"prompt {prompt.name!r} was made for {prompt.base.name!r} ({prompt.base.brief}), not for "
+            f"{base.name!r} ({base.brief}){base.apart(prompt.base)}; export that base, or tune the prompt for "
             "this one"
         )
     _tell_weaker(prompt.base, base)

@@ -75,8 +75,8 @@ def load_package_weights(model: Any, package: str | os.PathLike[str]) -> LoadedW
     found = _TAKEN.setdefault(model, Base("the model", base_fingerprint(model)))
     if not found.matches(manifest.base):
         raise BaseMismatchError(
-            f"package {str(package)!r} was exported from {manifest.base.name!r} ({manifest.base.fingerprint}), the "
-            f"model has {found.fingerprint}{found.apart(manifest.base)}"
+            f"package {str(package)!r} was exported from {manifest.base.name!r} ({manifest.base.brief}), the "
+            f"model has {found.brief}{found.apart(manifest.base)}"
         )
     weaker = manifest.base.weaker(found)
     if weaker:

@@ -25,6 +25,8 @@ def command(path: Path, as_json: bool) -> None:
     PATH is a package folder, a prompt file (.safetensors) or an ONNX Runtime adapter (.onnx_adapter), here or on the
     Hugging Face Hub (user/repo[@revision][/file]).
     """
+    from edgeprompt.package.fingerprint import brief
+
     console.need_stdout()
     facts = describe(path)
     if as_json:
@@ -32,7 +34,7 @@ def command(path: Path, as_json: bool) -> None:
         return
     width = max(map(len, facts)) + 2
     for key, value in facts.items():
-        click.echo(f"{key:<{width}}{_text(value)}")
+        click.echo(f"{key:<{width}}{_text(brief(value) if key == 'fingerprint' else value)}")
 
 
 def describe(path: Path) -> dict[str, Any]:
@@ -100,9 +102,13 @@ def _package(path: Path) -> dict[str, Any]:
     return facts
 
 
-def _weaker(base: Base) -> dict[str, str]:
-    """A line for a fingerprint of the older format."""
-    return {"fingerprint_note": reason} if (reason := base.weaker(base)) else {}
+def _weaker(base: Base) -> dict[str, Any]:
+    """The config's values that a fingerprint holds, or a line for one of an older format."""
+    from edgeprompt.package.fingerprint import parse
+
+    if reason := base.weaker(base):
+        return {"fingerprint_note": reason}
+    return {"base_config": dict(facts)} if (facts := parse(base.fingerprint).facts) else {}
 
 
 def _prompt(path: Path) -> dict[str, Any]:

@@ -11,15 +11,13 @@ from typing import Any
 
 from edgeprompt import names
 from edgeprompt.errors import PackageError
-from edgeprompt.package import strict_json
+from edgeprompt.package import fingerprint, strict_json
 from edgeprompt.package.generation import check_generation
 from edgeprompt.package.strict_json import check_keys, check_type
 
 FORMAT = "edgeprompt-package"
 VERSION = 1
 MAX_BYTES = 4 << 20
-FINGERPRINT_2 = "sha256-2:"
-"""What base fingerprints of format 2 start with (`edgeprompt.base.fingerprint`)."""
 
 
 @dataclass(frozen=True)
@@ -73,23 +71,30 @@ class Base:
     fingerprint: str
 
     def matches(self, other: Base) -> bool:
-        """Whether both are one base: by every matrix, or by the embedding alone where either says no more."""
-        ours, theirs = digests(self.fingerprint), digests(other.fingerprint)
-        return ours == theirs if ours[0] and theirs[0] else ours[1] == theirs[1]
+        """Whether both are one base, as far as the older of both fingerprints says."""
+        return not fingerprint.differences(self.fingerprint, other.fingerprint)
 
     def apart(self, other: Base) -> str:
-        """What an error adds where bases do not match and all that older fingerprints cover is the same."""
-        same = digests(self.fingerprint)[1] == digests(other.fingerprint)[1]
-        return "; their embeddings are the same, so one of both was fine-tuned or merged" if same else ""
+        """What an error adds where bases do not match and more is known than that."""
+        found = fingerprint.differences(self.fingerprint, other.fingerprint)
+        return "".join(f"; {one}" for one in found if one != fingerprint.OTHER)
 
     def weaker(self, other: Base) -> str | None:
-        """What to say where `matches` rests on the embedding alone, so that a fine-tuned base would pass for it."""
-        if digests(self.fingerprint)[0] and digests(other.fingerprint)[0]:
+        """What to say where `matches` does not cover all of a base."""
+        reason = fingerprint.weaker(self.fingerprint, other.fingerprint)
+        if not reason:
             return None
-        return (
-            f"the fingerprint of base {self.name!r} is of an older format, which covers its embedding alone: a "
-            "fine-tuned or merged base would not be noticed"
+        old = (
+            self
+            if self is other or fingerprint.rank(self.fingerprint) <= fingerprint.rank(other.fingerprint)
+            else other
         )
+        return f"the fingerprint of base {old.name!r} {reason}"
+
+    @property
+    def brief(self) -> str:
+        """The fingerprint as messages show it."""
+        return fingerprint.brief(self.fingerprint)
 
 
 @dataclass(frozen=True)
@@ -174,15 +179,6 @@ class Manifest:
     def write(self, folder: str | os.PathLike[str]) -> None:
         """Write `edgeprompt.json` into `folder`."""
         (Path(folder) / names.MANIFEST).write_text(self.to_json(), encoding="utf-8")
-
-
-def digests(fingerprint: str) -> tuple[str, str]:
-    """What a fingerprint says of every matrix ("" in format 1), and what format 1 says."""
-    if fingerprint.startswith(FINGERPRINT_2):
-        every, _, first = fingerprint.removeprefix(FINGERPRINT_2).partition(".")
-        return every, first
-    kind, _, digits = fingerprint.partition(":")
-    return "", digits[:16] if kind == "sha256" else fingerprint
 
 
 def _parts(data: Mapping[str, Any]) -> dict[str, Any]:

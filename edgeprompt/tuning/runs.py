@@ -155,10 +155,11 @@ def resume(run: Run, loop: Loop, path: Path) -> None:
         loop.resume(path)
         return
     prompt, soft = load_prompt(path), run.objective.model.soft
-    if not prompt.base.matches(Base(run.loaded.name, run.fingerprint)):
+    ours = Base(run.loaded.name, run.fingerprint)
+    if not prompt.base.matches(ours):
         raise BaseMismatchError(
-            f"prompt {str(path)!r} was made for base {prompt.base.name} ({prompt.base.fingerprint}), "
-            f"this base is {run.loaded.name} ({run.fingerprint})"
+            f"prompt {str(path)!r} was made for base {prompt.base.name} ({prompt.base.brief}), "
+            f"this base is {ours.name} ({ours.brief}){ours.apart(prompt.base)}"
         )
     if soft is None:
         raise InputError("--method head trains no prompt, so it cannot start from a prompt file; leave out --resume")

@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from typing import Any
 
-from edgeprompt.base.fingerprint import fingerprint_of, joined_fingerprint, matrix_line, sampled_rows
+from edgeprompt.base.fingerprint import BUFFER, Digest, fingerprint_of, joined_fingerprint, sampled_rows
 from edgeprompt.errors import BaseMismatchError
-from edgeprompt.package.manifest import digests
+from edgeprompt.package.fingerprint import differences, parse, weaker
 from exporters.importers.foreign import BaseFacts
 from exporters.importers.reading import Checkpoint
 
@@ -112,7 +112,8 @@ def _without(base: BaseFacts, name: str) -> str:
 
 def _by_fingerprint(checkpoint: Checkpoint, base: BaseFacts, copied: Mapping[str, str], tool: str) -> tuple[str, ...]:
     """Compare with a package: its fingerprint of every matrix; that of its embedding where the copy is no more."""
-    every, first = digests(base.base.fingerprint)
+    known = parse(base.base.fingerprint)
+    every, first = known.signs, known.first
     name = next((name for name in copied if _EMBEDDING.search(copied[name])), None)
     if not _DIGEST.match(first) or name is None:
         return ()
@@ -123,7 +124,7 @@ def _by_fingerprint(checkpoint: Checkpoint, base: BaseFacts, copied: Mapping[str
         raise _trained(base, tool, [f"{name} {list(table.shape)}"])
     sample = table[sampled_rows(rows)].float().numpy()
     found = fingerprint_of(base.model_type, base.geometry, sample)
-    if not digests(found)[1].startswith(first):
+    if not parse(found).first.startswith(first):
         raise _trained(base, tool, [name])
     if len(copied) == 1 or not every:
         return (
@@ -131,37 +132,63 @@ def _by_fingerprint(checkpoint: Checkpoint, base: BaseFacts, copied: Mapping[str
             f"{'the checkpoint has' if every else 'the package, which is of an older format, tells'}; --base with the "
             "base's folder compares every tensor",
         )
-    if base.base.fingerprint not in _fingerprints(checkpoint, found, copied, rows, width):
+    candidates = _fingerprints(checkpoint, found, copied, rows, width, known.facts or {})
+    same = [one for one in candidates if not differences(base.base.fingerprint, one)]
+    if not same:
         raise BaseMismatchError(
-            f"the {tool} checkpoint's copy of the base has not the matrices of {base.base.name}, only its embedding: "
+            f"the {tool} checkpoint's copy of the base has not the weights of {base.base.name}, only its embedding: "
             "the base was trained together with the prompt (freeze_plm=False, OpenPrompt's default), or the copy lacks "
             "some; give --base with the base's folder, which names the tensors that differ"
         )
-    return ()
+    missed = [weaker(base.base.fingerprint, one) for one in same]
+    if None in missed:
+        return ()
+    return (f"the fingerprint of the package {missed[0]}; --base with the base's folder compares every tensor",)
 
 
 def _fingerprints(
-    checkpoint: Checkpoint, first: str, copied: Mapping[str, str], vocab_size: int, width: int
-) -> set[str]:
-    """What the base's fingerprint would be with the copy's matrices: with and without heads, and without a pooler.
+    checkpoint: Checkpoint,
+    first: str,
+    copied: Mapping[str, str],
+    vocab_size: int,
+    width: int,
+    facts: Mapping[str, Any],
+) -> list[str]:
+    """What the base's fingerprint would be with the copy's tensors: with and without heads, and without a pooler.
 
     A copy may have heads that the package has not (a masked-language-model head, next-sentence prediction).
     """
-    lines: dict[str, str] = {}
+    read: dict[str, Digest] = {}
     names = {**copied, **{name: name for name in checkpoint.names if _POOLER.search(name)}}
+    front = _front(names.values())
     for name, tensor in checkpoint.each(names):
-        inside = names[name]
+        inside = names[name].removeprefix(front)
         for pattern, modern in _LEGACY:
             inside = pattern.sub(modern, inside)
-        if not tensor.is_floating_point() or not (tensor.dim() > 1 or inside.endswith("bias")):
+        if not tensor.is_floating_point() or not tensor.numel():
             continue
         if tensor.dim() == 2 and tensor.shape[1] == width and (_EMBEDDING.search(inside) or _HEAD.search(inside)):
             tensor = tensor[:vocab_size]
-        lines[inside] = matrix_line(inside, tensor)
-    kinds = (
-        lines,
-        {name: line for name, line in lines.items() if not _HEAD.search(name)},
-        {name: line for name, line in lines.items() if not (_HEAD.search(name) or _POOLER.search(name))},
-        {name: line for name, line in lines.items() if not _POOLER.search(name)},
+        read[inside] = Digest(tensor)
+    tables = [one for name, one in read.items() if _EMBEDDING.search(name)]
+    plain = {
+        (BUFFER + name if name == "final_logits_bias" else name.replace("lm_head.", "head.")): one
+        for name, one in read.items()
+        if not (_HEAD.search(name) and any(one.signs == table.signs for table in tables))  # tied
+    }
+    kinds: tuple[Callable[[str], bool], ...] = (
+        lambda name: True,
+        lambda name: not _HEAD.search(name),
+        lambda name: not (_HEAD.search(name) or _POOLER.search(name)),
+        lambda name: not _POOLER.search(name),
     )
-    return {joined_fingerprint(first, kind.values()) for kind in kinds}
+    return [
+        joined_fingerprint(first, [(name, one) for name, one in plain.items() if keep(name)], facts) for keep in kinds
+    ]
+
+
+def _front(names: Collection[str]) -> str:
+    """What stands in front of the name of every layer's parameters: the attribute that holds the model."""
+    layers = {name.split(".")[0] for name in names if re.search(r"\.\d+\.", name)}
+    first = layers.pop() if len(layers) == 1 else ""
+    return f"{first}." if first and first not in ("encoder", "decoder", "layers", "layer", "h", "block") else ""

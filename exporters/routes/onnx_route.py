@@ -285,7 +285,7 @@ def _check_same_base(built: _Built, config: Any, geometry: Geometry, loaded: Loa
     found = fingerprint_of(config.model_type, geometry, built.table)
     if not Base(loaded.name, found).matches(loaded.base):
         raise BaseMismatchError(
-            f"the graph's embedding gives fingerprint {found}, --against {loaded.name!r} has {loaded.fingerprint}"
+            f"the graph's embedding gives fingerprint {found}, --against {loaded.name!r} has {loaded.base.brief}"
         )
 
 

@@ -2,6 +2,7 @@
 
 import { fromHalf } from "./bytes.ts";
 import { BaseMismatchError, EdgePromptError, PromptFileError } from "./errors.ts";
+import { brief, difference } from "./fingerprint.ts";
 import { FormatError, check, checkKeys, given, numeric, parseJson, plain, repr, type Fields } from "./json.ts";
 import { readBase, type Base, type Manifest } from "./manifest.ts";
 import * as names from "./names.ts";
@@ -338,10 +339,11 @@ function checkHead(prompt: PromptFile): void {
 export function checkBase(prompt: PromptFile, manifest: Manifest, sizesAlone = false): void {
   const { base, geometry: size } = manifest;
   if (!sizesAlone) {
-    if (prompt.base.fingerprint !== base.fingerprint) {
+    const apart = difference(prompt.base.fingerprint, base.fingerprint);
+    if (apart) {
       throw new BaseMismatchError(
-        `prompt ${repr(prompt.name)} was made for base ${prompt.base.name} (${prompt.base.fingerprint}), the package ` +
-          `holds ${base.name} (${base.fingerprint}); tune it for this base`,
+        `prompt ${repr(prompt.name)} was made for base ${prompt.base.name} (${brief(prompt.base.fingerprint)}), the ` +
+          `package holds ${base.name} (${brief(base.fingerprint)}); ${apart}; tune it for this base`,
       );
     }
     const theirs = manifest.tokenizerFingerprint;

@@ -8,5 +8,6 @@ export type { Manifest } from "./manifest.ts";
 export type { Text } from "./template.ts";
 export { Template } from "./template.ts";
 export { Tokenizer, type Encoding } from "./tokenizer/tokenizer.ts";
+export { difference as fingerprintDifference } from "./fingerprint.ts";
 export { parseManifest } from "./manifest.ts";
 export { parsePrompt, type PromptFile } from "./prompt.ts";

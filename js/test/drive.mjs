@@ -1,6 +1,6 @@
 // Runs what a test asks, from JSON on stdin, and prints the results as JSON: the tests compare them with Python's.
 import { readFileSync } from "node:fs";
-import { load, parseManifest, parsePrompt, Tokenizer } from "../dist/index.js";
+import { fingerprintDifference, load, parseManifest, parsePrompt, Tokenizer } from "../dist/index.js";
 
 const asked = JSON.parse(readFileSync(0, "utf8"));
 
@@ -84,6 +84,7 @@ const ways = {
   serve,
   tokenizers: ({ files }) => files.map(compareTokenizer),
   prompts: ({ files }) => Promise.all(files.map((file) => attempt(() => parsePrompt(readFileSync(file)).name))),
+  fingerprints: ({ pairs }) => pairs.map(([one, other]) => fingerprintDifference(one, other)),
   manifests: ({ files }) =>
     Promise.all(files.map((file) => attempt(async () => (await parseManifest(readFileSync(file))).weightsHash))),
 };

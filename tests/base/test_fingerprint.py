@@ -6,14 +6,26 @@ import pytest
 import torch
 from transformers import AutoConfig, AutoModel, AutoModelForCausalLM
 
-from edgeprompt.base.fingerprint import base_fingerprint, fingerprint_of, sampled_rows
+from edgeprompt.base.fingerprint import Digest, base_fingerprint, config_facts, fingerprint_of, sampled_rows
 from edgeprompt.base.geometry import geometry_of
 from edgeprompt.base.load import load_base
+from edgeprompt.package.fingerprint import brief, rank
 from edgeprompt.package.manifest import Base
+from tests.support import base_changes
 from tests.support.damaged import bases
+from tests.support.gguf_models import write_gguf
 
 CONFIG = {"hidden_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4, "vocab_size": 500}
-KINDS = ["llama", "qwen2", "gpt2", "bert", "t5", "bart"]
+KINDS = base_changes.KINDS
+FORMAT_2 = {  # written by the version before format 3
+    "llama": "sha256-2:2a3a2a731d9d06b7eda9cbcdc0d19522dee9d129a85b9e504a38612eda512f38.29e844f445a23495",
+    "qwen2": "sha256-2:c7e8159f796dcb6b60bf5bc83d5c9e316e52604d2f6b822c3ec7793ae82d5608.5dcb4b45e5b44940",
+    "gpt2": "sha256-2:e13db9a4ba073e97823ec5206a2febb307ec00058bf165b1409dc5ae1c7318d7.7dbcc0c851bb6b53",
+    "bert": "sha256-2:9ab0b7a1e2f2bb442354f87ea848af6e65e28f5d08123e10e1ebda9ca47684a4.f0f43b417715d6c1",
+    "t5": "sha256-2:233b32d4e1923583e3a071338453945a64c877a013180100bcdcf4cb3799a677.f4eb8e4c24787acb",
+    "bart": "sha256-2:fe825b1ec04eee5cd71be4bed64b22c7b93ae6a57fe9618eb9b72f54aaeaa498.2eba2053fa2bd484",
+}
+ENTRY = (2, 33777, [-14, -343, 6477, 1358])
 MATRICES = {  # one of every kind that a LoRA is merged into
     "llama": ["self_attn.q_proj", "self_attn.v_proj", "mlp.down_proj", "lm_head"],
     "qwen2": ["self_attn.q_proj", "mlp.down_proj"],
@@ -36,6 +48,10 @@ def old_format(model):
     return Base("old", fingerprint_of(model.config.model_type, geometry, sample))
 
 
+def entry_of(digest):
+    return int(digest.entry["kind"]), int(digest.entry["norm"]), [int(one) for one in digest.entry["sums"]]
+
+
 def merge_lora(model, module, size, rank=8):
     """What merging an adapter does: a product of rank 8, its largest entry `size` of the weight's deviation."""
     name, weight = next((name, p) for name, p in model.named_parameters() if name.endswith(f"{module}.weight"))
@@ -45,17 +61,78 @@ def merge_lora(model, module, size, rank=8):
     return name
 
 
-@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
 @pytest.mark.parametrize("kind", KINDS)
-def test_precision_does_not_matter(kind, dtype, tmp_path):
+def test_types_and_what_they_were_before_do_not_matter(kind, tmp_path):
     base = load_base(bases.save(tmp_path / "base", kind))
-    assert base.fingerprint.startswith("sha256-2:")
-    half = copy.deepcopy(base.model).to(dtype)
-    assert base_fingerprint(half) == base.fingerprint
-    half.save_pretrained(tmp_path / "half")
-    assert load_base(tmp_path / "half").fingerprint == base.fingerprint
-    half.half().save_pretrained(tmp_path / "twice")
-    assert load_base(tmp_path / "twice").fingerprint == base.fingerprint
+    assert rank(base.fingerprint) == 3
+    for number, steps in enumerate((("half",), ("bfloat16",), ("half", "bfloat16"), ("bfloat16", "half"))):
+        other = copy.deepcopy(base.model)
+        for step in steps:
+            other = getattr(other, step)()
+        other.save_pretrained(tmp_path / str(number))
+        saved = load_base(tmp_path / str(number)).base
+        assert saved.matches(base.base), steps
+        assert saved.weaker(base.base) is None
+        assert base.base.matches(Base("in memory", base_fingerprint(other)))
+
+
+@pytest.mark.parametrize(("what", "kind"), base_changes.CASES)
+def test_another_base_is_noticed(what, kind):
+    """Before format 3, IA3, norms, scaled layers, swapped matrices and configs were not noticed."""
+    plain = bases.model(kind)
+    other = base_changes.changed(plain, what, kind)
+    known, found = Base("known", base_fingerprint(plain)), Base("found", base_fingerprint(other))
+    assert not known.matches(found)
+    assert not found.matches(known)
+    assert known.apart(found) or what == "heads"
+    half = Base("half", base_fingerprint(copy.deepcopy(other).bfloat16()))
+    assert not half.matches(known), "a conversion hides it"
+    assert half.matches(found)
+    assert Base("both", base_fingerprint(copy.deepcopy(plain).bfloat16())).matches(known)
+    assert not half.matches(Base("both", base_fingerprint(copy.deepcopy(plain).bfloat16())))
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_format_2_is_still_read(kind):
+    known, old = Base("new", base_fingerprint(bases.model(kind))), Base("old", FORMAT_2[kind])
+    assert known.matches(old)
+    assert old.matches(known)
+    assert "base 'old' is of format 2" in known.weaker(old)
+    norms = Base("norms", base_fingerprint(base_changes.changed(bases.model(kind), "trained norms", kind)))
+    assert norms.matches(old), "an old fingerprint does not notice"
+    merged = Base("merged", base_fingerprint(base_changes.changed(bases.model(kind), "merged LoRA", kind)))
+    assert not merged.matches(old)
+
+
+def test_a_gguf_file_has_the_fingerprint_of_its_folder(tmp_path):
+    folder = load_base(bases.save(tmp_path, "llama"))
+    file = load_base(write_gguf(bases.model("llama"), tmp_path / "model.gguf", tokenizer=bases.tokenizer()))
+    assert file.base.matches(folder.base)
+    assert file.base.weaker(folder.base) is None
+
+
+def test_what_a_file_says_besides_does_not_count(tmp_path):
+    config = AutoConfig.for_model("llama", **CONFIG)
+    before = config_facts(config)
+    for name, value in {"pad_token_id": 3, "use_cache": False, "unsloth_fixed": True, "attention_dropout": 0.1}.items():
+        setattr(config, name, value)
+    assert config_facts(config) == before
+    config.rms_norm_eps = 9.999999747378752e-06  # 1e-5 in float32, as GGUF has it
+    assert config_facts(config)["rms_norm_eps"] == 1e-5
+
+
+def test_the_sums_are_the_same_for_ever():
+    digest = Digest(torch.arange(-24, 24, dtype=torch.float32).reshape(6, 8) / 7)
+    assert entry_of(digest) == ENTRY
+    assert entry_of(Digest(torch.zeros(4))) == (0, 0, [0, 0, 0, 0])
+
+
+def test_a_broken_fingerprint_is_compared_as_a_whole():
+    whole = base_fingerprint(bases.model("t5"))
+    for broken in (whole[:-3], whole + ".x", whole.replace(".e", ".%"), "sha256-3:", whole + "\ud800"):
+        assert not Base("a", broken).matches(Base("b", whole))
+        assert Base("a", broken).matches(Base("b", broken))
+    assert len(brief(whole)) < 40 < len(whole)
 
 
 @pytest.mark.parametrize(("kind", "module"), [(kind, module) for kind in KINDS for module in MATRICES[kind]])
@@ -69,7 +146,7 @@ def test_a_merged_adapter_has_another(kind, module, tmp_path):
     assert not after.matches(before)
     assert "fine-tuned or merged" in after.apart(before)
     assert after.matches(old_format(base.model)), "an old fingerprint does not notice"
-    assert "would not be noticed" in after.weaker(old_format(base.model))
+    assert "base 'old' is of format 1" in after.weaker(old_format(base.model))
 
 
 @pytest.mark.parametrize("name", ["attn.c_attn.bias", "ln_1.bias"])
@@ -88,13 +165,15 @@ def test_layers_that_change_places_count():
     assert base_fingerprint(model) != before
 
 
-def test_other_names_do_not_count():
+def test_other_names_are_told():
     model = make()
-    before = base_fingerprint(model)
+    before = Base("before", base_fingerprint(model))
     for layer in model.model.layers:
         layer.mlp.up = layer.mlp.up_proj
         del layer.mlp.up_proj
-    assert base_fingerprint(model) == before
+    after = Base("after", base_fingerprint(model))
+    assert after.matches(before)
+    assert "other names" in after.weaker(before)
 
 
 def test_a_tied_head_and_padding_do_not_matter(tmp_path):
@@ -129,7 +208,9 @@ def test_a_gguf_file_and_its_saves_agree(smollm2_gguf, tmp_path):
     base = load_base(smollm2_gguf)
     for dtype in (torch.float32, torch.float16, torch.bfloat16):
         copy.deepcopy(base.model).to(dtype).save_pretrained(tmp_path / str(dtype))
-        assert load_base(tmp_path / str(dtype)).fingerprint == base.fingerprint
+        saved = load_base(tmp_path / str(dtype)).base
+        assert saved.matches(base.base)
+        assert saved.weaker(base.base) is None
     before = base.fingerprint
     torch.manual_seed(0)
     merge_lora(base.model, "layers.17.self_attn.v_proj", 0.01)

@@ -8,6 +8,7 @@ import onnxruntime
 import pytest
 
 from edgeprompt.errors import PackageError
+from edgeprompt.package.fingerprint import parse
 from edgeprompt.package.folder import open_package
 from tests.support.files import IRREGULAR, make_irregular
 
@@ -91,11 +92,11 @@ def test_a_fingerprint_of_the_older_format_is_told(cli, tiny_llama_package, make
 
     folder = shutil.copytree(tiny_llama_package, tmp_path / "package")
     manifest = open_package(folder).manifest
-    digits = manifest.base.fingerprint.rpartition(".")[2]
+    digits = parse(manifest.base.fingerprint).first
     old = replace(manifest.base, fingerprint="sha256:" + digits + "0" * 48)
     replace(manifest, base=old).write(folder)
     save_prompt(make_prompt("old", base=old), tmp_path / "old.safetensors")
     for path in (folder, tmp_path / "old.safetensors"):
         assert "covers its embedding alone" in cli("inspect", path).stdout
-        assert "older format" in json.loads(cli("inspect", path, "--json").stdout)["fingerprint_note"]
+        assert "is of format 1" in json.loads(cli("inspect", path, "--json").stdout)["fingerprint_note"]
     assert "fingerprint_note" not in cli("inspect", tiny_llama_package).stdout
