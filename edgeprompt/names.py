@@ -23,6 +23,9 @@ ARCHITECTURES = (DECODER_ONLY, ENCODER_ONLY, ENCODER_DECODER)
 
 PRECISIONS = ("fp32", "fp16", "int8", "int4", "gguf")
 BLOCK_SIZES = (32, 64, 128)
+NATIVE, WEB = "native", "web"
+TARGETS = (NATIVE, WEB)
+"""What runs a package's graphs: ONNX Runtime's native builds, or its WebAssembly build too."""
 ROUTES = ("genai", "torch", "onnx")
 TASKS = ("classify", "generate", "tag", "qa", "embed")
 PROBLEM_TYPES = ("single_label", "multi_label", "regression")

@@ -16,6 +16,9 @@ from edgeprompt.prompts.file import PromptFile
 ROUTES = ("auto", *names.ROUTES)
 PROVIDERS = ("cpu", "cuda")
 PROMPT_INPUTS = ("required", "optional")
+HUB_LAYOUT = "hub"
+LAYOUTS = ("edgeprompt", HUB_LAYOUT)
+WEB_PRECISIONS = ("int8", "fp32", "fp16")
 
 Progress = Callable[[str, float], None]
 """Called with a stage's name and the fraction of the whole export done so far."""
@@ -35,6 +38,10 @@ class ExportOptions:
     """Texts that the package is judged by; None: those shipped with edgeprompt."""
     allow_quality_loss: bool = False
     """Whether a package is written that is further from its base than the limits allow."""
+    target: str = names.NATIVE
+    """"web": operators that are fast in browsers, and weights in files of at most `WEB_FILE` bytes."""
+    layout: str = "edgeprompt"
+    """"hub": beside our graph one under transformers.js' name, on the same weights, and the base's config.json."""
 
     def __post_init__(self) -> None:
         for name, allowed in (
@@ -43,6 +50,8 @@ class ExportOptions:
             ("provider", PROVIDERS),
             ("prompt_input", PROMPT_INPUTS),
             ("block_size", names.BLOCK_SIZES),
+            ("target", names.TARGETS),
+            ("layout", LAYOUTS),
         ):
             if getattr(self, name) not in allowed:
                 raise InputError(f"{name} {getattr(self, name)!r} is not one of {', '.join(map(str, allowed))}")
@@ -52,6 +61,16 @@ class ExportOptions:
             raise InputError("precision 'gguf' is for .gguf files; graphs that others exported have theirs already")
         if self.block_size != 32 and self.route == "onnx":
             raise InputError("graphs that others exported have their blocks already; leave block_size out")
+        if self.target == names.WEB and self.precision not in WEB_PRECISIONS:
+            raise InputError(
+                f"target 'web' has no precision {self.precision!r}: browsers run 4-bit weights (MatMulNBits) many "
+                f"times slower than int8; use one of {', '.join(WEB_PRECISIONS)}"
+            )
+        if self.route == "onnx" and (self.target == names.WEB or self.layout == HUB_LAYOUT):
+            raise InputError(
+                "target 'web' and layout 'hub' are for bases in PyTorch or GGUF; graphs that others exported keep "
+                "their operators and names"
+            )
 
 
 @dataclass(frozen=True)

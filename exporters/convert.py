@@ -79,6 +79,7 @@ def convert_prompt(
     labels: Sequence[str] = (),
     task_index: str | int | None = None,
     name: str | None = None,
+    kv_dtype: str = "float32",
     force: bool = False,
 ) -> ConversionReport:
     """Read a prompt of any known format, check it, and write it in another.
@@ -95,6 +96,7 @@ def convert_prompt(
         labels: Names of the classes, in order, for prompts with a head or a verbalizer of their own.
         task_index: Which prompt of a file that holds several: its name or its index.
         name: The prompt's name; default: from the source.
+        kv_dtype: For `target="kv"`: "float32", or "float16" (half the file, and rounded).
         force: If the output is an adapter: replace an adapter that edgeprompt wrote, or an empty folder.
 
     Raises:
@@ -134,7 +136,7 @@ def convert_prompt(
         if facts and kind == "prompt":
             check_servable(prompt, facts)
     package = Path(base) if isinstance(base, (str, os.PathLike)) else None
-    outputs = _write(prompts, Path(output), kind, facts, package, force, (base, *sources))
+    outputs = _write(prompts, Path(output), kind, facts, package, force, (base, *sources), kv_dtype)
     return ConversionReport(
         ", ".join(dict.fromkeys(source_formats)),
         kind,
@@ -309,6 +311,7 @@ def _write(
     package: Path | None,
     force: bool,
     sources: Sequence[object],
+    kv_dtype: str,
 ) -> tuple[Path, ...]:
     if kind == "trtllm":
         writers.write_table(prompts, output)
@@ -328,7 +331,7 @@ def _write(
     elif kind == "npy":
         writers.write_npy(prompt, output)
     elif kind == "kv":
-        write_kv(prompt, output, package)
+        write_kv(prompt, output, package, dtype=kv_dtype)
     else:
         writers.write_peft(prompt, output, facts, force=force)
     return (output,)

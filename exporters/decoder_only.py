@@ -78,6 +78,7 @@ def finish_graph(model: ir.Model, loaded: LoadedBase, options: ExportOptions, sc
         block_size=options.block_size,
         stored=loaded.stored,
         scratch=scratch,
+        target=options.target,
     )
     compute_tables(model, loaded.model)
     graft_virtual_tokens(

@@ -34,11 +34,12 @@ def build(loaded: LoadedBase, options: ExportOptions, folder: Path, scratch: Pat
             "use --route torch, or leave it out"
         )
     loaded.family.prepare(loaded.model)
-    geometry, block = geometry_of(loaded.config), options.block_size
+    geometry = geometry_of(loaded.config)
+    quantize: dict[str, Any] = {
+        "block_size": options.block_size, "stored": loaded.stored, "target": options.target,
+    }  # fmt: skip
     encoder = seq2seq_graph.export_encoder(loaded.model, loaded.family)
-    weights = {
-        "encoder": quantize_graph(encoder, options.precision, loaded.model, block_size=block, stored=loaded.stored)
-    }
+    weights = {"encoder": quantize_graph(encoder, options.precision, loaded.model, **quantize)}
     graft_virtual_tokens(
         encoder,
         vocab_size=geometry.vocab_size,
@@ -48,9 +49,7 @@ def build(loaded: LoadedBase, options: ExportOptions, folder: Path, scratch: Pat
     )
     save_graph(encoder, folder / ENCODER)
     decoder = seq2seq_graph.export_decoder(loaded.model, loaded.family)
-    weights["decoder"] = quantize_graph(
-        decoder, options.precision, loaded.model, block_size=block, stored=loaded.stored
-    )
+    weights["decoder"] = quantize_graph(decoder, options.precision, loaded.model, **quantize)
     save_graph(decoder, folder / DECODER)
     return BuiltGraphs(
         {"encoder": ENCODER, "decoder": DECODER},

@@ -31,7 +31,14 @@ def build(loaded: LoadedBase, options: ExportOptions, folder: Path, scratch: Pat
         raise UnsupportedError("the genai route builds decoders only; give --route torch, or leave it out")
     geometry = geometry_of(loaded.config)
     model = trace_graph(loaded)
-    weights = quantize_graph(model, options.precision, loaded.model, levels=SIGNED_7, block_size=options.block_size)
+    weights = quantize_graph(
+        model,
+        options.precision,
+        loaded.model,
+        levels=SIGNED_7,
+        block_size=options.block_size,
+        target=options.target,
+    )
     width = geometry.embedding_size or geometry.hidden_size
     graft_virtual_tokens(model, vocab_size=geometry.vocab_size, hidden_size=width, prompt_input=options.prompt_input)
     save_graph(model, folder / GRAPH)

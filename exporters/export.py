@@ -26,6 +26,7 @@ from edgeprompt.package.outputs import PACKAGE
 from edgeprompt.prompts.file import PromptFile, load_prompt
 from edgeprompt.prompts.weights import ALLOWED, check_weights
 from exporters.contract import Exporter, ExportOptions, Progress
+from exporters.layout import arrange, check_layout
 from exporters.package import make_manifest, write_prompts, write_tokenizer
 from exporters.validate.core import check_positions
 from exporters.validate.quality import with_quality
@@ -67,6 +68,8 @@ def export_model(
     force: bool = False,
     prompt_input: str = "required",
     block_size: int = 32,
+    target: str = names.NATIVE,
+    layout: str = "edgeprompt",
     data: Any = None,
     allow_quality_loss: bool = False,
     allow_other_weights: bool = False,
@@ -79,8 +82,8 @@ def export_model(
         base: Hugging Face id, local folder, `.gguf` file, or a base that is loaded already.
         out: The package's folder; must not exist unless `force`.
         precision: "fp32", "fp16", "int8" (a scale per column of weights and per token), "int4" (weight-only, in
-            blocks), or "gguf" (4 or 8 bits for each matrix, as its `.gguf` file has it). None: "gguf" for a `.gguf`
-            file, else "fp32".
+            blocks), or "gguf" (4 or 8 bits for each matrix, as its `.gguf` file has it). None: "int8" for the web,
+            "gguf" for a `.gguf` file, else "fp32".
         route: "genai", "torch", "onnx", or "auto": genai where its builder knows the family, else torch.
         provider: "cpu" or "cuda": what the graph's operators and types are chosen for.
         prompts: Prompt files to validate with and to put into the package.
@@ -89,6 +92,10 @@ def export_model(
             as stock ORT's adapters need it.
         block_size: For int4. 32 keeps every block's offset in float. 64 and 128 round it to an integer zero point,
             which is faster and less exact, so tune prompts for that package.
+        target: "native", or "web": operators that ONNX Runtime's WebAssembly build is fast at, and weights in files of
+            at most 64 MB. Every runtime runs such a package.
+        layout: "edgeprompt", or "hub": beside it a graph under transformers.js' name, on the same weights, with the
+            base's config.json (decoders).
         data: Texts on which the package is compared with its base: a file or records as `tune` reads them, or lines of
             a `.txt` file. None: the texts shipped with edgeprompt.
         allow_quality_loss: Write the package even if it is further from its base than the limits allow
@@ -107,7 +114,15 @@ def export_model(
         ExportError: the export failed; nothing was written.
     """
     options = ExportOptions(
-        precision or default_precision(base), route, provider, prompt_input, block_size, data, allow_quality_loss
+        precision or ("int8" if target == names.WEB else default_precision(base)),
+        route,
+        provider,
+        prompt_input,
+        block_size,
+        data,
+        allow_quality_loss,
+        target,
+        layout,
     )
     tell = progress or _silent
     files = _load_prompts(prompts)
@@ -118,7 +133,7 @@ def export_model(
             tempfile.TemporaryDirectory(dir=folder.parent) as scratch,
         ):
             if route == "onnx" or (route == "auto" and not isinstance(base, LoadedBase) and is_onnx_folder(base)):
-                options = dataclasses.replace(options, route="onnx")
+                options = dataclasses.replace(options, route="onnx")  # which checks them again
                 onnx_route = import_module("exporters.routes.onnx_route")
                 manifest = cast(Manifest, onnx_route.build_package(base, folder, options, files, against=against))
             else:
@@ -213,13 +228,14 @@ def _build(
         _check_fingerprint(prompt, loaded)
     geometry = geometry_of(loaded.config)
     check_positions(geometry, loaded.name)
+    check_layout(options, loaded)
     exporter = find_exporter(loaded.family.architecture)
     with _few_threads(loaded.model):
         tell("build", 0.2)
         fingerprint = write_tokenizer(
             loaded.tokenizer, folder, scratch, vocab_size=geometry.vocab_size, base=loaded.name
         )
-        built = exporter.build(loaded, options, folder, scratch)
+        built = arrange(exporter.build(loaded, options, folder, scratch), folder, options, loaded)
         manifest = make_manifest(loaded, built, options, folder, fingerprint)
         for prompt in prompts.values():
             prompt.check_base(manifest)

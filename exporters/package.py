@@ -18,6 +18,7 @@ from edgeprompt.package.files import fingerprint_tokenizer, sha256_file
 from edgeprompt.package.manifest import GraphFile, Manifest
 from edgeprompt.prompts.file import PromptFile, save_prompt
 from exporters.contract import BuiltGraphs, ExportOptions
+from exporters.layout import data_files
 
 _TOOLS = ("torch", "transformers", "onnx", "onnxruntime", "onnxruntime-genai")
 _TOKENIZER_FILES = (names.TOKENIZER, names.TOKENIZER_CONFIG, names.CHAT_TEMPLATE)
@@ -79,6 +80,7 @@ def make_manifest(
         tokenizer_fingerprint=tokenizer_fingerprint,
         tokenizer_sha256=hash_tokenizer(folder),
         prompt_input=options.prompt_input,
+        target=options.target,
         kv_dtype=built.kv_dtype,
         pooling=built.pooling,
         kv_in_place=built.kv_in_place,
@@ -94,11 +96,12 @@ def make_manifest(
 
 
 def hash_graphs(graphs: Mapping[str, str], folder: Path) -> dict[str, GraphFile]:
-    """Manifest entries of graphs and of the external data beside them."""
+    """Manifest entries of graphs and of the files that hold their external data."""
     entries = {}
     for key, file in graphs.items():
-        data = f"{file}.data"
-        hashes = {data: sha256_file(folder / data)} if (folder / data).exists() else {}
+        home = Path(file).parent
+        data = [(home / name).as_posix() for name in data_files(folder / file)]
+        hashes = {name: sha256_file(folder / name) for name in data}
         entries[key] = GraphFile(file, sha256_file(folder / file), hashes)
     return entries
 

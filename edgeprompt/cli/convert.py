@@ -26,6 +26,11 @@ TARGETS = ("auto", "prompt", "onnx-adapter", "npy", "peft", "trtllm", "kv")
 @click.option("--verbalizer", multiple=True, metavar="LABEL=WORD", help="A label word; repeat it for each.")
 @click.option("--label", "labels", multiple=True, metavar="NAME", help="Class names, in order; repeat it for each.")
 @click.option("--name", help="The prompt's name.  [default: from SOURCE]")
+@click.option(
+    "--kv-dtype",
+    type=click.Choice(("float32", "float16")),
+    help="For --to kv: type of the keys and values in the file.  [default: float32]",
+)
 @click.option("--force", is_flag=True, help="Replace an adapter folder that edgeprompt wrote.")
 @click.option("--json", "as_json", is_flag=True, help="Print the report as one JSON object.")
 def command(
@@ -39,6 +44,7 @@ def command(
     verbalizer: tuple[str, ...],
     labels: tuple[str, ...],
     name: str | None,
+    kv_dtype: str | None,
     force: bool,
     as_json: bool,
 ) -> None:
@@ -48,6 +54,8 @@ def command(
     Runtime, .npy the bare tensor. A folder gets one prompt file per task, or a PEFT adapter with --to peft. Several
     SOURCEs make one table (--to trtllm).
     """
+    if kv_dtype is not None and target != "kv":
+        raise click.UsageError("--kv-dtype goes with --to kv")
     console.quiet_libraries()
     from exporters.convert import convert_prompt
 
@@ -62,6 +70,7 @@ def command(
         labels=labels,
         task_index=task_index,
         name=name,
+        kv_dtype=kv_dtype or "float32",
         force=force,
     )
     if as_json:

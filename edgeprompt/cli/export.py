@@ -65,6 +65,21 @@ if TYPE_CHECKING:
     help="Prompt file to validate with and to put into the package; may be repeated.",
 )
 @click.option(
+    "--target",
+    type=click.Choice(names.TARGETS),
+    default=names.NATIVE,
+    show_default=True,
+    help="web: operators that are fast in browsers too (int8 unless --precision says fp32 or fp16), weights in files "
+    "of at most 64 MB.",
+)
+@click.option(
+    "--layout",
+    type=click.Choice(("edgeprompt", "hub")),
+    default="edgeprompt",
+    show_default=True,
+    help="hub: also the files that transformers.js knows, as onnx/model_quantized.onnx and config.json (decoders).",
+)
+@click.option(
     "--prompt-input",
     type=click.Choice(("required", "optional")),
     default="required",
@@ -91,6 +106,8 @@ def command(
     block_size: str,
     provider: str,
     prompts: tuple[Path, ...],
+    target: str,
+    layout: str,
     prompt_input: str,
     door: str | None,
     allow_other_weights: bool,
@@ -106,6 +123,8 @@ def command(
     choosing = precision == "auto"
     if choosing and (data is None or not prompts):
         raise click.UsageError("--precision auto, --data and at least one --prompt go together")
+    if choosing and (target != names.NATIVE or layout != "edgeprompt"):
+        raise click.UsageError("--precision auto measures packages for this machine; give --target web a precision")
     if precision != "int4" and block_size != "32":
         raise click.UsageError("--block-size goes with --precision int4")
     if choosing and against is not None:
@@ -126,7 +145,7 @@ def command(
         else:
             report = export_model(
                 base, out, precision=precision, block_size=int(block_size), against=against,
-                allow_other_weights=allow_other_weights, **shared,
+                allow_other_weights=allow_other_weights, target=target, layout=layout, **shared,
             )  # fmt: skip
     if reason := report.manifest.extra.get("route_instead_of_genai"):
         console.note(f"note: exported by the torch route: {reason}")
@@ -140,6 +159,7 @@ def command(
             "size_bytes": report.size_bytes,
             "route": report.manifest.route,
             "precision": report.manifest.precision,
+            "target": report.manifest.target,
             "validation": report.validation,
             "quality": report.manifest.quality,
             "quality_gate": report.manifest.quality_gate,

@@ -115,6 +115,9 @@ class Manifest:
     prompt_input: str = "required"
     """"required": `prompt_embeddings` must be fed; "optional": it has a default, and stock ORT adapters can fill it.
     Older packages say "door": "input" or "adapter"."""
+    target: str = names.NATIVE
+    """"web": the graphs' operators are fast in ONNX Runtime's WebAssembly build too. Left out of the file where it is
+    "native"."""
     kv_dtype: str = "float32"
     """Type of past_key_values: "float32" or "float16"."""
     pooling: str = "mean"
@@ -147,7 +150,10 @@ class Manifest:
 
     def to_json(self) -> str:
         """The file's text."""
-        return strict_json.dumps({"format": FORMAT, "version": VERSION, **dataclasses.asdict(self)}, indent=1) + "\n"
+        data = {"format": FORMAT, "version": VERSION, **dataclasses.asdict(self)}
+        if self.target == names.NATIVE:
+            del data["target"]
+        return strict_json.dumps(data, indent=1) + "\n"
 
     @staticmethod
     def from_json(text: str | bytes) -> Manifest:
@@ -209,6 +215,7 @@ def _checked(manifest: Manifest) -> Manifest:
         ("precision", names.PRECISIONS),
         ("route", names.ROUTES),
         ("prompt_input", ("required", "optional")),
+        ("target", names.TARGETS),
         ("kv_dtype", ("float32", "float16")),
         ("pooling", ("mean", "cls", "last")),
     ):

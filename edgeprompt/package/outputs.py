@@ -27,7 +27,12 @@ _ADAPTER_KEYS = {
     "num_transformer_submodules", "num_virtual_tokens", "peft_type", "task_type", "token_dim",
 }  # fmt: skip
 """Keys of the adapter configs that `convert` wrote before adapters carried our mark; PEFT writes many more."""
-_PACKAGE_FILES = {names.MANIFEST, names.TOKENIZER, names.TOKENIZER_CONFIG, names.CHAT_TEMPLATE, "genai_config.json"}
+HUB_GRAPH = "hub_graph"
+"""Key of the manifest's `extra`: file and hash of the graph for transformers.js."""
+_PACKAGE_FILES = {
+    names.MANIFEST, names.TOKENIZER, names.TOKENIZER_CONFIG, names.CHAT_TEMPLATE, "genai_config.json", "config.json",
+    "generation_config.json",
+}  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -52,6 +57,8 @@ def _package(path: Path) -> str | None:
         files = {*data.get("prompts", ())}
         for graph in data["graphs"].values():
             files |= {graph["file"], *graph.get("data", {})}
+        if HUB_GRAPH in data.get("extra", {}):
+            files.add(data["extra"][HUB_GRAPH]["file"])
     except FileNotFoundError:
         return f"it has no {names.MANIFEST}"
     except (OSError, ValueError, TypeError, KeyError, AttributeError):

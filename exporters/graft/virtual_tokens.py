@@ -43,6 +43,7 @@ def graft_virtual_tokens(
     lookup, rows = find_embedding(model)
     ids = lookup.inputs[_IDS]
     assert ids is not None
+    lookups = _lookups(next(value for value in graph.inputs if value.name == names.INPUT_IDS))
     if after_scale:
         rows = find_scaled(rows)
     dtype = rows.dtype or ir.DataType.FLOAT
@@ -71,7 +72,8 @@ def graft_virtual_tokens(
         prompt_rows = _node(before, "Cast", [prompt_rows], "prompt_rows_cast", dtype, to=dtype)
     mask = _node(before, "Unsqueeze", [is_virtual, last_axis], "mask", ir.DataType.BOOL)
     graph.insert_before(lookup, before)
-    lookup.replace_input_with(_IDS, token_ids)
+    for node in lookups:
+        node.replace_input_with(_IDS, token_ids)
 
     users = list(rows.uses())
     joined: list[ir.Node] = []
@@ -92,7 +94,7 @@ def find_embedding(model: ir.Model) -> tuple[ir.Node, ir.Value]:
         ExportError: no node, or more than one; the message says what reads `input_ids`.
     """
     ids = next((value for value in model.graph.inputs if value.name == names.INPUT_IDS), None)
-    found = [] if ids is None else _lookups(ids)
+    found = [] if ids is None else [node for node in _lookups(ids) if not _reads_scales(node)]
     if len(found) != 1:
         readers = "no such input" if ids is None else ", ".join(sorted({node.op_type for node, _ in ids.uses()}))
         raise ExportError(
@@ -101,6 +103,8 @@ def find_embedding(model: ir.Model) -> tuple[ir.Node, ir.Value]:
         )
     lookup = found[0]
     rows = lookup.outputs[0]
+    if ids is not None and (scales := [node for node in _lookups(ids) if node is not lookup]):
+        return lookup, _scaled_rows(scales[0])
     source = lookup.inputs[2] if lookup.op_type == "GatherBlockQuantized" else lookup.inputs[0]
     users = [node for node, _ in rows.uses()]
     if len(users) == 1 and users[0].op_type == "DequantizeLinear":
@@ -156,6 +160,22 @@ def _lookups(ids: ir.Value) -> list[ir.Node]:
         elif node.op_type in _WAY and index == 0:
             found += _lookups(node.outputs[0])
     return found
+
+
+def _reads_scales(node: ir.Node) -> bool:
+    """Whether a look-up gives each row's scale, beside another that gives the row's integers."""
+    table = node.inputs[0]
+    return node.op_type == "Gather" and table is not None and table.shape is not None and len(table.shape) == 1
+
+
+def _scaled_rows(scales: ir.Node) -> ir.Value:
+    """The rows that looked-up scales are multiplied into."""
+    value = scales.outputs[0]
+    while True:
+        (node, _), *_others = value.uses()
+        value = node.outputs[0]
+        if node.op_type == "Mul":
+            return value
 
 
 def find_scaled(rows: ir.Value) -> ir.Value:

@@ -74,6 +74,7 @@ def quantize_graph(
     block_size: int = BLOCK,
     stored: Mapping[str, str] | None = None,
     scratch: Path | None = None,
+    target: str = names.NATIVE,
 ) -> list[dict[str, Any]]:
     """Quantise in place: "int4", "int8", or "fp16" (weights stored as float16); "fp32" only shares tied weights.
 
@@ -93,12 +94,14 @@ def quantize_graph(
             the file's own grid.
         block_size: of int4 weights, 32, 64 or 128; a matrix whose columns it does not divide gets half of it.
         scratch: A folder that outlives the graph: what is quantised lies there, not in memory.
+        target: "web" keeps the operators out that ONNX Runtime's WebAssembly build is slow at (MatMulNBits): the
+            lm_head is int8 as all other weights, and a tied embedding reads its integers.
 
     Returns:
         A `WeightRecord` as a dictionary for each quantised weight whose parameters are known.
     """
     store = Store(scratch) if scratch is not None else None
-    records = _Quantizer(model, precision, torch_model, levels, block_size, stored or {}, store).run()
+    records = _Quantizer(model, precision, torch_model, levels, block_size, stored or {}, store, target).run()
     quantize_rows(model)
     return records
 
@@ -113,7 +116,9 @@ class _Quantizer:
         block_size: int,
         stored: Mapping[str, str],
         store: Store | None,
+        target: str = names.NATIVE,
     ) -> None:
+        self.web = target == names.WEB
         self.graph, self.stored, self.store = model.graph, stored, store
         self.precision, self.levels, self.block_size = precision, levels, block_size
         self.index = WeightIndex(torch_model)
@@ -137,6 +142,11 @@ class _Quantizer:
         linears = [linear for linear in find_linears(self.graph) if math.prod(linear.shape) >= MIN_WEIGHTS]
         for linear in linears:
             is_head = head is not None and linear.node is head.node
+            if is_head and self.web:
+                codes, scales = self._dynamic(linear, linear.weight())
+                if tied and embedding is not None:
+                    self._gather_columns(embedding, codes, scales)
+                continue
             blocks = self._linear(linear, is_head)
             if blocks is not None and is_head and tied and embedding is not None and linear.shape[1] % BLOCK == 0:
                 self._gather(embedding, *blocks)
@@ -307,22 +317,56 @@ class _Quantizer:
         self.graph.insert_before(next(iter(self.graph)), node)
         return out
 
-    def _dynamic(self, linear: Linear, weight: torch.Tensor) -> None:
-        scale = weight.abs().amax(1, keepdim=True).clamp(min=1e-12) / self.levels
-        integers = torch.round(weight / scale).to(torch.int8)
-        stem = linear.value.name
-        codes = self._initializer(f"{stem}_s8", integers.T.contiguous().numpy())
-        scales = self._initializer(f"{stem}_scales", scale.squeeze(1).numpy())
+    def _dynamic(self, linear: Linear, weight: torch.Tensor) -> tuple[ir.Value, ir.Value]:
+        codes, scales = self._columns(str(linear.value.name), weight)
         inputs = [linear.node.inputs[0], codes, scales, None]
         if linear.bias is not None:
             inputs.append(linear.bias)
         self._replace(linear.node, "DynamicQuantizeMatMul", inputs, {})
+        return codes, scales
+
+    def _columns(self, stem: str, weight: torch.Tensor) -> tuple[ir.Value, ir.Value]:
+        """Integers [columns, rows] and a scale for each row of a weight [rows, columns]."""
+        scale = weight.abs().amax(1, keepdim=True).clamp(min=1e-12) / self.levels
+        integers = torch.round(weight / scale).to(torch.int8)
+        codes = self._initializer(f"{stem}_s8", integers.T.contiguous().numpy())
+        scales = self._initializer(f"{stem}_scales", scale.squeeze(1).numpy())
         self._record(weight, codes, scales, None, "columns", 8, columns=weight.shape[1])
+        return codes, scales
+
+    def _gather_columns(self, embedding: ir.Node, codes: ir.Value, scales: ir.Value) -> None:
+        """Look rows up as columns of integers [hidden_size, vocab_size], which an output layer may share; scale them.
+
+        GatherBlockQuantized would do it in one node, and not every WebAssembly build has it.
+        """
+        ids, old = embedding.inputs[1], embedding.outputs[0]
+        assert ids is not None
+        last = self._initializer(f"{codes.name}_last_axis", np.array([-1], np.int64))
+
+        def add(operator: str, inputs: list[ir.Value], what: str, dtype: ir.DataType, **attributes: Any) -> ir.Value:
+            node = ir.node(operator, inputs, attributes, name=f"{codes.name}_{what}")
+            node.outputs[0].name, node.outputs[0].dtype = node.name, dtype
+            self.graph.insert_before(embedding, node)
+            return node.outputs[0]
+
+        columns = add("Gather", [codes, ids], "columns", ir.DataType.INT8, axis=1)
+        rows = add("Transpose", [columns], "rows", ir.DataType.INT8, perm=[1, 2, 0])
+        floats = add("Cast", [rows], "floats", ir.DataType.FLOAT, to=int(ir.DataType.FLOAT))
+        factors = add("Gather", [scales, ids], "row_scales", ir.DataType.FLOAT, axis=0)
+        factors = add("Unsqueeze", [factors, last], "row_factors", ir.DataType.FLOAT)
+        looked_up = add("Mul", [floats, factors], "looked_up", ir.DataType.FLOAT)
+        looked_up.shape = old.shape
+        ir.convenience.replace_all_uses_with(old, looked_up)
+        self.graph.remove(embedding, safe=True)
 
     def _quantize_table(self, embedding: ir.Node) -> None:
         table = embedding.inputs[0]
         assert table is not None
         weight = initializer_tensor(table)
+        if self.web and weight.numel() >= MIN_WEIGHTS:
+            codes, scales = self._columns(str(table.name), weight)
+            self._gather_columns(embedding, codes, scales)
+            return
         if weight.shape[1] % BLOCK or weight.numel() < MIN_WEIGHTS:
             return
         blocks = self._eight_bits(weight)

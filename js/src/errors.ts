@@ -19,7 +19,11 @@ export class PackageError extends EdgePromptError {
 }
 /** A prompt was made for another base model, tokenizer or geometry. */
 export class BaseMismatchError extends EdgePromptError {
-  static override readonly kind = "BaseMismatchError";
+  static override readonly kind: string = "BaseMismatchError";
+}
+/** A prompt was tuned for other weights of the base, too far from the package's. */
+export class OtherWeightsError extends BaseMismatchError {
+  static override readonly kind: string = "OtherWeightsError";
 }
 /** A template does not parse, or does not fit its prompt. */
 export class TemplateError extends EdgePromptError {
@@ -63,6 +67,7 @@ const KINDS: Record<string, new (message: string) => EdgePromptError> = Object.f
     PromptFileError,
     PackageError,
     BaseMismatchError,
+    OtherWeightsError,
     TemplateError,
     InputError,
     UnsupportedError,

@@ -66,7 +66,10 @@ export interface Manifest {
   extra: Record<string, any>;
   /** What the base's generation_config says of every answer, under transformers' names. */
   generation: Record<string, any>;
+  /** "web": operators that are fast in browsers. */
   target: string;
+  /** How near the package is to its base. */
+  quality: Record<string, any>;
 }
 
 export const MANIFEST_REQUIRED = "architecture model_type base geometry tokens precision route graphs".split(" ");
@@ -133,6 +136,7 @@ async function read(text: string | Uint8Array): Promise<Manifest> {
     extra: plain(given(data, "extra", {})),
     generation: checkGeneration(given(data, "generation", {})),
     target: choice("target", ["native", "web"], "native"),
+    quality: plain(given(data, "quality", {})),
   };
   if ("door" in data) choice("door", ["input", "adapter"], "input");
   else choice("prompt_input", ["required", "optional"], "required");

@@ -20,7 +20,7 @@ export const TOKENIZER_CONFIG = "tokenizer_config.json";
 export const CHAT_TEMPLATE = "chat_template.jinja";
 
 export const ARCHITECTURES = ["decoder-only", "encoder-only", "encoder-decoder"] as const;
-export const PRECISIONS = ["fp32", "fp16", "int8", "int4"];
+export const PRECISIONS = ["fp32", "fp16", "int8", "int4", "gguf"];
 export const ROUTES = ["genai", "torch", "onnx"];
 export const TASKS = ["classify", "generate", "tag", "qa", "embed"];
 export const METHODS = ["prompt-tuning", "p-tuning", "prefix-tuning", "p-tuning-v2", "multitask-prompt-tuning"];

@@ -182,6 +182,7 @@ function fromParts(data: Fields, tensors: Map<string, Tensor>): PromptFile {
   if (!AGGREGATIONS.includes(aggregation as string)) {
     throw new FormatError(`verbalizer_aggregation is ${repr(aggregation)}, allowed: ${AGGREGATIONS.join(", ")}`);
   }
+  check(given(data, "distilled_from", {}), "dict", "distilled_from");
   checkUnicode(data);
   const prompt: PromptFile = {
     name: text("name"),

@@ -6,7 +6,7 @@ import type { Host } from "./host.ts";
 import { repr } from "./json.ts";
 import type { Manifest } from "./manifest.ts";
 import type { Answer, Classification, Generation, GoldenCheck, Request, Result, Tagging } from "./results.ts";
-import { OPTION_NAMES, type Outcome, type Progress, type ServiceOptions } from "./service.ts";
+import { OPTION_NAMES, type Outcome, type Progress, type PromptOptions, type ServiceOptions } from "./service.ts";
 import type { Text } from "./template.ts";
 
 export interface LoadOptions extends ServiceOptions {
@@ -79,7 +79,7 @@ export class Runtime implements AsyncDisposable {
    * Make a prompt ready, replacing one of the same name; requests that run keep the old one.
    * @returns Its name.
    */
-  async addPrompt(prompt: PromptSource, options: { name?: string; allowBaseMismatch?: boolean } = {}): Promise<string> {
+  async addPrompt(prompt: PromptSource, options: PromptOptions = {}): Promise<string> {
     const source = prompt instanceof URL ? prompt.href : prompt instanceof ArrayBuffer ? new Uint8Array(prompt) : prompt;
     const { name, note } = await this.host.ask("addPrompt", [source, options]);
     if (note) console.info(`edgeprompt: ${note}`);

@@ -15,6 +15,7 @@ import type { Graph } from "./ort.ts";
 import { checkBase, parsePrompt, type PromptFile } from "./prompt.ts";
 import type { Classification, GoldenCheck, Request, Result } from "./results.ts";
 import type { Text } from "./template.ts";
+import { ALLOWED, checkWeights, differ } from "./weights.ts";
 import { Tokenizer, fingerprintTokenizer } from "./tokenizer/tokenizer.ts";
 import { CONTENT_FREE, contextualCalibration } from "./verbalizer.ts";
 
@@ -34,13 +35,15 @@ export interface ServiceOptions {
   kvBudget?: number;
   /** Browsers: "default" keeps weights in the Cache API, "none" keeps nothing. */
   cache?: "default" | "none";
+  /** Serve prompts that were tuned for other weights, though these or their own are far from the base. */
+  allowOtherWeights?: boolean;
   /** Where to import ONNX Runtime from, where the bare name cannot be resolved (a page without bundler). */
   ort?: string;
   /** Where onnxruntime-web finds its .wasm files. */
   wasmPaths?: string;
 }
 
-export const OPTION_NAMES = ["provider", "threads", "kvBudget", "cache", "ort", "wasmPaths"];
+export const OPTION_NAMES = ["provider", "threads", "kvBudget", "cache", "allowOtherWeights", "ort", "wasmPaths"];
 
 /** A package's files and the ONNX Runtime to run them: Node's or the browser's. */
 export interface Platform {
@@ -58,6 +61,15 @@ const MAX_TOKENIZER_BYTES = 256 << 20;
 const KV_BUDGET = 1 << 30;
 const ENGINES = { "decoder-only": DecoderEngine, "encoder-only": EncoderEngine, "encoder-decoder": Seq2SeqEngine };
 
+/** How a prompt is added. */
+export interface PromptOptions {
+  name?: string;
+  /** Accept a prompt of another base whose sizes fit. */
+  allowBaseMismatch?: boolean;
+  /** Accept a prompt tuned for other weights that are far from the package's; left out: as `load` says. */
+  allowOtherWeights?: boolean;
+}
+
 /** A result or an error in its place, as plain data. */
 export type Outcome = { result: Result } | { error: PlainError };
 
@@ -69,6 +81,7 @@ export class Service {
     readonly manifest: Manifest,
     private readonly platform: Platform,
     private readonly engine: Engine,
+    private readonly allowOtherWeights: boolean,
   ) {}
 
   static async open(makePlatform: MakePlatform, source: string, options: ServiceOptions, onProgress: (progress: Progress) => void): Promise<Service> {
@@ -92,7 +105,7 @@ export class Service {
       kvBudget: options.kvBudget ?? KV_BUDGET,
       chat: (message) => renderChat(platform, tokenizer, message),
     };
-    const service = new Service(manifest, platform, new ENGINES[manifest.architecture](parts));
+    const service = new Service(manifest, platform, new ENGINES[manifest.architecture](parts), options.allowOtherWeights ?? false);
     for (const file of manifest.prompts) {
       const data = await platform.read(file, 1 << 30);
       if (!data) throw new PackageError(`package ${repr(source)} lacks ${repr(file)}; export the base again`);
@@ -106,27 +119,21 @@ export class Service {
   }
 
   /** Make a prompt ready, replacing one of the same name; the name, and what the caller should know. */
-  async addPrompt(source: string | Uint8Array, options: { name?: string; allowBaseMismatch?: boolean } = {}): Promise<{ name: string; note: string | null }> {
+  async addPrompt(source: string | Uint8Array, options: PromptOptions = {}): Promise<{ name: string; note: string | null }> {
     this.open();
     const data = typeof source === "string" ? await this.platform.readPrompt(source) : source;
     const prompt = parsePrompt(data, typeof source === "string" ? source : undefined);
     checkBase(prompt, this.manifest, options.allowBaseMismatch);
+    if (!(options.allowOtherWeights ?? this.allowOtherWeights) && !options.allowBaseMismatch) {
+      checkWeights(prompt, this.manifest, ALLOWED in this.manifest.extra ? await sha256(data) : null);
+    }
     const name = options.name ?? prompt.name;
     const loaded = await this.engine.prepare(name, prompt);
     this.open();
     this.prompts.set(name, loaded);
-    return { name, note: this.note(prompt) };
-  }
-
-  /** Whether a prompt was tuned for other weights than these. */
-  private note(prompt: PromptFile): string | null {
-    const { precision, weightsHash } = this.manifest;
-    const fits = prompt.tunedFor.some(
-      (one) => one.precision === precision && (one.weightsHash === null || one.weightsHash === weightsHash),
-    );
-    if (fits || !prompt.tunedFor.length) return null;
-    const tuned = prompt.tunedFor.map((one) => one.precision).join(", ");
-    return `prompt ${repr(prompt.name)} was tuned for ${tuned} weights, and the package holds other ones (${precision})`;
+    const other = differ(prompt, this.manifest);
+    const note = other === null ? null : `prompt ${repr(prompt.name)} was tuned for ${other}, the package is ${this.manifest.precision}`;
+    return { name, note };
   }
 
   removePrompt(name: string): void {

@@ -1,54 +1,24 @@
-// Serves folders to headless Chromium and runs a test page's questions there: JSON from stdin, results on stdout.
-import { createServer } from "node:http";
-import { createReadStream, mkdtempSync, readFileSync, rmSync, statSync } from "node:fs";
-import { tmpdir } from "node:os";
-import { dirname, extname, join, normalize } from "node:path";
+// Runs a test's questions in headless Chromium: JSON from stdin, results on stdout.
+import { readFileSync } from "node:fs";
+import { dirname } from "node:path";
 import { fileURLToPath } from "node:url";
-import { chromium } from "playwright-core";
+import { openBrowser } from "../tools/browser.mjs";
 
 const home = dirname(dirname(fileURLToPath(import.meta.url)));
-const { executable, env, folders, calls, prompts, isolated } = JSON.parse(readFileSync(0, "utf8"));
-const roots = { "/js/": `${home}/dist/`, "/ort/": `${home}/node_modules/onnxruntime-web/dist/`, ...folders };
-const types = { ".js": "text/javascript", ".mjs": "text/javascript", ".json": "application/json", ".wasm": "application/wasm" };
-const fetched = [];
-let serving = true;
-
-const server = createServer((request, response) => {
-  const path = normalize(decodeURIComponent(new URL(request.url, "http://x").pathname));
-  if (!serving) return response.destroy();
-  fetched.push(path);
-  if (isolated) {
-    response.setHeader("Cross-Origin-Opener-Policy", "same-origin");
-    response.setHeader("Cross-Origin-Embedder-Policy", "require-corp");
-  }
-  if (path === "/") return response.setHeader("content-type", "text/html").end("<!doctype html><title>test</title>");
-  const root = Object.keys(roots).find((one) => path.startsWith(one));
-  const file = root && join(roots[root], path.slice(root.length));
-  const found = file && statSync(file, { throwIfNoEntry: false });
-  if (!found?.isFile()) return response.writeHead(404).end();
-  response.writeHead(200, {
-    "content-type": types[extname(file)] ?? "application/octet-stream",
-    "content-length": found.size,
-    "cache-control": "max-age=3600",
-  });
-  createReadStream(file).pipe(response);
-});
-await new Promise((done) => server.listen(0, "127.0.0.1", done));
-const origin = `http://127.0.0.1:${server.address().port}`;
-
-const profile = mkdtempSync(join(tmpdir(), "edgeprompt-chromium-"));
-const browser = await chromium.launchPersistentContext(profile, {
-  executablePath: executable,
-  env: { ...process.env, ...env },
-  args: ["--no-sandbox", "--no-zygote", "--disable-gpu", "--disable-quic", "--no-first-run", "--disable-background-networking",
-    "--disable-component-update", "--disable-sync"],
+const { executable, env, folders, calls, prompts, isolated, provider = "wasm" } = JSON.parse(readFileSync(0, "utf8"));
+const gpu = provider === "webgpu";
+const { browser, fetched, origin, close } = await openBrowser({
+  executable, env, isolated,
+  roots: { "/js/": `${home}/dist/`, "/ort/": `${home}/node_modules/onnxruntime-web/dist/`, ...folders },
+  pages: { "/": "<!doctype html><title>test</title>" },
+  ...(gpu ? { args: ["--enable-unsafe-webgpu", "--use-webgpu-adapter=swiftshader", "--enable-features=Vulkan"] } : {}),
 });
 
 /** Load the package in the page, ask everything, and say what was fetched for it. */
 async function visit(page, damage = false) {
   fetched.length = 0;
   return page.evaluate(
-    async ({ origin, calls, prompts, damage }) => {
+    async ({ origin, calls, prompts, damage, provider }) => {
       if (damage) {
         const cache = await caches.open("edgeprompt");
         for (const request of await cache.keys()) {
@@ -58,8 +28,9 @@ async function visit(page, damage = false) {
       const { load } = await import(`${origin}/js/browser.js`);
       const progress = [];
       const runtime = await load(`${origin}/package/`, {
-        ort: `${origin}/ort/ort.wasm.bundle.min.mjs`,
+        ort: `${origin}/ort/ort.${provider === "webgpu" ? "webgpu" : "wasm"}.bundle.min.mjs`,
         wasmPaths: `${origin}/ort/`,
+        provider,
         onProgress: ({ file, loaded, total }) => progress.push([file, loaded, total]),
       });
       for (const prompt of prompts) await runtime.addPrompt(`${origin}/prompts/${prompt}`);
@@ -71,7 +42,7 @@ async function visit(page, damage = false) {
       await runtime.close();
       return { results, progress, pieces, isolated: crossOriginIsolated };
     },
-    { origin, calls, prompts, damage },
+    { origin, calls, prompts, damage, provider },
   );
 }
 
@@ -82,12 +53,10 @@ try {
   const firstFetched = [...fetched];
   const second = await visit(page);
   const secondFetched = [...fetched];
-  const third = await visit(page, true);
+  const third = gpu ? null : await visit(page, true);
   const thirdFetched = [...fetched];
   process.stdout.write(JSON.stringify({ first, firstFetched, second, secondFetched, third, thirdFetched }) + "\n");
 } finally {
-  await browser.close();
-  server.close();
-  rmSync(profile, { recursive: true, force: true });
+  await close();
 }
 process.exit(0);

@@ -107,6 +107,6 @@ def test_a_full_disk_leaves_nothing(spawn, tiny_llama_base, tmp_path):
     with spawn("export", tiny_llama_base, "-o", out, preexec_fn=small_files) as process:
         _, error = process.communicate(timeout=120)
     assert process.returncode == 1
-    assert error.startswith("error: ")
+    assert error.splitlines()[-1].startswith("error: ")
     assert len(error.splitlines()) == 1
     assert list(tmp_path.iterdir()) == []

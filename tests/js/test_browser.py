@@ -13,23 +13,8 @@ import edgeprompt
 from edgeprompt.prompts.file import save_prompt
 from tests.support.prompts import make_prompt
 from tests.support.runtimes import QUIET, WORDS
-from tests.support.skips import missing
 
 TEXTS = ["The plot is thin.", "a", "Ünïcode ☃"]
-
-
-@pytest.fixture(scope="session")
-def chromium(node: str, built: Path) -> dict[str, Any]:
-    """How a Chromium that runs here is started: that of the npm packages, else an installed one."""
-    done = subprocess.run(
-        [node, built / "tools/chromium.mjs"], capture_output=True, text=True, check=False, timeout=240
-    )
-    assert done.returncode == 0, done.stderr[-3000:]
-    found: dict[str, Any] | None = json.loads(done.stdout)
-    if found is None:
-        missing("no Chromium runs here, neither @sparticuz/chromium's nor an installed one")
-    assert found is not None
-    return found
 
 
 @pytest.mark.parametrize("isolated", [False, True], ids=["one thread", "isolated"])

@@ -31,7 +31,14 @@ def _prompts(manifest: Manifest) -> list[PromptFile]:
     golden = Golden({"text": "a"}, "x", (1, 2), {"x": 0.5})
     words = {"x": (" good", " fine"), "y": (" bad",)}
     return [
-        make_prompt(manifest, "words", verbalizer=words, golden=golden, tuned_for=TunedFor("int4", None)),
+        make_prompt(
+            manifest,
+            "words",
+            verbalizer=words,
+            golden=golden,
+            tuned_for=TunedFor("int4", None),
+            distilled_from={"teacher": "x"},
+        ),
         make_prompt(manifest, "deep", "prefix-tuning", generation={"max_new_tokens": 4}),
         make_prompt(manifest, "head", task="classify", head=tensors, head_spec=head, labels=("x", "y")),
     ]
@@ -124,7 +131,7 @@ def test_prompt_files(ask: Callable[..., Any], tiny_llama_package: Path, tmp_pat
 def test_manifests(ask: Callable[..., Any], tiny_llama_package: Path, tmp_path: Path) -> None:
     text = (tiny_llama_package / "edgeprompt.json").read_text("utf-8")
     data = json.loads(text)
-    data.update(validation={}, extra={}, versions={})
+    data.update(validation={}, extra={}, versions={}, quality={"kl_mean": 0.1}, target="web")
     files = [json.dumps(one).encode() for one in _mutated(data)]
     files += [text.replace('"format"', '"format":"a","format"', 1).encode(), b"", b"[]", b"\xff", text.encode()[:-3]]
     assert _compare(ask, "manifests", files, Manifest.from_json, tmp_path) > 300

@@ -71,8 +71,10 @@ async function open(ort: Ort, files: Files, manifest: Manifest, key: string, pro
   };
   const model = await need(graph.file, graph.sha256);
   const externalData: { path: string; data: Uint8Array }[] = [];
+  const folder = graph.file.replace(/[^/]*$/, "");
   for (const [file, hash] of Object.entries(graph.data)) {
-    externalData.push({ path: file.replace(/^.*\//, ""), data: await need(file, hash) });
+    const path = file.startsWith(folder) ? file.slice(folder.length) : file;
+    externalData.push({ path, data: await need(file, hash) });
   }
   return openGraph(ort, graph.file, model, { executionProviders: [provider], externalData, logSeverityLevel: 3, extra: WITHOUT_FUSIONS });
 }
