@@ -39,8 +39,8 @@ class GenerationOptions:
     """Encoder-decoder only."""
     top_logprobs: int = 0
     """At each place, also the log-probabilities of so many of the most likely tokens; implies `logprobs`."""
-    choices: tuple[str, ...] = ()
-    """Answer with one of these texts and nothing else."""
+    choices: tuple[str, ...] | None = None
+    """Answer with one of these texts and nothing else; None: anything."""
 
 
 @dataclass(frozen=True)
@@ -80,6 +80,8 @@ class Request:
                 ids = tuple(operator.index(token) for token in self.input_ids)
             except TypeError as error:
                 raise InputError(f"input_ids must be integers ({error})") from error
+            if any(isinstance(token, bool) for token in self.input_ids):
+                raise InputError("input_ids must be integers, found True or False (a mask, perhaps); give token ids")
             object.__setattr__(self, "input_ids", ids)
         if not isinstance(self.options, GenerationOptions):
             raise InputError(f"options is {type(self.options).__name__}; give GenerationOptions(...)")

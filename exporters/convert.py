@@ -97,7 +97,8 @@ def convert_prompt(
         task_index: Which prompt of a file that holds several: its name or its index.
         name: The prompt's name; default: from the source.
         kv_dtype: For `target="kv"`: "float32", or "float16" (half the file, and rounded).
-        force: If the output is an adapter: replace an adapter that edgeprompt wrote, or an empty folder.
+        force: Replace an adapter that edgeprompt wrote, an empty folder, or a table (.npy) or ONNX Runtime adapter,
+            whoever wrote it.
 
     Raises:
         SourceError: the source is missing, broken, hostile or of no known format.
@@ -314,7 +315,7 @@ def _write(
     kv_dtype: str,
 ) -> tuple[Path, ...]:
     if kind == "trtllm":
-        writers.write_table(prompts, output)
+        writers.write_table(prompts, output, force=force)
         return (output,)
     if kind == "prompt" and not output.suffix:
         return _write_folder(prompts, output, sources)
@@ -327,9 +328,9 @@ def _write(
     if kind == "prompt":
         save_prompt(prompt, output)
     elif kind == "onnx-adapter":
-        writers.write_onnx_adapter(prompt, output)
+        writers.write_onnx_adapter(prompt, output, force=force)
     elif kind == "npy":
-        writers.write_npy(prompt, output)
+        writers.write_npy(prompt, output, force=force)
     elif kind == "kv":
         write_kv(prompt, output, package, dtype=kv_dtype)
     else:

@@ -18,7 +18,7 @@ from edgeprompt.base.geometry import geometry_of
 from edgeprompt.base.load import LoadedBase, load_base
 from edgeprompt.base.memory import to_export, to_validate
 from edgeprompt.base.tokenizer_files import check_tokenizer_files
-from edgeprompt.errors import BaseMismatchError, ExportError, InputError, OtherWeightsError
+from edgeprompt.errors import BaseMismatchError, ExportError, InputError, OtherWeightsError, ValidationError
 from edgeprompt.package.files import atomic_folder
 from edgeprompt.package.folder import open_package
 from edgeprompt.package.manifest import Base, Manifest
@@ -143,6 +143,8 @@ def export_model(
             manifest = _with_prompts(manifest, files, folder, str(out), allow_other_weights)
             manifest.write(folder)
             size = sum(file.stat().st_size for file in folder.rglob("*") if file.is_file())
+    except ValidationError as error:
+        raise ValidationError(f"{error}; no package was written") from error
     except OSError as error:
         raise ExportError(f"cannot write {str(out)!r}: {error.strerror or error}; nothing was left behind") from error
     except Exception as error:

@@ -27,12 +27,12 @@ _TASK_TYPES = {
 }
 
 
-def write_npy(prompt: PromptFile, path: str | os.PathLike[str]) -> None:
+def write_npy(prompt: PromptFile, path: str | os.PathLike[str], *, force: bool = False) -> None:
     """Write the bare tensor: embeddings [tokens, hidden] or past_key_values [layers, 2, heads, tokens, size]."""
-    _save_npy(_only_tensor(prompt), path)
+    _save_npy(_only_tensor(prompt), path, force)
 
 
-def write_table(prompts: Sequence[PromptFile], path: str | os.PathLike[str]) -> None:
+def write_table(prompts: Sequence[PromptFile], path: str | os.PathLike[str], *, force: bool = False) -> None:
     """Write a TensorRT-LLM prompt table: float32 [tasks, most tokens, hidden_size], zero padded.
 
     Raises:
@@ -50,10 +50,10 @@ def write_table(prompts: Sequence[PromptFile], path: str | os.PathLike[str]) -> 
     full = np.zeros((len(tables), max(map(len, tables)), tables[0].shape[1]), np.float32)
     for row, table in enumerate(tables):
         full[row, : len(table)] = table
-    _save_npy(full, path)
+    _save_npy(full, path, force)
 
 
-def write_onnx_adapter(prompt: PromptFile, path: str | os.PathLike[str]) -> None:
+def write_onnx_adapter(prompt: PromptFile, path: str | os.PathLike[str], *, force: bool = False) -> None:
     """Write an adapter of stock ONNX Runtime whose parameters are the graph's inputs.
 
     Embeddings become `prompt_embeddings`; a prefix becomes `past_key_values.{i}.key` and `.value`, for a batch of one.
@@ -74,7 +74,7 @@ def write_onnx_adapter(prompt: PromptFile, path: str | os.PathLike[str]) -> None
     digest = prompt.base.fingerprint.rpartition(":")[2][:7]
     adapter.set_model_version(int(digest, 16) if all(c in "0123456789abcdef" for c in digest) else 0)
     adapter.set_parameters({name: ort.OrtValue.ortvalue_from_numpy(value) for name, value in inputs.items()})
-    with atomic_file(path, ONNX_ADAPTER) as temporary:
+    with atomic_file(path, ONNX_ADAPTER, force=force) as temporary:
         adapter.export_adapter(str(temporary))
 
 
@@ -197,6 +197,6 @@ def _only_tensor(prompt: PromptFile) -> npt.NDArray[Any]:
     return tensor
 
 
-def _save_npy(array: npt.NDArray[Any], path: str | os.PathLike[str]) -> None:
-    with atomic_file(path, TABLE) as temporary, Path(temporary).open("wb") as file:
+def _save_npy(array: npt.NDArray[Any], path: str | os.PathLike[str], force: bool) -> None:
+    with atomic_file(path, TABLE, force=force) as temporary, Path(temporary).open("wb") as file:
         np.save(file, np.ascontiguousarray(array), allow_pickle=False)

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from pathlib import Path
 
 from edgeprompt.errors import CapacityError
+from edgeprompt.ort.free_memory import free_memory
 
 _PROCESS = 0.7e9
 """Bytes of the libraries, and of what they allocate for any base."""
@@ -68,22 +68,3 @@ def check_memory(given: str, sizes: Sizes, need: Need = to_load) -> None:
             f"{given!r} has {sizes.parameters / 1e9:.2f} billion parameters and needs about {needed / 1e9:.1f} GB of "
             f"memory, {free / 1e9:.1f} GB are free; close other programs, or use a machine with more memory"
         )
-
-
-def free_memory() -> int | None:
-    """Bytes that can be used before the process is killed: of the machine with its swap, and of its container."""
-    try:
-        lines = Path("/proc/meminfo").read_text("ascii").splitlines()
-        values = {name: int(rest.split()[0]) * 1024 for name, _, rest in (line.partition(":") for line in lines)}
-        free = values["MemAvailable"] + values.get("SwapFree", 0)
-    except (OSError, ValueError, KeyError, IndexError):
-        return None
-    container = Path("/sys/fs/cgroup")
-    try:
-        limit = int((container / "memory.max").read_text("ascii"))
-        used = int((container / "memory.current").read_text("ascii"))
-        stats = dict(line.split() for line in (container / "memory.stat").read_text("ascii").splitlines())
-        free = min(free, limit - used + int(stats.get("inactive_file", 0)) + int(stats.get("active_file", 0)))
-    except (OSError, ValueError):
-        pass  # no container, or no limit ("max")
-    return free

@@ -66,6 +66,7 @@ def _numbers(ctx: click.Context, param: click.Parameter, value: str | None) -> t
 @click.option(
     "-o", "--output", metavar="FILE", type=click.Path(path_type=Path), help="Write to this file instead of stdout."
 )
+@click.option("--force", is_flag=True, help="Replace an output that edgeprompt bench did not write.")
 @click.option(
     "--compare",
     "old",
@@ -86,20 +87,21 @@ def command(
     warmup: int,
     kind: str,
     output: Path | None,
+    force: bool,
     old: Path | None,
 ) -> None:
     """Measure PACKAGE on this device: cold start, time to first token, tokens/s, classification, memory, energy."""
     from edgeprompt.bench import BenchOptions, compare, load_report, run_bench
     from edgeprompt.bench.statistics import require_scipy
     from edgeprompt.package.files import write_atomic
-    from edgeprompt.package.outputs import TEXT, check_output
+    from edgeprompt.package.outputs import REPORT, check_output
 
     if output is None:
         console.need_stdout()
     write = _writer(kind)
     sources = (package, old, *prompts)
     if output is not None:
-        check_output(output, TEXT, sources=sources)
+        check_output(output, REPORT, force=force, sources=sources)
     before = load_report(old) if old else None  # before minutes of work
     if before is not None:
         require_scipy()
@@ -118,7 +120,7 @@ def command(
         report = run_bench(package, options, progress=tell)
     text = write(report)
     if output is not None:
-        write_atomic(output, text.encode(), TEXT, sources=sources)
+        write_atomic(output, text.encode(), REPORT, force=force, sources=sources)
     else:
         click.echo(text, nl=False)
     if before is not None:

@@ -31,7 +31,11 @@ TARGETS = ("auto", "prompt", "onnx-adapter", "npy", "peft", "trtllm", "kv")
     type=click.Choice(("float32", "float16")),
     help="For --to kv: type of the keys and values in the file.  [default: float32]",
 )
-@click.option("--force", is_flag=True, help="Replace an adapter folder that edgeprompt wrote.")
+@click.option(
+    "--force",
+    is_flag=True,
+    help="Replace an adapter folder that edgeprompt wrote, or a table or ONNX Runtime adapter of anybody.",
+)
 @click.option("--json", "as_json", is_flag=True, help="Print the report as one JSON object.")
 def command(
     source: tuple[str, ...],

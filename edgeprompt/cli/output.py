@@ -164,20 +164,31 @@ class Table:
         text = io.StringIO(newline="")
         for answered in answers:
             self._row(answered, text)
-        self._file.write(text.getvalue().encode("utf-8", "replace"))
+        self._file.write(self._encoded(text.getvalue()))
         self.done += records
         if self._journal is not None:
             self._file.flush()
             os.fsync(self._file.fileno())
             self._note(self._file.tell())
 
+    def _encoded(self, text: str) -> bytes:
+        try:
+            return text.encode()
+        except UnicodeEncodeError as error:
+            if self._suffix == ".jsonl" or (self._form.as_json and self._suffix != ".parquet"):
+                return text.encode("utf-8", "backslashreplace")  # an escape of JSON, which is read as the same
+            raise InputError(
+                f"a record holds half of a surrogate pair (U+{ord(text[error.start]):04X}), which no file but .jsonl "
+                "can hold; write .jsonl, or repair the record"
+            ) from error
+
     def _note(self, size: int) -> None:
         from edgeprompt.package.files import write_atomic
-        from edgeprompt.package.outputs import TEXT
+        from edgeprompt.package.outputs import JOURNAL
 
         assert self._journal is not None
         state = {"records": self.done, "bytes": size, "header": self._header, "settings": self._settings}
-        write_atomic(self._journal, json.dumps(state).encode(), TEXT)
+        write_atomic(self._journal, json.dumps(state).encode(), JOURNAL)
 
     def _row(self, answered: Answered, text: IO[str]) -> None:
         if self._suffix in (".csv", ".tsv") and not self._form.as_json:
@@ -212,23 +223,26 @@ def _flat(value: Any) -> Any:
 
 def kind_of(path: Path) -> Kind:
     """What an output file is, for the rule about what it may replace."""
-    from edgeprompt.package.outputs import PARQUET, TEXT
+    from edgeprompt.package.outputs import RUN_ANSWERS, RUN_PARQUET
 
-    return PARQUET if path.suffix.lower() == ".parquet" else TEXT
+    return RUN_PARQUET if path.suffix.lower() == ".parquet" else RUN_ANSWERS
 
 
 @contextmanager
-def table(path: Path, form: Form, *, resume: bool, settings: str, sources: tuple[object, ...]) -> Iterator[Table]:
+def table(
+    path: Path, form: Form, *, resume: bool, settings: str, force: bool, sources: tuple[object, ...]
+) -> Iterator[Table]:
     """A file of answers, whole or not at all; with `resume` what is answered lies in `PATH.part` until it is whole.
 
     Raises:
         InputError: what lies there is of another run.
     """
     from edgeprompt.package.files import atomic_file
+    from edgeprompt.package.outputs import check_output
 
     kind = kind_of(path)
     if not resume:
-        with atomic_file(path, kind, sources=sources) as temporary:
+        with atomic_file(path, kind, force=force, sources=sources) as temporary:
             made = Table(path, form, temporary, journal=None, settings=settings)
             try:
                 yield made
@@ -244,7 +258,8 @@ def table(path: Path, form: Form, *, resume: bool, settings: str, sources: tuple
     made = Table(path, form, part, journal=journal, settings=settings)
     try:
         yield made
-        made.finish().replace(path)
+        whole = made.finish()
+        whole.replace(check_output(path, kind, force=force, sources=sources))  # also what came to lie there meanwhile
     finally:
         made.close()
     part.unlink(missing_ok=True)

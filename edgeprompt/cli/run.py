@@ -62,6 +62,7 @@ if TYPE_CHECKING:
     is_flag=True,
     help="Keep answers in OUTPUT.part during the run, and continue there after an interruption.",
 )
+@click.option("--force", is_flag=True, help="Replace an output that edgeprompt run may not have written.")
 @click.option("--max-new-tokens", type=click.IntRange(min=1))
 @click.option("--temperature", type=click.FloatRange(min=0), help="0 is greedy.")
 @click.option("--top-k", type=click.IntRange(min=1))
@@ -88,6 +89,7 @@ def command(
     out: Path | None,
     on_error: str,
     resume: bool,
+    force: bool,
     max_new_tokens: int | None,
     temperature: float | None,
     top_k: int | None,
@@ -133,7 +135,7 @@ def command(
     )
     sources = (package, source, *wanted)
     if out:
-        check_output(out, kind_of(out), sources=sources)
+        check_output(out, kind_of(out), force=force, sources=sources)
     for item in wanted:  # before the model is loaded, which takes seconds
         serving.find_prompt(package, item)
     if source and source.suffix.lower() == ".txt":
@@ -158,7 +160,7 @@ def command(
             truncate=truncate, on_error=on_error,
         ) if resume else ""  # fmt: skip
         form = replace(form, single=single)
-        with _writer(out, form, resume=resume, settings=settings, sources=sources) as writer:
+        with _writer(out, form, resume=resume, settings=settings, force=force, sources=sources) as writer:
             for answered, count in _answer(runtime, _progress(rows, source, writer.done), ask, failures, writer.done):
                 writer.write(answered, count)
     if failures.count:
@@ -275,12 +277,12 @@ def _progress(rows: Iterator[Mapping[str, Any]], source: Path | None, done: int)
 
 @contextmanager
 def _writer(
-    out: Path | None, form: Form, *, resume: bool, settings: str, sources: tuple[object, ...]
+    out: Path | None, form: Form, *, resume: bool, settings: str, force: bool, sources: tuple[object, ...]
 ) -> Iterator[Lines | Table]:
     if out is None:
         yield Lines(form)
         return
-    with table(out, form, resume=resume, settings=settings, sources=sources) as made:
+    with table(out, form, resume=resume, settings=settings, force=force, sources=sources) as made:
         yield made
 
 

@@ -84,26 +84,31 @@ def _sync(path: Path) -> None:
         os.close(handle)
 
 
-def write_atomic(path: str | os.PathLike[str], data: bytes, kind: Kind, *, sources: Iterable[object] = ()) -> None:
+def write_atomic(
+    path: str | os.PathLike[str], data: bytes, kind: Kind, *, force: bool = False, sources: Iterable[object] = ()
+) -> None:
     """Write `data` to `path` through a temporary file in the same folder (fsync, then rename); see `atomic_file`."""
-    with atomic_file(path, kind, sources=sources) as temporary:
+    with atomic_file(path, kind, force=force, sources=sources) as temporary:
         temporary.write_bytes(data)
 
 
 @contextmanager
-def atomic_file(path: str | os.PathLike[str], kind: Kind, *, sources: Iterable[object] = ()) -> Iterator[Path]:
+def atomic_file(
+    path: str | os.PathLike[str], kind: Kind, *, force: bool = False, sources: Iterable[object] = ()
+) -> Iterator[Path]:
     """Yield a temporary path beside `path`; on success it becomes `path`, on any failure it is removed.
 
     Args:
         path: The output; a symbolic link is followed.
         kind: What it will be; only an older file of the kind is replaced.
+        force: Also replace one that may be somebody else's (`check_output`).
         sources: What the command reads, which is never replaced.
 
     Raises:
         InputError: `path` is refused by `check_output`, at the start or once the file is whole.
     """
     sources = tuple(sources)
-    target = check_output(path, kind, sources=sources)
+    target = check_output(path, kind, force=force, sources=sources)
     with _parent(target):
         _sweep(target)
         handle, name = tempfile.mkstemp(prefix=_prefix(target, os.getpid()), suffix=_PARTIAL, dir=target.parent)
@@ -113,7 +118,7 @@ def atomic_file(path: str | os.PathLike[str], kind: Kind, *, sources: Iterable[o
             yield temporary
             temporary.chmod(0o666 & ~_umask())
             _sync(temporary)
-            check_output(path, kind, sources=sources)  # also what came to lie there meanwhile
+            check_output(path, kind, force=force, sources=sources)  # also what came to lie there meanwhile
             temporary.replace(target)
             _sync(target.parent)
         finally:

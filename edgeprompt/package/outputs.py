@@ -19,6 +19,7 @@ from edgeprompt import names
 from edgeprompt.errors import InputError
 
 _HEAD = 1 << 16
+_UNTOLD = "nothing in it tells that edgeprompt wrote it"
 _HEADER = 8 << 20
 """Most bytes of a safetensors header or a manifest that are read to recognise it."""
 _ADAPTER_FILES = ("adapter_config.json", "adapter_model.safetensors")
@@ -45,8 +46,9 @@ class Kind:
     folder: bool = False
     adds: bool = False
     """The folder is added to, and its other files stay."""
-    marked: bool = True
-    """Whether an older one is told by its content; a file of text is not, so none inside a source is replaced."""
+    loosely: Callable[[Path], str | None] | None = None
+    """Of files whose content does not tell surely who wrote them: as `stranger`, what `force` replaces besides. None
+    inside a source is replaced."""
 
 
 def _package(path: Path) -> str | None:
@@ -138,6 +140,47 @@ def _metrics(path: Path) -> str | None:
     return None if known else "it is another file"
 
 
+def _run_answers(path: Path) -> str | None:
+    """Answers of `run`: JSON lines, or a table with its columns; plain lines of text could be anybody's."""
+    line = _read(path, _HEAD).partition(b"\n")[0]
+    try:
+        found = json.loads(line)
+        known = isinstance(found, dict) and {"input", "prompt"} <= found.keys()
+    except (ValueError, RecursionError):
+        separator = b"\t" if b"\t" in line else b","
+        known = {b"prompt", b"answer", b"score"} <= {*line.strip().split(separator)}
+    return None if known else _UNTOLD
+
+
+def _run_parquet(path: Path) -> str | None:
+    if (reason := _begins(b"PAR1")(path)) is not None:
+        return reason
+    with path.open("rb") as file:
+        file.seek(-8, os.SEEK_END)
+        length = int.from_bytes(file.read(4), "little")
+        file.seek(-min(path.stat().st_size, 8 + min(length, _HEADER)), os.SEEK_END)
+        columns = file.read()
+    return None if all(name in columns for name in (b"prompt", b"answer", b"score")) else _UNTOLD
+
+
+def _report(path: Path) -> str | None:
+    head = _read(path, _HEAD)
+    known = b"edgeprompt bench" in head or (b"edgeprompt" in head and b"test_time" in head)
+    return None if known else "it is no report of edgeprompt bench"
+
+
+def _journal(path: Path) -> str | None:
+    try:
+        known = {"records", "bytes", "header", "settings"} == set(json.loads(_read(path, _HEADER)))
+    except (ValueError, TypeError, RecursionError):
+        known = False
+    return None if known else "it is another file"
+
+
+def _untold(path: Path) -> str | None:
+    return _UNTOLD
+
+
 def _anything(path: Path) -> str | None:
     return None
 
@@ -158,13 +201,16 @@ PROMPT = Kind("prompt file", _marked_safetensors(names.PROMPT_METADATA))
 PREFIX = Kind("cached prefix", _marked_safetensors("key", "sha256"))
 SESSION = Kind("session", _marked_safetensors(names.SESSION_METADATA))
 KV = Kind("prompt as keys and values", _marked_safetensors(names.KV_METADATA))
-ONNX_ADAPTER = Kind("ONNX Runtime adapter", _begins(b"TORT", 4))
-TABLE = Kind("table of numbers (.npy)", _begins(b"\x93NUMPY"))
+ONNX_ADAPTER = Kind("ONNX Runtime adapter", _untold, loosely=_begins(b"TORT", 4))
+TABLE = Kind("table of numbers (.npy)", _untold, loosely=_begins(b"\x93NUMPY"))
 CHECKPOINT = Kind("checkpoint of edgeprompt tune", _begins(b"archive/data.pkl", 30))
 METRICS = Kind("metrics.jsonl of edgeprompt tune", _metrics)
 ANSWERS = Kind("teacher's answers of edgeprompt tune", _answers)
-PARQUET = Kind("parquet", _begins(b"PAR1"))
-TEXT = Kind("text", _text, marked=False)
+RUN_ANSWERS = Kind("file of answers", _run_answers, loosely=_text)
+RUN_PARQUET = Kind("parquet file of answers", _run_parquet, loosely=_begins(b"PAR1"))
+JOURNAL = Kind("journal of edgeprompt run", _journal)
+REPORT = Kind("report", _report, loosely=_text)
+TEXT = Kind("text", _text, loosely=_text)
 
 
 def check_output(
@@ -175,7 +221,8 @@ def check_output(
     Args:
         path: The output.
         kind: What it will be.
-        force: Whether an existing folder of this kind may be replaced; files of the kind may always be.
+        force: Whether an existing folder of this kind may be replaced, and a file that may be somebody else's; files
+            that are told to be of the kind may always be.
         sources: What the command reads; what is no path of this machine (a hub id, rows in memory) counts for nothing.
 
     Returns:
@@ -203,7 +250,11 @@ def check_output(
         raise InputError(f"{shown} is read-only; give another path, or make it writable")
     _check_parent(shown, target)
     if not kind.folder and target.stat().st_size and (reason := kind.stranger(target)):
-        raise InputError(f"{shown} is not replaced: {reason}, no {kind.name}; give another path, or remove it first")
+        other = kind.loosely(target) if kind.loosely else reason
+        if other is None and not force:
+            raise InputError(f"{shown} exists already, and {reason}; give --force to replace it, or another path")
+        if other is not None:
+            raise InputError(f"{shown} is not replaced: {other}, no {kind.name}; give another path, or remove it first")
     return target
 
 
@@ -222,7 +273,7 @@ def _check_source(shown: str, path: Path, target: Path, source: Path, kind: Kind
         return
     if any(target in place.parents for place in places):
         raise InputError(f"{shown} holds {str(source)!r}, which the command reads; give another path")
-    if not kind.marked and target.exists() and source.is_dir() and any(place in target.parents for place in places):
+    if kind.loosely and target.exists() and source.is_dir() and any(place in target.parents for place in places):
         raise InputError(f"{shown} is a file of {str(source)!r}, which the command reads; give another path")
 
 

@@ -115,7 +115,7 @@ def _shared(body: Mapping[str, Any], base: str, limits: ServerOptions) -> dict[s
         stop=(stop,) if isinstance(stop, str) else tuple(stop),
         logprobs=logprobs is not False,
         top_logprobs=int(body.get("top_logprobs", 0) if isinstance(logprobs, bool) else logprobs),
-        choices=tuple(body.get("choices", ())),
+        choices=tuple(body["choices"]) if "choices" in body else None,
         **{name: body[name] for name in ("temperature", "top_p", "min_p", "repetition_penalty") if name in body},
         **whole,
     )

@@ -69,14 +69,14 @@ def _compare(record: Mapping[str, Any], initializers: Mapping[str, Any], paramet
             raise ValidationError(
                 f"the package's weight {record['codes']!r} is not the base's {record['pieces'][0][0]!r}: row {row} has "
                 f"a part that differs by {float(share[row - start].max()) ** 0.5:.2f} of its size, {record['bits']} "
-                f"bits explain at most {part}; no package was written"
+                f"bits explain at most {part}"
             )
         lost, size = lost + float(error.sum()), size + float(power.sum())
     relative: float = (lost / max(size, 1e-30)) ** 0.5
     if not relative <= whole:
         raise ValidationError(
             f"the package's weight {record['codes']!r} differs from the base's {record['pieces'][0][0]!r} by "
-            f"{relative:.2f} of its size, {record['bits']} bits explain at most {whole}; no package was written"
+            f"{relative:.2f} of its size, {record['bits']} bits explain at most {whole}"
         )
     return relative
 

@@ -1,6 +1,7 @@
 """The base fingerprint: the same however a base is loaded, another for other weights, old ones still compared."""
 
 import copy
+from pathlib import Path
 
 import pytest
 import torch
@@ -215,3 +216,11 @@ def test_a_gguf_file_and_its_saves_agree(smollm2_gguf, tmp_path):
     torch.manual_seed(0)
     merge_lora(base.model, "layers.17.self_attn.v_proj", 0.01)
     assert base.fingerprint != before
+
+
+def test_the_counts_in_the_docs():
+    text = (Path(__file__).resolve().parents[2] / "docs/robustness.md").read_text("utf-8").split("## Other bases")[1]
+    rows = [line.split("|")[2].strip() for line in text.splitlines() if line.startswith("|")]
+    counts = [int(one) for one in rows if one.isdigit()]
+    assert sum(counts) == len(base_changes.CASES)
+    assert f"{len(KINDS) * 4 + 1} cases" in text

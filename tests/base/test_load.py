@@ -9,8 +9,9 @@ import time
 import pytest
 
 from edgeprompt.base.load import load_base
-from edgeprompt.base.memory import Sizes, check_memory, free_memory
+from edgeprompt.base.memory import Sizes, check_memory
 from edgeprompt.errors import CapacityError, SourceError
+from edgeprompt.ort.free_memory import free_memory
 from exporters import export_model
 from tests.support.damaged import bases
 

@@ -148,3 +148,27 @@ def test_memory_does_not_grow_with_the_file(spawn, command, tmp_path, given, mad
 
     small, large = peak(20_000), peak(200_000)
     assert large < small + 32, f"MiB: {small:.0f} at 20,000 rows, {large:.0f} at 200,000"
+
+
+def test_a_file_of_somebody_else_is_kept(cli, refused, tiny_llama_package, tmp_path):
+    command = ("run", tiny_llama_package, "the film", "--max-new-tokens", "1", "--output")
+    notes = tmp_path / "notes.txt"
+    notes.write_text("mine\n")
+    assert "give --force" in refused(*command, notes)
+    assert notes.read_text() == "mine\n"
+    assert cli(*command, notes, "--force").exit_code == 0
+    for name in ("a.jsonl", "a.csv", "a.tsv"):
+        for _ in range(2):
+            assert cli(*command, tmp_path / name).exit_code == 0
+
+
+def test_half_of_a_surrogate_pair_is_kept_or_told(cli, refused, tiny_llama_package, tmp_path):
+    """Before, a column of the input with one had "?" in the output."""
+    source = tmp_path / "texts.jsonl"
+    source.write_text('{"text": "the film", "id": "a\\ud83d"}\n')
+    command = ("run", tiny_llama_package, "--input", source, "--max-new-tokens", "1", "--output")
+    assert cli(*command, tmp_path / "out.jsonl").exit_code == 0
+    assert json.loads((tmp_path / "out.jsonl").read_text())["id"] == "a\ud83d"
+    for name in ("out.csv", "out.parquet"):
+        assert "U+D83D" in refused(*command, tmp_path / name)
+        assert not (tmp_path / name).exists()

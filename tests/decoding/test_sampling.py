@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 from collections import Counter
+from typing import Any
 
 import numpy as np
 import pytest
@@ -8,7 +9,7 @@ import pytest
 from edgeprompt.arrays import log_softmax
 from edgeprompt.decoding.sampling import DEFAULT_NEW_TOKENS, Sampler, Sampling, resolve
 from edgeprompt.errors import EdgePromptError, InputError
-from edgeprompt.request import GenerationOptions
+from edgeprompt.request import GenerationOptions, Request
 
 LOGITS = np.log(np.array([0.4, 0.3, 0.15, 0.1, 0.05], np.float32))
 
@@ -140,3 +141,18 @@ def test_resolve_takes_the_request_then_the_prompt_then_the_library() -> None:
 def test_bad_options_are_named(options: dict[str, object], match: str) -> None:
     with pytest.raises(InputError, match=match):
         resolve(GenerationOptions(**options), {})  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize("empty", [[], ()])
+def test_no_choices_are_refused(empty: Any) -> None:
+    """Before, an empty list generated freely."""
+    with pytest.raises(InputError, match="choices is empty"):
+        resolve(GenerationOptions(choices=empty), {})
+    assert resolve(GenerationOptions(), {}).choices == ()
+
+
+def test_a_mask_is_no_list_of_ids() -> None:
+    """Before, True was id 1."""
+    for mask in ([True, False], [5, True], np.ones(3, bool)):
+        with pytest.raises(InputError, match="input_ids must be integers"):
+            Request(input_ids=mask)

@@ -8,16 +8,20 @@ import pytest
 from safetensors.numpy import save_file
 
 from edgeprompt.errors import InputError
-from edgeprompt.package.files import atomic_file, atomic_folder
+from edgeprompt.package.files import atomic_file, atomic_folder, write_atomic
 from edgeprompt.package.outputs import (
     ADAPTER,
     CHECKPOINT,
+    JOURNAL,
     LOG,
     METRICS,
     ONNX_ADAPTER,
     PACKAGE,
     PROMPT,
     PROMPT_SET,
+    REPORT,
+    RUN_ANSWERS,
+    RUN_PARQUET,
     TABLE,
     TEXT,
     check_output,
@@ -246,3 +250,64 @@ def test_folders_made_for_an_output_that_fails_go_again(tmp_path):
     with pytest.raises(RuntimeError), atomic_file(tmp_path / "a" / "out", TEXT):
         fail()
     assert not list(tmp_path.iterdir())
+
+
+OURS = {
+    "answers.jsonl": (RUN_ANSWERS, b'{"input": "a", "prompt": null, "text": "b"}\n'),
+    "answers.csv": (RUN_ANSWERS, b"id,prompt,answer,score\n1,,b,\n"),
+    "answers.tsv": (RUN_ANSWERS, b"prompt\tanswer\tscore\terror\n"),
+    "report.md": (REPORT, b"# edgeprompt bench: SmolLM2 (int4)\n"),
+    "report.csv": (REPORT, b"test_time,cpu_info,edgeprompt_version\n2026,x,0.1.0\n"),
+    "journal": (JOURNAL, b'{"records": 1, "bytes": 2, "header": null, "settings": ""}'),
+}
+FOREIGN = {
+    "notes.txt": (RUN_ANSWERS, b"my notes\n"),
+    "notes.jsonl": (RUN_ANSWERS, b'{"text": "a"}\n'),
+    "data.csv": (RUN_ANSWERS, b"text,label\na,b\n"),
+    "list.json": (RUN_ANSWERS, b"[1, 2]\n"),
+    "notes.md": (REPORT, b"# My notes\n"),
+    "numbers.npy": (TABLE, b"\x93NUMPY\x01\x00rest"),
+    "a.onnx_adapter": (ONNX_ADAPTER, b"abcdTORTrest"),
+    "data.parquet": (RUN_PARQUET, b"PAR1text\x04\x00\x00\x00PAR1"),
+}
+
+
+@pytest.mark.parametrize("name", OURS)
+def test_what_a_command_wrote_is_replaced(tmp_path, name):
+    kind, data = OURS[name]
+    (tmp_path / name).write_bytes(data)
+    write_atomic(tmp_path / name, b"new", kind)
+    assert (tmp_path / name).read_bytes() == b"new"
+
+
+@pytest.mark.parametrize("name", FOREIGN)
+def test_a_file_that_could_be_anybodys_needs_force(tmp_path, name):
+    """Before, every text, every .npy and every parquet file was replaced without a word."""
+    kind, data = FOREIGN[name]
+    (tmp_path / name).write_bytes(data)
+    with pytest.raises(InputError, match="give --force"):
+        write_atomic(tmp_path / name, b"new", kind)
+    assert (tmp_path / name).read_bytes() == data
+    write_atomic(tmp_path / name, b"new", kind, force=True)
+    assert (tmp_path / name).read_bytes() == b"new"
+
+
+@pytest.mark.parametrize("kind", [RUN_ANSWERS, RUN_PARQUET, REPORT, TABLE, ONNX_ADAPTER, JOURNAL], ids=lambda k: k.name)
+def test_another_kind_of_file_is_not_even_replaced_by_force(tmp_path, kind):
+    (tmp_path / "photo").write_bytes(b"\x89PNG\0\0")
+    with pytest.raises(InputError, match="is not replaced"):
+        write_atomic(tmp_path / "photo", b"new", kind, force=True)
+    assert (tmp_path / "photo").read_bytes() == b"\x89PNG\0\0"
+
+
+def test_a_parquet_file_of_run_is_told_by_its_columns(tmp_path):
+    pyarrow = pytest.importorskip("pyarrow")
+    parquet = pytest.importorskip("pyarrow.parquet")
+    for columns, ours in ((("id", "prompt", "answer", "score"), True), (("id", "text"), False)):
+        path = tmp_path / f"{ours}.parquet"
+        parquet.write_table(pyarrow.table({name: ["x"] for name in columns}), path)
+        if ours:
+            check_output(path, RUN_PARQUET)
+        else:
+            with pytest.raises(InputError, match="give --force"):
+                check_output(path, RUN_PARQUET)

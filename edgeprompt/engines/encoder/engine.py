@@ -19,6 +19,7 @@ from edgeprompt.errors import InputError, UnsupportedError
 from edgeprompt.heads.answers import answer, classify_head, pool, tag, token_logits
 from edgeprompt.heads.layers import Floats, check_head
 from edgeprompt.options import EngineOptions
+from edgeprompt.ort.free_memory import SHORT, check_attention
 from edgeprompt.ort.kv_cache import KV, PrefixCache
 from edgeprompt.ort.session import Sessions
 from edgeprompt.package.folder import Package
@@ -70,11 +71,14 @@ class EncoderEngine(Engine):
         if not encoded.ids:
             raise InputError("the text has no token, so there is nothing to run; give at least one character")
         clock.input_tokens = len(encoded.ids)
+        deep = prompt.past_length if prompt else 0
+        if len(encoded.ids) > SHORT:
+            check_attention(len(encoded.ids) + deep, self._manifest.geometry.num_attention_heads)
         output = self._output(prompt, task)
         mask = self._mask_position(encoded) if output == names.LOGITS else 0
         job = EncoderJob(
             len(encoded.ids),
-            prompt.past_length if prompt else 0,
+            deep,
             lambda: self._row(prompt, encoded, mask),
             [output],
             request.timeout,

@@ -27,6 +27,7 @@ from edgeprompt.errors import InputError, PackageError, PromptFileError, Unsuppo
 from edgeprompt.heads.answers import tag, token_logits
 from edgeprompt.heads.layers import check_head
 from edgeprompt.options import EngineOptions
+from edgeprompt.ort.free_memory import SHORT, check_attention
 from edgeprompt.ort.kv_cache import KVShape, PrefixCache
 from edgeprompt.ort.memory_budget import MemoryBudget
 from edgeprompt.ort.session import Sessions
@@ -125,6 +126,8 @@ class Seq2SeqEngine(Engine):
                 )
         self._lanes[0].narrow(job)
         self._budget.check(self._lanes[0].bytes([job]))
+        if job.source.ids.size > SHORT:
+            check_attention(job.source.ids.size, self._geometry.num_attention_heads)
         return job
 
     def _embed(self, request: Request, prompt: LoadedPrompt | None) -> Seq2SeqJob:

@@ -123,6 +123,8 @@ class Seq2SeqGraphs:
 
     def __init__(self, package: Package, sessions: Sessions) -> None:
         self._geometry = package.manifest.geometry
+        self.heads = self._geometry.num_attention_heads
+        """Heads of attention."""
         self._dtype = np.dtype(package.manifest.kv_dtype)
         self._pad = package.manifest.tokens.pad or 0
         encoder, decoder = sessions["encoder"], sessions["decoder"]

@@ -15,9 +15,13 @@ import numpy as np
 from edgeprompt.decoding.strategies import Clock, Logits, Move, Strategy
 from edgeprompt.engines.scheduler import Job
 from edgeprompt.engines.seq2seq.graphs import DecoderState, Seq2SeqGraphs, Source, SourceRow, joined
+from edgeprompt.ort.free_memory import attention_bytes
 from edgeprompt.ort.kv_cache import PrefixCache
 from edgeprompt.ort.memory_budget import MemoryBudget
 from edgeprompt.prompts.registry import LoadedPrompt
+
+ATTENTION_BUDGET = 512 << 20
+"""Most bytes of attention for texts that are encoded together; one text alone may take more."""
 
 
 class Seq2SeqJob(Job):
@@ -114,7 +118,8 @@ class Seq2SeqLane:
         """Encode what is new, then run one token of every sequence."""
         if self._taken:
             taken, self._taken = self._taken, []
-            self._encode(taken)
+            for jobs in self._pieces(taken) if len(taken) > 1 else [taken]:
+                self._encode(jobs)
         if self._jobs:
             self._decode()
 
@@ -201,6 +206,20 @@ class Seq2SeqLane:
             self._jobs += [*kept, *decoding]
             self._tokens += [job.feed[0] for job in (*kept, *decoding)]
         self._shrink()
+
+    def _pieces(self, jobs: Sequence[Seq2SeqJob]) -> list[list[Seq2SeqJob]]:
+        """Jobs that are encoded together: attention grows with their number and the square of the longest text."""
+        pieces = list[list[Seq2SeqJob]]()
+        longest = 0
+        for job in jobs:
+            wider = max(longest, job.source.ids.size)
+            if pieces and (len(pieces[-1]) + 1) * attention_bytes(wider, self._graphs.heads) <= ATTENTION_BUDGET:
+                pieces[-1].append(job)
+                longest = wider
+            else:
+                pieces.append([job])
+                longest = job.source.ids.size
+        return pieces
 
     @staticmethod
     def _key(job: Seq2SeqJob) -> Hashable:

@@ -53,6 +53,9 @@ const LIMITS: [Limited, string, "int" | "float", number, number][] = [
 
 /** Fill what `options` leaves open from the prompt file's `defaults`, then from the library's. */
 export function resolve(options: GenerationOptions, defaults: Record<string, any>): Sampling {
+  if (Array.isArray(options.choices) && !options.choices.length) {
+    throw new InputError("choices is empty, so there is nothing to answer; give at least one, or leave it out");
+  }
   const found: Sampling = {
     maxNewTokens: DEFAULT_NEW_TOKENS,
     askedLength: false,
