@@ -231,10 +231,7 @@ def read_tokenizer(given: str, folder: Path) -> Any | None:
 
     check_tokenizer_files(folder, given)
     if (alone := find_sentencepiece(folder)) is not None:
-        tokenizer, note = read_sentencepiece(given, folder, alone)
-        if note:
-            accounting.tell(note)
-        return tokenizer
+        return read_sentencepiece(given, folder, alone)
     files = [folder / name for name in TOKENIZERS if (folder / name).exists()]
     if not files:
         return None

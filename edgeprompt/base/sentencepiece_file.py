@@ -57,8 +57,8 @@ def find_sentencepiece(folder: Path) -> Path | None:
     return next((folder / name for name in FILES if (folder / name).exists()), None)
 
 
-def read_sentencepiece(given: str, folder: Path, file: Path) -> tuple[Any, str | None]:
-    """A fast transformers tokenizer with SentencePiece's own ids, and a note on the texts where it has others.
+def read_sentencepiece(given: str, folder: Path, file: Path) -> Any:
+    """A fast transformers tokenizer with SentencePiece's own ids.
 
     Args:
         given: What the user calls the base.
@@ -83,23 +83,17 @@ def read_sentencepiece(given: str, folder: Path, file: Path) -> tuple[Any, str |
     def differs(texts: Sequence[str]) -> str | None:
         return next((text for text in texts if not _same(text, backend, wanted, ids, processor)), None)
 
-    spaced = () if first_only else _SPACED
     if kind in _BEGINNING and settings.get("add_bos_token", True):
         tokenizer.add_bos_token = True  # the slow tokenizers' default; transformers 5 takes a missing one as False
-    if (found := differs((*texts, *spaced))) is not None:
+    if (found := differs((*texts, *_SPACED))) is not None:
         _apply_rules(proto, backend, kind, tokenizer, first_only=first_only)
-        found = differs((*texts, *spaced))
+        found = differs((*texts, *_SPACED))
     if found is not None:
         raise SourceError(
             f"the tokenizer of {given!r} is a SentencePiece model ({file.name}), and what transformers makes of it "
             f"({kind}) gives the text {found!r} other ids than SentencePiece; put the model's tokenizer.json beside it"
         )
-    if first_only and (found := differs(_SPACED)) is not None:
-        return tokenizer, (
-            f"the tokenizer was made of {file.name}: its ids are SentencePiece's, but for texts with white space at "
-            f"the start, as {found!r}, which lose one space"
-        )
-    return tokenizer, None
+    return tokenizer
 
 
 def _open(given: str, file: Path) -> tuple[Any, Any]:
@@ -269,7 +263,13 @@ def _apply_rules(proto: Any, backend: Any, kind: str, tokenizer: Any, *, first_o
         steps += [normalizers.Replace(Regex("^ +| +$"), ""), normalizers.Replace(Regex(" {2,}"), " ")]
     backend.pre_tokenizer = None
     if rules.add_dummy_prefix and first_only:
-        backend.pre_tokenizer = pre_tokenizers.Metaspace(replacement=_SPACE, prepend_scheme="first", split=False)
+        # Metaspace adds nothing in front of what it would add: so a blank, which the text has none of by now.
+        backend.pre_tokenizer = pre_tokenizers.Sequence(
+            [
+                pre_tokenizers.Metaspace(replacement=" ", prepend_scheme="first", split=False),
+                pre_tokenizers.Metaspace(replacement=_SPACE, prepend_scheme="never", split=False),
+            ]
+        )
     elif rules.add_dummy_prefix:
         steps.append(normalizers.Prepend(_SPACE))
     backend.normalizer = normalizers.Sequence([*steps, normalizers.Replace(" ", _SPACE)])

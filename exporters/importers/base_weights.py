@@ -22,6 +22,9 @@ _DIGEST = re.compile(r"[0-9a-f]{16,64}$")
 EMBEDDING = "raw_embedding.weight"
 """What `NameInBase` answers for a copy of the input embedding, whatever the base calls it."""
 
+LEFT_OUT = "the checkpoint's copy of the base's weights is left out; --base has them"
+"""What a report says of a copy: nothing of the prompt is lost."""
+
 NameInBase = Callable[[str], "str | None"]
 """A tensor's name as the base model has it; None for what is no copy of the base."""
 

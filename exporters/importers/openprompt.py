@@ -15,7 +15,7 @@ from edgeprompt import names
 from edgeprompt.errors import SourceError, UnsupportedError
 from edgeprompt.prompts.file import Head, HeadStep
 from edgeprompt.prompts.verbalizer import ids_behind, text_before_words
-from exporters.importers.base_weights import EMBEDDING, check_copy
+from exporters.importers.base_weights import EMBEDDING, LEFT_OUT, check_copy
 from exporters.importers.foreign import (
     Array,
     BaseFacts,
@@ -73,7 +73,7 @@ def read(source: Path, base: BaseFacts | None, options: ReadOptions) -> list[For
         prompt_name(source),
         "prompt-tuning",
         source={"format": "openprompt"},
-        dropped=("the checkpoint's copy of the base's weights: --base names them",),
+        notes=(LEFT_OUT,) if any(_name_in_base(name) for name in checkpoint.names) else (),
     )
     kind = next((kind for kind in _KINDS if kind in parts), None)
     if kind is None:
@@ -82,7 +82,7 @@ def read(source: Path, base: BaseFacts | None, options: ReadOptions) -> list[For
     if mixed:
         raise SourceError(f"{source.name} holds {kind} and {', '.join(mixed)}, which are of different templates")
     checkpoint.account(lambda name: bool(_BASE.search(name)), "OpenPrompt")
-    prompt = replace(prompt, notes=check_copy(checkpoint, base, _name_in_base, "OpenPrompt"))
+    prompt = replace(prompt, notes=(*prompt.notes, *check_copy(checkpoint, base, _name_in_base, "OpenPrompt")))
     template = read_template(options.template, base)
     if "new_embedding.weight" in parts:
         prompt = _ptuning(prompt, parts, template, base)

@@ -13,7 +13,7 @@ import numpy as np
 from edgeprompt.errors import SourceError, UnsupportedError
 from edgeprompt.prompts.file import Head, HeadStep
 from exporters.heads import PROBLEMS
-from exporters.importers.base_weights import check_copy
+from exporters.importers.base_weights import LEFT_OUT, check_copy
 from exporters.importers.foreign import (
     Array,
     BaseFacts,
@@ -77,8 +77,10 @@ def read(source: Path, base: BaseFacts | None, options: ReadOptions) -> list[For
         past_key_values=as_prefix(rows, "prefix_encoder", layers, heads, facts),
         source={"format": "p-tuning-v2"},
         found=(f"prefix of {len(rows)} tokens{', projected by its MLP' if projected else ''}",),
-        dropped=("the frozen base's own weights: --base names them",),
-        notes=check_copy(checkpoint, facts, _name_in_base, "P-Tuning v2"),
+        notes=(
+            *((LEFT_OUT,) if any(_name_in_base(name) for name in checkpoint.names) else ()),
+            *check_copy(checkpoint, facts, _name_in_base, "P-Tuning v2"),
+        ),
     )
     return [_with_head(prompt, tensors, config)]
 

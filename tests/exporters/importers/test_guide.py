@@ -95,4 +95,4 @@ def test_nothing_else_stands_on_the_terminal(tmp_path: Path) -> None:
         [sys.executable, *command, "--base", str(GOLDEN / "bert")], capture_output=True, text=True, check=True
     )
     assert done.stdout == f"{tmp_path / 'out.safetensors'}\n"
-    assert {line.partition(":")[0] for line in done.stderr.splitlines()} == {"found", "dropped"}
+    assert {line.partition(":")[0] for line in done.stderr.splitlines()} == {"found", "note"}
