@@ -42,6 +42,8 @@ class ExportOptions:
     """"web": operators that are fast in browsers, and weights in files of at most `WEB_FILE` bytes."""
     layout: str = "edgeprompt"
     """"hub": beside our graph one under transformers.js' name, on the same weights, and the base's config.json."""
+    calibration: Any = None
+    """Texts that show which activations matter; None: those shipped with edgeprompt."""
 
     def __post_init__(self) -> None:
         for name, allowed in (
@@ -55,6 +57,8 @@ class ExportOptions:
         ):
             if getattr(self, name) not in allowed:
                 raise InputError(f"{name} {getattr(self, name)!r} is not one of {', '.join(map(str, allowed))}")
+        if self.calibration is not None and self.route == "onnx":
+            raise InputError("graphs that others exported are quantised already; leave calibration out")
         if self.block_size != 32 and self.precision != "int4":
             raise InputError(f"block_size {self.block_size} is for int4 weights, and precision is {self.precision!r}")
         if self.precision == "gguf" and self.route == "onnx":

@@ -18,7 +18,8 @@ from exporters.contract import BuiltGraphs, ExportOptions
 from exporters.graft.fuse import drop_unused
 from exporters.graft.rotary import compute_tables
 from exporters.graft.virtual_tokens import expose_hidden_states, graft_virtual_tokens
-from exporters.quantize.graph import quantize_graph
+from exporters.quantize.graph import CALIBRATED, quantize_graph
+from exporters.quantize.observe import observe
 from exporters.validate.decoder import validate_decoder
 
 GRAPH = "model.onnx"
@@ -71,6 +72,7 @@ def finish_graph(model: ir.Model, loaded: LoadedBase, options: ExportOptions, sc
         )
     _name_shapes(model, geometry.num_key_value_heads, geometry.head_size)
     expose_hidden_states(model, geometry.hidden_size)
+    observed = observe(loaded, options.calibration) if options.precision in CALIBRATED else None
     model.meta["weights"] = quantize_graph(
         model,
         options.precision,
@@ -79,6 +81,7 @@ def finish_graph(model: ir.Model, loaded: LoadedBase, options: ExportOptions, sc
         stored=loaded.stored,
         scratch=scratch,
         target=options.target,
+        observed=observed,
     )
     compute_tables(model, loaded.model)
     graft_virtual_tokens(

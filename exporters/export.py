@@ -29,7 +29,7 @@ from exporters.contract import Exporter, ExportOptions, Progress
 from exporters.layout import arrange, check_layout
 from exporters.package import make_manifest, write_prompts, write_tokenizer
 from exporters.validate.core import check_positions
-from exporters.validate.quality import with_quality
+from exporters.validate.quality import check_calibration, with_quality
 
 _LOG = logging.getLogger("edgeprompt")
 EXPORTERS = {
@@ -71,6 +71,7 @@ def export_model(
     target: str = names.NATIVE,
     layout: str = "edgeprompt",
     data: Any = None,
+    calibration: Any = None,
     allow_quality_loss: bool = False,
     allow_other_weights: bool = False,
     against: str | os.PathLike[str] | LoadedBase | None = None,
@@ -98,6 +99,8 @@ def export_model(
             base's config.json (decoders).
         data: Texts on which the package is compared with its base: a file or records as `tune` reads them, or lines of
             a `.txt` file. None: the texts shipped with edgeprompt.
+        calibration: Texts, as for `data`, that show which activations matter to a decoder's int8 weights. None: the
+            texts shipped with edgeprompt. No text may be in `data` too, which judges.
         allow_quality_loss: Write the package even if it is further from its base than the limits allow
             (`exporters.validate.quality.LIMITS`); its manifest says "allowed".
         allow_other_weights: Put prompts into the package that were tuned for other weights, though these or its own are
@@ -123,7 +126,9 @@ def export_model(
         allow_quality_loss,
         target,
         layout,
+        calibration,
     )
+    check_calibration(calibration, data)
     tell = progress or _silent
     files = _load_prompts(prompts)
     try:

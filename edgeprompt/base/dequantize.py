@@ -167,7 +167,9 @@ def dequantize_record(
     zeros = _array(initializers, record["zero_points"], (rows,)) if record["zero_points"] else None
     if columns_first:
         middle = np.zeros_like(scales) if zeros is None else zeros.astype(np.float32)
-        return torch.from_numpy(((codes.astype(np.float32) - middle) * scales).T)
+        found = torch.from_numpy(((codes.astype(np.float32) - middle) * scales).T)
+        factors = read_factors(record, initializers)
+        return found if factors is None else found / factors
     if record["layout"] != "blocks":
         raise PackageError(f"unknown weight layout {record['layout']!r}; known: blocks, columns")
     blocks = unpack_blocks(codes, scales, zeros, columns=record["columns"], bits=record["bits"], block=record["block"])
@@ -185,6 +187,21 @@ def read_scales(
     """The scales [out_features] of a weight with one scale for each row (layout "columns"), or some of them."""
     scales: npt.NDArray[np.float32] = _array(initializers, record["scales"], (rows,)).astype(np.float32).reshape(-1)
     return scales
+
+
+def read_factors(record: Mapping[str, Any], initializers: Mapping[str, ir.Value]) -> torch.Tensor | None:
+    """Powers of two that the base's columns were multiplied by before they were rounded; None: by nothing.
+
+    Raises:
+        PackageError: they are something else.
+    """
+    if not record.get("factors"):
+        return None
+    factors = torch.from_numpy(_array(initializers, record["factors"], (slice(None),)).astype(np.float32))
+    mantissas, _ = torch.frexp(factors)
+    if not bool((mantissas == 0.5).all()):
+        raise PackageError(f"the factors {record['factors']!r} are not powers of two; export the base again")
+    return factors
 
 
 def _array(initializers: Mapping[str, ir.Value], name: str, part: tuple[slice, ...]) -> npt.NDArray[Any]:

@@ -31,6 +31,12 @@ if TYPE_CHECKING:
     "text, or lines of a .txt file. For --precision auto: labelled records on which the prompts are evaluated.",
 )
 @click.option(
+    "--calibration",
+    metavar="DATA",
+    help="Texts as for --data that show which activations of a decoder matter (int8), instead of the shipped ones. "
+    "--data must hold others.",
+)
+@click.option(
     "--allow-quality-loss",
     is_flag=True,
     help="Write the package even if it is too far from BASE; its manifest says so.",
@@ -100,6 +106,7 @@ def command(
     out: Path,
     precision: str | None,
     data: str | None,
+    calibration: str | None,
     allow_quality_loss: bool,
     tolerance: float,
     route: str,
@@ -138,7 +145,8 @@ def command(
     with console.stages("export") as tell:
         shared: dict[str, Any] = {
             "route": route, "provider": provider, "prompts": prompts, "force": force,
-            "prompt_input": prompt_input, "progress": tell, "data": data, "allow_quality_loss": allow_quality_loss,
+            "prompt_input": prompt_input, "progress": tell, "data": data, "calibration": calibration,
+            "allow_quality_loss": allow_quality_loss,
         }  # fmt: skip
         if choosing:
             report = export_best(base, out, tolerance=tolerance, **shared)

@@ -23,6 +23,8 @@ from edgeprompt.base.blockwise import (
 from edgeprompt.errors import ExportError
 from exporters.graft.fuse import drop_unused
 from exporters.graft.linears import Linear, WeightIndex, find_linears, initializer_tensor, is_constant
+from exporters.quantize.equalize import MOST_BLOCKS, Factors, divided, equalize
+from exporters.quantize.observe import Observed, of_pieces
 from exporters.quantize.rows import quantize_rows
 from exporters.quantize.store import Store
 
@@ -59,8 +61,12 @@ class WeightRecord:
     """How many of the last columns hold the blocks' offsets (see `_Quantizer._affine`); 0: none."""
     pieces: list[tuple[str, int, bool]]
     """(parameter, rows, stored transposed) from top to bottom, see `exporters.graft.linears.WeightIndex`."""
+    factors: str | None = None
+    """Powers of two that the columns of the parameters were multiplied by (`exporters.quantize.equalize`)."""
 
 
+CALIBRATED = frozenset({"int8"})
+"""Precisions of decoders that look at calibration texts."""
 FOUR_BITS = frozenset({"Q4_0", "Q4_1", "Q4_K"})
 """GGUF types that 4 bits with a float offset for 32 weights hold. All others get 8 bits where the file decides."""
 
@@ -75,6 +81,7 @@ def quantize_graph(
     stored: Mapping[str, str] | None = None,
     scratch: Path | None = None,
     target: str = names.NATIVE,
+    observed: Observed | None = None,
 ) -> list[dict[str, Any]]:
     """Quantise in place: "int4", "int8", or "fp16" (weights stored as float16); "fp32" only shares tied weights.
 
@@ -96,12 +103,14 @@ def quantize_graph(
         scratch: A folder that outlives the graph: what is quantised lies there, not in memory.
         target: "web" keeps the operators out that ONNX Runtime's WebAssembly build is slow at (MatMulNBits): the
             lm_head is int8 as all other weights, and a tied embedding reads its integers.
+        observed: What the matrices are fed; outliers are taken out of the activations of int8 with it.
 
     Returns:
         A `WeightRecord` as a dictionary for each quantised weight whose parameters are known.
     """
     store = Store(scratch) if scratch is not None else None
-    records = _Quantizer(model, precision, torch_model, levels, block_size, stored or {}, store, target).run()
+    quantizer = _Quantizer(model, precision, torch_model, levels, block_size, stored or {}, store, observed, target)
+    records = quantizer.run()
     quantize_rows(model)
     return records
 
@@ -116,10 +125,12 @@ class _Quantizer:
         block_size: int,
         stored: Mapping[str, str],
         store: Store | None,
+        observed: Observed | None,
         target: str = names.NATIVE,
     ) -> None:
         self.web = target == names.WEB
-        self.graph, self.stored, self.store = model.graph, stored, store
+        self.graph, self.stored, self.store, self.observed = model.graph, stored, store, observed
+        self.factors = Factors()
         self.precision, self.levels, self.block_size = precision, levels, block_size
         self.index = WeightIndex(torch_model)
         self.records: list[dict[str, Any]] = []
@@ -140,6 +151,8 @@ class _Quantizer:
                 self._store_half()
             return self.records
         linears = [linear for linear in find_linears(self.graph) if math.prod(linear.shape) >= MIN_WEIGHTS]
+        if self.precision == "int8" and self.observed is not None:
+            self.factors = self._equalized([one for one in linears if head is None or one.node is not head.node])
         for linear in linears:
             is_head = head is not None and linear.node is head.node
             if is_head and self.web:
@@ -155,10 +168,20 @@ class _Quantizer:
         drop_unused(self.graph)
         return self.records
 
+    def _equalized(self, linears: list[Linear]) -> Factors:
+        largest = {}
+        for linear in linears:
+            assert self.observed is not None
+            found = of_pieces(self.observed.largest, self.index.pieces(linear.weight()))
+            if found is not None:
+                largest[linear.node] = found
+        share = 0.0 if self.web else MOST_BLOCKS
+        return equalize(self.graph, linears, largest, self._initializer, levels=self.levels, most_blocks=share)
+
     def _linear(self, linear: Linear, is_head: bool) -> tuple[BlockWeights, ir.Value, ir.Value, ir.Value | None] | None:
         """Quantise one weight, which is read here and let go; what `_gather` needs where it has 8 bits."""
         weight = linear.weight()
-        if self.precision == "int8" and not is_head:
+        if self.precision == "int8" and not is_head and linear.node not in self.factors.blocks:
             self._dynamic(linear, weight)
         elif self._four_bits(weight) and not is_head and weight.shape[1] % BLOCK == 0:
             if self.block_size == BLOCK:
@@ -318,20 +341,27 @@ class _Quantizer:
         return out
 
     def _dynamic(self, linear: Linear, weight: torch.Tensor) -> tuple[ir.Value, ir.Value]:
-        codes, scales = self._columns(str(linear.value.name), weight)
-        inputs = [linear.node.inputs[0], codes, scales, None]
-        if linear.bias is not None:
-            inputs.append(linear.bias)
+        columns, rows = self.factors.columns.get(linear.node), self.factors.rows.get(linear.node)
+        codes, scales = self._columns(str(linear.value.name), weight, columns)
+        used, bias = scales, linear.bias
+        if rows is not None:
+            used = divided(self.graph, linear.node, scales, rows)
+            bias = divided(self.graph, linear.node, bias, rows) if bias is not None else None
+        inputs = [linear.node.inputs[0], codes, used, None]
+        if bias is not None:
+            inputs.append(bias)
         self._replace(linear.node, "DynamicQuantizeMatMul", inputs, {})
         return codes, scales
 
-    def _columns(self, stem: str, weight: torch.Tensor) -> tuple[ir.Value, ir.Value]:
-        """Integers [columns, rows] and a scale for each row of a weight [rows, columns]."""
-        scale = weight.abs().amax(1, keepdim=True).clamp(min=1e-12) / self.levels
-        integers = torch.round(weight / scale).to(torch.int8)
+    def _columns(self, stem: str, weight: torch.Tensor, factors: ir.Value | None = None) -> tuple[ir.Value, ir.Value]:
+        """Integers [columns, rows] and a scale for each row of a weight [rows, columns], perhaps times factors."""
+        scaled = weight if factors is None else weight * initializer_tensor(factors)
+        scale = scaled.abs().amax(1, keepdim=True).clamp(min=1e-12) / self.levels
+        integers = torch.round(scaled / scale).to(torch.int8)
         codes = self._initializer(f"{stem}_s8", integers.T.contiguous().numpy())
         scales = self._initializer(f"{stem}_scales", scale.squeeze(1).numpy())
-        self._record(weight, codes, scales, None, "columns", 8, columns=weight.shape[1])
+        named = None if factors is None else str(factors.name)
+        self._record(weight, codes, scales, None, "columns", 8, columns=weight.shape[1], factors=named)
         return codes, scales
 
     def _gather_columns(self, embedding: ir.Node, codes: ir.Value, scales: ir.Value) -> None:
@@ -415,6 +445,7 @@ class _Quantizer:
         columns: int,
         block: int = BLOCK,
         offsets: int = 0,
+        factors: str | None = None,
     ) -> None:
         pieces = self.index.pieces(weight)
         if not pieces:
@@ -437,6 +468,7 @@ class _Quantizer:
                     block,
                     offsets,
                     pieces,
+                    factors,
                 )
             )
         )

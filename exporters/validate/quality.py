@@ -15,7 +15,7 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
-from edgeprompt.errors import DataError, ValidationError
+from edgeprompt.errors import DataError, InputError, ValidationError
 from edgeprompt.package.files import open_regular
 from edgeprompt.package.manifest import Manifest
 
@@ -198,6 +198,31 @@ def judging_texts(data: Any = None) -> tuple[str, list[str]]:
     if data is None:
         return SHIPPED, shipped_texts("judging.txt")
     return read_texts(data)
+
+
+def calibration_texts(data: Any = None) -> tuple[str, list[str]]:
+    """As `judging_texts`, for texts that show which activations matter; the shipped ones are others than those."""
+    if data is None:
+        return SHIPPED, shipped_texts("calibration.txt")
+    return read_texts(data)
+
+
+def check_calibration(calibration: Any, data: Any) -> None:
+    """Refuse to judge a package by the texts that it is made with.
+
+    Raises:
+        InputError: a text is in both; what cannot be read twice (a pipe) is not looked at.
+        DataError: one of them has no text.
+    """
+    given = [one for one in (calibration, data) if isinstance(one, str | os.PathLike)]
+    if len(given) < 2 or not all(os.path.isfile(one) for one in given):
+        return
+    (name, texts), (other, judging) = read_texts(calibration), read_texts(data)
+    if both := set(texts) & set(judging):
+        raise InputError(
+            f"{len(both)} texts of calibration {name!r} are in data {other!r} too: a package is judged by other texts "
+            "than it is made with, so take them out of one"
+        )
 
 
 def read_texts(data: Any) -> tuple[str, list[str]]:

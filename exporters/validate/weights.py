@@ -9,7 +9,7 @@ from typing import Any
 import onnx_ir as ir
 import torch
 
-from edgeprompt.base.dequantize import WEIGHTS, dequantize_record, read_scales
+from edgeprompt.base.dequantize import WEIGHTS, dequantize_record, read_factors, read_scales
 from edgeprompt.base.mapped import release
 from edgeprompt.errors import ValidationError
 from edgeprompt.package.manifest import Manifest
@@ -39,7 +39,7 @@ def check_weights(model: Any, folder: Path, manifest: Manifest) -> dict[str, Any
         for record in mine:
             if record["codes"] in initializers:
                 errors[f"{record['codes']} ({key})"] = _compare(record, initializers, parameters)
-                for name in (record["codes"], record["scales"], record["zero_points"]):
+                for name in (record["codes"], record["scales"], record["zero_points"], record.get("factors")):
                     stored = initializers[name].const_value if name else None
                     if isinstance(stored, ir.ExternalTensor):
                         stored.release()  # each maps the whole file
@@ -51,20 +51,22 @@ def check_weights(model: Any, folder: Path, manifest: Manifest) -> dict[str, Any
 
 def _compare(record: Mapping[str, Any], initializers: Mapping[str, Any], parameters: Mapping[str, Any]) -> float:
     whole, part = LIMITS[record["bits"]]
+    factors = read_factors(record, initializers)
     lost = size = 0.0
     for start, want in _wanted(record["pieces"], parameters):
         got = dequantize_record(record, initializers, slice(start, start + len(want)))
+        if factors is not None:  # what was rounded is compared: powers of two change no digit
+            got, want = got * factors, want * factors
+        columns = record["layout"] == "columns"
+        if columns:
+            _check_rounding(record, initializers, start, got, want)
         runs = -want.shape[1] % RUN
         got, want = (torch.nn.functional.pad(side, (0, runs)).reshape(len(side), -1, RUN) for side in (got, want))
         error, power = (got - want).square_().sum(2), want.square().sum(2)
         # A run far smaller than its row's others lies below their rounding.
         power_of_row = power.mean(1, keepdim=True)
         share = error / torch.maximum(power, 0.05 * power_of_row).clamp(min=1e-30)
-        if record["layout"] == "columns":
-            # One scale for a whole row: beside a large weight, half a step is much of a small one.
-            steps = torch.from_numpy(read_scales(record, initializers, slice(start, start + len(want))))
-            share = torch.where(error <= RUN * (0.51 * steps[:, None]).square(), 0.0, share)
-        if not bool((share <= part**2).all()):
+        if not columns and not bool((share <= part**2).all()):
             row = start + int((share.nan_to_num(torch.inf) > part**2).any(1).nonzero()[0, 0])
             raise ValidationError(
                 f"the package's weight {record['codes']!r} is not the base's {record['pieces'][0][0]!r}: row {row} has "
@@ -79,6 +81,21 @@ def _compare(record: Mapping[str, Any], initializers: Mapping[str, Any], paramet
             f"{relative:.2f} of its size, {record['bits']} bits explain at most {whole}"
         )
     return relative
+
+
+def _check_rounding(
+    record: Mapping[str, Any], initializers: Mapping[str, Any], start: int, got: torch.Tensor, want: torch.Tensor
+) -> None:
+    """One scale for a row: every weight is rounded to the nearest step, so none is further than half of one."""
+    steps = torch.from_numpy(read_scales(record, initializers, slice(start, start + len(want))))
+    right = (got - want).abs() <= 0.51 * steps[:, None]
+    if not bool(right.all()):
+        row, column = (~right).nonzero()[0].tolist()
+        raise ValidationError(
+            f"the package's weight {record['codes']!r} is not the base's {record['pieces'][0][0]!r}: row "
+            f"{start + row}, column {column} is {float(got[row, column]):.4g} for {float(want[row, column]):.4g}, in "
+            f"steps of {float(steps[row]):.2g}; no package was written"
+        )
 
 
 def _wanted(
