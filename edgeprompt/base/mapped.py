@@ -13,7 +13,7 @@ import os
 import tempfile
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 from weakref import WeakValueDictionary
 
 import numpy.typing as npt
@@ -208,6 +208,10 @@ class _Streamed:
         if isinstance(module, torch.nn.Embedding):
             ids, places = torch.unique(given, return_inverse=True)
             out = self._with(weight[ids].float(), places)
+        elif given.requires_grad and torch.is_grad_enabled():
+            turned = type(module) is not torch.nn.Linear  # transformers' Conv1D
+            out = cast(torch.Tensor, _Product.apply(given, weight.T if turned else weight))  # type: ignore[no-untyped-call]
+            return out if module.bias is None else out + module.bias
         elif type(module) is torch.nn.Linear and weight.numel() > _CHUNK_VALUES:
             out = _linear(given, weight, module.bias)
         else:
@@ -224,6 +228,26 @@ class _Streamed:
         finally:
             module._parameters["weight"] = before
         return out
+
+
+class _Product(torch.autograd.Function):
+    """`given @ weight.T` whose backward pass reads the weight again, so that no float32 copy waits for it."""
+
+    @staticmethod
+    def forward(ctx: Any, given: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
+        ctx.weight, ctx.dtype = weight, given.dtype
+        return _linear(given, weight, None)
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: torch.Tensor) -> tuple[torch.Tensor, None]:
+        gradient, weight = gradients[0].float(), ctx.weight
+        out = gradient.new_zeros((*gradient.shape[:-1], weight.shape[1]))
+        step = max(1, _CHUNK_VALUES // weight.shape[1])
+        for start in range(0, len(weight), step):
+            part = slice(start, start + step)
+            out += gradient[..., part] @ weight[part].float()
+            release(weight[part])
+        return out.to(ctx.dtype), None
 
 
 def _linear(given: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:

@@ -16,6 +16,8 @@ _QUANTISED = 5.5
 """Bytes for each value of the largest matrix while that is quantised: in float32, as codes, and a part in float32."""
 _ANSWERS = 0.4e9
 """Bytes of the logits that are compared."""
+_TRAINED = 2e9
+"""Bytes of a few short texts' activations, which wait for the backward pass."""
 _SERVED = {"fp32": 4.2, "fp16": 8.4, "int8": 2.2, "int4": 1.5, "gguf": 2.2}
 """Bytes a parameter of a package that ONNX Runtime has open: packed weights, and the file's own where it keeps them."""
 
@@ -38,6 +40,11 @@ Need = Callable[[Sizes], float]
 def to_load(sizes: Sizes) -> float:
     """A base in float32."""
     return 4.2 * sizes.parameters
+
+
+def to_train(sizes: Sizes) -> float:
+    """A base that stays in its files while a prompt is trained: a matrix at a time in float32, and activations."""
+    return _PROCESS + _HELD * sizes.in_memory + 4.2 * sizes.largest + _TRAINED
 
 
 def to_validate(precision: str) -> Need:

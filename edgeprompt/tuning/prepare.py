@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import tempfile
 from dataclasses import dataclass, replace
 from typing import Any
@@ -9,7 +10,7 @@ from typing import Any
 import torch
 
 from edgeprompt import names
-from edgeprompt.errors import InputError, SourceError, UnsupportedError
+from edgeprompt.errors import CapacityError, InputError, SourceError, UnsupportedError
 from edgeprompt.package.folder import open_package
 from edgeprompt.package.manifest import Geometry, Tokens
 from edgeprompt.package.tokenizer import Tokenizer
@@ -26,6 +27,7 @@ from edgeprompt.tuning.prompted import Prompted
 from edgeprompt.tuning.seq2seq import Seq2SeqPrompt
 from edgeprompt.tuning.soft_prompt import SoftPrompt, start_ids
 
+_LOG = logging.getLogger("edgeprompt")
 _TASK_TYPES = {
     names.DECODER_ONLY: "CAUSAL_LM",
     names.ENCODER_DECODER: "SEQ_2_SEQ_LM",
@@ -62,12 +64,12 @@ def prepare(base: Any, facts: DataFacts, options: TuneOptions, *, num_tasks: int
         BaseMismatchError: the package is of another base.
     """
     from edgeprompt.base.geometry import geometry_of, tokens_of
-    from edgeprompt.base.load import LoadedBase, load_base
+    from edgeprompt.base.load import LoadedBase
     from edgeprompt.base.tokenizer_files import check_tokenizer_files
 
     check_tokenizer_files(base)
     packages = [open_package(path) for path in options.packages]
-    loaded = base if isinstance(base, LoadedBase) else load_base(base)
+    loaded = base if isinstance(base, LoadedBase) else _load(base, packages=bool(packages))
     fingerprint = loaded.fingerprint
     weights = PackageWeights(loaded.model, packages)
     architecture = loaded.family.architecture
@@ -95,6 +97,24 @@ def prepare(base: Any, facts: DataFacts, options: TuneOptions, *, num_tasks: int
     _start(model, plan, tokenizer, options)
     objective = _objective(loaded.name, model, encoder, plan, tokens)
     return Run(loaded, fingerprint, tokenizer, plan, encoder, objective, options, weights, model, tokens)
+
+
+def _load(base: Any, *, packages: bool) -> Any:
+    """The base in float32 where memory holds it; else a decoder's matrices stay in their files, read at every step."""
+    from edgeprompt.base import memory
+    from edgeprompt.base.load import load_base
+
+    try:
+        return load_base(base)
+    except CapacityError:
+        if packages:  # their weights are written into the model's
+            raise
+    loaded = load_base(base, need=memory.to_train, mapped=True)
+    _LOG.warning(
+        "note: %s does not fit into memory in float32, so its matrices stay in their files and are read at every step",
+        loaded.name,
+    )
+    return loaded
 
 
 def another_task(run: Run, facts: DataFacts) -> Run:

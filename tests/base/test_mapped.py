@@ -62,3 +62,19 @@ def test_stand_ins_have_shapes_and_are_taken_away_again(tmp_path: Path) -> None:
                 assert torch.equal(value, before[name].float())
     assert all(value is before[name] for name, value in model.named_parameters())
     assert not bool(reserve((30, 5)).any())
+
+
+@pytest.mark.parametrize("family", ["llama", "gpt2", "gemma3_text"])
+def test_gradients_flow_through_a_mapped_base(family: str, tmp_path: Path) -> None:
+    folder = _saved(tmp_path, family, torch.bfloat16)
+    gradients = []
+    for loaded in (load_base(folder), load_base(folder, mapped=True)):
+        table = loaded.model.get_input_embeddings()(torch.arange(3, 12)[None]).detach()
+        prompt = table[:, :4].clone().requires_grad_()
+        logits = loaded.model(inputs_embeds=torch.cat([prompt, table], 1)).logits
+        logits.log_softmax(-1)[0, :, 5].sum().backward()
+        assert prompt.grad is not None
+        gradients.append(prompt.grad)
+        assert all(parameter.grad is None for parameter in loaded.model.parameters())
+    want, got = gradients
+    assert torch.allclose(got, want, rtol=1e-4, atol=1e-5 * float(want.abs().max()))

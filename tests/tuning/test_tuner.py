@@ -309,3 +309,32 @@ def test_for_a_package_trains_on_its_weights(tiny_llama_base: Path, tiny_gpt2_ba
     assert result.checks["graph_max_difference"] < 0.1 * result.checks["logit_scale"]
     with pytest.raises(BaseMismatchError):
         tune(tiny_gpt2_base, toy_rows(), output=tmp_path / "other.safetensors", options=settings)
+
+
+@pytest.mark.parametrize("method", ["prompt-tuning", "prefix-tuning"])
+def test_a_base_that_memory_does_not_hold_stays_in_its_files(
+    method: str,
+    tiny_llama_base: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    import shutil
+
+    from transformers import AutoModelForCausalLM
+
+    from edgeprompt.base import memory
+
+    folder = tmp_path / "base"
+    shutil.copytree(tiny_llama_base, folder)
+    AutoModelForCausalLM.from_pretrained(folder, dtype=torch.bfloat16).save_pretrained(folder)
+    wanted = options(method=method, steps=4, learning_rate=0.01)
+    whole = tune(folder, toy_rows(), output=tmp_path / "whole.safetensors", options=wanted)
+    monkeypatch.setattr(memory, "free_memory", lambda: 1)
+    monkeypatch.setattr(memory, "to_train", lambda sizes: 0)
+    read = tune(folder, toy_rows(), output=tmp_path / "read.safetensors", options=wanted)
+    assert "stay in their files" in caplog.text
+    key = "prompt_embeddings" if method == "prompt-tuning" else "past_key_values"
+    want, got = (np.asarray(getattr(found.prompt, key), np.float64) for found in (whole, read))
+    # Adam turns the sign of a gradient that is nearly zero into a whole step: single values may differ.
+    assert np.linalg.norm(got - want) < 0.01 * np.linalg.norm(want)
