@@ -1,10 +1,11 @@
 """What an export of bases of true sizes takes: processor time, peak memory, the package's size.
 
-    python -m benchmarks.sizes [--sizes llama-3.2-1b,llama-3.2-3b] [--precision int4] [--work FOLDER] [--label now]
+    python -m benchmarks.sizes [--sizes llama-3.2-1b,llama-3.2-3b] [--precision int4] [--use] [--work FOLDER]
 
 Each base is written with random weights (`benchmarks.sizes.checkpoints`), exported by `edgeprompt export` in a process
 of its own, and deleted. Peak memory is the process's peak resident memory (the weights' mapped pages count there) and,
-apart, the most anonymous memory that was seen, sampled twenty times a second. Rows are added to
+apart, the most anonymous memory that was seen, sampled twenty times a second. With --use, the package then decodes 16
+tokens, and a prompt of 16 tokens is tuned on the base for one step of one text, each in a process. Rows are added to
 benchmarks/results/sizes.json; `--table` prints them as docs/exporting.md has them.
 """
 
@@ -37,6 +38,7 @@ def main() -> None:
     parser.add_argument("--route", default="auto")
     parser.add_argument("--work", type=Path, help="Where checkpoints and packages lie meanwhile.")
     parser.add_argument("--keep", action="store_true", help="Leave checkpoints and packages there.")
+    parser.add_argument("--use", action="store_true", help="Decode with the package and tune on the base, too.")
     parser.add_argument("--label", default="now", help="What the rows are called in the result.")
     parser.add_argument("--table", action="store_true", help="Measure nothing, print the results.")
     given = parser.parse_args()
@@ -48,7 +50,10 @@ def main() -> None:
             home = (given.work or Path(scratch)) / name
             if not home.exists():
                 write_checkpoint(name, home)
-            row = measure(home, Path(scratch) / "package", given.precision, given.route)
+            package = (given.work if given.keep and given.work else Path(scratch)) / f"{name}-package"
+            row = measure(home, package, given.precision, given.route)
+            if given.use:
+                row |= {"decode": decode(package), "tune": tune(home, Path(scratch))}
             if not given.keep:
                 shutil.rmtree(home)
         row = {"label": given.label, "base": name, **row}
@@ -58,10 +63,45 @@ def main() -> None:
 
 def measure(base: Path, package: Path, precision: str, route: str) -> dict[str, Any]:
     """Export as a user does, and watch the process."""
-    command = [sys.executable, "-m", "edgeprompt", "export", str(base), "-o", str(package), "--json", "--force"]
-    command += ["--precision", precision, "--route", route, "--allow-quality-loss"]
+    output, figures = _watch(
+        "export", base, "-o", package, "--json", "--force", "--precision", precision, "--route", route,
+        "--allow-quality-loss",
+    )  # fmt: skip
+    made = json.loads(output)
+    return {
+        "precision": made["precision"],
+        "route": made["route"],
+        **figures,
+        "package_bytes": made["size_bytes"],
+        "checkpoint_bytes": sum(file.stat().st_size for file in base.glob("*.safetensors")),
+        "machine": describe(),
+    }
+
+
+def decode(package: Path) -> dict[str, Any]:
+    """16 greedy tokens behind a short text."""
+    output, figures = _watch("run", package, "The film starts slowly, but", "--max-new-tokens", "16", "--json")
+    return {**figures, "tokens": len(json.loads(output.splitlines()[0])["token_ids"])}
+
+
+def tune(base: Path, folder: Path) -> dict[str, Any]:
+    """One step of a prompt of 16 tokens on one text of two."""
+    data, checked = folder / "train.csv", folder / "eval.csv"
+    data.write_text("text,label\nA fine film.,good\nA dull film.,bad\n", encoding="utf-8")
+    checked.write_text("text,label\nA warm film.,good\nA long film.,bad\n", encoding="utf-8")
+    _, figures = _watch(
+        "tune", base, data, "-o", folder / "prompt.safetensors", "--eval", checked, "--steps", "1", "--batch-size", "1",
+        "--virtual-tokens", "16", "--template", "{prompt}{text}\nSentiment:", "--verbalizer", "good= good",
+        "--verbalizer", "bad= bad",
+    )  # fmt: skip
+    return figures
+
+
+def _watch(*words: object) -> tuple[str, dict[str, Any]]:
+    """An edgeprompt command's output, and what its process took."""
     started = time.perf_counter()
     environment = {**os.environ, "PYTHONPATH": str(ROOT)}
+    command = [sys.executable, "-m", "edgeprompt", *map(str, words)]
     child = subprocess.Popen(command, cwd=ROOT, env=environment, stdout=subprocess.PIPE, text=True)
     anonymous = 0
     while True:
@@ -73,18 +113,12 @@ def measure(base: Path, package: Path, precision: str, route: str) -> dict[str, 
     child.returncode = os.waitstatus_to_exitcode(status)
     text = child.stdout.read() if child.stdout else ""
     if child.returncode:
-        raise SystemExit(f"the export of {base.name} failed with {child.returncode}")
-    made = json.loads(text)
-    return {
-        "precision": made["precision"],
-        "route": made["route"],
+        raise SystemExit(f"edgeprompt {words[0]} {words[1]} failed with {child.returncode}")
+    return text, {
         "cpu_seconds": round(used.ru_utime + used.ru_stime, 1),
         "wall_seconds": round(time.perf_counter() - started, 1),
         "peak_rss_bytes": used.ru_maxrss * (1 if sys.platform == "darwin" else 1024),
         "peak_anonymous_bytes": anonymous,
-        "package_bytes": made["size_bytes"],
-        "checkpoint_bytes": sum(file.stat().st_size for file in base.glob("*.safetensors")),
-        "machine": describe(),
     }
 
 
@@ -104,19 +138,26 @@ def _add(row: dict[str, Any]) -> None:
 
 
 def table(rows: list[dict[str, Any]]) -> str:
-    """Markdown: one line for each export."""
+    """Markdown: one line for each export, and what its package and a tuning step took."""
     lines = [
-        "| base (random weights, bf16) | | checkpoint | package | processor time | peak resident | peak anonymous |",
-        "| --- | --- | --- | --- | --- | --- | --- |",
+        "| base (random weights, bf16) | | checkpoint | package | processor time | peak resident | peak anonymous "
+        "| decoding: peak resident (anonymous) | a tuning step: peak resident (anonymous) |",
+        "| --- | --- | --- | --- | --- | --- | --- | --- | --- |",
     ]
     lines += [
         f"| {row['base']} | {row['precision']}, {row['route']} ({row['label']}) "
         f"| {row['checkpoint_bytes'] / 1e9:.2f} GB | {row['package_bytes'] / 1e9:.2f} GB "
         f"| {row['cpu_seconds']:.0f} s | {row['peak_rss_bytes'] / 1e9:.2f} GB "
-        f"| {row['peak_anonymous_bytes'] / 1e9:.2f} GB |"
+        f"| {row['peak_anonymous_bytes'] / 1e9:.2f} GB | {_peak(row.get('decode'))} | {_peak(row.get('tune'))} |"
         for row in rows
     ]
     return "\n".join([*lines, "", line(rows[-1]["machine"])])
+
+
+def _peak(figures: dict[str, Any] | None) -> str:
+    if figures is None:
+        return "not measured"
+    return f"{figures['peak_rss_bytes'] / 1e9:.2f} GB ({figures['peak_anonymous_bytes'] / 1e9:.2f})"
 
 
 if __name__ == "__main__":

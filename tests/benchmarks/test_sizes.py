@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from benchmarks.sizes.__main__ import measure
+from benchmarks.sizes.__main__ import decode, measure, table, tune
 from benchmarks.sizes.checkpoints import SIZES, make_config, write_checkpoint
 from edgeprompt.base.families import known_families
 from edgeprompt.base.load import load_base
@@ -35,3 +35,14 @@ def test_an_export_takes_far_less_memory_than_the_base_in_float32(tmp_path: Path
     count = write_checkpoint("llama-3.2-1b", tmp_path / "base", layers=6)
     found = measure(tmp_path / "base", tmp_path / "package", "int4", "auto")
     assert found["peak_anonymous_bytes"] < 4.0 * count  # float32 alone is that; without streaming it took 7.7
+    served = decode(tmp_path / "package")
+    assert 1 <= served["tokens"] <= 16
+    assert served["peak_anonymous_bytes"] < found["package_bytes"] + 1e9
+    used = {
+        **found,
+        "base": "llama",
+        "label": "six layers",
+        "decode": served,
+        "tune": tune(tmp_path / "base", tmp_path),
+    }
+    assert f"({served['peak_anonymous_bytes'] / 1e9:.2f}) |" in table([used])
