@@ -1,7 +1,6 @@
 /** edgeprompt for browsers (and for bundlers that build for them). */
 
-import { LocalHost, WorkerHost, type Channel, type Host } from "./host.ts";
-import { webPlatform } from "./platform/web.ts";
+import { WorkerHost, type AskOptions, type Channel, type Host, type Method } from "./host.ts";
 import { Runtime, type LoadOptions } from "./runtime.ts";
 
 /**
@@ -14,12 +13,26 @@ export async function load(source: string | URL, options: LoadOptions = {}): Pro
 }
 
 function makeHost(worker: boolean | object): Host {
-  if (worker === false || typeof Worker === "undefined") return new LocalHost(webPlatform);
+  if (worker === false || typeof Worker === "undefined") return new HereHost();
   const thread =
     worker === true
       ? new Worker(new URL("./worker-browser.js", import.meta.url), { type: "module" })
       : (worker as Worker);
   return new WorkerHost(channelTo(thread));
+}
+
+/** Runs the service in this thread; its code is fetched only for that. */
+class HereHost implements Host {
+  private host: Promise<Host> | null = null;
+
+  async ask(method: Method, args: unknown[], options?: AskOptions): Promise<any> {
+    this.host ??= import("./here.ts").then(({ makeHost }) => makeHost());
+    return (await this.host).ask(method, args, options);
+  }
+
+  async end(): Promise<void> {
+    await (await this.host)?.end();
+  }
 }
 
 function channelTo(thread: Worker): Channel {

@@ -2,7 +2,8 @@
 
 import { Worker } from "node:worker_threads";
 import { fileURLToPath } from "node:url";
-import { LocalHost, WorkerHost, type Channel, type Host } from "./host.ts";
+import { WorkerHost, type Channel, type Host } from "./host.ts";
+import { LocalHost } from "./local.ts";
 import { nodePlatform } from "./platform/node.ts";
 import { Runtime, type LoadOptions } from "./runtime.ts";
 import { here } from "./platform/here.ts";
@@ -46,3 +47,4 @@ function channelTo(thread: Worker): Channel {
 }
 
 export * from "./public.ts";
+export * from "./formats.ts";

@@ -6,7 +6,7 @@ import type { Host } from "./host.ts";
 import { repr } from "./json.ts";
 import type { Manifest } from "./manifest.ts";
 import type { Answer, Classification, Generation, GoldenCheck, Request, Result, Tagging } from "./results.ts";
-import { OPTION_NAMES, type Outcome, type Progress, type PromptOptions, type ServiceOptions } from "./service.ts";
+import type { Outcome, Progress, PromptOptions, ServiceOptions } from "./service.ts";
 import type { Text } from "./template.ts";
 
 export interface LoadOptions extends ServiceOptions {
@@ -39,6 +39,8 @@ export interface GenerateOptions extends AskOptions, GenerationOptions {
   chat?: boolean;
 }
 
+/** Options that reach the thread of the model. */
+const OPTION_NAMES = ["provider", "threads", "kvBudget", "cache", "allowOtherWeights", "ort", "wasmPaths"];
 const REQUEST_NAMES = ["prompt", "inputIds", "truncate", "timeout", "chat"] as const;
 
 /** Serves one package; make one with `load`. */
@@ -130,8 +132,9 @@ export class Runtime implements AsyncDisposable {
     return this.each(text, "generate", options);
   }
 
-  /** `generate`, piece by piece; cancelling the stream, or leaving a `for await` over it, cancels the request. */
-  stream(text: Text, options: GenerateOptions = {}): ReadableStream<string> {
+  /** `generate`, piece by piece; `onResult` gets the whole at the end, with its timings. Cancelling the stream, or leaving a `for await` over it, cancels the request. */
+  stream(text: Text, options: GenerateOptions & { onResult?: (result: Generation) => void } = {}): ReadableStream<string> {
+    const { onResult, ...asked } = options;
     const controller = new AbortController();
     const { signal } = options;
     const abort = (): void => controller.abort();
@@ -142,14 +145,18 @@ export class Runtime implements AsyncDisposable {
         let open = true;
         controller.signal.addEventListener("abort", () => (open = open && signal?.aborted === true));
         this.host
-          .ask("stream", [request(text, "generate", options)], {
+          .ask("stream", [request(text, "generate", asked)], {
             signal: controller.signal,
             onText: (piece) => {
               if (open) stream.enqueue(piece);
             },
           })
           .then(
-            () => open && stream.close(),
+            (result: Generation) => {
+              if (!open) return;
+              onResult?.(result);
+              stream.close();
+            },
             (error: unknown) => open && stream.error(error),
           )
           .finally(() => signal?.removeEventListener("abort", abort));

@@ -43,8 +43,6 @@ export interface ServiceOptions {
   wasmPaths?: string;
 }
 
-export const OPTION_NAMES = ["provider", "threads", "kvBudget", "cache", "allowOtherWeights", "ort", "wasmPaths"];
-
 /** A package's files and the ONNX Runtime to run them: Node's or the browser's. */
 export interface Platform {
   /** Read a small file; null where it is not there. */

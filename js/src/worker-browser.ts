@@ -1,6 +1,6 @@
 /** `edgeprompt/worker` of browsers: serves one package to the page that started it. */
 
-import { serveChannel } from "./host.ts";
+import { serveChannel } from "./local.ts";
 import { webPlatform } from "./platform/web.ts";
 
 const scope = globalThis as unknown as { postMessage(message: unknown): void; onmessage: (event: MessageEvent) => void };

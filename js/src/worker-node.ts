@@ -1,7 +1,7 @@
 /** `edgeprompt/worker` of Node.js: serves one package to the thread that started it. */
 
 import { parentPort } from "node:worker_threads";
-import { serveChannel } from "./host.ts";
+import { serveChannel } from "./local.ts";
 import { nodePlatform } from "./platform/node.ts";
 
 if (!parentPort) throw new Error("edgeprompt/worker is for a worker thread; load() starts one");

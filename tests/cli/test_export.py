@@ -107,6 +107,8 @@ def test_a_full_disk_leaves_nothing(spawn, tiny_llama_base, tmp_path):
     with spawn("export", tiny_llama_base, "-o", out, preexec_fn=small_files) as process:
         _, error = process.communicate(timeout=120)
     assert process.returncode == 1
-    assert error.splitlines()[-1].startswith("error: ")
-    assert len(error.splitlines()) == 1
+    # A slow machine tells of progress before.
+    lines = [line for line in error.splitlines() if not line.startswith("export: ")]
+    assert len(lines) == 1
+    assert lines[0].startswith("error: ")
     assert list(tmp_path.iterdir()) == []

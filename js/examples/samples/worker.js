@@ -1,0 +1,2 @@
+// The worker that a bundler makes a file of.
+import "edgeprompt/worker";
