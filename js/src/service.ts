@@ -89,7 +89,14 @@ export class Service {
     const manifest = await parseManifest(text);
     const tokenizer = await readTokenizer(platform, manifest);
     const keys = Object.keys(manifest.graphs);
-    const opened = await Promise.allSettled(keys.map((key) => platform.open(manifest, key)));
+    let turn: Promise<unknown> = Promise.resolve();
+    const open = (key: string): Promise<Graph> => {
+      // ONNX Runtime's WebGPU provider makes one session at a time.
+      const found = platform.provider === "webgpu" ? turn.then(() => platform.open(manifest, key)) : platform.open(manifest, key);
+      turn = found.catch(() => undefined);
+      return found;
+    };
+    const opened = await Promise.allSettled(keys.map(open));
     const failed = opened.find((one) => one.status === "rejected");
     if (failed) {
       await Promise.all(opened.map((one) => (one.status === "fulfilled" ? one.value.close() : undefined)));
