@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from edgeprompt.errors import SourceError
-from edgeprompt.package import hub
+from edgeprompt.package import hub, strict_json
 from edgeprompt.package.files import check_regular, open_regular, read_regular
 
 CONFIG = "config.json"
@@ -118,10 +118,12 @@ def read_json(path: Path) -> dict[str, Any]:
     """
     check_contents(path)
     try:
-        data = json.loads(read_regular(path, _MAX_JSON).decode("utf-8"))
+        data = json.loads(read_regular(path, _MAX_JSON).decode("utf-8"), parse_int=strict_json.integer)
     except OSError as error:
         raise SourceError(f"cannot read {str(path)!r}: {error.strerror or error}") from error
-    except (ValueError, RecursionError) as error:
+    except RecursionError as error:
+        raise SourceError(f"cannot read {str(path)!r}: it is nested too deeply") from error
+    except ValueError as error:
         raise SourceError(f"cannot read {str(path)!r}: {one_line(error)}") from error
     if not isinstance(data, dict):
         raise SourceError(f"{str(path)!r} holds {type(data).__name__}, a JSON object is needed")

@@ -9,6 +9,7 @@ from collections.abc import Mapping
 from typing import Any, TypeVar
 
 T = TypeVar("T")
+_MAX_DIGITS = 1000
 
 
 def loads(text: str | bytes) -> Any:
@@ -34,9 +35,20 @@ def loads(text: str | bytes) -> Any:
         return found
 
     try:
-        return json.loads(text, object_pairs_hook=pairs, parse_constant=constant, parse_float=number)
+        return json.loads(text, object_pairs_hook=pairs, parse_constant=constant, parse_float=number, parse_int=integer)
     except RecursionError as error:
         raise ValueError("nested too deeply") from error
+
+
+def integer(text: str) -> int:
+    """A JSON integer of a size that a file may have (a `parse_int` of `json.loads`).
+
+    Raises:
+        ValueError: it has more digits than any size.
+    """
+    if len(text) > _MAX_DIGITS:
+        raise ValueError(f"the number {text[:9]}... has {len(text)} digits")
+    return int(text)
 
 
 def dumps(value: Any, *, indent: int | None = None) -> str:

@@ -7,7 +7,8 @@ from pathlib import Path
 
 import pytest
 
-from edgeprompt.errors import PackageError
+from edgeprompt.base.source import read_json
+from edgeprompt.errors import PackageError, SourceError
 from edgeprompt.package.folder import open_package
 from edgeprompt.package.manifest import Base, Geometry, GraphFile, Manifest, Tokens
 
@@ -138,3 +139,16 @@ def test_older_packages_say_how_the_kv_cache_grows_in_other_words(batched: bool)
     old = {**data, "pads_right": not batched, "batched_prefill": batched}
     assert Manifest.from_json(json.dumps(old)).kv_in_place is not batched
     assert Manifest.from_json(json.dumps(data)).kv_in_place
+
+
+def test_a_number_of_too_many_digits_is_told_plainly(tmp_path):
+    """Before, the message was about sys.set_int_max_str_digits()."""
+    text = '{"format": ' + "9" * 5000 + "}"
+    with pytest.raises(PackageError, match=r"the number 999999999\.\.\. has 5000 digits"):
+        Manifest.from_json(text)
+    (tmp_path / "config.json").write_text(text)
+    with pytest.raises(SourceError, match=r"config\.json': the number 999999999\.\.\. has 5000 digits"):
+        read_json(tmp_path / "config.json")
+    (tmp_path / "config.json").write_text('{"a":' + "[" * 100_000)
+    with pytest.raises(SourceError, match="nested too deeply"):
+        read_json(tmp_path / "config.json")
