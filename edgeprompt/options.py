@@ -33,6 +33,10 @@ class EngineOptions:
     """Most waiting requests."""
     batch_invariant: bool = False
     """Give generations of a quantised decoder the same tokens alone and batched. A single generation becomes slower."""
+    drafts: bool = False
+    """Decoders on the CPU: read tokens that the text may repeat out of it and check several in one step, where a
+    generation runs alone. Answers that copy, restore or quote become faster, others a little slower. Quantised packages
+    then choose otherwise at near ties, because kernels for several positions round otherwise than those for one."""
     allow_other_weights: bool = False
     """Serve prompts that were tuned for other weights, where these or the package's are far from the base."""
     cache_folder: str | os.PathLike[str] | None = None
@@ -56,5 +60,9 @@ class EngineOptions:
             value = getattr(self, name)
             if value is not None and (not isinstance(value, int) or value < least):
                 raise InputError(f"{name} is {value}; it must be an integer of at least {least}")
+        if self.drafts and self.batch_invariant:
+            raise InputError(
+                "drafts and batch_invariant cannot both be on: checking a draft takes other kernels than a batch"
+            )
         if self.workers is not None and self.threads is not None:
             raise InputError(f"threads is {self.threads} and workers {self.workers}; give one, a worker has one thread")

@@ -41,6 +41,9 @@ class GenerationOptions:
     """At each place, also the log-probabilities of so many of the most likely tokens; implies `logprobs`."""
     choices: tuple[str, ...] | None = None
     """Answer with one of these texts and nothing else; None: anything."""
+    drafts: bool | None = None
+    """Decoders: check tokens that the answer may copy from the text several at a time; None takes
+    `EngineOptions.drafts`."""
 
 
 @dataclass(frozen=True)
@@ -121,6 +124,7 @@ class ChatKeywords(RequestKeywords, total=False):
     num_beams: int
     top_logprobs: int
     choices: Sequence[str]
+    drafts: bool | None
 
 
 class GenerationKeywords(ChatKeywords, total=False):
@@ -175,6 +179,10 @@ class Timings:
     """Input tokens whose keys and values were resident (encoder-decoders: whose encoding was)."""
     computed_tokens: int = 0
     """The other input tokens."""
+    drafted_tokens: int = 0
+    """Tokens that were read out of the text as a draft of the answer, and checked."""
+    accepted_tokens: int = 0
+    """Those of them that are part of the answer: so many steps were saved."""
 
     @property
     def tpot(self) -> float | None:

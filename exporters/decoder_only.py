@@ -16,6 +16,7 @@ from edgeprompt.package.manifest import Manifest
 from edgeprompt.prompts.file import PromptFile
 from exporters.contract import BuiltGraphs, ExportOptions
 from exporters.graft.fuse import drop_unused
+from exporters.graft.kept_logits import keep_logits
 from exporters.graft.rotary import compute_tables
 from exporters.graft.virtual_tokens import expose_hidden_states, graft_virtual_tokens
 from exporters.quantize.graph import CALIBRATED, quantize_graph
@@ -72,6 +73,7 @@ def finish_graph(model: ir.Model, loaded: LoadedBase, options: ExportOptions, sc
         )
     _name_shapes(model, geometry.num_key_value_heads, geometry.head_size)
     expose_hidden_states(model, geometry.hidden_size)
+    keep_logits(model, geometry.vocab_size)
     observed = observe(loaded, options.calibration) if options.precision in CALIBRATED else None
     model.meta["weights"] = quantize_graph(
         model,

@@ -17,7 +17,7 @@ from edgeprompt.bench.energy import EnergyMeter
 from edgeprompt.bench.options import BenchOptions
 from edgeprompt.bench.report import Result
 from edgeprompt.bench.workload import another_like, instruction_of, text_of
-from edgeprompt.errors import InputError
+from edgeprompt.errors import InputError, UnsupportedError
 from edgeprompt.options import EngineOptions
 from edgeprompt.package.folder import Package
 from edgeprompt.prompts.file import PromptFile
@@ -181,7 +181,7 @@ class Latency:
             yield self._result("prefill", speeds, unit="tokens/s", n_prompt=len(ids))
 
     def _generation(self, runtime: Runtime, prompt: PromptFile) -> Iterator[Result]:
-        options = GenerationOptions(max_new_tokens=self._options.new_tokens, temperature=0)
+        options = GenerationOptions(max_new_tokens=self._options.new_tokens, temperature=0, drafts=False)
         count = self._options.input_tokens[0]
         meter = EnergyMeter(self.provider)
         for rows in self._options.batch:
@@ -220,6 +220,26 @@ class Latency:
             yield self._result("energy", joules, prompt, unit="J/token", **setting)
             if rows == 1:
                 yield self._result("itl", self._gaps(runtime, requests[0]), prompt, **setting)
+                yield from self._drafted(runtime, requests[0], prompt, setting)
+
+    def _drafted(
+        self, runtime: Runtime, request: Request, prompt: PromptFile, setting: dict[str, Any]
+    ) -> Iterator[Result]:
+        """Decoding again, with drafts from the text; nothing where they cannot be had."""
+        request = dataclasses.replace(request, options=dataclasses.replace(request.options, drafts=True))
+        speeds, drafted, accepted = list[float](), list[float](), list[float]()
+        try:
+            for number in range(self._options.warmup + self._options.repetitions):
+                timings = cast(list[Generation], runtime.run([request]))[0].timings
+                if number >= self._options.warmup and timings.tpot:
+                    speeds.append(1 / timings.tpot)
+                    drafted.append(timings.drafted_tokens)
+                    accepted.append(timings.accepted_tokens)
+        except UnsupportedError:
+            return
+        yield self._result("decode_drafts", speeds, prompt, unit="tokens/s", **setting)
+        yield self._result("drafted_tokens", drafted, prompt, unit="tokens", **setting)
+        yield self._result("accepted_tokens", accepted, prompt, unit="tokens", **setting)
 
     def _gaps(self, runtime: Runtime, request: Request) -> list[int]:
         """Nanoseconds between streamed pieces."""

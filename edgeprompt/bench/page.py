@@ -18,7 +18,7 @@ GROUPS = {
         *("ttft_cached", "ttft_rerun", "ttft_prompt", "ttft_none", "ttft_hard"),
         *("latency_prompt", "latency_none", "latency_hard"),
     ),
-    "Decoding": ("tpot", "itl", "decode", "energy"),
+    "Decoding": ("tpot", "itl", "decode", "decode_drafts", "drafted_tokens", "accepted_tokens", "energy"),
     "Throughput": ("prefill", "classify", "classify_workers", "embed", "embed_workers"),
     "Memory": ("peak_rss", "peak_rss_anonymous", "peak_rss_file", "prompt_disk", "prompt_resident"),
 }

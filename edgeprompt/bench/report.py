@@ -36,6 +36,10 @@ DEFINITIONS = {
     "tpot": "(end-to-end - TTFT) / (new tokens - 1), per sequence of the batch; end tokens are ignored, greedy.",
     "itl": "Time between streamed pieces; a piece is a token, or several where one alone is no whole character.",
     "decode": "Tokens per second after the first, all sequences together.",
+    "decode_drafts": "The same for one sequence whose tokens are drafted from its text and answer (--drafts). How much "
+    "that gives depends on how much the answer repeats: here, what a random text makes the base say.",
+    "drafted_tokens": "Tokens of such an answer that were drafted and checked.",
+    "accepted_tokens": "Drafted tokens that became part of the answer: so many steps were saved.",
     "prefill": "Text tokens per second up to the first new token, no prompt, tokenisation excluded.",
     "classify": "Texts labelled per second, one call per batch, tokenisation included.",
     "embed": "Texts embedded per second, one call per batch, tokenisation included.",

@@ -55,6 +55,12 @@ def session_options(command: F) -> F:
             help="Compute this many sequences side by side, each on one thread, instead of one on --threads. "
             "More answers per second. --lanes is the old name.",
         ),
+        click.option(
+            "--drafts",
+            is_flag=True,
+            help="Check tokens that the answer may copy from the text several at a time (decoders): faster where it "
+            "copies, restores or quotes.",
+        ),
         click.option("--threads", type=click.IntRange(min=1), help="intra_op_num_threads of the session."),
         click.option("--provider", type=click.Choice(("auto", "cpu", "cuda")), default="auto", show_default=True),
         click.option(
@@ -74,6 +80,7 @@ class SessionOptions(TypedDict):
     threads: int | None
     workers: int | None
     cache: Path | None
+    drafts: bool
     allow_other_weights: bool
 
 
@@ -91,6 +98,7 @@ def open_runtime(
         threads=session["threads"],
         workers=session["workers"],
         cache_folder=session["cache"],
+        drafts=session["drafts"],
         allow_other_weights=session["allow_other_weights"],
     )
     if max_queue is not None:

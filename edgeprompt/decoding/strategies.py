@@ -18,6 +18,7 @@ import numpy.typing as npt
 
 from edgeprompt.arrays import largest, log_softmax
 from edgeprompt.decoding.detokenizer import Detokenizer, TextPiece
+from edgeprompt.decoding.drafts import MOST, PromptLookup
 from edgeprompt.decoding.processors import Processors
 from edgeprompt.decoding.sampling import Sampler, Sampling
 from edgeprompt.errors import InputError
@@ -74,7 +75,7 @@ class Clock:
         self.start = time.perf_counter()
         self.first = 0.0
         self.input_tokens = input_tokens
-        self.reused_tokens = 0
+        self.reused_tokens = self.drafted_tokens = self.accepted_tokens = 0
 
     def tick(self) -> None:
         """A token is there."""
@@ -90,6 +91,8 @@ class Clock:
             new_tokens,
             reused_tokens=self.reused_tokens,
             computed_tokens=self.input_tokens - self.reused_tokens,
+            drafted_tokens=self.drafted_tokens,
+            accepted_tokens=self.accepted_tokens,
         )
 
 
@@ -227,7 +230,9 @@ class Generate(OneSequence):
         clock: Clock,
         on_text: Callable[[str], None] | None = None,
         processors: Processors | None = None,
+        lookup: PromptLookup | None = None,
     ) -> None:
+        self._lookup = lookup
         self._sampling, self._eos, self._decode, self._clock = sampling, frozenset(eos), decode, clock
         self._sampler = Sampler(sampling, history)
         self._processors = processors if processors is not None and processors.active and not sampling.choices else None
@@ -246,6 +251,16 @@ class Generate(OneSequence):
         """Choose the next token and say whether to go on."""
         token = self._choose(logits[0])
         return None if token is None else ((token,), (0,))
+
+    def drafts(self) -> tuple[Sequence[int], float]:
+        """Tokens that may follow the last one, and the share of them that is expected to be right."""
+        if self._choice is None:
+            return self._lookup.draft(self._ids) if self._lookup is not None else ((), 0.0)
+        forced, node = list[int](), self._choice
+        while len(node.children) == 1 and not node.words:
+            ((token, node),) = node.children.items()
+            forced.append(token)
+        return forced[:MOST], 1.0
 
     def _choose(self, logits: Logits) -> int | None:
         """The next token to run, or None at the end."""

@@ -159,7 +159,13 @@ def given_ids(request: Request, prompt: LoadedPrompt | None, vocab_size: int) ->
 
 
 def create_engine(package: Package, options: EngineOptions, sessions: Sessions) -> Engine:
-    """The engine for a package, whose sessions may still be opening."""
+    """The engine for a package, whose sessions may still be opening.
+
+    Raises:
+        UnsupportedError: drafts are asked for, and the package is no decoder's.
+    """
+    if options.drafts and package.manifest.architecture != names.DECODER_ONLY:
+        raise UnsupportedError(f"drafts are for decoder-only packages, and this one is {package.manifest.architecture}")
     module, name = _ENGINES[package.manifest.architecture]
     make = getattr(import_module(module), name)
     sessions.give_head_start()

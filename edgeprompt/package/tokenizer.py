@@ -45,6 +45,7 @@ class Tokenizer:
         except (OSError, ValueError, TypeError, Exception) as error:  # tokenizers raises bare Exception
             reason = getattr(error, "strerror", None) or error
             raise PackageError(f"cannot read the tokenizer in {str(folder)!r}: {reason}") from error
+        self._letters: dict[int, str] = {}
         self._tokenizer.no_padding()
         self._tokenizer.no_truncation()
 
@@ -114,6 +115,12 @@ class Tokenizer:
     def decode(self, ids: Sequence[int], *, skip_special_tokens: bool = True) -> str:
         """Text of `ids`."""
         return str(self._tokenizer.decode(list(ids), skip_special_tokens=skip_special_tokens))
+
+    def letters(self, ids: Sequence[int]) -> list[str]:
+        """Of each token, its letters and digits in lower case: what stays of a text when it is written otherwise."""
+        for token in {*ids} - self._letters.keys():
+            self._letters[token] = "".join(filter(str.isalnum, self.decode([token]).casefold()))
+        return [self._letters[token] for token in ids]
 
     def token_to_id(self, token: str) -> int | None:
         """Id of one token, None if it is not in the vocabulary."""

@@ -108,7 +108,6 @@ def _shared(body: Mapping[str, Any], base: str, limits: ServerOptions) -> dict[s
     length = body.get("max_completion_tokens", body.get("max_tokens"))
     stop = body.get("stop", ())
     logprobs = body.get("logprobs", False)
-    whole = {name: int(body[name]) for name in ("top_k",) if name in body}
     options = GenerationOptions(
         max_new_tokens=None if length is None else int(length),
         seed=int(body["seed"]) % SEEDS if "seed" in body else None,
@@ -116,8 +115,8 @@ def _shared(body: Mapping[str, Any], base: str, limits: ServerOptions) -> dict[s
         logprobs=logprobs is not False,
         top_logprobs=int(body.get("top_logprobs", 0) if isinstance(logprobs, bool) else logprobs),
         choices=tuple(body["choices"]) if "choices" in body else None,
+        top_k=int(body["top_k"]) if "top_k" in body else None,
         **{name: body[name] for name in ("temperature", "top_p", "min_p", "repetition_penalty") if name in body},
-        **whole,
     )
     return {
         "prompt": _prompt(body, base),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -121,24 +122,15 @@ def expose_hidden_states(model: ir.Model, hidden_size: int) -> None:
     positions of the logits. A graph whose output layer is not found keeps its outputs as they are.
     """
     outputs = {value.name: value for value in model.graph.outputs}
-    logits = value = outputs.get(names.LOGITS)
+    logits = outputs.get(names.LOGITS)
     if logits is None or names.HIDDEN_STATES in outputs:
         return
     ids = next(value for value in model.graph.inputs if value.name == names.INPUT_IDS)
-    while value is not None:
-        node = value.producer()
-        if node is None or not node.inputs:
-            return
-        value = node.inputs[0]
-        if node.op_type in _PRODUCTS:
-            break
-        if node.op_type == "MatMulInteger":
-            quantised = value.producer() if value is not None else None
-            value = quantised.inputs[0] if quantised is not None else None
-            break
-    reference = logits.shape
-    while value is not None and (taken := value.producer()) is not None and taken.op_type in _SELECTIONS:
-        value, reference = taken.inputs[0], ids.shape
+    layer = output_layer(logits)
+    if layer is None:
+        return
+    value = selected(layer.state)
+    reference = logits.shape if value is layer.state else ids.shape
     producer = value.producer() if value is not None else None
     if value is None or producer is None or value.is_graph_output():
         return
@@ -150,6 +142,37 @@ def expose_hidden_states(model: ir.Model, hidden_size: int) -> None:
     value.name = names.HIDDEN_STATES
     value.shape = ir.Shape([*reference[:2], hidden_size] if reference is not None else [None, None, hidden_size])
     model.graph.outputs.append(value)
+
+
+@dataclass(frozen=True)
+class OutputLayer:
+    """The product that gives the logits, and the state that it reads."""
+
+    node: ir.Node
+    state: ir.Value | None
+
+
+def output_layer(logits: ir.Value) -> OutputLayer | None:
+    """The product behind whose result, perhaps through elementwise nodes, the logits are; None if there is none."""
+    value: ir.Value | None = logits
+    while value is not None:
+        node = value.producer()
+        if node is None or not node.inputs:
+            return None
+        value = node.inputs[0]
+        if node.op_type in _PRODUCTS:
+            return OutputLayer(node, value)
+        if node.op_type == "MatMulInteger":
+            quantised = value.producer() if value is not None else None
+            return OutputLayer(node, quantised.inputs[0] if quantised is not None else None)
+    return None
+
+
+def selected(value: ir.Value | None) -> ir.Value | None:
+    """What the last position is taken from, where `value` is that; else `value` itself."""
+    while value is not None and (taken := value.producer()) is not None and taken.op_type in _SELECTIONS:
+        value = taken.inputs[0]
+    return value
 
 
 def _lookups(ids: ir.Value) -> list[ir.Node]:

@@ -42,7 +42,8 @@ NS = {
     "itl",
 }
 BYTES = {"peak_rss", "peak_rss_anonymous", "peak_rss_file", "prompt_disk", "prompt_resident"}
-DECODER_TESTS = NS | BYTES | {"decode", "prefill", "classify", "energy"}
+DRAFTS = ("decode_drafts", "drafted_tokens", "accepted_tokens")
+DECODER_TESTS = NS | BYTES | {"decode", "prefill", "classify", "energy", *DRAFTS}
 
 
 @pytest.fixture(scope="module")

@@ -10,11 +10,13 @@ from typing import Any, cast
 import numpy as np
 import numpy.typing as npt
 
+from edgeprompt import names
+from edgeprompt.decoding.drafts import USUAL, USUAL_INT8, PromptLookup, StepCosts
 from edgeprompt.decoding.processors import Processors, generation_fields
 from edgeprompt.decoding.sampling import DEFAULT_NEW_TOKENS, resolve
 from edgeprompt.decoding.strategies import Clock, Generate, PrefixOnly, ReadLogits, ScoreWords, Strategy
 from edgeprompt.engines.base import Engine, check_template, compile_words, given_ids
-from edgeprompt.engines.decoder.graph import BLOCK, open_graph
+from edgeprompt.engines.decoder.graph import BLOCK, DecoderGraph, open_graph
 from edgeprompt.engines.decoder.head import ClassifyState, LabelWords, ReadState, check_head_of, check_states
 from edgeprompt.engines.decoder.lane import DecoderJob, DecoderLane
 from edgeprompt.engines.decoder.prefixes import Prefixes
@@ -26,6 +28,7 @@ from edgeprompt.ort.prefix_store import PrefixStore, facts_of
 from edgeprompt.ort.session import Sessions, graph_inputs, import_onnxruntime
 from edgeprompt.ort.session_file import SavedSession, read_session, write_session
 from edgeprompt.package.folder import Package
+from edgeprompt.package.manifest import Manifest
 from edgeprompt.prompts.encoder_text import encode_text, fields_of, located_slot
 from edgeprompt.prompts.registry import LoadedPrompt
 from edgeprompt.prompts.template import Literal, Slot, Template, VirtualTokens, as_fields
@@ -77,8 +80,10 @@ class DecoderEngine(Engine):
                 budget=budget // lanes,
                 batch_invariant=options.batch_invariant,
             )
-            self._lanes.append(DecoderLane(graph, self._prefixes, max_rows=options.max_batch))
+            costs = StepCosts(USUAL_INT8 if self._manifest.precision == "int8" else USUAL)
+            self._lanes.append(DecoderLane(graph, self._prefixes, max_rows=options.max_batch, costs=costs))
         self._graph = self._lanes[0].graph
+        self._drafts = Drafts(self._manifest, self._graph, self.provider, options)
         self.scheduler = Scheduler(self._lanes, max_queue=options.max_queue)
 
     def accept(self, prompt: LoadedPrompt) -> None:
@@ -169,6 +174,7 @@ class DecoderEngine(Engine):
             sampling = replace(sampling, max_new_tokens=min(DEFAULT_NEW_TOKENS, left))
         clock.input_tokens = len(ids)
         history = [token for token in ids if token < self._vocab]
+        drafts = self._drafts.wanted(request.options.drafts)
         strategy = Generate(
             sampling,
             eos=self._manifest.tokens.eos,
@@ -178,8 +184,11 @@ class DecoderEngine(Engine):
             processors=Processors(fields, history, self._manifest.tokens.eos, sampling.max_new_tokens),
             clock=clock,
             on_text=on_text,
+            lookup=PromptLookup(history, self._tokenizer.letters) if drafts else None,
         )
-        return self._job(request, prompt, ids, strategy, new_tokens=sampling.max_new_tokens, clock=clock)
+        job = self._job(request, prompt, ids, strategy, new_tokens=sampling.max_new_tokens, clock=clock)
+        job.drafts = strategy.drafts if drafts else None
+        return job
 
     def _classify(self, request: Request, prompt: LoadedPrompt | None) -> DecoderJob:
         clock = Clock()
@@ -344,6 +353,43 @@ class DecoderEngine(Engine):
 
     def _bare(self, text: str) -> list[int]:
         return self._tokenizer.encode(text, add_special_tokens=False)
+
+
+class Drafts:
+    """Whether requests may be answered with drafts.
+
+    Kernels for several positions compute each of them to the same last bit, whatever their number. Those for a single
+    one add up in another order, which quantised activations make visible. So a request with drafts runs all of its
+    steps on several positions: what was drafted, and how wide a step was, never shows in its answer.
+    """
+
+    def __init__(self, manifest: Manifest, graph: DecoderGraph, provider: str, options: EngineOptions) -> None:
+        """Find out what the package and the settings allow.
+
+        Raises:
+            UnsupportedError: they are asked for and cannot be had.
+        """
+        self._default, self._why_not = options.drafts, ""
+        if options.batch_invariant:
+            self._why_not = "batch_invariant is on, and checking a draft takes other kernels than a batch"
+        elif provider != "cpu" or not manifest.kv_in_place:
+            self._why_not = "they need the CPU, and attention that appends to its cache in place"
+        elif not graph.gives_several_logits:
+            self._why_not = (
+                f"the graph has no output {names.KEPT_LOGITS}; export the base again with this version of edgeprompt"
+            )
+        self.wanted(options.drafts)
+
+    def wanted(self, asked: bool | None) -> bool:
+        """Whether a request gets drafts.
+
+        Raises:
+            UnsupportedError: it asks for them, and they cannot be had.
+        """
+        found = self._default if asked is None else asked
+        if found and self._why_not:
+            raise UnsupportedError(f"drafts cannot be checked here: {self._why_not}; or leave drafts out")
+        return found
 
 
 def _prefix_length(prompt: LoadedPrompt | None) -> int:

@@ -37,6 +37,8 @@ class DecoderGraph(Protocol):
     """Whether the graph has `hidden_states`, what its logits are computed from."""
     gives_all_states: bool
     """Whether it gives them at every position, not at the last one alone."""
+    gives_several_logits: bool
+    """Whether `run_ahead` can be called: several positions of one row in one step, with the logits of each."""
 
     def fits(self, rows: int, length: int, first: int = 0) -> bool:
         """Whether that many rows of that many positions, behind `first` others, are within the budget."""
@@ -60,6 +62,9 @@ class DecoderGraph(Protocol):
 
     def decode_one(self, row: int, token: int, length: int) -> Logits:
         """One token for one row; float32 [vocab_size]."""
+
+    def run_ahead(self, row: int, ids: Sequence[int], length: int) -> Logits:
+        """Several tokens of one row, `length` positions before them; float32 [tokens, vocab_size]."""
 
     def spread(self, row: int, count: int, past: int, length: int) -> None:
         """Let `count` rows from `row` on begin with the `past` positions of that row, with room for `length`."""
@@ -134,6 +139,7 @@ class _Graph:
         self._states_type = np.float16 if states is not None and "float16" in states.type else np.float32
         self._states_last_only = states is not None and states.shape[1] == 1
         self.gives_all_states = self.gives_states and not self._states_last_only
+        self.gives_several_logits = False
         self.chunk = PREFILL_CHUNK
         if not self._last_only:
             self.chunk = min(PREFILL_CHUNK, max(BLOCK, LOGITS_BUDGET // (4 * self._vocab) // BLOCK * BLOCK))
@@ -147,12 +153,14 @@ class _Graph:
 
 @dataclass
 class _Step:
-    """A decode step that is bound: `mask` [rows, width] int64, the others [rows, 1] int64."""
+    """A decode step that is bound: `mask` [rows, width] int64, `ids` and `positions` [rows, tokens] int64."""
 
     binding: Any
     ids: Ids
     positions: Ids
     mask: Ids
+    logits: Logits | npt.NDArray[np.float16]
+    """[rows, tokens, vocab_size]."""
 
 
 class SharedGraph(_Graph):
@@ -169,10 +177,15 @@ class SharedGraph(_Graph):
         self._cache = SlotCache(shape, max_slots=max_rows + WORDS_AT_ONCE, budget=budget)
         self._prefills: dict[tuple[int, bool], Any] = {}
         """By slot, and whether hidden states are asked for."""
-        self._steps: dict[tuple[int, int], _Step] = {}
+        self._steps: dict[tuple[int, int, int], _Step] = {}
+        """By first slot, number of rows, and tokens of each."""
         self._generation = -1
+        kept = names.LOGITS_TO_KEEP in self._inputs and names.KEPT_LOGITS in self._outputs
+        self.gives_several_logits = kept or not self._last_only
         self._logits = np.empty((max(max_rows + 1, WORDS_AT_ONCE), 1, self._vocab), self._logits_type)
         self._count = np.empty(0, np.int64)
+        self._to_keep: dict[int, Ids] = {}
+        """What is bound as `logits_to_keep`, by its value."""
 
     def fits(self, rows: int, length: int, first: int = 0) -> bool:
         """Whether that many rows of that many positions, behind `first` others, are within the budget."""
@@ -240,29 +253,50 @@ class SharedGraph(_Graph):
         logits: Logits = self._step(row, (token,), (length,))[0]
         return logits
 
+    def run_ahead(self, row: int, ids: Sequence[int], length: int) -> Logits:
+        """Several tokens of one row. What is written behind those that turn out to be wrong is overwritten later."""
+        step = self._bound_step(row, 1, len(ids), length + len(ids))
+        step.ids[0] = ids
+        step.positions[0] = np.arange(length, length + len(ids))
+        np.less(self._count[: step.mask.shape[1]], length + len(ids), out=step.mask[0], casting="unsafe")
+        self._ort.run_with_iobinding(step.binding)
+        logits: Logits = step.logits[0].astype(np.float32, copy=False)
+        return logits
+
     def _step(self, row: int, ids: Sequence[int], lengths: Sequence[int]) -> Logits:
         count = len(ids)
-        width = min(-(-(max(lengths) + 1) // MASK_STEP) * MASK_STEP, self._cache.length)
-        step = self._steps.get((row, count))
-        if step is None:
-            step = self._steps[row, count] = self._new_step(row, count)
-        if step.mask.shape[1] != width:
-            step.mask = np.empty((count, width), np.int64)
-            self._bind(step.binding, names.ATTENTION_MASK, step.mask)
+        step = self._bound_step(row, count, 1, max(lengths) + 1)
         step.ids[:, 0] = ids
         step.positions[:, 0] = lengths
-        np.less_equal(self._count[:width], step.positions, out=step.mask, casting="unsafe")
+        np.less_equal(self._count[: step.mask.shape[1]], step.positions, out=step.mask, casting="unsafe")
         self._ort.run_with_iobinding(step.binding)
         return self._logits[:count, 0].astype(np.float32, copy=False)
 
-    def _new_step(self, row: int, count: int) -> _Step:
-        ids, positions = np.empty((count, 1), np.int64), np.empty((count, 1), np.int64)
-        step = _Step(self._bound(row, count), ids, positions, np.empty((count, 0), np.int64))
-        self._bind(step.binding, names.INPUT_IDS, step.ids)
-        self._bind(step.binding, names.POSITION_IDS, step.positions)
-        self._bind(step.binding, names.PROMPT_EMBEDDINGS, self._no_rows)
-        self._bind_output(step.binding, names.LOGITS, self._logits[:count])
+    def _bound_step(self, row: int, count: int, tokens: int, total: int) -> _Step:
+        """The step of these rows and tokens, with a mask for `total` positions."""
+        width = min(-(-total // MASK_STEP) * MASK_STEP, self._cache.length)
+        step = self._steps.get((row, count, tokens))
+        if step is None:
+            step = self._steps[row, count, tokens] = self._new_step(row, count, tokens)
+        if step.mask.shape[1] != width:
+            step.mask = np.empty((count, width), np.int64)
+            self._bind(step.binding, names.ATTENTION_MASK, step.mask)
         return step
+
+    def _new_step(self, row: int, count: int, tokens: int) -> _Step:
+        ids, positions = np.empty((count, tokens), np.int64), np.empty((count, tokens), np.int64)
+        binding, logits = self._bound(row, count), self._logits[:count]
+        self._bind(binding, names.INPUT_IDS, ids)
+        self._bind(binding, names.POSITION_IDS, positions)
+        self._bind(binding, names.PROMPT_EMBEDDINGS, self._no_rows)
+        if tokens > 1:
+            logits = np.empty((count, tokens, self._vocab), self._logits_type)
+        if tokens > 1 and self._last_only:
+            self._bind(binding, names.LOGITS_TO_KEEP, self._to_keep.setdefault(tokens, np.array([tokens], np.int64)))
+            self._bind_output(binding, names.KEPT_LOGITS, logits)
+        else:
+            self._bind_output(binding, names.LOGITS, logits)
+        return _Step(binding, ids, positions, np.empty((count, 0), np.int64), logits)
 
     def spread(self, row: int, count: int, past: int, length: int) -> None:
         """Copy a slot into those behind it."""
@@ -378,6 +412,10 @@ class GrowingGraph(_Graph):
     def decode_one(self, row: int, token: int, length: int) -> Logits:
         """One token for one row."""
         return self.prefill(row, (token,), length, None)
+
+    def run_ahead(self, row: int, ids: Sequence[int], length: int) -> Logits:
+        """Not here: what was appended for nothing would have to be cut off a cache that is not in this memory."""
+        raise NotImplementedError("rows of a growing graph run one token at a time")
 
     def spread(self, row: int, count: int, past: int, length: int) -> None:
         """Share a row's keys and values: steps make new ones and leave these as they are."""

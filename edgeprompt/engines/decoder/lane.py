@@ -6,12 +6,14 @@ sequences (label words) has them in the slots behind all others, and steps of it
 
 from __future__ import annotations
 
+import time
 from collections import deque
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import numpy as np
 import numpy.typing as npt
 
+from edgeprompt.decoding.drafts import StepCosts
 from edgeprompt.decoding.strategies import Clock, Move, Strategy
 from edgeprompt.engines.decoder.graph import BLOCK, DecoderGraph
 from edgeprompt.engines.decoder.prefixes import Prefixes
@@ -37,6 +39,7 @@ class DecoderJob(Job):
         clock: Clock | None = None,
         vocab_size: int = 0,
         timeout: float | None = None,
+        drafts: Callable[[], tuple[Sequence[int], float]] | None = None,
     ) -> None:
         """Prepare.
 
@@ -47,12 +50,15 @@ class DecoderJob(Job):
             new_tokens: most tokens that follow.
             states: gets the hidden states behind the pieces of `ids` that are run; None: nobody asks for them.
             every_state: whether all of `ids` must be run for that, though their keys and values are resident.
-            clock: is told how many of `ids` were resident.
+            clock: is told how many of `ids` were resident, and how many tokens were drafted.
             vocab_size: of the base.
             timeout: seconds from now.
+            drafts: tokens that may come next, and the share of them that is expected to be right; None: where its
+                sequence runs alone, its steps have one position.
         """
         super().__init__(timeout, strategy.result)
         self.strategy, self.states, self.every_state, self.clock = strategy, states, every_state, clock
+        self.drafts = drafts
         self.prefix = prompt if prompt is not None and prompt.is_prefix and prompt.num_virtual_tokens else None
         """Whose keys and values stand in front."""
         self.table = prompt if prompt is not None and prompt.rows and not prompt.is_prefix else None
@@ -86,8 +92,8 @@ class DecoderJob(Job):
 class DecoderLane:
     """Runs jobs on one graph with a cache of its own (`edgeprompt.engines.scheduler.Lane`)."""
 
-    def __init__(self, graph: DecoderGraph, prefixes: Prefixes, *, max_rows: int) -> None:
-        self.graph, self._prefixes, self._max_rows = graph, prefixes, max_rows
+    def __init__(self, graph: DecoderGraph, prefixes: Prefixes, *, max_rows: int, costs: StepCosts) -> None:
+        self.graph, self._prefixes, self._max_rows, self._costs = graph, prefixes, max_rows, costs
         self._rows: list[DecoderJob] = []
         """Sequences of the decode step, by slot."""
         self._filling: DecoderJob | None = None
@@ -231,6 +237,9 @@ class DecoderLane:
     def _decode(self) -> None:
         """One step for all sequences. If it fails, each is tried alone, so that only the culprit fails."""
         rows = self._rows
+        if len(rows) == 1 and rows[0].drafts is not None:
+            self._decode_ahead(rows[0], *rows[0].drafts())
+            return
         try:
             logits = list(self.graph.decode([job.token for job in rows], [job.length for job in rows]))
         except Exception:
@@ -248,6 +257,37 @@ class DecoderLane:
                 self._leave(slot)
             else:
                 (job.token,) = move[0]
+
+    def _decode_ahead(self, job: DecoderJob, draft: Sequence[int], right: float) -> None:
+        """One step of a sequence alone: its token, and a draft of those behind it, as far as that pays.
+
+        The last position of a job is never run (its token ends the answer), so there is always room for two.
+        """
+        width = self._costs.choose(len(draft), right, job.total - job.length)
+        draft = draft[: width - 1]
+        move: Move | None = None
+        try:
+            started = time.perf_counter()
+            fill = [job.token] * (width - 1 - len(draft))
+            logits = self.graph.run_ahead(0, [job.token, *draft, *fill], job.length)
+            self._costs.add(width, time.perf_counter() - started)
+            if job.clock is not None:
+                job.clock.drafted_tokens += len(draft)
+            for place in range(len(draft) + 1):
+                job.length += 1
+                move = job.strategy.advance(logits[place][None])
+                if move is None:
+                    break
+                (job.token,) = move[0]
+                if place == len(draft) or job.token != draft[place]:
+                    break
+                if job.clock is not None:
+                    job.clock.accepted_tokens += 1
+        except Exception as error:
+            self._leave(0, error)
+            return
+        if move is None:
+            self._leave(0)
 
     def _leave(self, slot: int, error: BaseException | None = None) -> None:
         """Take a sequence out; the last one takes its slot."""

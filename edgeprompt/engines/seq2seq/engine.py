@@ -183,6 +183,8 @@ class Seq2SeqEngine(Engine):
         defaults = prompt.file.generation if prompt else {}
         fields = {} if request.options.choices else self._fields(defaults)
         sampling = resolve(request.options, {**defaults, **fields})
+        if request.options.drafts:
+            raise UnsupportedError("drafts are for decoder-only packages; leave them out")
         beams = request.options.num_beams if request.options.num_beams != 1 else defaults.get("num_beams", 1)
         if type(beams) is not int or not 1 <= beams <= 64:
             raise InputError(f"num_beams is {beams!r}; it must be an integer between 1 and 64")
