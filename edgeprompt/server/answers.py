@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 
 from edgeprompt.decoding.detokenizer import Detokenizer
-from edgeprompt.request import Classification, Embedding, Generation
+from edgeprompt.request import Answer, Classification, Embedding, Generation, Span, Tagging
 from edgeprompt.server.failures import Failure
 from edgeprompt.server.questions import Question
 
@@ -107,6 +107,36 @@ def classifications(question: Question, results: Sequence[Classification], ident
         for index, result in enumerate(results)
     ]
     return envelope("list", identity, question.model, data=data, usage=usage_of(results).as_json())
+
+
+def taggings(question: Question, results: Sequence[Tagging], tokens: int, identity: str) -> dict[str, Any]:
+    """The answer of /v1/tag."""
+    data = [
+        {"index": index, "spans": [_span(one) for one in result.spans], "words": [_span(one) for one in result.words]}
+        for index, result in enumerate(results)
+    ]
+    usage = {"prompt_tokens": tokens, "total_tokens": tokens}
+    return envelope("list", identity, question.model, data=data, usage=usage)
+
+
+def found_answers(question: Question, results: Sequence[Answer], tokens: int, identity: str) -> dict[str, Any]:
+    """The answer of /v1/answer."""
+    data = [
+        {"index": index, "answer": one.text, "start": one.start, "end": one.end, "score": _finite(one.score)}
+        for index, one in enumerate(results)
+    ]
+    usage = {"prompt_tokens": tokens, "total_tokens": tokens}
+    return envelope("list", identity, question.model, data=data, usage=usage)
+
+
+def _span(span: Span) -> dict[str, Any]:
+    return {
+        "label": span.label,
+        "start": span.start,
+        "end": span.end,
+        "text": span.text,
+        "score": _finite(span.score),
+    }
 
 
 def embeddings(question: Question, results: Sequence[Embedding], tokens: int, identity: str) -> dict[str, Any]:

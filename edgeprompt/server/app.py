@@ -17,6 +17,7 @@ from starlette.responses import Response
 from starlette.routing import Route
 
 from edgeprompt.engines.scheduler import Job
+from edgeprompt.prompts.encoder_text import pair_of
 from edgeprompt.runtime import Runtime
 from edgeprompt.server import answers, bodies, questions
 from edgeprompt.server.failures import INVALID, Failure, busy, failure_of
@@ -57,6 +58,8 @@ class Service:
             "chat": bodies.chat(options),
             "embeddings": bodies.embeddings(options),
             "classify": bodies.classify(options),
+            "tag": bodies.tag(options),
+            "answer": bodies.answer(options),
         }
         routes = {
             "/v1/models": ("GET", self._models),
@@ -65,6 +68,8 @@ class Service:
             "/v1/chat/completions": ("POST", self._chat),
             "/v1/embeddings": ("POST", self._embeddings),
             "/v1/classify": ("POST", self._classify),
+            "/v1/tag": ("POST", self._tag),
+            "/v1/answer": ("POST", self._answer),
             "/health": ("GET", self._health),
             "/metrics": ("GET", self._metrics_text),
             "/openapi.json": ("GET", self._openapi),
@@ -213,18 +218,42 @@ class Service:
     async def _embeddings(self, request: Request) -> Response:
         body = await self._body(request, "embeddings")
         question = questions.embedding(body, self._base, self._options)
-        results = await self._ask(request, question)
-        tokens = await self._in_thread(lambda: sum(map(self._count, question.requests)))
+        results, tokens = await self._read(request, question)
         self._note(request.state.record, answers.Usage(tokens, 0), None)
         identity = f"embd-{request.state.record.identity}"
         return json_response(answers.embeddings(question, results, tokens, identity))
 
     async def _classify(self, request: Request) -> Response:
         body = await self._body(request, "classify")
-        question = questions.classification(body, self._base, self._options)
+        question = questions.labelling(body, self._base, self._options, "classify")
         results = await self._ask(request, question)
         self._note(request.state.record, answers.usage_of(results), [result.label for result in results])
         return json_response(answers.classifications(question, results, f"cls-{request.state.record.identity}"))
+
+    async def _tag(self, request: Request) -> Response:
+        body = await self._body(request, "tag")
+        question = questions.labelling(body, self._base, self._options, "tag")
+        results, tokens = await self._read(request, question)
+        said = [", ".join(f"{span.label}:{span.text}" for span in one.spans) for one in results]
+        self._note(request.state.record, answers.Usage(tokens, 0), said)
+        return json_response(answers.taggings(question, results, tokens, f"tag-{request.state.record.identity}"))
+
+    async def _answer(self, request: Request) -> Response:
+        body = await self._body(request, "answer")
+        name = body["model"]
+        if name == self._base:
+            message = f"the base {name!r} finds no answers; give the name of a prompt for question answering"
+            raise Failure(400, message, INVALID, "unsupported", "model")
+        template = (await self._in_thread(lambda: self._runtime.describe(name))).template
+        question = questions.answering(body, self._base, self._options, pair_of(template))
+        results, tokens = await self._read(request, question)
+        self._note(request.state.record, answers.Usage(tokens, 0), [result.text for result in results])
+        return json_response(answers.found_answers(question, results, tokens, f"ans-{request.state.record.identity}"))
+
+    async def _read(self, request: Request, question: Question) -> tuple[list[Any], int]:
+        """The answers to a question, and the tokens of its texts."""
+        results = await self._ask(request, question)
+        return results, await self._in_thread(lambda: sum(map(self._count, question.requests)))
 
     def _count(self, request: Any) -> int:
         """Tokens of a request's own text."""

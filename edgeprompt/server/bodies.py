@@ -199,3 +199,26 @@ def classify(limits: ServerOptions) -> dict[str, Any]:
         "model",
         "input",
     )
+
+
+def tag(limits: ServerOptions) -> dict[str, Any]:
+    """Body of /v1/tag."""
+    return classify(limits)
+
+
+def answer(limits: ServerOptions) -> dict[str, Any]:
+    """Body of /v1/answer."""
+    several = {"type": "array", "minItems": 1, "maxItems": limits.max_inputs, "items": _text(limits)}
+    texts = {"anyOf": [_text(limits), several], "description": "a text, or a list of texts"}
+    return _object(
+        {
+            "model": _MODEL,
+            "question": texts,
+            "context": texts,
+            "truncate": _BOOLEAN | {"description": "Cut a context that is too long, instead of refusing it."},
+            "user": _IGNORED,
+        },
+        "model",
+        "question",
+        "context",
+    )

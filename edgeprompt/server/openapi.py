@@ -85,6 +85,10 @@ _CLASSES = _answer(
     "list",
     data=_list(_object(index=_INTEGER, label=_TEXT, labels=_list(_TEXT), scores=_SCORES, logits=_SCORES)),
 )
+_PLACE = {"start": _INTEGER, "end": _INTEGER, "score": _NUMBER}
+_SPAN = _object(label=_TEXT, text=_TEXT, **_PLACE)
+_TAGS = _answer("list", data=_list(_object(index=_INTEGER, spans=_list(_SPAN), words=_list(_SPAN))))
+_FOUND = _answer("list", data=_list(_object(index=_INTEGER, answer=_TEXT, **_PLACE)))
 _EVENT = _object(data={**_TEXT, "description": "A chunk of the answer as JSON, an error, or [DONE]."})
 _SAID = {
     400: "The request cannot be answered; the error names the field.",
@@ -108,6 +112,8 @@ def document(manifest: Manifest, options: ServerOptions) -> dict[str, Any]:
         "/v1/chat/completions": _post("Answer a conversation.", bodies.chat(options), _CHAT, streams=True),
         "/v1/embeddings": _post("Embed texts.", bodies.embeddings(options), _EMBEDDINGS),
         "/v1/classify": _post("Label texts, with a score for each label.", bodies.classify(options), _CLASSES),
+        "/v1/tag": _post("Label the words of texts.", bodies.tag(options), _TAGS),
+        "/v1/answer": _post("Find answers to questions in contexts.", bodies.answer(options), _FOUND),
         "/v1/models": _get(
             "The base, and every prompt.", _object(object={"const": "list"}, data=_list(_MODEL)), 401, 403, 503
         ),

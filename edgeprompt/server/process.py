@@ -108,6 +108,7 @@ class Server:
         finally:
             self._service.close()
         self._log.write("stopped")
+        self._log.close()
 
     def stop(self, why: str = "asked") -> None:
         """Take no more requests; those in flight may end within `grace`. Again: cancel them now. From any thread."""

@@ -93,13 +93,37 @@ def embedding(body: Mapping[str, Any], base: str, limits: ServerOptions) -> Ques
     )
 
 
-def classification(body: Mapping[str, Any], base: str, limits: ServerOptions) -> Question:
-    """A question to /v1/classify."""
+def labelling(body: Mapping[str, Any], base: str, limits: ServerOptions, task: str) -> Question:
+    """A question to /v1/classify or /v1/tag, whose `task` is "classify" or "tag"."""
+    return _plain(body, base, limits, task, _texts(body["input"]))
+
+
+def answering(body: Mapping[str, Any], base: str, limits: ServerOptions, slots: tuple[str, str]) -> Question:
+    """A question to /v1/answer.
+
+    Args:
+        body: what was sent.
+        base: the base's name.
+        limits: the server's.
+        slots: of the prompt's template, for the question and its context.
+
+    Raises:
+        Failure: 400, where there are not as many questions as contexts.
+    """
+    asked, contexts = ([one] if isinstance(one, str) else one for one in (body["question"], body["context"]))
+    if len(asked) != len(contexts) or isinstance(body["question"], str) != isinstance(body["context"], str):
+        message = f"{len(asked)} questions and {len(contexts)} contexts; give one of each, or lists of the same length"
+        raise Failure(400, message, INVALID, "invalid_value", "context")
+    texts = [{"text": dict(zip(slots, pair, strict=True))} for pair in zip(asked, contexts, strict=True)]
+    return _plain(body, base, limits, "qa", texts)
+
+
+def _plain(
+    body: Mapping[str, Any], base: str, limits: ServerOptions, task: str, texts: Sequence[Mapping[str, Any]]
+) -> Question:
+    """Requests without options."""
     prompt, truncate = _prompt(body, base), body.get("truncate", False)
-    asked = [
-        Request(**one, prompt=prompt, task="classify", truncate=truncate, timeout=limits.timeout)
-        for one in _texts(body["input"])
-    ]
+    asked = [Request(**one, prompt=prompt, task=task, truncate=truncate, timeout=limits.timeout) for one in texts]
     return Question(body["model"], asked)
 
 

@@ -12,7 +12,7 @@ import openai
 import pytest
 
 from edgeprompt import Generation, Request
-from edgeprompt.request import GenerationOptions
+from edgeprompt.request import GenerationOptions, as_json
 from tests.support.server import Running
 
 TEXTS = ["the film was good", "a long story about music", "never again"]
@@ -280,3 +280,41 @@ def test_an_error_in_a_stream_is_an_event(decoder: Running, monkeypatch: pytest.
         go.set()
         with pytest.raises(openai.APIError, match="stopping"):
             list(stream)
+
+
+def test_tags(encoder: Running) -> None:
+    expected = encoder.runtime.tag(TEXTS, prompt="tag")
+    found = encoder.post("/v1/tag", {"model": "tag", "input": TEXTS}).json()
+    assert [one["index"] for one in found["data"]] == [0, 1, 2]
+    for one, result in zip(found["data"], expected, strict=True):
+        assert one["spans"] == [as_json(span) for span in result.spans]
+        assert one["words"] == [as_json(word) for word in result.words]
+        assert one["words"]
+    assert found["usage"]["prompt_tokens"] > 0
+    assert encoder.log[-1]["endpoint"] == "/v1/tag"
+    assert "not for 'tag'" in encoder.post("/v1/tag", {"model": "two", "input": "a"}).json()["error"]["message"]
+
+
+def test_answers_to_questions(encoder: Running) -> None:
+    asked, contexts = ["what was good", "what is long"], TEXTS[:2]
+    expected = encoder.runtime.answer(asked, contexts, prompt="qa")
+    body = {"model": "qa", "question": asked, "context": contexts}
+    found = encoder.post("/v1/answer", body).json()["data"]
+    assert found == [
+        {"index": i, "answer": one.text, "start": one.start, "end": one.end, "score": one.score}
+        for i, one in enumerate(expected)
+    ]
+    alone = encoder.post("/v1/answer", {**body, "question": asked[1], "context": contexts[1]}).json()["data"]
+    assert alone == [{**found[1], "index": 0}]
+    for wrong, message in (
+        ({**body, "context": contexts[:1]}, "2 questions and 1 contexts"),
+        ({**body, "question": asked[0], "context": contexts[:1]}, "give one of each"),
+        ({**body, "model": base_of(encoder)}, "finds no answers"),
+        ({**body, "model": "two"}, "a question needs two"),
+        ({**body, "model": "tag"}, "a question needs two"),
+        ({"model": "qa", "question": "a"}, "context is missing"),
+    ):
+        refused = encoder.post("/v1/answer", wrong)
+        assert refused.status_code == 400
+        assert message in refused.json()["error"]["message"]
+    assert encoder.post("/v1/answer", {**body, "model": "nothing"}).status_code == 404

@@ -19,6 +19,7 @@ import pytest
 import edgeprompt
 from edgeprompt import PromptFile, save_prompt
 from edgeprompt.package.folder import open_package
+from edgeprompt.server.log import Log
 from tests.support.prompts import make_prompt
 from tests.support.runtimes import QUIET, WORDS, hold, load_with_prompts
 from tests.support.server import Running, serving
@@ -50,7 +51,7 @@ def test_a_client_that_goes_away_cancels_its_request(decoder: Running, monkeypat
                 with httpx.stream("POST", f"{decoder.url}/v1/completions", json=body, timeout=0.5) as found:
                     assert begun.wait(20)
                     found.read()
-            until(lambda wanted=1 + streams: decoder.written.getvalue().count('"status": 499') >= wanted)
+            until(lambda wanted=1 + streams: decoder.written.count('"status": 499') >= wanted)
             go.set()
             until(lambda: idle(decoder))
         last = decoder.log[-1]
@@ -119,7 +120,7 @@ def test_prompts_come_change_and_go_with_their_files(tiny_llama_package: Path, f
             found = ask()
             assert (found.status_code, found.json()["error"]["code"]) == (404, "model_not_servable")
             assert str(folder) not in found.text
-            assert str(folder) in server.written.getvalue()
+            assert str(folder) in server.written
             (folder / "new.safetensors").unlink()
             put(5)
             assert ask().status_code == 200
@@ -178,6 +179,60 @@ def test_the_process_ends_in_order(
     ]
     assert "of-a-file" not in log
     assert "of-the-environment" not in log
+
+
+@pytest.mark.parametrize("reads", [True, False])
+def test_a_log_that_nobody_reads_keeps_nobody_waiting(tiny_llama_package: Path, reads: bool) -> None:
+    command = [sys.executable, "-m", "edgeprompt", "serve", str(tiny_llama_package), "--port", "0", "--threads", "1"]
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join(filter(None, sys.path))}
+    process = subprocess.Popen(command, stderr=subprocess.PIPE, env=environment)
+    assert process.stderr is not None
+    try:
+        url = next(json.loads(line)["url"] for line in process.stderr if line.startswith(b"{"))
+        headers = {"X-Request-ID": "x" * 64}
+        with httpx.Client(base_url=url, timeout=30) as client:  # a pipe holds 64 KiB
+            for _ in range(600):
+                assert client.get("/v1/models", headers=headers).status_code == 200
+        process.send_signal(signal.SIGTERM)
+        if reads:
+            events = [json.loads(line) for line in process.stderr if line.startswith(b"{")]
+            assert sum(event["event"] == "request" for event in events) == 600
+            assert events[-1]["event"] == "stopped"
+        assert process.wait(30) == 0
+    finally:
+        process.kill()
+        process.wait()
+        process.stderr.close()
+
+
+def test_what_the_log_cannot_hold_is_counted(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("edgeprompt.server.log.WAITING", 10)
+    read, write = os.pipe()
+    with os.fdopen(read, "rb") as reader, os.fdopen(write, "w") as file:
+        log = Log(file=file)
+        count = 0
+        while log.flush(0.2):  # until the pipe is full
+            for _ in range(10):
+                log.write("event", number=(count := count + 1), text="x" * 1000)
+        for _ in range(50):
+            log.write("event", number=(count := count + 1))
+        events = []
+        while not events or events[-1]["event"] != "left_out":
+            events.append(json.loads(reader.readline()))
+    numbers = [event["number"] for event in events[:-1]]
+    assert numbers == [*range(1, len(numbers) + 1)]
+    assert len(numbers) + events[-1]["events"] == count
+
+
+def test_a_log_whose_reader_has_gone_is_given_up() -> None:
+    read, write = os.pipe()
+    with os.fdopen(write, "w") as file:
+        log = Log(file=file)
+        os.close(read)
+        for _ in range(3):
+            log.write("event")
+            assert log.flush(10)
+        log.close()
 
 
 def test_what_outlasts_the_grace_is_cancelled(tiny_llama_package: Path, monkeypatch: pytest.MonkeyPatch) -> None:

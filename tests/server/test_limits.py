@@ -55,7 +55,7 @@ def test_without_a_key_nobody_is_answered(keyed: Running, headers: dict[str, str
 def test_each_key_is_let_in(keyed: Running) -> None:
     for key in (SECRET, "other-key"):
         assert keyed.post("/v1/classify", BODY, headers=bearer(key)).status_code == 200
-    assert SECRET not in keyed.written.getvalue()
+    assert SECRET not in keyed.written
     assert "key" in keyed.get("/openapi.json").json()["components"]["securitySchemes"]
 
 
@@ -212,7 +212,7 @@ def test_the_log_names_requests_and_holds_no_texts(decoder: Running) -> None:
     decoder.post("/v1/completions", {"model": "story", "prompt": "a", text: 1})
     decoder.get(f"/v1/{text}")
     decoder.post("/v1/classify", BODY, headers={"X-Request-ID": 'bad" id\\'})
-    assert "private" not in decoder.written.getvalue()
+    assert "private" not in decoder.written
     (line,) = [one for one in decoder.log if one.get("id") == "mine-1"]
     assert {name: line[name] for name in ("event", "endpoint", "model", "status")} == {
         "event": "request",
@@ -241,7 +241,7 @@ def test_an_unforeseen_error_is_500_and_its_words_stay_out(runtime: Runtime, mon
         monkeypatch.setattr(runtime, "submit_all", broken)
         found = server.post("/v1/classify", BODY)
         assert (found.status_code, found.json()["error"]["code"]) == (500, "internal_error")
-        assert "private" not in found.text + server.written.getvalue()
+        assert "private" not in found.text + server.written
         (failed,) = [one for one in server.log if one["event"] == "failed"]
         assert failed["causes"][0]["kind"] == "ZeroDivisionError"
         assert "broken" in failed["causes"][0]["at"][-1]

@@ -27,6 +27,8 @@ TOKENS = 4
 SIMPLE = {
     "prompt": "a text",
     "input": ["a text"],
+    "question": "a question",
+    "context": "a text",
     "messages": [{"role": "user", "content": "a text"}],
     "dimensions": None,
 }
@@ -94,6 +96,8 @@ def test_the_document_is_valid(decoder: Running) -> None:
         "/v1/chat/completions",
         "/v1/embeddings",
         "/v1/classify",
+        "/v1/tag",
+        "/v1/answer",
         "/v1/models",
         "/v1/models/{model}",
         "/health",

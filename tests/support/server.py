@@ -26,12 +26,19 @@ class Running:
     runtime: Runtime
     server: Server
     thread: threading.Thread
-    written: io.StringIO
+    buffer: io.StringIO
+    writer: Log
+
+    @property
+    def written(self) -> str:
+        """What the log has."""
+        assert self.writer.flush()
+        return self.buffer.getvalue()
 
     @property
     def log(self) -> list[dict[str, Any]]:
         """The events so far."""
-        return [json.loads(line) for line in self.written.getvalue().splitlines()]
+        return [json.loads(line) for line in self.written.splitlines()]
 
     def post(self, path: str, body: Any, **options: Any) -> httpx.Response:
         """POST a JSON body, in ASCII: it may hold what UTF-8 cannot."""
@@ -48,18 +55,13 @@ def serving(runtime: Runtime, **options: Any) -> Iterator[Running]:
     """Serve a runtime on a free port; stopped at the end."""
     given = ServerOptions(port=0, **{"grace": 5.0, **options})
     written, started = io.StringIO(), threading.Event()
-    server = Server(
-        runtime,
-        given,
-        open_socket(given),
-        log=Log(texts=given.log_texts, file=written),
-        ready=lambda _: started.set(),
-    )
+    log = Log(texts=given.log_texts, file=written)
+    server = Server(runtime, given, open_socket(given), log=log, ready=lambda _: started.set())
     thread = threading.Thread(target=server.run)
     thread.start()
     assert started.wait(30)
     try:
-        yield Running(server.url, runtime, server, thread, written)
+        yield Running(server.url, runtime, server, thread, written, log)
     finally:
         server.stop()
         thread.join(60)
