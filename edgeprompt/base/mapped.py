@@ -207,7 +207,11 @@ class _Streamed:
             return traced
         if isinstance(module, torch.nn.Embedding):
             ids, places = torch.unique(given, return_inverse=True)
-            out = self._with(weight[ids].float(), places)
+            padding, module.padding_idx = module.padding_idx, None  # of the gradient alone; it counts in all the rows
+            try:
+                out = self._with(weight[ids].float(), places)
+            finally:
+                module.padding_idx = padding
         elif given.requires_grad and torch.is_grad_enabled():
             turned = type(module) is not torch.nn.Linear  # transformers' Conv1D
             out = cast(torch.Tensor, _Product.apply(given, weight.T if turned else weight))  # type: ignore[no-untyped-call]

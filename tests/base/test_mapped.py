@@ -78,3 +78,18 @@ def test_gradients_flow_through_a_mapped_base(family: str, tmp_path: Path) -> No
         assert all(parameter.grad is None for parameter in loaded.model.parameters())
     want, got = gradients
     assert torch.allclose(got, want, rtol=1e-4, atol=1e-5 * float(want.abs().max()))
+
+
+@pytest.mark.parametrize("family", ["llama", "gemma3_text"])
+def test_a_padding_token_behind_the_rows_of_a_text(family: str, tmp_path: Path) -> None:
+    """SmolLM2's is 2, and a text may have one or two different tokens."""
+    model = tiny_decoder(family).to(torch.bfloat16)
+    model.config.pad_token_id = 100
+    model.save_pretrained(tmp_path / "base")
+    plain, mapped = load_base(tmp_path / "base"), load_base(tmp_path / "base", mapped=True)
+    assert mapped.model.get_input_embeddings().padding_idx == 100
+    for ids in ([5], [5, 5, 9], [100, 5], [100]):
+        with torch.no_grad():
+            want, got = (one.model(input_ids=torch.tensor([ids])).logits for one in (plain, mapped))
+        assert torch.equal(got, want)
+    assert mapped.model.get_input_embeddings().padding_idx == 100
