@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shlex
 import subprocess
 import sys
 from collections.abc import Callable, Iterator
@@ -12,7 +13,7 @@ from typing import Any
 
 import pytest
 
-from edgeprompt import names, save_prompt
+from edgeprompt import load_prompt, names, save_prompt
 from edgeprompt.package import hub as package_hub
 from edgeprompt.package.folder import open_package
 from tests.support.hub import TOKEN, Hub, Repository, small_hub
@@ -82,7 +83,7 @@ Command = Callable[..., subprocess.CompletedProcess[str]]
 def python(served: Hub, tmp_path: Path) -> Command:
     """`python("-c", ...)` as a process with a cache of its own, pointed at the small Hub."""
 
-    def run(*arguments: Any, **variables: str) -> subprocess.CompletedProcess[str]:
+    def run(*arguments: Any, timeout: float = 120, **variables: str) -> subprocess.CompletedProcess[str]:
         environment = {
             **{key: value for key, value in os.environ.items() if not key.startswith("HF_")},
             "PYTHONPATH": os.pathsep.join(filter(None, sys.path)),
@@ -95,7 +96,7 @@ def python(served: Hub, tmp_path: Path) -> Command:
         }
         return subprocess.run(
             [sys.executable, *map(str, arguments)],
-            capture_output=True, text=True, check=False, env=environment, cwd=tmp_path, timeout=120,
+            capture_output=True, text=True, check=False, env=environment, cwd=tmp_path, timeout=timeout,
         )  # fmt: skip
 
     return run
@@ -297,3 +298,52 @@ def test_push_writes_a_card_and_comes_back(
 def test_what_cannot_be_pushed_is_one_line(command: Command, tmp_path: Path) -> None:
     assert "is no name of a repository" in line_of(command("push", tmp_path / "sentiment.safetensors", "new"))
     assert "nothing to push" in line_of(command("push", tmp_path / "none", "user/new"))
+
+
+@pytest.mark.slow  # reads a base
+def test_an_adapter_is_converted(served: Hub, command: Command, tiny_llama_base: Path, tmp_path: Path) -> None:
+    from peft import PromptTuningConfig, get_peft_model
+    from transformers import AutoModelForCausalLM
+
+    config = PromptTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=4)
+    get_peft_model(AutoModelForCausalLM.from_pretrained(tiny_llama_base), config).save_pretrained(tmp_path / "adapter")
+    for name, folder in (("user/adapter", tmp_path / "adapter"), ("user/base", tiny_llama_base)):
+        served.repositories[name] = Repository()
+        served.repositories[name].commit(files_of(folder) | {"evil.py": b"raise SystemExit(3)"})
+    done = command("convert", "user/adapter", "-o", "hub.safetensors", "--base", "user/base")
+    assert done.returncode == 0, done.stderr
+    assert command("convert", "adapter", "-o", "local.safetensors", "--base", tiny_llama_base).returncode == 0
+    found, local = (load_prompt(tmp_path / name) for name in ("hub.safetensors", "local.safetensors"))
+    assert found.prompt_embeddings is not None
+    assert local.prompt_embeddings is not None
+    assert (found.prompt_embeddings == local.prompt_embeddings).all()
+    assert (found.base.name, found.base.fingerprint) == ("user/base", local.base.fingerprint)
+    assert command("run", "user/package", "the film", "--prompt", "hub.safetensors", "--max-new-tokens", 2).stdout
+    assert "no repository 'user/none'" in line_of(command("convert", "user/none", "-o", "none.safetensors"))
+    assert not [path for _, path in served.asked if "evil.py" in path]
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(1800)
+def test_the_first_command_of_the_readme(served: Hub, python: Command, smollm2_gguf: Path, tmp_path: Path) -> None:
+    import torch
+
+    from edgeprompt.base.load import load_base
+
+    loaded = load_base(smollm2_gguf)
+    loaded.model.to(torch.float16).save_pretrained(tmp_path / "base")
+    loaded.tokenizer.save_pretrained(tmp_path / "base")
+    del loaded
+    readme = (Path(__file__).resolve().parents[2] / "README.md").read_text("utf-8")
+    line = next(line for line in readme.splitlines() if line.startswith("edgeprompt export "))
+    words = shlex.split(line)
+    repository = Repository()
+    commit = repository.commit(files_of(tmp_path / "base"))
+    served.repositories[words[2]] = repository
+    done = python("-m", *words, timeout=1500)
+    assert done.returncode == 0, done.stderr
+    manifest = open_package(tmp_path / "model").manifest
+    assert (manifest.base.name, manifest.precision) == (words[2], "int4")
+    assert manifest.extra["base_revision"] == f"{words[2]}@{commit}"
+    answered = python("-m", "edgeprompt", "run", "model/", "The capital of France is", "--max-new-tokens", 3)
+    assert "Paris" in answered.stdout
