@@ -1,7 +1,7 @@
 # Everything runs in .venv; `make install` is a no-op until pyproject.toml or a pin changes.
 PYTHON ?= python3.11
 VENV ?= .venv
-EXTRAS := cpu,chat,tune,export,eval,plot,serve,hub,dev
+EXTRAS := cpu,chat,tune,export,eval,plot,serve,hub,ray,dev
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 PIP := $(BIN)/python -m pip install -q --disable-pip-version-check

@@ -61,3 +61,12 @@ def test_plot_draws_and_compares(python: Callable[[str], Path]) -> None:
         "print(to_html(report).count('<svg'), compare(report, report).count('same within noise') > 5)"
     )
     assert ask(python("plot"), "-c", code).split() == ["4", "True"]
+
+
+def test_ray_answers_files(edgeprompt: Callable[..., str], tiny_llama_package: Path, tmp_path: Path) -> None:
+    data = tmp_path / "in.csv"
+    data.write_text("text\nOnce upon a time\nThe film\n", encoding="utf-8")
+    out = tmp_path / "out"
+    edgeprompt("ray", "run", tiny_llama_package, "--input", data, "--output", out, "--engine", "ray", "--resume")
+    (part,) = out.iterdir()
+    assert part.read_text("utf-8").startswith("text,prompt,answer,score,error\n")

@@ -9,7 +9,7 @@ ROOT = Path(__file__).resolve().parent.parent
 LAYERS = (
     ("edgeprompt.cli", "edgeprompt.__main__"),
     ("exporters",),
-    ("edgeprompt.bench", "edgeprompt.tuning", "edgeprompt.server"),
+    ("edgeprompt.bench", "edgeprompt.tuning", "edgeprompt.server", "edgeprompt.ray"),
     ("edgeprompt.base",),
     ("edgeprompt.evaluation",),
     ("edgeprompt.runtime", "edgeprompt.loading", "edgeprompt.asynchronous", "edgeprompt"),

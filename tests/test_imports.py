@@ -11,7 +11,19 @@ from edgeprompt.cli import COMMANDS
 
 ROOT = Path(__file__).resolve().parent.parent
 SERVER = {"starlette", "uvicorn", "anyio", "prometheus_client"}
-HEAVY = ("torch", "transformers", "peft", "onnx", "exporters", "optimum", "datasets", "accelerate", "sklearn", "gguf")
+HEAVY = (
+    "torch",
+    "transformers",
+    "peft",
+    "onnx",
+    "exporters",
+    "optimum",
+    "datasets",
+    "accelerate",
+    "sklearn",
+    "gguf",
+    "ray",
+)
 
 
 def modules_after(code, *args):

@@ -2,116 +2,26 @@
 
 from __future__ import annotations
 
-import csv
 import io
 import json
 import os
 import sys
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from pathlib import Path
-from typing import IO, TYPE_CHECKING, Any
+from typing import IO, TYPE_CHECKING
 
 import click
 
 from edgeprompt.cli import console
 from edgeprompt.errors import InputError
+from edgeprompt.evaluation.rows import Answered, Form, csv_line
 
 if TYPE_CHECKING:
     from edgeprompt.package.outputs import Kind
-    from edgeprompt.request import Result
 
 SUFFIXES = (".csv", ".tsv", ".jsonl", ".parquet")
-_TABLE = ("prompt", "answer", "score")
-
-
-@dataclass(frozen=True)
-class Answered:
-    """One answer, or why there is none."""
-
-    record: Mapping[str, Any]
-    """The input's columns."""
-    text: str
-    prompt: str | None
-    result: Result | None
-    error: str | None = None
-
-
-@dataclass(frozen=True)
-class Form:
-    """How answers are written."""
-
-    as_json: bool = False
-    named: bool = False
-    """Whether a line says which prompt answered."""
-    single: bool = False
-    """One answer, printed as it is."""
-    with_errors: bool = False
-    """Whether there is a column for what went wrong."""
-    escaped: bool = False
-    """Whether JSON is written in ASCII, for a stdout that cannot write every character."""
-
-    def line(self, answered: Answered) -> str:
-        """A line of text, or of JSON."""
-        if self.as_json:
-            return self.json(answered)
-        answer, score = shown(answered)
-        if answered.error is not None:
-            answer = f"error: {answered.error}"
-        if not self.single:  # one line an answer
-            answer = answer.replace("\\", "\\\\").replace("\n", "\\n").replace("\t", "\\t")
-        cells = [*([answered.prompt or ""] if self.named else []), answer, *([score] if score else [])]
-        return "\t".join(cells)
-
-    def json(self, answered: Answered) -> str:
-        """An object with the input's columns, the text, the prompt and the whole result."""
-        from edgeprompt.request import as_json as plain
-
-        found = {} if answered.result is None else plain(answered.result)
-        facts = {
-            "input": answered.text,
-            "prompt": answered.prompt,
-            **(found if isinstance(found, dict) else {"embedding": found}),
-            **({"error": answered.error} if self.with_errors else {}),
-        }
-        whole = {**columns_of(answered.record, facts), **facts}
-        return json.dumps(whole, ensure_ascii=self.escaped, default=str)
-
-    def cells(self, answered: Answered) -> dict[str, Any]:
-        """The input's columns, and prompt, answer, score (and error) as text."""
-        answer, score = shown(answered)
-        facts = dict(zip(_TABLE, (answered.prompt or "", answer, score), strict=True))
-        if self.with_errors:
-            facts["error"] = answered.error or ""
-        return {**columns_of(answered.record, facts), **facts}
-
-
-def columns_of(record: Mapping[str, Any], facts: Mapping[str, Any]) -> dict[str, Any]:
-    """The input's columns beside a result: one that is called as a part of the result becomes `input_NAME`."""
-    columns = {f"input_{name}" if name in facts else str(name): value for name, value in record.items()}
-    if len(columns) < len(record):
-        raise InputError(f"the columns {', '.join(map(str, record))} clash with those of the result; rename one")
-    return columns
-
-
-def shown(answered: Answered) -> tuple[str, str]:
-    """(answer, score) as text; the score is empty where there is none."""
-    from edgeprompt.request import Answer, Classification, Generation, Tagging, as_json
-
-    match answered.result:
-        case None:
-            return "", ""
-        case Classification() as found:
-            return found.label, f"{found.scores[found.label]:.4f}" if found.label in found.scores else ""
-        case Generation() as found:
-            return found.text, ""
-        case Answer() as found:
-            return found.text, f"{found.score:.4f}"
-        case Tagging() as found:
-            return ", ".join(f"{span.label}:{span.text}" for span in found.spans), ""
-        case _ as vector:
-            return json.dumps(as_json(vector)), ""
 
 
 class Lines:
@@ -193,13 +103,12 @@ class Table:
     def _row(self, answered: Answered, text: IO[str]) -> None:
         if self._suffix in (".csv", ".tsv") and not self._form.as_json:
             cells = self._form.cells(answered)
-            writer = csv.writer(text, delimiter="," if self._suffix == ".csv" else "\t", lineterminator="\n")
             if self._header is None:
                 self._header = list(cells)
-                writer.writerow(self._header)
+                text.write(csv_line(self._header, self._suffix))
             if set(cells) != set(self._header):
                 raise InputError(f"a row has other columns than the first ({', '.join(self._header)}); write .jsonl")
-            writer.writerow(_flat(cells[name]) for name in self._header)
+            text.write(csv_line((cells[name] for name in self._header), self._suffix))
         elif self._suffix == ".parquet":
             text.write(json.dumps(self._form.cells(answered), ensure_ascii=False, default=str) + "\n")
         elif self._suffix == ".jsonl":
@@ -215,10 +124,6 @@ class Table:
     def close(self) -> None:
         """Close the file as it is."""
         self._file.close()
-
-
-def _flat(value: Any) -> Any:
-    return json.dumps(value, ensure_ascii=False, default=str) if isinstance(value, (list, dict)) else value
 
 
 def kind_of(path: Path) -> Kind:

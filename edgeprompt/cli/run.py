@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-import json
 import sys
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import replace
 from itertools import islice
@@ -13,14 +12,14 @@ from typing import TYPE_CHECKING, Any, Unpack
 
 import click
 
-from edgeprompt.cli import console, serving
-from edgeprompt.cli.output import Answered, Form, Lines, Table, kind_of, table
+from edgeprompt.cli import console, ray, serving
+from edgeprompt.cli.output import Lines, Table, kind_of, table
 from edgeprompt.errors import EdgePromptError, InputError
-from edgeprompt.evaluation.requests import RECORDS_AT_ONCE, batches, fields_of
+from edgeprompt.evaluation.rows import Answered, Form
 
 if TYPE_CHECKING:
+    from edgeprompt.evaluation.requests import Questions
     from edgeprompt.prompts.file import PromptFile
-    from edgeprompt.request import GenerationOptions, Request
     from edgeprompt.runtime import Runtime
 
 
@@ -34,6 +33,14 @@ if TYPE_CHECKING:
     metavar="FILE|NAME",
     help="Soft prompt: a file, or the name of one in the package. Repeat it to answer every text with each. "
     "Without it: the base model.",
+)
+@click.option(
+    "--prompts",
+    "folders",
+    multiple=True,
+    type=click.Path(path_type=Path),
+    metavar="FOLDER",
+    help="Folder of prompt files, which --prompt-column names. May be repeated.",
 )
 @click.option(
     "--input",
@@ -53,9 +60,8 @@ if TYPE_CHECKING:
 @click.option(
     "--on-error",
     type=click.Choice(("stop", "skip", "record")),
-    default="stop",
-    show_default=True,
-    help="For a record that cannot be answered: end with exit code 1, leave it out, or say why in a column `error`.",
+    help="For a record that cannot be answered: end with exit code 1, leave it out, or say why in a column `error`. "
+    "The default is stop, and record with --engine ray.",
 )
 @click.option(
     "--resume",
@@ -63,6 +69,23 @@ if TYPE_CHECKING:
     help="Keep answers in OUTPUT.part during the run, and continue there after an interruption.",
 )
 @click.option("--force", is_flag=True, help="Replace an output that edgeprompt run may not have written.")
+@click.option(
+    "--engine",
+    type=click.Choice(("local", "ray")),
+    default="local",
+    show_default=True,
+    help="ray: --input is a file or a folder, --output a folder of parts, and Ray's actors answer, one runtime each.",
+)
+@click.option("--address", help="Ray: the cluster, for example auto. Without it: this machine.")
+@click.option(
+    "--actors",
+    metavar="N|MIN:MAX",
+    help="Ray: how many actors, or the least and the most. Without it: from 1 to what the cluster has room for.",
+)
+@click.option(
+    "--id-column",
+    help="Ray, with --resume: a column whose values are all different. Without it: the file and the place in it.",
+)
 @click.option("--max-new-tokens", type=click.IntRange(min=1))
 @click.option("--temperature", type=click.FloatRange(min=0), help="0 is greedy.")
 @click.option("--top-k", type=click.IntRange(min=1))
@@ -83,13 +106,18 @@ def command(
     package: Path,
     texts: tuple[str, ...],
     wanted: tuple[str, ...],
+    folders: tuple[Path, ...],
     source: Path | None,
     text_column: str,
     prompt_column: str | None,
     out: Path | None,
-    on_error: str,
+    on_error: str | None,
     resume: bool,
     force: bool,
+    engine: str,
+    address: str | None,
+    actors: str | None,
+    id_column: str | None,
     max_new_tokens: int | None,
     temperature: float | None,
     top_k: int | None,
@@ -120,7 +148,14 @@ def command(
         raise click.UsageError("give TEXT, --input FILE, or lines on stdin")
     if prompt_column and not source:
         raise click.UsageError("--prompt-column needs --input")
+    if folders and not prompt_column:
+        raise click.UsageError("--prompts needs --prompt-column, which names the prompt of each record")
+    on_ray = engine == "ray"
+    on_error = on_error or ("record" if on_ray else "stop")
+    if not on_ray and (address or actors or id_column):
+        raise click.UsageError("--address, --actors and --id-column need --engine ray")
 
+    from edgeprompt.evaluation.requests import Questions
     from edgeprompt.package.outputs import check_output
     from edgeprompt.request import GenerationOptions
 
@@ -133,7 +168,16 @@ def command(
         stop=stop,
         num_beams=num_beams,
     )
-    sources = (package, source, *wanted)
+    questions = Questions((), bool(folders), text_column, prompt_column, options, chat, truncate)
+    if on_ray:
+        if not source or not out or as_json or force:
+            raise click.UsageError("--engine ray needs --input and a new --output, and has no --json")
+        ray.answer_files(
+            package, source, out, wanted, folders, questions, on_error=on_error, resume=resume, address=address,
+            actors=actors, id_column=id_column, allow_base_mismatch=allow_base_mismatch, session=session,
+        )  # fmt: skip
+        return
+    sources = (package, source, *wanted, *folders)
     if out:
         check_output(out, kind_of(out), force=force, sources=sources)
     for item in wanted:  # before the model is loaded, which takes seconds
@@ -147,21 +191,21 @@ def command(
     failures = _Failures(on_error)
     with serving.open_runtime(package, **session) as runtime:
         prompts = serving.add_prompts(runtime, package, wanted, allow_base_mismatch=allow_base_mismatch)
-        ask = _asker(prompts, options, text_column, prompt_column, chat=chat, truncate=truncate)
+        for folder in folders:
+            runtime.add_folder(folder)
+        questions = replace(questions, prompts=tuple(prompts))
         single = len(texts) == 1 and len(prompts) <= 1
         if single and not out and not as_json and sys.stdout.isatty() and _generates(prompts):
-            _, request = next(ask(1, next(rows)))
+            _, request = next(questions.of(next(rows), "row 1", runtime.describe))
             for piece in runtime.stream(request):
                 click.echo(piece, nl=False)
             click.echo()
             return
-        settings = _settings(
-            package, source, wanted, options=options, text_column=text_column, prompt_column=prompt_column, chat=chat,
-            truncate=truncate, on_error=on_error,
-        ) if resume else ""  # fmt: skip
+        settings = serving.settings_of(package, source, wanted, folders, questions, on_error) if resume else ""
         form = replace(form, single=single)
         with _writer(out, form, resume=resume, settings=settings, force=force, sources=sources) as writer:
-            for answered, count in _answer(runtime, _progress(rows, source, writer.done), ask, failures, writer.done):
+            shown = _progress(rows, source, writer.done)
+            for answered, count in _answer(runtime, shown, questions, failures, writer.done):
                 writer.write(answered, count)
     if failures.count:
         left = "left out" if on_error == "skip" else "recorded"
@@ -178,39 +222,6 @@ def _rows(texts: tuple[str, ...], source: Path | None) -> Iterator[Mapping[str, 
     return read_lines(sys.stdin.buffer, "stdin")
 
 
-Asker = Callable[[int, Mapping[str, Any]], "Iterator[tuple[str, Request]]"]
-
-
-def _asker(
-    prompts: Mapping[str, PromptFile],
-    options: GenerationOptions,
-    text_column: str,
-    prompt_column: str | None,
-    *,
-    chat: bool,
-    truncate: bool,
-) -> Asker:
-    """A function from a numbered row to its requests, each with the text to show for it."""
-    from edgeprompt.errors import DataError
-    from edgeprompt.evaluation.cells import text_of
-    from edgeprompt.request import Request
-
-    def ask(number: int, row: Mapping[str, Any]) -> Iterator[tuple[str, Request]]:
-        chosen: tuple[str | None, ...] = tuple(prompts) or (None,)
-        if prompt_column:
-            name = text_of(row, prompt_column, f"row {number}")
-            if name not in prompts:
-                raise DataError(f"row {number} names prompt {name!r}; given with --prompt: {', '.join(prompts)}")
-            chosen = (name,)
-        for pick in chosen:
-            fields = fields_of(row, text_column, None if pick is None else prompts[pick], f"row {number}")
-            text = fields["text"] if pick is None else fields
-            request = Request(text=text, prompt=pick, options=options, chat=chat, truncate=truncate)
-            yield " ".join(fields.values()), request
-
-    return ask
-
-
 def _generates(prompts: Mapping[str, PromptFile]) -> bool:
     return all(prompt.task == "generate" for prompt in prompts.values())
 
@@ -223,14 +234,15 @@ class _Failures:
         self.count = 0
         self.first = ""
 
-    def note(self, number: int, error: EdgePromptError) -> str | None:
+    def note(self, where: str, error: EdgePromptError) -> str | None:
         """The message to record; None leaves the record out.
 
         Raises:
             EdgePromptError: the error itself, where the first one ends the run.
         """
-        row = f"row {number}"
-        message = str(error) if str(error).startswith(row) else f"{row}: {error}"
+        from edgeprompt.evaluation.requests import told
+
+        message = told(where, error)
         if self._on_error == "stop":
             raise type(error)(message) from error
         self.count += 1
@@ -239,35 +251,21 @@ class _Failures:
 
 
 def _answer(
-    runtime: Runtime, rows: Iterator[Mapping[str, Any]], ask: Asker, failures: _Failures, done: int
+    runtime: Runtime, rows: Iterator[Mapping[str, Any]], questions: Questions, failures: _Failures, done: int
 ) -> Iterator[tuple[list[Answered], int]]:
     """Answers to each batch of records, in order, and how many records they were; memory holds one batch.
 
     `done` records at the start are passed over.
     """
-    number = done
-    for batch in batches(islice(rows, done, None), RECORDS_AT_ONCE):
-        asked: list[tuple[int, Mapping[str, Any], str, Request | EdgePromptError]] = []
-        for record in batch:
-            number += 1
-            try:
-                asked += [(number, record, text, request) for text, request in ask(number, record)]
-            except EdgePromptError as error:
-                asked.append((number, record, "", error))
-        wanted = [request for *_, request in asked if not isinstance(request, EdgePromptError)]
-        results = iter(runtime.run(wanted, return_errors=True))
+    from edgeprompt.evaluation.requests import RECORDS_AT_ONCE, answer, batches
+
+    numbered = ((f"row {number}", row) for number, row in enumerate(rows, 1))
+    for batch in batches(islice(numbered, done, None), RECORDS_AT_ONCE):
         found = []
-        for place, record, text, request in asked:
-            result = request if isinstance(request, EdgePromptError) else next(results)
-            prompt = None if isinstance(request, EdgePromptError) else request.prompt
-            if isinstance(result, EdgePromptError):
-                message = failures.note(place, result)
-                if message is not None:
-                    found.append(Answered(record, text, prompt, None, message))
-            elif isinstance(result, BaseException):
-                raise result
-            else:
-                found.append(Answered(record, text, prompt, result))
+        for index, answered, error in answer(runtime, questions, batch):
+            message = None if error is None else failures.note(batch[index][0], error)
+            if error is None or message is not None:
+                found.append(replace(answered, error=message))
         yield found, len(batch)
 
 
@@ -284,15 +282,3 @@ def _writer(
         return
     with table(out, form, resume=resume, settings=settings, force=force, sources=sources) as made:
         yield made
-
-
-def _settings(package: Path, source: Path | None, wanted: Sequence[str], **options: Any) -> str:
-    """What a resumed run must share with the one that it goes on from."""
-    from edgeprompt.package.files import sha256_file
-    from edgeprompt.package.folder import open_package
-
-    manifest = open_package(package).manifest
-    file = None if source is None else [source.name, source.stat().st_size]
-    known = [sha256_file(serving.find_prompt(package, item)) for item in wanted]
-    weights = manifest.weights_hash
-    return json.dumps({"input": file, "weights": weights, "prompts": known, **options}, sort_keys=True, default=str)

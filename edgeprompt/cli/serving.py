@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import dataclasses
+import hashlib
+import json
 import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -15,6 +17,7 @@ from edgeprompt.cli import console
 from edgeprompt.errors import InputError
 
 if TYPE_CHECKING:
+    from edgeprompt.evaluation.requests import Questions
     from edgeprompt.package.manifest import Manifest
     from edgeprompt.prompts.file import PromptFile
     from edgeprompt.runtime import Runtime
@@ -205,3 +208,40 @@ def count_records(source: Path) -> int | None:
     with source.open("rb") as file:
         lines = sum(piece.count(b"\n") for piece in iter(lambda: file.read(1 << 20), b""))
     return max(1, lines - (source.suffix.lower() in (".csv", ".tsv")))
+
+
+def settings_of(
+    package: Path,
+    source: Path | None,
+    wanted: Sequence[str],
+    folders: Sequence[Path],
+    questions: Questions,
+    on_error: str,
+) -> str:
+    """What a resumed run must share with the one that it goes on from."""
+    from edgeprompt.package.files import sha256_file
+    from edgeprompt.package.folder import open_package
+
+    manifest = open_package(package).manifest
+    facts = dataclasses.asdict(questions)
+    for name in ("prompts", "folders"):
+        del facts[name]
+    return json.dumps(
+        {
+            "input": None if source is None else [source.name, source.stat().st_size if source.is_file() else 0],
+            "weights": manifest.weights_hash,
+            "prompts": [sha256_file(find_prompt(package, item)) for item in wanted],
+            "folders": [_digest_of(folder) for folder in folders],
+            "on_error": on_error,
+            **facts,
+        },
+        sort_keys=True,
+        default=str,
+    )
+
+
+def _digest_of(folder: Path) -> str:
+    """Of the names, sizes and times of a folder's prompts, of which there may be thousands."""
+    stamps = [(path.name, path.stat()) for path in sorted(folder.glob(f"*{SUFFIX}"))]
+    facts = [(name, status.st_size, status.st_mtime_ns) for name, status in stamps]
+    return hashlib.sha256(json.dumps(facts).encode("utf-8", "surrogateescape")).hexdigest()

@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
 from itertools import islice
 from typing import TYPE_CHECKING, Any, TypeVar
 
-from edgeprompt.errors import EdgePromptError
+from edgeprompt.errors import DataError, EdgePromptError
+from edgeprompt.evaluation.rows import Answered
+from edgeprompt.request import GenerationOptions, Request
 
 if TYPE_CHECKING:
     from edgeprompt.prompts.file import PromptFile
-    from edgeprompt.request import Request, Result
+    from edgeprompt.request import Result
     from edgeprompt.runtime import Runtime
 
 T = TypeVar("T")
@@ -43,6 +46,87 @@ def fields_of(record: Mapping[str, Any], column: str, prompt: PromptFile | None,
         else text_of(record, column if slot == "text" else slot, where)
         for slot in slots
     }
+
+
+@dataclass(frozen=True)
+class Questions:
+    """What is asked about every record of a data file."""
+
+    prompts: tuple[str, ...] = ()
+    """Names of prompts: each is asked, or only the one that `prompt_column` names. None: the base."""
+    folders: bool = False
+    """Whether `prompt_column` may name prompts beyond these."""
+    text_column: str = "text"
+    prompt_column: str | None = None
+    options: GenerationOptions = field(default_factory=GenerationOptions)
+    chat: bool = False
+    truncate: bool = False
+
+    def of(
+        self, record: Mapping[str, Any], where: str, find: Callable[[str], PromptFile]
+    ) -> Iterator[tuple[str, Request]]:
+        """The requests of a record, each with the text to show for it.
+
+        Args:
+            record: one row of the data.
+            where: what to call it in messages, as "row 3".
+            find: a prompt by name.
+
+        Raises:
+            DataError: a column is missing, or names no prompt.
+            PromptNotFoundError: no folder holds the prompt.
+        """
+        from edgeprompt.evaluation.cells import text_of
+
+        chosen: tuple[str | None, ...] = self.prompts or (None,)
+        if self.prompt_column:
+            name = text_of(record, self.prompt_column, where)
+            if name not in self.prompts and not self.folders:
+                raise DataError(f"{where} names prompt {name!r}; given with --prompt: {', '.join(self.prompts)}")
+            chosen = (name,)
+        for pick in chosen:
+            fields = fields_of(record, self.text_column, None if pick is None else find(pick), where)
+            text = fields["text"] if pick is None else fields
+            request = Request(text=text, prompt=pick, options=self.options, chat=self.chat, truncate=self.truncate)
+            yield " ".join(fields.values()), request
+
+
+def answer(
+    runtime: Runtime, questions: Questions, records: Sequence[tuple[str, Mapping[str, Any]]]
+) -> Iterator[tuple[int, Answered, EdgePromptError | None]]:
+    """Answer some records as one mixed batch.
+
+    Args:
+        runtime: has the prompts.
+        questions: what is asked.
+        records: each with what to call it in messages.
+
+    Yields:
+        The index of a record, and its answer; where there is none, why.
+    """
+    asked: list[tuple[int, str, Request | EdgePromptError]] = []
+    for index, (where, record) in enumerate(records):
+        try:
+            asked += [(index, *found) for found in list(questions.of(record, where, runtime.describe))]
+        except EdgePromptError as error:
+            asked.append((index, "", error))
+    wanted = [request for *_, request in asked if isinstance(request, Request)]
+    results = iter(runtime.run(wanted, return_errors=True))
+    for index, text, request in asked:
+        record = records[index][1]
+        result = next(results) if isinstance(request, Request) else request
+        prompt = request.prompt if isinstance(request, Request) else None
+        if isinstance(result, EdgePromptError):
+            yield index, Answered(record, text, prompt, None), result
+        elif isinstance(result, BaseException):
+            raise result
+        else:
+            yield index, Answered(record, text, prompt, result), None
+
+
+def told(where: str, error: EdgePromptError) -> str:
+    """The message of an error, with the record that it is about."""
+    return str(error) if str(error).startswith(where) else f"{where}: {error}"
 
 
 def batches(items: Iterable[T], size: int) -> Iterator[list[T]]:

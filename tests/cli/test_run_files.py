@@ -172,3 +172,14 @@ def test_half_of_a_surrogate_pair_is_kept_or_told(cli, refused, tiny_llama_packa
     for name in ("out.csv", "out.parquet"):
         assert "U+D83D" in refused(*command, tmp_path / name)
         assert not (tmp_path / name).exists()
+
+
+@pytest.mark.parametrize("made", ["csv", "tsv"])
+def test_a_lone_carriage_return_in_a_cell_is_no_end_of_a_row(cli, command, tmp_path, made):
+    records = [{**record, "label": "a\rb"} for record in rows(2)]
+    source, out = write(tmp_path / "in.jsonl", records), tmp_path / f"out.{made}"
+    assert cli(*command, "--input", source, "--output", out).exit_code == 0
+    assert [row["label"] for row in read(out)] == ["a\rb"] * 2
+    again = tmp_path / "again.jsonl"
+    assert cli(*command, "--input", out, "--output", again).exit_code == 0
+    assert [row["id"] for row in read(again)] == ["n0", "n1"]
