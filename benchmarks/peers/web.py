@@ -19,6 +19,7 @@ from typing import Any
 
 import edgeprompt
 from benchmarks.machine import describe, line
+from edgeprompt.options import EngineOptions
 from edgeprompt.package.folder import open_package
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -57,12 +58,12 @@ def measure(packages: dict[str, Path], rounds: int) -> dict[str, Any]:
         "prompt": str(PROMPT), "text": TEXT, "snippets": [row["text"] for row in rows], "tokens": TOKENS,
         "rounds": rounds,
     }  # fmt: skip
-    found = json.loads(_node("tools/measure.mjs", json.dumps(asked)))
-    with edgeprompt.load(packages["web"], threads=1, allow_other_weights=True) as runtime:
+    options = EngineOptions(provider="cpu", threads=1, allow_other_weights=True)
+    with edgeprompt.load(packages["web"], options=options) as runtime:
         runtime.add_prompt(PROMPT, name="task")
         native = [runtime.classify(row["text"], prompt="task").label for row in rows]
-        count = len(found["results"]["web"]["token_ids"])
-        generated = list(runtime.generate(TEXT, max_new_tokens=count).token_ids)
+        generated = list(runtime.generate(TEXT, max_new_tokens=TOKENS["web"]).token_ids)
+    found = json.loads(_node("tools/measure.mjs", json.dumps(asked)))
     labels = found.pop("labels")
     versions = {
         name: json.loads((ROOT / f"js/node_modules/{name}/package.json").read_text("utf-8"))["version"]

@@ -107,7 +107,7 @@ await theirs.goto(`${origin}/`);
 const theirLoad = await theirs.evaluate(
   async ({ origin, beside }) => {
     const { AutoModelForCausalLM, AutoTokenizer, env } = await import("@huggingface/transformers");
-    Object.assign(env, { allowRemoteModels: false, allowLocalModels: true, localModelPath: `${origin}/models/` });
+    Object.assign(env, { allowRemoteModels: false, allowLocalModels: true, localModelPath: "/models/" });
     env.backends.onnx.wasm.wasmPaths = `${origin}/ort/`;
     env.backends.onnx.wasm.numThreads = 1;
     const started = performance.now();
