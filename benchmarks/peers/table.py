@@ -6,9 +6,10 @@ import json
 import math
 import statistics
 import sys
+from dataclasses import dataclass
 from itertools import product
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeAlias
 
 from benchmarks.peers import starts as cold
 from benchmarks.peers.cores import APART
@@ -40,8 +41,90 @@ IN_README = ("edgeprompt", "edgeprompt-int8", "llamacpp", "genai-pruned", "pytor
 """Peers of the README's table, and of its columns the places in MEASURES; docs/benchmarks.md has all."""
 README_MEASURES = (0, 2, 3, 4)
 
+REFERENCE = "reference"
+"""Peers that compute what the weights of the file say, in float32: the others are compared with them."""
+PEER, OTHERS = "llama.cpp, the file itself", "kl-120-sentences.json"
+KL_OF = {
+    "edgeprompt": "int4",
+    "edgeprompt-torch": "int4",
+    "edgeprompt-int4-128": "int4-128",
+    "edgeprompt-int8": "int8",
+    "llamacpp": PEER,
+    "genai": "onnxruntime-genai, int4",
+    "genai-pruned": "onnxruntime-genai, int4",
+    "pytorch": REFERENCE,
+    "optimum": REFERENCE,
+}
+"""Which figure of `benchmarks.quality.kl` a peer has; the others were not measured."""
+BASES = {"SmolLM2-135M-Instruct.Q4_1": "smollm2", "gemma-3-270m-q4_k_m": "gemma3"}
+FAITHFUL, FAST, UNKNOWN = "faithful", "fast", "KL not measured"
+MOST_KL = 1.5
+"""What is faithful has at most so many times the KL divergence of llama.cpp on the same file."""
+
+
+@dataclass(frozen=True)
+class Divergence:
+    """A mean KL divergence from a file's weights, the most that is faithful, and whether it is of the earlier run."""
+
+    mean: float
+    limit: float
+    earlier: bool = False
+
+
+Divergences: TypeAlias = dict[str, Divergence]
+
 RATIO = "ratio of medians (lowest to highest of any two rounds)"
-HEAD = ["| | " + " | ".join(title for title, _, _ in MEASURES) + " |", "|" + " --- |" * (len(MEASURES) + 1)]
+HEAD = ["| | KL | " + " | ".join(title for title, _, _ in MEASURES) + " |", "|" + " --- |" * (len(MEASURES) + 2)]
+
+
+def divergences(model: str, folder: Path = RESULTS) -> Divergences:
+    """What was measured of a model: from kl.json, and from an earlier run what is missing there."""
+    base, found = BASES.get(model, model), Divergences()
+    for name in ("kl.json", OTHERS):
+        file = folder / name
+        parts = json.loads(file.read_text("utf-8"))["bases"].get(base, {}) if file.exists() else {}
+        if PEER in parts:
+            limit = MOST_KL * parts[PEER]["kl_mean"]
+            made = {key: Divergence(value["kl_mean"], limit, name == OTHERS) for key, value in parts.items()}
+            found = {**made, **found}
+    return {**found, REFERENCE: Divergence(0.0, 0.0)} if found else found
+
+
+def group_of(peer: str, kl: Divergences) -> str:
+    """Whether a peer computes what the file says as well as llama.cpp does."""
+    found = kl.get(KL_OF.get(peer, ""))
+    if found is None:
+        return UNKNOWN
+    return FAITHFUL if found.mean <= found.limit else FAST
+
+
+def _kl(peer: str, kl: Divergences) -> str:
+    found = kl.get(KL_OF.get(peer, ""))
+    if found is None:
+        return ""
+    return "0" if not found.mean else f"{'~' * found.earlier}{found.mean:.2g}"
+
+
+def _grouped(rows: list[tuple[str, str]], kl: Divergences) -> list[str]:
+    """Rows of (peer, line), each group behind a line with its name."""
+    if not kl:
+        return [line for _, line in rows]
+    lines = []
+    for group in (FAITHFUL, FAST, UNKNOWN):
+        inside = [line for peer, line in rows if group_of(peer, kl) == group]
+        if inside:
+            lines += [f"| *{group}* |" + " |" * (inside[0].count(" | ")), *inside]
+    return lines
+
+
+def _explained(kl: Divergences) -> str:
+    if not kl:
+        return "The KL divergence from the weights of the file was not measured for this model."
+    earlier = " ~: of an earlier run on 120 sentences, rounded." if any(one.earlier for one in kl.values()) else ""
+    return (
+        "KL: mean divergence of the next token from the weights of the file in float32. *Faithful* has at most "
+        f"{MOST_KL} times llama.cpp's; *fast* computes something else, which a prompt must be tuned for.{earlier}"
+    )
 
 
 def undisturbed(result: dict[str, Any]) -> dict[str, Any]:
@@ -72,13 +155,18 @@ def _by_prompts(sweeps: list[dict[str, Any]]) -> list[list[dict[str, Any]]]:
     return list(found.values())
 
 
-def to_markdown(result: dict[str, Any], starts: dict[str, Any] | None = None) -> str:
+def to_markdown(result: dict[str, Any], starts: dict[str, Any] | None = None, kl: Divergences | None = None) -> str:
     """Medians of rounds, and where and how it was measured; `starts`, of `benchmarks.peers.starts`, adds a column."""
-    lines, rounds = [*HEAD], max(len(peer["rounds"]) for peer in result["peers"].values())
+    kl = kl or {}
+    lines, rounds, rows = (
+        [*HEAD],
+        max(len(peer["rounds"]) for peer in result["peers"].values()),
+        list[tuple[str, str]](),
+    )
     if starts is not None:
         lines = [HEAD[0] + " cold start (s) |", HEAD[1] + " --- |"]
     result = undisturbed(result)
-    for peer in result["peers"].values():
+    for name, peer in result["peers"].items():
         if peer["rounds"]:
             cells = [_shown(statistics.median(value(r) for r in peer["rounds"])) for _, value, _ in MEASURES]
         else:
@@ -86,48 +174,58 @@ def to_markdown(result: dict[str, Any], starts: dict[str, Any] | None = None) ->
         if starts is not None:
             seconds = starts["seconds"].get(peer["title"], {}).get(cold.STATES[0])
             cells.append(_shown(statistics.median(seconds)) if seconds else "absent")
-        lines.append(f"| {peer['title']} | " + " | ".join(cells) + " |")
-    return "\n".join([*lines, "", *_notes(result, rounds)]) + "\n"
+        rows.append((name, f"| {peer['title']} | {_kl(name, kl)} | " + " | ".join(cells) + " |"))
+    return "\n".join([*lines, *_grouped(rows, kl), "", _explained(kl), "", *_notes(result, rounds)]) + "\n"
 
 
-def summary_to_markdown(result: dict[str, Any]) -> str:
-    """The README's table: at most six rows, with the share of labels that are PyTorch's beside the speed."""
+def summary_to_markdown(result: dict[str, Any], kl: Divergences | None = None) -> str:
+    """The README's table: at most six peers by quality, with the share of labels that are PyTorch's."""
+    kl = kl or {}
     result = undisturbed(result)
     measures, agree = [MEASURES[place] for place in README_MEASURES], _agreement(result["peers"]) | {"pytorch": 1.0}
-    titles = ["", *(title for title, _, _ in measures), "labels as PyTorch fp32"]
+    rows = list[tuple[str, str]]()
+    titles = ["", "KL", *(title for title, _, _ in measures), "labels as PyTorch fp32"]
     lines = [f"| {' | '.join(titles)} |", "|" + " --- |" * len(titles)]
     for name in IN_README:
         peer = result["peers"].get(name)
         if peer is None or not peer["rounds"]:
             continue
         cells = [_shown(statistics.median(value(r) for r in peer["rounds"])) for _, value, _ in measures]
-        lines.append(f"| {peer['title']} | {' | '.join(cells)} | {agree.get(name, math.nan):.0%} |")
+        cells = [_kl(name, kl), *cells, f"{agree.get(name, math.nan):.0%}"]
+        rows.append((name, f"| {peer['title']} | {' | '.join(cells)} |"))
     device = result["device"]
     lines += [
+        *_grouped(rows, kl),
         "",
+        _explained(kl),
         f"{result['model']}, {result['threads']} threads, 16-token prompt, 32-token text. {device['cpu']} "
         f"({', '.join(device['isa'])}), {result['time'][:10]}.",
     ]
     return "\n".join(lines) + "\n"
 
 
-def ratios_to_markdown(result: dict[str, Any]) -> str:
+def ratios_to_markdown(result: dict[str, Any], kl: Divergences | None = None) -> str:
     """Ratios of medians to each package of ours, with the lowest and highest of any two rounds."""
+    kl = kl or {}
     peers, lines = undisturbed(result)["peers"], []
     for name in OURS:
         ours = peers.get(name, {}).get("rounds")
-        others = [peer for other, peer in peers.items() if peer["rounds"] and other != name and not _twin(other, name)]
+        others = {
+            other: peer for other, peer in peers.items() if peer["rounds"] and other != name and not _twin(other, name)
+        }
         if not ours or not others:
             continue
-        lines += [f"How many times better {peers[name]['title']}, is: {RATIO}.", "", *HEAD]
-        for peer in others:
-            cells = [_ratio(ours, peer["rounds"], value, more) for _, value, more in MEASURES]
-            lines.append(f"| {peer['title']} | " + " | ".join(cells) + " |")
-        lines.append("")
+        own = f" ({group_of(name, kl)}, KL {_kl(name, kl)})" if kl else ""
+        lines += [f"How many times better {peers[name]['title']}{own}, is: {RATIO}.", "", *HEAD]
+        rows = list[tuple[str, str]]()
+        for other, peer in others.items():
+            cells = [_kl(other, kl), *(_ratio(ours, peer["rounds"], value, more) for _, value, more in MEASURES)]
+            rows.append((other, f"| {peer['title']} | " + " | ".join(cells) + " |"))
+        lines += [*_grouped(rows, kl), ""]
     return "\n".join(lines)
 
 
-def sweep_to_markdown(result: dict[str, Any]) -> str:
+def sweep_to_markdown(result: dict[str, Any], kl: Divergences | None = None) -> str:
     """First token and decoding for every length of prompt and text, ours and the best of the peers."""
     peers = undisturbed(result)["peers"]
     medians = {name: _cells(peer["sweeps"]) for name, peer in peers.items() if peer.get("sweeps")}
@@ -156,6 +254,11 @@ def sweep_to_markdown(result: dict[str, Any]) -> str:
     made = [alike for peer in result["peers"].values() for alike in _by_prompts(peer.get("sweeps", []))]
     rounds = max(map(len, made), default=0)
     note = f"Medians of three texts, {rounds} rounds; in brackets the ratio to the best peer."
+    if kl:
+        classes = [
+            f"{peers[name]['title']} {group_of(name, kl)} (KL {_kl(name, kl)})" for name in medians if _kl(name, kl)
+        ]
+        note += f" Compare within a class: {', '.join(classes)}."
     if guess:
         left_out = ", ".join(peers[name]["title"] for name in medians if name in guess)
         note += f" Left out, since its labels are not better than a guess: {left_out}."
@@ -242,7 +345,11 @@ def _shown(value: float) -> str:
 def newest() -> Path:
     """The newest committed result of a comparison with peers."""
     found = {path: json.loads(path.read_text(encoding="utf-8")) for path in RESULTS.glob("*.json")}
-    peers = [path for path, result in found.items() if result.get("format") == "edgeprompt-peers"]
+    peers = [
+        path
+        for path, result in found.items()
+        if isinstance(result, dict) and result.get("format") == "edgeprompt-peers"
+    ]
     if not peers:
         raise SystemExit(f"no comparison with peers in {RESULTS.name}/; run python -m benchmarks")
     return max(peers, key=lambda path: str(found[path]["time"]))
@@ -263,8 +370,9 @@ def main() -> None:
     file = Path(sys.argv[1]) if len(sys.argv) > 1 else newest()
     result = json.loads(file.read_text(encoding="utf-8"))
     starts = json.loads(cold.RESULT.read_text(encoding="utf-8")) if cold.RESULT.exists() else None
-    write_table(ROOT / "README.md", summary_to_markdown(result))
-    tables = (to_markdown(result, starts), ratios_to_markdown(result), sweep_to_markdown(result))
+    kl = divergences(result["model"])
+    write_table(ROOT / "README.md", summary_to_markdown(result, kl))
+    tables = (to_markdown(result, starts, kl), ratios_to_markdown(result, kl), sweep_to_markdown(result, kl))
     write_table(ROOT / "docs/benchmarks.md", "\n".join(tables))
 
 

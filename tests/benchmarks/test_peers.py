@@ -1,5 +1,6 @@
 """The comparison's table, from a result of known numbers."""
 
+import json
 from pathlib import Path
 from typing import Any
 
@@ -8,7 +9,14 @@ import pytest
 from benchmarks.peers.table import (
     BEGIN,
     END,
+    FAITHFUL,
+    FAST,
     IN_README,
+    OTHERS,
+    PEER,
+    UNKNOWN,
+    divergences,
+    group_of,
     ratios_to_markdown,
     summary_to_markdown,
     sweep_to_markdown,
@@ -49,7 +57,7 @@ def result() -> dict[str, Any]:
 def test_ratios_of_medians_with_their_spread(result: dict[str, Any]):
     lines = ratios_to_markdown(result).splitlines()
     ratio = lines[-1 - next(n for n, line in enumerate(reversed(lines)) if line.startswith("| other"))]
-    cells = [cell.strip() for cell in ratio.split("|")[2:-1]]
+    cells = [cell.strip() for cell in ratio.split("|")[3:-1]]
     assert cells[2] == "2.67 (2.00 to 4.00)"  # 100 tokens/s beside a median of 37.5
     assert cells[0] == "3.00 (2.00 to 4.00)"
     assert cells[4] == "1.00 (1.00 to 1.00)"
@@ -58,7 +66,7 @@ def test_ratios_of_medians_with_their_spread(result: dict[str, Any]):
 def test_absent_peers_and_the_ceiling_are_said(result: dict[str, Any]):
     text = to_markdown(result)
     assert "gone: absent (no wheel)" in text
-    assert "| gone | absent |" in text
+    assert "| gone |  | absent |" in text
     assert "bound decoding at 200 tokens/s, of which edgeprompt reaches 50%" in text
 
 
@@ -132,3 +140,37 @@ def test_the_readme_has_six_rows_at_most_and_says_whose_labels_differ(result: di
     assert [row.split("|")[1].strip() for row in rows[2:]] == ["ours", "PyTorch"]
     assert rows[2].split("|")[-2].strip() == "75%"
     assert len(IN_README) <= 6
+
+
+def _kl(folder: Path, **bases: dict[str, float]) -> None:
+    for name, means in bases.items():
+        parts = {key: {"kl_mean": value} for key, value in means.items()}
+        file = folder / ("kl.json" if name == "newest" else OTHERS)
+        file.write_text(json.dumps({"bases": {"tiny": parts}}), encoding="utf-8")
+
+
+def test_what_computes_something_else_is_a_group_of_its_own(result: dict[str, Any], tmp_path: Path) -> None:
+    result["peers"]["llamacpp"] = {"title": "llama", "rounds": [_round(1)]}
+    result["peers"]["edgeprompt-int8"] = {"title": "eight", "rounds": [_round(3)]}
+    _kl(tmp_path, newest={PEER: 0.01, "int4": 0.015, "int8": 0.016})
+    kl = divergences("tiny", tmp_path)
+    assert [group_of(name, kl) for name in ("llamacpp", "edgeprompt", "edgeprompt-int8", "other", "pytorch")] == [
+        FAITHFUL, FAITHFUL, FAST, UNKNOWN, FAITHFUL,
+    ]  # fmt: skip
+    first = [line.split(" | ")[0] for line in to_markdown(result, kl=kl).splitlines() if line.startswith("| ")]
+    assert [name.strip("| *") for name in first] == [
+        "", "---", "faithful", "ours", "llama", "fast", "eight", "KL not measured", "other", "gone",
+    ]  # fmt: skip
+    rows = to_markdown(result, kl=kl).splitlines()
+    assert len({line.count("|") for line in rows if line.startswith("|")}) == 1
+    assert "| ours | 0.015 |" in to_markdown(result, kl=kl)
+    assert "eight (fast, KL 0.016)" in ratios_to_markdown(result, kl)
+
+
+def test_an_earlier_run_fills_up_what_was_not_measured_again(tmp_path: Path) -> None:
+    _kl(tmp_path, newest={PEER: 0.01, "int4": 0.02}, earlier={PEER: 0.04, "int4": 0.03, "int8": 0.05})
+    kl = divergences("tiny", tmp_path)
+    # Each figure is held against llama.cpp's of its own run.
+    assert (kl["int4"].mean, group_of("edgeprompt", kl)) == (0.02, FAST)
+    assert (kl["int8"].earlier, group_of("edgeprompt-int8", kl)) == (True, FAITHFUL)
+    assert divergences("unknown", tmp_path) == {}
