@@ -66,6 +66,8 @@ def threads() -> int:
 
 def disconnect(server: Running, count: int) -> None:
     """`count` streams, each left after its first events; nothing runs afterwards."""
+    assert server.post("/v1/classify", CHECK).status_code == 200
+    until(lambda: bool(server.log))  # the log's thread comes with its first event, and stays
     before = threads()
     for index in range(count):
         body = {**LONG, "stream": True, "n": 1 + index % 2, "seed": index}
