@@ -189,6 +189,14 @@ def read_scales(
     return scales
 
 
+def read_steps(
+    record: Mapping[str, Any], initializers: Mapping[str, ir.Value], rows: slice = slice(None)
+) -> npt.NDArray[np.float32]:
+    """The scales [out_features, blocks] of a blockwise weight, or of some of its rows."""
+    scales = _array(initializers, record["scales"], (rows,)).astype(np.float32)
+    return scales.reshape(len(scales), -1)
+
+
 def read_factors(record: Mapping[str, Any], initializers: Mapping[str, ir.Value]) -> torch.Tensor | None:
     """Powers of two that the base's columns were multiplied by before they were rounded; None: by nothing.
 

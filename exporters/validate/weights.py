@@ -9,7 +9,7 @@ from typing import Any
 import onnx_ir as ir
 import torch
 
-from edgeprompt.base.dequantize import WEIGHTS, dequantize_record, read_factors, read_scales
+from edgeprompt.base.dequantize import WEIGHTS, dequantize_record, read_factors, read_scales, read_steps
 from edgeprompt.base.mapped import release
 from edgeprompt.errors import ValidationError
 from edgeprompt.package.manifest import Manifest
@@ -17,6 +17,8 @@ from edgeprompt.package.manifest import Manifest
 LIMITS = {4: (0.25, 0.8), 8: (0.04, 0.4)}
 """Bits -> largest error allowed of a matrix, and of each run of `RUN` weights of a row, relative to its own size."""
 RUN = 32
+_NEAREST = 0.6
+"""Steps that rounding to the nearest explains, the scale's own fit included."""
 _CHUNK = 1 << 22
 """Weights that are compared at a time."""
 
@@ -66,6 +68,11 @@ def _compare(record: Mapping[str, Any], initializers: Mapping[str, Any], paramet
         # A run far smaller than its row's others lies below their rounding.
         power_of_row = power.mean(1, keepdim=True)
         share = error / torch.maximum(power, 0.05 * power_of_row).clamp(min=1e-30)
+        if not columns and record["block"] > RUN:
+            # Beside a large weight of its block, what lies near zero is rounded to it.
+            steps = torch.from_numpy(read_steps(record, initializers, slice(start, start + len(want))))
+            steps = steps.repeat_interleave(record["block"] // RUN, dim=1)[:, : share.shape[1]]
+            share = torch.where(error <= RUN * (_NEAREST * steps).square(), 0.0, share)
         if not columns and not bool((share <= part**2).all()):
             row = start + int((share.nan_to_num(torch.inf) > part**2).any(1).nonzero()[0, 0])
             raise ValidationError(

@@ -14,7 +14,8 @@ import pytest
 import torch
 from click.testing import CliRunner
 
-from edgeprompt.base.load import load_base
+from edgeprompt.base.families import find_family
+from edgeprompt.base.load import LoadedBase, load_base
 from edgeprompt.cli import main
 from edgeprompt.errors import DataError, ValidationError
 from edgeprompt.package.folder import open_package
@@ -216,3 +217,26 @@ def test_data_without_text_is_refused(tmp_path):
     for file in tmp_path.iterdir():
         with pytest.raises(DataError, match=file.name):
             judging_texts(file)
+
+
+@pytest.mark.parametrize("block_size", [64, 128])
+def test_what_lies_near_zero_beside_a_large_weight_is_rounded_to_it(block_size, tmp_path):
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    torch.manual_seed(0)
+    config = LlamaConfig(
+        vocab_size=512, hidden_size=128, intermediate_size=128, num_hidden_layers=1, num_attention_heads=4,
+        num_key_value_heads=4, max_position_embeddings=64,
+    )  # fmt: skip
+    model = LlamaForCausalLM(config).eval()
+    weight = model.model.layers[0].mlp.down_proj.weight
+    with torch.no_grad():
+        weight[:, :32] *= 9
+    loaded = LoadedBase("near zero", model, None, find_family("llama"))
+    out = tmp_path / "package"
+    export_model(loaded, out, precision="int4", block_size=block_size, allow_quality_loss=True)
+    at = next(at for at, record in enumerate(records_of(out)) if "down_proj" in record["pieces"][0][0])
+    for how in BREAKS:
+        wrong = broken(out, tmp_path / how, records_of(out)[at], how)
+        with pytest.raises(ValidationError):
+            validate_package(wrong, against=loaded)
