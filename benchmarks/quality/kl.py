@@ -50,13 +50,19 @@ def main() -> None:
     parser.add_argument("--sentences", type=int, default=400)
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--out", type=Path, default=OUT)
+    parser.add_argument("--add", action="store_true", help="Keep the result's other rows, of the same sentences.")
     parser.add_argument("--table", action="store_true", help="Measure nothing, print the result.")
     given = parser.parse_args()
     if not given.table:
-        result: dict[str, Any] = {"machine": describe(), "sentences": given.sentences, "bases": {}}
+        result: dict[str, Any] = {"sentences": given.sentences, "bases": {}}
+        if given.add:
+            result = json.loads(given.out.read_text("utf-8"))
+            if result["sentences"] != given.sentences:
+                raise SystemExit(f"the result has {result['sentences']} sentences; give as many, or leave out --add")
+        result["machine"] = describe()
         for name in given.bases.split(","):
             found = measure(BASES[name], given.precisions.split(","), given.sentences, given.llamacpp, given.threads)
-            result["bases"][name] = found
+            result["bases"][name] = {**result["bases"].get(name, {}), **found}
             given.out.write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
     print(table(json.loads(given.out.read_text("utf-8"))))
 
