@@ -26,6 +26,8 @@ _ROWS = 256
 _CHUNK_VALUES = 1 << 22
 _BY_LENGTH = ("dynamic", "yarn", "longrope")
 """Scalings of rotary positions that read `max_position_embeddings`."""
+_KNOWN = "edgeprompt_known_values"
+"""Attribute of a model whose config came from a file that tells some values alone."""
 _LAYER = re.compile(r"\.(\d+)\.")
 BUFFER = "buffer:"
 """In front of the names of buffers, which formats 1 and 2 leave out."""
@@ -68,7 +70,20 @@ def base_fingerprint(model: Any) -> str:
     sample = model.get_input_embeddings().weight.detach()[rows].float().cpu().numpy()
     first = fingerprint_of(config.model_type, geometry, sample)
     read = [(name, Digest(value)) for name, value in _covered(model, geometry.vocab_size)]
-    return joined_fingerprint(first, read, config_facts(config))
+    known = getattr(model, _KNOWN, None)
+    facts = config_facts(config)
+    return joined_fingerprint(first, read, facts if known is None else facts | {parts.KNOWN: dict(known)})
+
+
+def note_known(model: Any, names: Collection[str]) -> None:
+    """Note on a model which values of its config its file tells; fingerprints take the others as unknown.
+
+    Args:
+        model: A transformers model.
+        names: Of config values, with points inside `rope_parameters`; sizes and bookkeeping among them are left out.
+    """
+    values = dict(parts.flat(_plain(text_config(model.config).to_dict())))
+    setattr(model, _KNOWN, {name: values[name] for name in names if name in values})
 
 
 class Digest:

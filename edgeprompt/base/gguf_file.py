@@ -104,6 +104,24 @@ class GgufFile:
         finally:
             loader.torch = before
 
+    def known(self, config: Any) -> list[str]:
+        """Names of the config's values that the file tells; all others are the defaults of the config's class."""
+        from transformers.integrations.ggml import GGUF_CONFIG_MAPPING
+
+        architecture = str(self.reader.fields["general.architecture"].contents())
+        found = [
+            name
+            for key, name in GGUF_CONFIG_MAPPING.get(architecture, {}).items()
+            if name and self.field(key) is not None
+        ]
+        rope = getattr(config, "rope_parameters", None) or {}
+        if any(tensor.name == "rope_freqs.weight" for tensor in self.reader.tensors) or self.field("rope.scaling.type"):
+            found += [f"rope_parameters.{name}" for name in ("rope_type", *rope)]
+        if "rope_theta" in found:
+            inner = "full_attention." if "full_attention" in rope else ""
+            found.append(f"rope_parameters.{inner}rope_theta")
+        return found
+
     def keep_rotary_scaling(self, config: Any) -> None:
         """Put the file's scaling of rotary positions into a config; transformers drops it.
 
@@ -128,6 +146,13 @@ class GgufFile:
             config.rope_parameters = rope
         if frequencies is not None:
             self._keep_frequencies(config, frequencies.data)
+
+    def keep_activation(self, config: Any) -> None:
+        """Put T5's activation into a config, by the file's tensors as llama.cpp does: gated GELU, or ReLU."""
+        if config.model_type in ("t5", "umt5", "mt5"):
+            config.is_gated_act = any("ffn_gate" in name for name in self.names)
+            config.dense_act_fn = "gelu_new" if config.is_gated_act else "relu"
+            config.feed_forward_proj = "gated-gelu" if config.is_gated_act else "relu"
 
     def _keep_frequencies(self, config: Any, divisors: Any) -> None:
         import numpy as np

@@ -14,7 +14,7 @@ from edgeprompt.base import accounting, memory
 from edgeprompt.base.checkpoint import map_checkpoint, measure, read_checkpoint
 from edgeprompt.base.encoder import read_encoder
 from edgeprompt.base.families import find_family
-from edgeprompt.base.fingerprint import base_fingerprint
+from edgeprompt.base.fingerprint import base_fingerprint, note_known
 from edgeprompt.base.gguf_file import GgufFile
 from edgeprompt.base.mapped import own
 from edgeprompt.base.rope import check_rope
@@ -180,6 +180,7 @@ def _load_gguf(source: Source, need: memory.Need, scratch: Path | None) -> tuple
         sizes = memory.Sizes(sum(counts), max(counts), 0 if scratch is not None else sum(counts))
         memory.check_memory(source.given, sizes, need)
         file.keep_rotary_scaling(config)
+        file.keep_activation(config)
         with file.on_disk(scratch) if scratch is not None else contextlib.nullcontext() as spill:
             try:
                 model, info = _model_class(config, family).from_pretrained(
@@ -189,6 +190,7 @@ def _load_gguf(source: Source, need: memory.Need, scratch: Path | None) -> tuple
                 raise SourceError(f"cannot load the base model {source.given!r}: {one_line(error)}") from error
     accounting.check_loaded(info, model, source.given, unused=file.unmapped)
     model = _without_gguf(model)
+    note_known(model, file.known(config))
     if spill is not None:
         own(model, [spill.map])
     model.config._name_or_path = str(source.folder)
@@ -273,6 +275,9 @@ def _without_gguf(model: Any) -> Any:
         plain = type(model)(config)
     plain.load_state_dict(model.state_dict(), assign=True)
     plain.tie_weights()
+    head = model.get_output_embeddings().weight
+    if head.data_ptr() != model.get_input_embeddings().weight.data_ptr():  # T5's config ties both whatever the file has
+        plain.get_output_embeddings().weight = head
     plain.generation_config = model.generation_config
     return plain
 

@@ -11,7 +11,7 @@ import base64
 import functools
 import hashlib
 import json
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -33,6 +33,8 @@ PROJECTION_STEPS = 4096
 ENTRY = np.dtype([("kind", "u1"), ("norm", "<u2"), ("sums", "<i2", (PROJECTIONS,))])
 """One parameter of a sketch: the finest type that its values need (`BFLOAT16`, ...), its size, and its sums."""
 BFLOAT16, FLOAT16, FLOAT32 = 0, 1, 2
+KNOWN = "known_values"
+"""Key of the facts of a base whose file tells some of its config alone (GGUF): name -> value of all that it tells."""
 _NAMES_BYTES = 8
 OTHER = "their sizes or embeddings differ"
 """What `differences` says of two bases that have nothing in common."""
@@ -59,6 +61,8 @@ class Fingerprint:
     """Format 2: the signs of all matrices and biases."""
     facts: Mapping[str, Any] | None = None
     """Config values that are not their class's defaults."""
+    known: Mapping[str, Any] | None = None
+    """Config values that the base's file tells, by dotted names; None where it tells all."""
     names: bytes = b""
     """Hash of the names of the parameters in the sketch."""
     sketch: Any = field(default=None, repr=False)
@@ -72,10 +76,11 @@ def parse(fingerprint: str) -> Fingerprint:
         try:
             signs, first, facts, sketch = fingerprint.removeprefix(FORMAT_3).split(".")
             read, data = strict_json.loads(_decode(facts)), _decode(sketch)
-            if not isinstance(read, dict):
+            known = read.pop(KNOWN, None) if isinstance(read, dict) else read
+            if not isinstance(read, dict) or not (known is None or isinstance(known, dict)):
                 raise ValueError("the facts are no object")
             entries = np.frombuffer(data[_NAMES_BYTES:], ENTRY)
-            return Fingerprint(first, signs, read, data[:_NAMES_BYTES], entries)
+            return Fingerprint(first, signs, read, known, data[:_NAMES_BYTES], entries)
         except (ValueError, RecursionError):
             return Fingerprint(fingerprint)
     if fingerprint.startswith(FORMAT_2):
@@ -85,10 +90,10 @@ def parse(fingerprint: str) -> Fingerprint:
     return Fingerprint(digits[:16] if kind == "sha256" else fingerprint)
 
 
-def rank(fingerprint: str) -> int:
-    """The number of a fingerprint's format."""
+def rank(fingerprint: str) -> tuple[int, bool]:
+    """How much a fingerprint covers: the number of its format, and whether it has the whole config."""
     found = parse(fingerprint)
-    return 1 if not found.signs else 2 if found.facts is None else 3
+    return (1 if not found.signs else 2 if found.facts is None else 3), found.known is None
 
 
 def build(first: str, signs: str, facts: Mapping[str, Any], names: bytes, entries: Any) -> str:
@@ -127,11 +132,7 @@ def differences(one: str, other: str) -> list[str]:
         return ["their embeddings are the same, so one of both was fine-tuned or merged"]
     if a.facts is None or b.facts is None:
         return []
-    facts = [
-        f"{name} {_shown(a.facts.get(name))} against {_shown(b.facts.get(name))}"
-        for name in sorted(a.facts.keys() | b.facts.keys())
-        if a.facts.get(name) != b.facts.get(name)
-    ]
+    facts = _facts_apart(a, b)[0]
     if facts:
         return [f"their configs differ: {', '.join(facts)}"]
     if a.names == b.names and (far := _far(a.sketch, b.sketch)):
@@ -157,7 +158,34 @@ def weaker(one: str, other: str) -> str | None:
             "has other names for its parameters (of another version of transformers), so only signs and config are "
             "compared: other norms, and scaled or exchanged matrices, would not be noticed"
         )
+    if unknown := _facts_apart(a, b)[1]:
+        return f"is of a GGUF file that does not tell {', '.join(unknown)}: these are not compared"
     return None
+
+
+def _facts_apart(one: Fingerprint, other: Fingerprint) -> tuple[list[str], list[str]]:
+    """Values of the configs that differ, and those that differ where one of both bases does not tell them."""
+    a, b = dict(flat(one.facts or {})), dict(flat(other.facts or {}))
+    differ, unknown = [], []
+    for name in sorted(a.keys() | b.keys()):
+        # Facts leave defaults out, but some values of an object may be defaults: what is known has them.
+        x, y = (mine.get(name, (side.known or {}).get(name)) for mine, side in ((a, one), (b, other)))
+        if x == y:
+            continue
+        if any(side.known is not None and name not in side.known for side in (one, other)):
+            unknown.append(f"{name} ({_shown(a.get(name))} against {_shown(b.get(name))})")
+        else:
+            differ.append(f"{name} {_shown(x)} against {_shown(y)}")
+    return differ, unknown
+
+
+def flat(facts: Mapping[str, Any], above: str = "") -> Iterator[tuple[str, Any]]:
+    """(dotted name, value) of facts within facts; a rotary type "default" is none."""
+    for name, value in facts.items():
+        if isinstance(value, Mapping):
+            yield from flat(value, f"{above}{name}.")
+        elif value is not None and (name, value) != ("rope_type", "default"):
+            yield f"{above}{name}", value
 
 
 def _far(one: Any, other: Any) -> int:

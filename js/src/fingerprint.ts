@@ -5,6 +5,7 @@
 
 const FORMAT_2 = "sha256-2:";
 const FORMAT_3 = "sha256-3:";
+const KNOWN = "known_values";
 const PROJECTIONS = 4;
 const NORM_STEPS = 1024;
 const PROJECTION_STEPS = 4096;
@@ -28,20 +29,25 @@ interface Fingerprint {
   first: string;
   signs: string;
   facts: Record<string, unknown> | null;
+  /** Config values that the base's file tells, null where it tells all. */
+  known: Record<string, unknown> | null;
   names: string;
   sketch: Entry[];
 }
 
 /** Read a fingerprint of any format; one of no known format is compared as a whole. */
 function parse(fingerprint: string): Fingerprint {
-  const found: Fingerprint = { first: fingerprint, signs: "", facts: null, names: "", sketch: [] };
+  const found: Fingerprint = { first: fingerprint, signs: "", facts: null, known: null, names: "", sketch: [] };
   if (fingerprint.startsWith(FORMAT_3)) {
     const parts = fingerprint.slice(FORMAT_3.length).split(".");
     try {
       if (parts.length !== 4) return found;
       const facts: unknown = JSON.parse(new TextDecoder("utf-8", { fatal: true }).decode(decode(parts[2]!)));
       const data = decode(parts[3]!);
-      if (typeof facts !== "object" || facts === null || Array.isArray(facts)) return found;
+      if (!isObject(facts)) return found;
+      const known = facts[KNOWN];
+      if (known !== undefined && known !== null && !isObject(known)) return found;
+      delete facts[KNOWN];
       if (data.length < NAMES_BYTES || (data.length - NAMES_BYTES) % ENTRY_BYTES) return found;
       const view = new DataView(data.buffer);
       for (let at = NAMES_BYTES; at < data.length; at += ENTRY_BYTES) {
@@ -49,7 +55,7 @@ function parse(fingerprint: string): Fingerprint {
         found.sketch.push({ kind: data[at]!, norm: view.getUint16(at + 1, true), sums });
       }
       found.names = [...data.subarray(0, NAMES_BYTES)].join();
-      return { ...found, signs: parts[0]!, first: parts[1]!, facts: facts as Record<string, unknown> };
+      return { ...found, signs: parts[0]!, first: parts[1]!, facts, known: known ?? null };
     } catch {
       return { ...found, sketch: [] };
     }
@@ -71,10 +77,12 @@ export function difference(one: string, other: string): string | null {
   if (!a.signs || !b.signs) return null;
   if (a.signs !== b.signs) return "their embeddings are the same, so one of both was fine-tuned or merged";
   if (!a.facts || !b.facts) return null;
-  const [mine, theirs] = [a.facts, b.facts];
-  const facts = [...new Set([...Object.keys(mine), ...Object.keys(theirs)])]
-    .sort()
-    .filter((name) => canonical(mine[name]) !== canonical(theirs[name]));
+  const [mine, theirs] = [flat(a.facts), flat(b.facts)];
+  const facts = [...new Set([...mine.keys(), ...theirs.keys()])].sort().filter((name) => {
+    const [x, y] = [mine.get(name) ?? own(a.known, name), theirs.get(name) ?? own(b.known, name)];
+    const told = [a, b].every((side) => side.known === null || Object.hasOwn(side.known, name));
+    return told && canonical(x) !== canonical(y);
+  });
   if (facts.length) return `their configs differ: ${facts.join(", ")}`;
   const far = a.names === b.names ? farParameters(a.sketch, b.sketch) : 0;
   if (!far) return null;
@@ -109,6 +117,23 @@ function farParameters(one: Entry[], other: Entry[]): number {
   });
   if (!far && usual.length && Math.sqrt(total / usual.length) > ALL) return usual.filter((apart) => apart > ALL).length;
   return far;
+}
+
+/** Facts within facts by dotted names; a rotary type "default" is none. */
+function flat(facts: Record<string, unknown>, above = "", found = new Map<string, unknown>()): Map<string, unknown> {
+  for (const [name, value] of Object.entries(facts)) {
+    if (isObject(value)) flat(value, `${above}${name}.`, found);
+    else if (value !== null && !(name === "rope_type" && value === "default")) found.set(`${above}${name}`, value);
+  }
+  return found;
+}
+
+function own(values: Record<string, unknown> | null, name: string): unknown {
+  return values !== null && Object.hasOwn(values, name) ? values[name] : undefined;
+}
+
+function isObject(value: unknown): value is Record<string, unknown> {
+  return typeof value === "object" && value !== null && !Array.isArray(value);
 }
 
 /** A JSON value as text that is the same for equal values. */

@@ -65,7 +65,7 @@ def merge_lora(model, module, size, rank=8):
 @pytest.mark.parametrize("kind", KINDS)
 def test_types_and_what_they_were_before_do_not_matter(kind, tmp_path):
     base = load_base(bases.save(tmp_path / "base", kind))
-    assert rank(base.fingerprint) == 3
+    assert rank(base.fingerprint) == (3, True)
     for number, steps in enumerate((("half",), ("bfloat16",), ("half", "bfloat16"), ("bfloat16", "half"))):
         other = copy.deepcopy(base.model)
         for step in steps:
@@ -110,6 +110,85 @@ def test_a_gguf_file_has_the_fingerprint_of_its_folder(tmp_path):
     file = load_base(write_gguf(bases.model("llama"), tmp_path / "model.gguf", tokenizer=bases.tokenizer()))
     assert file.base.matches(folder.base)
     assert file.base.weaker(folder.base) is None
+
+
+FAMILIES = {
+    "llama": {"rope_theta": 500000.0, "num_key_value_heads": 2, "intermediate_size": 64},
+    "qwen2": {"rms_norm_eps": 1e-5, "num_key_value_heads": 2, "intermediate_size": 64, "tie_word_embeddings": True},
+    "qwen3": {"head_dim": 128, "num_key_value_heads": 2, "intermediate_size": 64},
+    "gemma3_text": {"sliding_window": 16, "num_key_value_heads": 2, "intermediate_size": 64, "num_hidden_layers": 6,
+                    "head_dim": 8},
+    "gpt2": {"layer_norm_epsilon": 1e-6},
+    "t5": {"d_ff": 64, "d_kv": 8, "num_layers": 2, "num_heads": 4, "num_decoder_layers": 2,
+           "feed_forward_proj": "gated-gelu"},
+}  # fmt: skip
+UNKNOWN = {  # what no GGUF file says, or what transformers does not read in it
+    "qwen2": ({"use_sliding_window": True, "sliding_window": 16, "max_window_layers": 1}, "sliding_window"),
+    "llama": ({"rope_parameters": {"rope_type": "linear", "rope_theta": 500000.0, "factor": 2.0}}, "rope_type"),
+    "gemma3_text": ({"query_pre_attn_scalar": 99}, "query_pre_attn_scalar"),
+    "gpt2": ({"scale_attn_by_inverse_layer_idx": True}, "scale_attn_by_inverse_layer_idx"),
+}
+TOLD = {
+    "qwen2": {"rms_norm_eps": 1e-4},
+    "llama": {"rope_parameters": {"rope_type": "linear", "rope_theta": 1000.0, "factor": 2.0}},
+    "gemma3_text": {"sliding_window": 32},
+    "gpt2": {"layer_norm_epsilon": 1e-4},
+    "t5": {"relative_attention_num_buckets": 32, "layer_norm_epsilon": 1e-4},
+}
+
+
+def folder_and_file(kind, folder, **changes):
+    """A base as a folder and as a GGUF file of the same floats."""
+    from transformers import AutoModelForSeq2SeqLM, PreTrainedTokenizerFast
+
+    torch.manual_seed(0)
+    sizes = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4, "vocab_size": 259, "eos_token_id": 0}
+    auto = AutoModelForSeq2SeqLM if kind == "t5" else AutoModelForCausalLM
+    padding = {"pad_token_id": 1, "bos_token_id": 0, "decoder_start_token_id": 1}
+    model = auto.from_config(AutoConfig.for_model(kind, **{**sizes, **padding, **FAMILIES[kind], **changes})).float()
+    if kind == "t5":
+        model.config.tie_word_embeddings = model.config.scale_decoder_outputs = False
+        model.lm_head.weight = torch.nn.Parameter(torch.randn(259, 32))
+    with torch.no_grad():
+        for value in model.parameters():
+            value += 0.01 * torch.randn_like(value)
+    model.save_pretrained(folder)
+    PreTrainedTokenizerFast(tokenizer_object=bases.tokenizer(), eos_token="<eos>").save_pretrained(folder)
+    file = write_gguf(model, folder / "model.gguf", tokenizer=bases.tokenizer())
+    return load_base(folder), load_base(file)
+
+
+@pytest.mark.parametrize("kind", FAMILIES)
+def test_a_gguf_file_is_the_base_that_it_was_made_of(kind, tmp_path):
+    folder, file = folder_and_file(kind, tmp_path)
+    ids = torch.arange(5, 25)[None]
+    more = {"decoder_input_ids": ids} if kind == "t5" else {}
+    torch.testing.assert_close(file.model(ids, **more).logits, folder.model(ids, **more).logits, rtol=0, atol=1e-4)
+    assert not file.base.apart(folder.base)
+    assert file.base.matches(folder.base)
+    assert file.base.weaker(folder.base) is None
+
+
+@pytest.mark.parametrize("kind", UNKNOWN)
+def test_what_a_gguf_file_does_not_tell_is_a_note(kind, tmp_path):
+    changes, name = UNKNOWN[kind]
+    folder, file = folder_and_file(kind, tmp_path, **changes)
+    assert folder.base.matches(file.base)
+    assert file.base.matches(folder.base)
+    for note in (folder.base.weaker(file.base), file.base.weaker(folder.base)):
+        assert "'model' is of a GGUF file that does not tell" in note
+        assert name in note
+    twin = load_base(write_gguf(folder.model, tmp_path / "twin.gguf", tokenizer=bases.tokenizer())).base
+    assert twin.weaker(file.base) is None
+
+
+@pytest.mark.parametrize("kind", TOLD)
+def test_what_both_files_tell_must_agree(kind, tmp_path):
+    file = folder_and_file(kind, tmp_path / "one")[1]
+    other = folder_and_file(kind, tmp_path / "two", **TOLD[kind])
+    for base in other:
+        assert not base.base.matches(file.base)
+        assert "their configs differ" in base.base.apart(file.base)
 
 
 def test_what_a_file_says_besides_does_not_count(tmp_path):

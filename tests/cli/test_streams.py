@@ -25,7 +25,7 @@ def commands(tiny_llama_package, tiny_llama_base, prompt_folder, tmp_path_factor
         "inspect": ("inspect", tiny_llama_package),
         "validate": ("validate", tiny_llama_package, "--against", tiny_llama_base),
         "bench": ("bench", tiny_llama_package, *bench),
-        "convert": ("convert", prompt, "-o", home / "out.npy"),
+        "convert": ("convert", prompt, "-o", home / "out.npy", "--force"),
         "export": ("export", tiny_llama_base, "-o", home / "package", "--force"),
         "tune": ("tune", tiny_llama_base, home / "d.csv", "-o", home / "tuned.safetensors", "--steps", 1),
         "help": ("--help",),

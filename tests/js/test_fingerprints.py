@@ -7,7 +7,7 @@ import itertools
 from collections.abc import Callable
 from typing import Any
 
-from edgeprompt.base.fingerprint import base_fingerprint
+from edgeprompt.base.fingerprint import base_fingerprint, note_known
 from edgeprompt.package.fingerprint import differences, parse
 from tests.support import base_changes
 from tests.support.damaged import bases
@@ -22,6 +22,8 @@ def test_every_pair_is_judged_alike(ask: Callable[..., Any]) -> None:
             base_fingerprint(base_changes.changed(model, what, kind)) for what, k in base_changes.CASES if k == kind
         ]
         signs, first = parse(found[0]).signs, parse(found[0]).first
+        if kind in base_changes.EPSILON_KINDS:
+            found += [base_fingerprint(_of_gguf(model, epsilon)) for epsilon in (None, 1e-3)]
         found += [f"sha256-2:{signs}.{first}", f"sha256:{first}", found[0][:-4], found[0] + ".", f"{found[0]}A"]
         pairs += itertools.product(found[:3] + found[-5:], found)
     answers = ask("fingerprints", pairs=pairs)
@@ -31,6 +33,16 @@ def test_every_pair_is_judged_alike(ask: Callable[..., Any]) -> None:
     assert sum(not one for one in answers) > 100
     for one, other in zip(answers, expected, strict=True):
         assert one is None or one.split(":")[0] == other[0].split(":")[0]
+
+
+def _of_gguf(model: Any, epsilon: float | None) -> Any:
+    """A copy whose file tells the epsilon of its norms alone."""
+    other = copy.deepcopy(model)
+    name = next(name for name in base_changes.EPSILON if hasattr(other.config, name))
+    if epsilon is not None:
+        setattr(other.config, name, epsilon)
+    note_known(other, [name])
+    return other
 
 
 def _types() -> tuple[Any, ...]:

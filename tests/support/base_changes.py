@@ -9,6 +9,7 @@ from typing import Any
 
 KINDS = ("llama", "qwen2", "gpt2", "bert", "t5", "bart")
 EPSILON = ("rms_norm_eps", "layer_norm_epsilon", "layer_norm_eps")
+EPSILON_KINDS = ("llama", "qwen2", "gpt2", "bert", "t5")
 SWAPS = {  # two matrices of one shape in one layer
     "llama": ("k_proj.weight", "v_proj.weight"),
     "qwen2": ("gate_proj.weight", "up_proj.weight"),

@@ -1,4 +1,4 @@
-"""Writes small Llamas as GGUF files, as llama.cpp's converter does."""
+"""Writes small models as GGUF files, as llama.cpp's converter does."""
 
 from __future__ import annotations
 
@@ -6,6 +6,9 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+
+ARCHITECTURES = {"mistral": "llama", "gemma3_text": "gemma3"}
+"""Model types that llama.cpp calls otherwise."""
 
 
 def write_gguf(
@@ -19,7 +22,7 @@ def write_gguf(
     endianess: Any = None,
     part: tuple[int, int] | None = None,
 ) -> Path:
-    """A `LlamaForCausalLM` in float32 as a GGUF file.
+    """A decoder or T5 in float32 as a GGUF file.
 
     Args:
         model: The model.
@@ -34,24 +37,13 @@ def write_gguf(
     import gguf
 
     config = model.config
-    writer = gguf.GGUFWriter(path, "llama", **({"endianess": endianess} if endianess else {}))
-    values = {
-        "block_count": config.num_hidden_layers,
-        "context_length": config.max_position_embeddings,
-        "embedding_length": config.hidden_size,
-        "feed_forward_length": config.intermediate_size,
-        "attention.head_count": config.num_attention_heads,
-        "attention.head_count_kv": config.num_key_value_heads,
-        "attention.key_length": config.head_dim,
-        "rope.dimension_count": config.head_dim,
-        "vocab_size": config.vocab_size,
-        "attention.layer_norm_rms_epsilon": float(config.rms_norm_eps),
-        "rope.freq_base": float(config.rope_parameters["rope_theta"]),
-        **(fields or {}),
-    }
+    kind = ARCHITECTURES.get(config.model_type, config.model_type)
+    writer = gguf.GGUFWriter(path, kind, **({"endianess": endianess} if endianess else {}))
+    writer.add_name(config.model_type)
+    values = {**_fields(config), **(fields or {})}
     for key, value in values.items():
         add = writer.add_string if isinstance(value, str) else writer.add_uint32
-        (writer.add_float32 if isinstance(value, float) else add)(f"llama.{key}", value)
+        (writer.add_float32 if isinstance(value, float) else add)(f"{kind}.{key}", value)
     if tokenizer is not None:
         _add_tokenizer(writer, tokenizer)
     tensors = {name: array for name, array in (_tensors(model) | (extra or {})).items() if name not in skip}
@@ -71,20 +63,63 @@ def write_gguf(
     return path
 
 
+def _fields(config: Any) -> dict[str, Any]:
+    """What llama.cpp's converter writes of a config: sizes, and few of the values beside them."""
+    found = {
+        "block_count": config.num_hidden_layers,
+        "embedding_length": config.hidden_size,
+        "attention.head_count": config.num_attention_heads,
+        "vocab_size": config.vocab_size,
+    }
+    for key, name in {
+        "context_length": "max_position_embeddings",
+        "feed_forward_length": "intermediate_size",
+        "attention.head_count_kv": "num_key_value_heads",
+        "attention.key_length": "head_dim",
+        "rope.dimension_count": "head_dim",
+        "attention.layer_norm_rms_epsilon": "rms_norm_eps",
+        "attention.layer_norm_epsilon": "layer_norm_epsilon",
+        "attention.sliding_window": "sliding_window",
+    }.items():
+        if getattr(config, name, None) is not None:
+            found[key] = getattr(config, name)
+    if rope := getattr(config, "rope_parameters", None):
+        found["rope.freq_base"] = float(rope.get("full_attention", rope)["rope_theta"])
+    if config.model_type == "t5":
+        found |= {
+            "context_length": 64,
+            "feed_forward_length": config.d_ff,
+            "attention.key_length": config.d_kv,
+            "attention.head_count_kv": config.num_heads,
+            "attention.relative_buckets_count": config.relative_attention_num_buckets,
+        }
+    return found
+
+
 def _tensors(model: Any) -> dict[str, Any]:
     import gguf
 
     config = model.config
-    mapping = gguf.get_tensor_name_map(gguf.MODEL_ARCH.LLAMA, config.num_hidden_layers)
+    kind = ARCHITECTURES.get(config.model_type, config.model_type)
+    number = next(one for one, name in gguf.MODEL_ARCH_NAMES.items() if name == kind)
+    mapping = gguf.get_tensor_name_map(number, config.num_hidden_layers)
     tensors = {}
     for name, weight in model.state_dict().items():
-        if name == "lm_head.weight" and config.tie_word_embeddings:
+        if name == "lm_head.weight" and weight.data_ptr() == model.get_input_embeddings().weight.data_ptr():
+            continue
+        if name.endswith("coder.embed_tokens.weight"):  # T5's copies of shared.weight
             continue
         stem, suffix = name.rsplit(".", 1)
         array = weight.float().numpy()
-        heads = {"q_proj": config.num_attention_heads, "k_proj": config.num_key_value_heads}
+        if "norm" in stem and kind.startswith("gemma"):
+            array = array + 1
+        if "Conv1D" in str(type(model.get_submodule(stem))) and suffix == "weight":
+            array = array.T
+        heads = {}
+        if kind == "llama":  # llama.cpp rotates neighbours, transformers halves
+            heads = {"q_proj": config.num_attention_heads, "k_proj": config.num_key_value_heads}
         for part, count in heads.items():
-            if part in stem:  # llama.cpp rotates neighbours, transformers halves
+            if part in stem:
                 array = array.reshape(count, 2, -1, array.shape[1]).swapaxes(1, 2).reshape(array.shape)
         tensors[f"{mapping.get_name(stem)}.{suffix}"] = np.ascontiguousarray(array)
     return tensors
