@@ -18,6 +18,7 @@ import numpy as np
 import numpy.typing as npt
 
 from edgeprompt.base.geometry import geometry_of, text_config
+from edgeprompt.errors import SourceError
 from edgeprompt.package import fingerprint as parts
 from edgeprompt.package import strict_json
 from edgeprompt.package.manifest import Geometry
@@ -59,6 +60,9 @@ def base_fingerprint(model: Any) -> str:
     Args:
         model: A transformers model, or a PEFT model around one.
 
+    Raises:
+        SourceError: a parameter has values that are not finite.
+
     Returns:
         "sha256-3:" and its parts (`edgeprompt.package.fingerprint`).
     """
@@ -69,7 +73,7 @@ def base_fingerprint(model: Any) -> str:
     rows = sampled_rows(geometry.vocab_size)
     sample = model.get_input_embeddings().weight.detach()[rows].float().cpu().numpy()
     first = fingerprint_of(config.model_type, geometry, sample)
-    read = [(name, Digest(value)) for name, value in _covered(model, geometry.vocab_size)]
+    read = [(name, Digest(value, name)) for name, value in _covered(model, geometry.vocab_size)]
     known = getattr(model, _KNOWN, None)
     facts = config_facts(config)
     return joined_fingerprint(first, read, facts if known is None else facts | {parts.KNOWN: dict(known)})
@@ -89,8 +93,12 @@ def note_known(model: Any, names: Collection[str]) -> None:
 class Digest:
     """What a fingerprint holds of one parameter."""
 
-    def __init__(self, values: Any) -> None:
-        """Read a tensor once, in parts; a mapped one gives its memory back."""
+    def __init__(self, values: Any, name: str = "") -> None:
+        """Read a tensor once, in parts; a mapped one gives its memory back.
+
+        Raises:
+            SourceError: the parameter of that name has values that are not finite, so the base computes nothing.
+        """
         import torch
 
         from edgeprompt.base.mapped import release
@@ -114,6 +122,8 @@ class Digest:
         self.signs = signs.hexdigest()
         self.entry = np.zeros((), parts.ENTRY)
         self.entry["kind"] = kind
+        if not math.isfinite(squares):
+            raise SourceError(f"the base's parameter {name!r} has values that are NaN or infinite; get the base again")
         if squares:
             norm = math.sqrt(squares)
             size = round((math.log2(norm / math.sqrt(flat.numel())) + 32) * parts.NORM_STEPS)

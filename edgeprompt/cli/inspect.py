@@ -56,7 +56,7 @@ def describe(path: Path) -> dict[str, Any]:
         is_file = (there.file or "").endswith((".safetensors", ".onnx_adapter"))
         path = hub.fetch_file(there, what="prompt file") if is_file else open_package(path).path
     if not path.exists():
-        raise InputError(f"nothing at {str(path)!r}; give a package folder, a .safetensors or an .onnx_adapter file")
+        raise InputError(f"nothing is at {str(path)!r}; give a package folder, a .safetensors or an .onnx_adapter file")
     if path.is_dir():
         return _package(path)
     try:

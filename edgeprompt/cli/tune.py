@@ -93,7 +93,9 @@ def _instruction(value: str | None) -> str | None:
 )
 @click.option("--chat", is_flag=True, help="Put the instruction into the base's chat template.")
 @click.option("--shots-from", metavar="DATA", help="Where --distil takes --shots solved examples from.")
-@click.option("--shots-seed", type=click.IntRange(0), help="Draws them; without it --seed.")
+@click.option(
+    "--shots-seed", type=click.IntRange(0), help="Seed for drawing the --shots examples. Without it, --seed is used."
+)
 @click.option("--teacher", metavar="BASE", help="Another base that reads the instruction, instead of BASE.")
 @click.option(
     "--teacher-prompt",

@@ -172,7 +172,7 @@ def _fingerprints(
             continue
         if tensor.dim() == 2 and tensor.shape[1] == width and (_EMBEDDING.search(inside) or _HEAD.search(inside)):
             tensor = tensor[:vocab_size]
-        read[inside] = Digest(tensor)
+        read[inside] = Digest(tensor, inside)
     tables = [one for name, one in read.items() if _EMBEDDING.search(name)]
     plain = {
         (BUFFER + name if name == "final_logits_bias" else name.replace("lm_head.", "head.")): one

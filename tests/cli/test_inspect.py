@@ -51,7 +51,7 @@ def test_adapter(cli, tmp_path):
 
 
 def test_refusals(refused, tmp_path):
-    assert "nothing at" in refused("inspect", tmp_path / "none")
+    assert "nothing is at" in refused("inspect", tmp_path / "none")
     assert "is no package" in refused("inspect", tmp_path)
     other = tmp_path / "x.bin"
     other.write_bytes(b"abc")

@@ -253,12 +253,12 @@ def test_bad_input_is_one_line_and_leaves_nothing(
     assert not list(tmp_path.iterdir())
 
 
-def test_a_loss_that_is_no_number_ends_the_run(tiny_llama_base: Path, tmp_path: Path) -> None:
+def test_a_base_of_values_that_are_no_numbers_is_refused(tiny_llama_base: Path, tmp_path: Path) -> None:
     from edgeprompt.base.load import load_base
 
     loaded = load_base(tiny_llama_base)
     loaded.model.model.norm.weight.data.fill_(float("nan"))
-    with pytest.raises(TuningError, match="the loss is nan at step 1; nothing was trained yet: the base's own weights"):
+    with pytest.raises(SourceError, match=r"'norm.weight' has values that are NaN or infinite"):
         tune(loaded, toy_rows(), output=tmp_path / "toy.safetensors", options=TOY)
     assert not list(tmp_path.iterdir())
 
