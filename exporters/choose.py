@@ -102,6 +102,7 @@ def export_best(
     provider: str = "cpu",
     force: bool = False,
     prompt_input: str = "required",
+    calibration: Any = None,
     allow_quality_loss: bool = False,
     progress: Progress | None = None,
 ) -> ExportReport:
@@ -122,6 +123,7 @@ def export_best(
         provider: As for `export_model`; the candidates are measured on it.
         force: Replace an older package, or an empty folder, at `out`, once the new package is complete.
         prompt_input: As for `export_model`.
+        calibration: As for `export_model`.
         allow_quality_loss: Also try candidates that are further from the base than `export_model` allows.
         progress: Called with a stage's name and the fraction done.
 
@@ -156,7 +158,7 @@ def export_best(
             try:
                 found.report = export_model(
                     loaded, scratch / str(number), precision=precision, block_size=block_size, route=route,
-                    provider=provider, prompts=prompts, prompt_input=prompt_input,
+                    provider=provider, prompts=prompts, prompt_input=prompt_input, calibration=calibration,
                     allow_quality_loss=allow_quality_loss, allow_other_weights=True,
                 )  # fmt: skip
             except (UnsupportedError, ValidationError, ExportError) as error:

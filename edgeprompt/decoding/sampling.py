@@ -74,7 +74,8 @@ def resolve(options: GenerationOptions, defaults: Mapping[str, Any]) -> Sampling
         values[name] = kind(value)
     if values.get("top_p") == 0:
         raise InputError("top_p is 0; it must be above 0 (1 keeps every token)")
-    if options.choices is not None and not isinstance(options.choices, str) and len(options.choices) == 0:
+    choices = None if options.choices is None else _texts("choices", options.choices)
+    if choices == ():
         raise InputError("choices is empty, so there is nothing to answer; give at least one, or leave it out")
     stop = options.stop or defaults.get("stop", ())
     return Sampling(
@@ -82,7 +83,7 @@ def resolve(options: GenerationOptions, defaults: Mapping[str, Any]) -> Sampling
         asked_length="max_new_tokens" in values,
         stop=_texts("stop", (stop,) if isinstance(stop, str) else stop),
         logprobs=options.logprobs or values.get("top_logprobs", 0) > 0,
-        choices=_texts("choices", () if options.choices is None else options.choices),
+        choices=choices or (),
     )
 
 

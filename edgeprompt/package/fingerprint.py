@@ -15,8 +15,6 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
-import numpy as np
-
 from edgeprompt.package import strict_json
 
 FORMAT_2 = "sha256-2:"
@@ -30,7 +28,7 @@ NORM_STEPS = 1024
 """Steps of a sketch's size for a doubling; its zero is 2^-32."""
 PROJECTION_STEPS = 4096
 """Steps of a sketch's sum for one standard deviation."""
-ENTRY = np.dtype([("kind", "u1"), ("norm", "<u2"), ("sums", "<i2", (PROJECTIONS,))])
+ENTRY = [("kind", "u1"), ("norm", "<u2"), ("sums", "<i2", (PROJECTIONS,))]
 """One parameter of a sketch: the finest type that its values need (`BFLOAT16`, ...), its size, and its sums."""
 BFLOAT16, FLOAT16, FLOAT32 = 0, 1, 2
 KNOWN = "known_values"
@@ -79,6 +77,8 @@ def parse(fingerprint: str) -> Fingerprint:
             known = read.pop(KNOWN, None) if isinstance(read, dict) else read
             if not isinstance(read, dict) or not (known is None or isinstance(known, dict)):
                 raise ValueError("the facts are no object")
+            import numpy as np  # here: what loads a package waits for nothing heavy
+
             entries = np.frombuffer(data[_NAMES_BYTES:], ENTRY)
             return Fingerprint(first, signs, read, known, data[:_NAMES_BYTES], entries)
         except (ValueError, RecursionError):
@@ -190,6 +190,8 @@ def flat(facts: Mapping[str, Any], above: str = "") -> Iterator[tuple[str, Any]]
 
 def _far(one: Any, other: Any) -> int:
     """How many parameters are farther from each other than the types of both bases explain."""
+    import numpy as np
+
     if len(one) != len(other):
         return max(len(one), len(other))
     steps = one["sums"].astype(np.float64) - other["sums"]

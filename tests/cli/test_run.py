@@ -163,7 +163,7 @@ def test_refusals(refused, make_prompt, tiny_llama_package, prompt_folder, tmp_p
     save_prompt(make_prompt("other", base=Base("another-model", "sha256:00")), other)
     line = refused("run", tiny_llama_package, "text", "--prompt", other)
     assert "another-model" in line
-    assert load_prompt(sentiment).base.fingerprint in line
+    assert load_prompt(sentiment).base.brief in line
     broken = tmp_path / "broken.safetensors"
     broken.write_bytes(sentiment.read_bytes()[:100])
     assert "bad prompt file" in refused("run", tiny_llama_package, "text", "--prompt", broken)

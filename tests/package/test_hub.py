@@ -282,7 +282,7 @@ def test_push_writes_a_card_and_comes_back(
     card = files["README.md"].decode()
     assert card.startswith('---\nlibrary_name: "edgeprompt"\n')
     assert 'license: "apache-2.0"' in card
-    for fact in (manifest.base.fingerprint, manifest.precision, "edgeprompt run user/new"):
+    for fact in (manifest.base.brief, manifest.precision, "edgeprompt run user/new"):
         assert fact in card
     assert {name: data for name, data in files.items() if name in files_of(tiny_llama_package)} == {
         name: data for name, data in files_of(tiny_llama_package).items() if name in files
