@@ -16,6 +16,7 @@ def test_getting_started(cli, tiny_llama_base, tmp_path, monkeypatch):
     blocks = re.findall(r"```sh\n(.*?)```", page, re.DOTALL)
     lines = [line for block in blocks for line in block.replace("\\\n", " ").splitlines() if line]
     said = {}
+    assert lines.pop(0) == "pip install '.[cpu,tune,export,eval,hub]'"
     for line in lines:
         program, command, *args = shlex.split(line)
         assert program == "edgeprompt"
