@@ -20,8 +20,9 @@ from edgeprompt.errors import ExportError, InputError, UnsupportedError, Validat
 from edgeprompt.package.files import atomic_folder, sha256_file
 from edgeprompt.package.outputs import PACKAGE, check_output
 from edgeprompt.prompts.file import PromptFile, load_prompt
-from exporters.contract import Progress
+from exporters.contract import CALIBRATED, Progress
 from exporters.export import ExportReport, export_model, is_onnx_folder
+from exporters.validate.quality import check_calibrated, check_calibration
 
 if TYPE_CHECKING:
     from edgeprompt.evaluation.metrics import Score
@@ -128,7 +129,8 @@ def export_best(
         progress: Called with a stage's name and the fraction done.
 
     Raises:
-        InputError: no prompt, prompts of several tasks, or a base of graphs, which has its precision already.
+        InputError: no prompt, prompts of several tasks, a base of graphs, which has its precision already, or a text
+            that is in `calibration` and in `data`.
         DataError: a record lacks what the prompts need.
         ExportError: fp32 cannot be exported, or a file cannot be written; nothing was left behind.
     """
@@ -140,9 +142,11 @@ def export_best(
     sources = (base, data, *prompts)
     check_output(out, PACKAGE, force=force, sources=sources)
     files = {Path(path): load_prompt(path) for path in prompts}
+    check_calibration(calibration, data)
     judge = _Judge(files, str(data))
     tell("load", 0.0)
     loaded = base if isinstance(base, LoadedBase) else load_base(base, need=to_export("fp32"), mapped=True)
+    check_calibrated(calibration, loaded)
     wanted = CANDIDATES[provider]
     step = 0.9 / (len(wanted) + 1)
     with atomic_folder(out, PACKAGE, force=force, sources=sources) as folder, contextlib.ExitStack() as stack:
@@ -158,7 +162,8 @@ def export_best(
             try:
                 found.report = export_model(
                     loaded, scratch / str(number), precision=precision, block_size=block_size, route=route,
-                    provider=provider, prompts=prompts, prompt_input=prompt_input, calibration=calibration,
+                    provider=provider, prompts=prompts, prompt_input=prompt_input,
+                    calibration=calibration if precision in CALIBRATED else None,
                     allow_quality_loss=allow_quality_loss, allow_other_weights=True,
                 )  # fmt: skip
             except (UnsupportedError, ValidationError, ExportError) as error:

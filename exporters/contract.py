@@ -18,6 +18,8 @@ PROVIDERS = ("cpu", "cuda")
 PROMPT_INPUTS = ("required", "optional")
 HUB_LAYOUT = "hub"
 LAYOUTS = ("edgeprompt", HUB_LAYOUT)
+CALIBRATED = ("int8",)
+"""Precisions of decoders that look at calibration texts."""
 WEB_PRECISIONS = ("int8", "fp32", "fp16")
 
 Progress = Callable[[str, float], None]
@@ -59,6 +61,11 @@ class ExportOptions:
                 raise InputError(f"{name} {getattr(self, name)!r} is not one of {', '.join(map(str, allowed))}")
         if self.calibration is not None and self.route == "onnx":
             raise InputError("graphs that others exported are quantised already; leave calibration out")
+        if self.calibration is not None and self.precision not in CALIBRATED:
+            raise InputError(
+                f"precision {self.precision!r} uses no calibration texts; leave them out, or take one of "
+                f"{', '.join(CALIBRATED)}"
+            )
         if self.block_size != 32 and self.precision != "int4":
             raise InputError(f"block_size {self.block_size} is for int4 weights, and precision is {self.precision!r}")
         if self.precision == "gguf" and self.route == "onnx":

@@ -14,12 +14,12 @@ from edgeprompt.base.load import LoadedBase
 from edgeprompt.errors import ExportError, UnsupportedError
 from edgeprompt.package.manifest import Manifest
 from edgeprompt.prompts.file import PromptFile
-from exporters.contract import BuiltGraphs, ExportOptions
+from exporters.contract import CALIBRATED, BuiltGraphs, ExportOptions
 from exporters.graft.fuse import drop_unused
 from exporters.graft.kept_logits import keep_logits
 from exporters.graft.rotary import compute_tables
 from exporters.graft.virtual_tokens import expose_hidden_states, graft_virtual_tokens
-from exporters.quantize.graph import CALIBRATED, quantize_graph
+from exporters.quantize.graph import quantize_graph
 from exporters.quantize.observe import observe
 from exporters.validate.decoder import validate_decoder
 

@@ -29,7 +29,7 @@ from exporters.contract import Exporter, ExportOptions, Progress
 from exporters.layout import arrange, check_layout
 from exporters.package import make_manifest, write_prompts, write_tokenizer
 from exporters.validate.core import check_positions
-from exporters.validate.quality import check_calibration, with_quality
+from exporters.validate.quality import check_calibrated, check_calibration, with_quality
 
 _LOG = logging.getLogger("edgeprompt")
 EXPORTERS = {
@@ -236,6 +236,7 @@ def _build(
     geometry = geometry_of(loaded.config)
     check_positions(geometry, loaded.name)
     check_layout(options, loaded)
+    check_calibrated(options.calibration, loaded)
     exporter = find_exporter(loaded.family.architecture)
     with _few_threads(loaded.model):
         tell("build", 0.2)

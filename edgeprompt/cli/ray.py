@@ -35,11 +35,12 @@ def answer_files(
     if len(wanted) > 1 and not questions.prompt_column:
         raise click.UsageError("--engine ray answers a record once: give one --prompt, or --prompt-column")
     sizes = _sizes(actors)
+    if session["cache"] is not None:
+        session = {**session, "cache": session["cache"].absolute()}
 
     from edgeprompt.ray.answers import import_ray
 
     import_ray()
-    from edgeprompt.options import EngineOptions
     from edgeprompt.ray.run import Job, run
 
     here = package.exists()  # else it is on the Hub
@@ -58,13 +59,7 @@ def answer_files(
             "truncate": questions.truncate,
             "on_error": on_error,
             "allow_base_mismatch": allow_base_mismatch,
-            "engine": EngineOptions(
-                provider=session["provider"],
-                threads=session["threads"],
-                workers=session["workers"],
-                cache_folder=None if session["cache"] is None else session["cache"].absolute(),
-                allow_other_weights=session["allow_other_weights"],
-            ),
+            "engine": serving.engine_options(session),
         },
         id_column=id_column,
         resume=resume,

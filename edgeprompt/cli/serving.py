@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 import dataclasses
-import hashlib
 import json
 import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, TypedDict, TypeVar, Unpack
+from typing import TYPE_CHECKING, Any, TypedDict, TypeVar, Unpack, cast
 
 import click
 
@@ -18,6 +17,7 @@ from edgeprompt.errors import InputError
 
 if TYPE_CHECKING:
     from edgeprompt.evaluation.requests import Questions
+    from edgeprompt.options import EngineOptions
     from edgeprompt.package.manifest import Manifest
     from edgeprompt.prompts.file import PromptFile
     from edgeprompt.runtime import Runtime
@@ -87,23 +87,24 @@ class SessionOptions(TypedDict):
     allow_other_weights: bool
 
 
+def engine_options(session: SessionOptions) -> EngineOptions:
+    """The options of a runtime; `cache` is `EngineOptions.cache_folder`."""
+    from edgeprompt.options import EngineOptions
+
+    named = {"cache_folder" if name == "cache" else name: value for name, value in session.items()}
+    return EngineOptions(**cast("dict[str, Any]", named))
+
+
 @contextmanager
 def open_runtime(
     package: Path, *, max_queue: int | None = None, **session: Unpack[SessionOptions]
 ) -> Iterator[Runtime]:
-    """A runtime over a package, closed at the end; `cache` is `EngineOptions.cache_folder`."""
+    """A runtime over a package, closed at the end."""
     # ONNX Runtime has threads of its own; those that numpy's OpenBLAS starts on import would cost 45 ms and never work.
     os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")
     import edgeprompt
 
-    options = edgeprompt.EngineOptions(
-        provider=session["provider"],
-        threads=session["threads"],
-        workers=session["workers"],
-        cache_folder=session["cache"],
-        drafts=session["drafts"],
-        allow_other_weights=session["allow_other_weights"],
-    )
+    options = engine_options(session)
     if max_queue is not None:
         options = dataclasses.replace(options, max_queue=max_queue)
     runtime = edgeprompt.load(package, options=options)
@@ -219,7 +220,7 @@ def settings_of(
     on_error: str,
 ) -> str:
     """What a resumed run must share with the one that it goes on from."""
-    from edgeprompt.package.files import sha256_file
+    from edgeprompt.package.files import sha256_file, stamps_sha256
     from edgeprompt.package.folder import open_package
 
     manifest = open_package(package).manifest
@@ -231,17 +232,10 @@ def settings_of(
             "input": None if source is None else [source.name, source.stat().st_size if source.is_file() else 0],
             "weights": manifest.weights_hash,
             "prompts": [sha256_file(find_prompt(package, item)) for item in wanted],
-            "folders": [_digest_of(folder) for folder in folders],
+            "folders": [stamps_sha256(sorted(folder.resolve().glob(f"*{SUFFIX}"))) for folder in folders],
             "on_error": on_error,
             **facts,
         },
         sort_keys=True,
         default=str,
     )
-
-
-def _digest_of(folder: Path) -> str:
-    """Of the names, sizes and times of a folder's prompts, of which there may be thousands."""
-    stamps = [(path.name, path.stat()) for path in sorted(folder.glob(f"*{SUFFIX}"))]
-    facts = [(name, status.st_size, status.st_mtime_ns) for name, status in stamps]
-    return hashlib.sha256(json.dumps(facts).encode("utf-8", "surrogateescape")).hexdigest()

@@ -60,7 +60,7 @@ class PrefixStore:
             with safe_open(path, framework="numpy") as file:
                 metadata = file.metadata() or {}
                 prefix: KV = file.get_tensor(names.PAST_KEY_VALUES)
-            expected = {_KEY: self._key(prompt_sha256), _DIGEST: _digest(prefix)}
+            expected = {_KEY: self._key(prompt_sha256), _DIGEST: digest(prefix)}
             if metadata == expected and prefix.shape == shape and prefix.dtype == np.dtype(self._facts["dtype"]):
                 return prefix
             reason = "it belongs to another graph, prompt or machine, or its bytes have changed"
@@ -71,7 +71,7 @@ class PrefixStore:
 
     def write(self, prompt_sha256: str, prefix: KV) -> None:
         """Keep a prefix; where the folder cannot be written the prefix is simply not kept."""
-        metadata = {_KEY: self._key(prompt_sha256), _DIGEST: _digest(prefix)}
+        metadata = {_KEY: self._key(prompt_sha256), _DIGEST: digest(prefix)}
         path = self.path(prompt_sha256)
         try:
             path.unlink(missing_ok=True)  # what was read and was not used; its name is a hash, so it is ours
@@ -83,5 +83,6 @@ class PrefixStore:
         return strict_json.dumps({**self._facts, "prompt": prompt_sha256})
 
 
-def _digest(prefix: KV) -> str:
+def digest(prefix: KV) -> str:
+    """SHA-256 of keys and values."""
     return hashlib.sha256(np.ascontiguousarray(prefix).data).hexdigest()

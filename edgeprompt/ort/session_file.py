@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import os
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -16,6 +15,7 @@ from safetensors.numpy import save
 from edgeprompt import names
 from edgeprompt.errors import CapacityError, InputError
 from edgeprompt.ort.kv_cache import KV, KVShape
+from edgeprompt.ort.prefix_store import digest
 from edgeprompt.package import strict_json
 from edgeprompt.package.files import check_regular, write_atomic
 from edgeprompt.package.outputs import SESSION
@@ -50,7 +50,7 @@ def write_session(path: str | os.PathLike[str], session: SavedSession) -> None:
         "prompt": session.prompt,
         "prompt_sha256": session.prompt_sha256,
         "blocks": [name.hex() for name in session.blocks],
-        "sha256": _digest(session.keys_and_values),
+        "sha256": digest(session.keys_and_values),
     }
     metadata = {names.SESSION_METADATA: strict_json.dumps(about)}
     write_atomic(path, save({names.PAST_KEY_VALUES: session.keys_and_values}, metadata=metadata), SESSION)
@@ -102,10 +102,6 @@ def _read(file: Any, facts: Mapping[str, Any], shape: KVShape, limit: int, path:
     if file.get_slice(names.PAST_KEY_VALUES).get_shape() != expected:
         raise InputError(f"session {path!r} is broken: its blocks do not fit its tensor")
     found = file.get_tensor(names.PAST_KEY_VALUES)
-    if found.dtype != np.dtype(shape.dtype) or _digest(found) != about["sha256"]:
+    if found.dtype != np.dtype(shape.dtype) or digest(found) != about["sha256"]:
         raise InputError(f"session {path!r} is broken: its bytes have changed since it was saved")
     return SavedSession(about["facts"], str(about["prompt"]), str(about["prompt_sha256"]), blocks, found)
-
-
-def _digest(array: KV) -> str:
-    return hashlib.sha256(np.ascontiguousarray(array).data).hexdigest()

@@ -198,6 +198,12 @@ def _parent(target: Path) -> Iterator[None]:
                 folder.rmdir()
 
 
+def stamps_sha256(paths: Iterable[Path]) -> str:
+    """SHA-256 of the paths, sizes and times of files: of those that are too many or too large to be read."""
+    facts = [(str(path), status.st_size, status.st_mtime_ns) for path, status in ((one, one.stat()) for one in paths)]
+    return hashlib.sha256(json.dumps(facts).encode("utf-8", "surrogateescape")).hexdigest()
+
+
 def sha256_file(path: str | os.PathLike[str]) -> str:
     """SHA-256 of a file's bytes in hexadecimal, read in pieces."""
     with open_regular(path) as file:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import json
 import logging
 import os
@@ -10,7 +9,7 @@ import shutil
 import signal
 import threading
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from itertools import islice
@@ -237,7 +236,7 @@ def _schema(job: Job) -> Any:
 @contextmanager
 def _folder(job: Job) -> Iterator[tuple[Path, Path]]:
     """Folders for parts of the output and for what is done; the first is renamed at the end."""
-    from edgeprompt.package.files import write_atomic
+    from edgeprompt.package.files import stamps_sha256, write_atomic
     from edgeprompt.package.outputs import TEXT
 
     part, journal = job.part, job.part / "run.json"
@@ -250,7 +249,7 @@ def _folder(job: Job) -> Iterator[tuple[Path, Path]]:
     part.mkdir(parents=True, exist_ok=True)
     with (part / "lock").open("w") as lock:
         _lock(lock, part)
-        settings = {"settings": job.settings, "files": _digest(job.files), "id_column": job.id_column}
+        settings = {"settings": job.settings, "files": stamps_sha256(job.files), "id_column": job.id_column}
         if not journal.exists():
             write_atomic(journal, json.dumps(settings).encode(), TEXT)
         elif json.loads(journal.read_bytes()) != settings:
@@ -277,12 +276,6 @@ def _lock(file: Any, part: Path) -> None:
         fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except OSError as error:
         raise InputError(f"another run writes into {str(part)!r}; wait for it, or give another output") from error
-
-
-def _digest(files: Sequence[Path]) -> str:
-    """Of the names, sizes and times of files: a resumed run must read the same."""
-    facts = [(str(path), path.stat().st_size, path.stat().st_mtime_ns) for path in files]
-    return hashlib.sha256(json.dumps(facts).encode("utf-8", "surrogateescape")).hexdigest()
 
 
 @contextmanager

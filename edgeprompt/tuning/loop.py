@@ -19,6 +19,8 @@ from torch import nn
 from edgeprompt.errors import TuningError
 from edgeprompt.package import strict_json
 from edgeprompt.package.files import atomic_file, check_regular
+from edgeprompt.package.fingerprint import brief
+from edgeprompt.package.manifest import Base
 from edgeprompt.package.outputs import CHECKPOINT
 from edgeprompt.tuning.examples import BatchPlan, Examples
 from edgeprompt.tuning.objectives import Objective
@@ -315,9 +317,10 @@ class Loop:
         except Exception as error:  # torch and pickle raise many kinds for a broken file
             raise TuningError(f"cannot go on from {str(path)!r}: no checkpoint of edgeprompt tune") from error
         for name in ours:
-            if theirs.get(name) != ours[name]:
+            if not _same(name, theirs.get(name), ours[name]):
                 raise TuningError(
-                    f"checkpoint {str(path)!r} was made with {name} {theirs.get(name)!r}, this run has {ours[name]!r}"
+                    f"checkpoint {str(path)!r} was made with {name} {_shown(name, theirs.get(name))}, this run has "
+                    f"{_shown(name, ours[name])}"
                 )
         self._set_parameters(content["parameters"])
         self._optimizer.load_state_dict(content["optimizer"])
@@ -329,6 +332,17 @@ class Loop:
         if self.accelerator.is_main_process:
             with suppress(FileNotFoundError):
                 self._checkpoint.unlink()
+
+
+def _same(name: str, theirs: Any, ours: Any) -> bool:
+    """Whether two runs agree in a setting; fingerprints of a base may be of different formats."""
+    if name == "base" and isinstance(theirs, str):
+        return Base("", theirs).matches(Base("", ours))
+    return bool(theirs == ours)
+
+
+def _shown(name: str, value: Any) -> str:
+    return brief(value) if name == "base" and isinstance(value, str) else repr(value)
 
 
 def stopped(error: BaseException, where: str) -> TuningError:

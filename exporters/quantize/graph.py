@@ -65,8 +65,6 @@ class WeightRecord:
     """Powers of two that the columns of the parameters were multiplied by (`exporters.quantize.equalize`)."""
 
 
-CALIBRATED = frozenset({"int8"})
-"""Precisions of decoders that look at calibration texts."""
 FOUR_BITS = frozenset({"Q4_0", "Q4_1", "Q4_K"})
 """GGUF types that 4 bits with a float offset for 32 weights hold. All others get 8 bits where the file decides."""
 

@@ -25,15 +25,11 @@ class Observed:
 
     largest: dict[str, torch.Tensor] = field(default_factory=dict)
     """Largest magnitude."""
-    power: dict[str, torch.Tensor] = field(default_factory=dict)
-    """Sum of squares."""
 
     def add(self, name: str, rows: torch.Tensor) -> None:
         """Count inputs [tokens, columns]."""
-        largest, power = rows.abs().amax(0), rows.square().sum(0)
-        if name in self.largest:
-            largest, power = torch.maximum(self.largest[name], largest), self.power[name] + power
-        self.largest[name], self.power[name] = largest, power
+        largest = rows.abs().amax(0)
+        self.largest[name] = torch.maximum(self.largest[name], largest) if name in self.largest else largest
 
 
 def observe(loaded: LoadedBase, data: Any = None) -> Observed:

@@ -15,7 +15,9 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
-from edgeprompt.errors import DataError, InputError, ValidationError
+from edgeprompt import names
+from edgeprompt.base.load import LoadedBase
+from edgeprompt.errors import DataError, InputError, UnsupportedError, ValidationError
 from edgeprompt.package.files import open_regular
 from edgeprompt.package.manifest import Manifest
 
@@ -205,6 +207,17 @@ def calibration_texts(data: Any = None) -> tuple[str, list[str]]:
     if data is None:
         return SHIPPED, shipped_texts("calibration.txt")
     return read_texts(data)
+
+
+def check_calibrated(calibration: Any, loaded: LoadedBase) -> None:
+    """Refuse calibration texts that the export of a base would not look at.
+
+    Raises:
+        UnsupportedError: there are texts, and the base is no decoder.
+    """
+    architecture = loaded.family.architecture
+    if calibration is not None and architecture != names.DECODER_ONLY:
+        raise UnsupportedError(f"{loaded.name!r} is {architecture}, and calibration is for decoders; leave it out")
 
 
 def check_calibration(calibration: Any, data: Any) -> None:

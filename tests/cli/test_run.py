@@ -246,3 +246,15 @@ def test_beams_are_searched_by_encoder_decoders_alone(cli, refused, seq2seq_pack
     assert result.exit_code == 0, result.stderr
     assert result.stdout == wanted + "\n"
     assert "num_beams" in refused("run", tiny_llama_package, "So, so good", "--num-beams", 3)
+
+
+def test_every_option_of_a_session_reaches_the_engine():
+    from edgeprompt.cli import serving
+
+    for threads, workers in ((3, None), (None, 2)):  # a worker has one thread
+        session = {"provider": "cpu", "threads": threads, "workers": workers, "cache": "x", "drafts": True}
+        session["allow_other_weights"] = True
+        assert session.keys() == serving.SessionOptions.__annotations__.keys()
+        options = serving.engine_options(session)
+        found = {name: getattr(options, "cache_folder" if name == "cache" else name) for name in session}
+        assert found == session

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import io
 import json
 import random
 from pathlib import Path
@@ -21,6 +22,7 @@ from edgeprompt.errors import (
     TemplateError,
     TuningError,
 )
+from edgeprompt.package.fingerprint import parse
 from edgeprompt.prompts.file import load_prompt
 from edgeprompt.tuning import TuneOptions, tune
 from edgeprompt.tuning.options import checkpoint_path
@@ -152,7 +154,17 @@ def test_resuming_equals_never_stopping(
     again = dataclasses.replace(settings, resume=checkpoint_path(output))
     with pytest.raises(TuningError, match="batch_size 20, this run has 10"):
         tune(tiny_llama_base, toy_rows(), output=output, options=dataclasses.replace(again, batch_size=10))
-    parts = tune(tiny_llama_base, toy_rows(), output=output, options=again)
+    content = torch.load(checkpoint_path(output), weights_only=True)
+    settings_then = json.loads(content["signature"])
+    new = parse(settings_then["base"])
+    for base, agrees in (("sha256-3:" + "0" * 64, False), (f"sha256-2:{new.signs}.{new.first}", True)):
+        data = io.BytesIO()
+        torch.save({**content, "signature": json.dumps({**settings_then, "base": base})}, data)
+        checkpoint_path(output).write_bytes(data.getvalue())
+        if not agrees:
+            with pytest.raises(TuningError, match="was made with base sha256-3:0"):
+                tune(tiny_llama_base, toy_rows(), output=output, options=again)
+    parts = tune(tiny_llama_base, toy_rows(), output=output, options=again)  # from a fingerprint of format 2
     assert parts.path.read_bytes() == whole.path.read_bytes()
 
 

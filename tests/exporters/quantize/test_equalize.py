@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +13,7 @@ import torch
 
 from edgeprompt.base.dequantize import dequantize_record, load_package_weights
 from edgeprompt.base.load import LoadedBase, load_base
-from edgeprompt.errors import DataError, InputError, PackageError, ValidationError
+from edgeprompt.errors import DataError, InputError, PackageError, UnsupportedError, ValidationError
 from exporters import decoder_only, export_model
 from exporters.quantize import graph as quantizer
 from exporters.quantize.observe import Observed, observe
@@ -109,7 +110,18 @@ def test_padding_is_not_observed(tiny_llama_base: Path, tmp_path: Path) -> None:
         apart.append(observe(loaded, _lines(tmp_path / f"{at}.txt", [text])))
     for name, largest in together.largest.items():
         assert torch.allclose(largest, torch.maximum(*(one.largest[name] for one in apart)), atol=1e-5)
-        assert torch.allclose(together.power[name], apart[0].power[name] + apart[1].power[name], rtol=1e-3, atol=1e-5)
+
+
+def test_calibration_texts_that_nothing_would_use_are_refused(
+    tiny_llama_base: Path, encoder_base: Callable[[str], Path], seq2seq_base: Callable[[str], Path], tmp_path: Path
+) -> None:
+    texts = _lines(tmp_path / "one.txt", ["Some words.", "More words."])
+    with pytest.raises(InputError, match="'int4' uses no calibration texts"):
+        export_model(tiny_llama_base, tmp_path / "package", precision="int4", calibration=texts)
+    for base in (encoder_base("BERT"), seq2seq_base("T5")):
+        with pytest.raises(UnsupportedError, match="calibration is for decoders"):
+            export_model(base, tmp_path / "package", precision="int8", calibration=texts)
+    assert not (tmp_path / "package").exists()
 
 
 def test_calibration_texts_are_checked(tiny_llama_base: Path, tmp_path: Path) -> None:
