@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import operator
+import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, TypeAlias, TypedDict
@@ -188,6 +189,34 @@ class Timings:
     def tpot(self) -> float | None:
         """Seconds per output token after the first; None for a single token."""
         return (self.total - self.ttft) / (self.new_tokens - 1) if self.new_tokens > 1 else None
+
+
+class Clock:
+    """Times of one request, from the moment it was made."""
+
+    def __init__(self, input_tokens: int = 0) -> None:
+        self.start = time.perf_counter()
+        self.first = 0.0
+        self.input_tokens = input_tokens
+        self.reused_tokens = self.drafted_tokens = self.accepted_tokens = 0
+
+    def tick(self) -> None:
+        """A token is there."""
+        self.first = self.first or time.perf_counter()
+
+    def timings(self, new_tokens: int) -> Timings:
+        """What has passed until now."""
+        now = time.perf_counter()
+        return Timings(
+            (self.first or now) - self.start,
+            now - self.start,
+            self.input_tokens,
+            new_tokens,
+            reused_tokens=self.reused_tokens,
+            computed_tokens=self.input_tokens - self.reused_tokens,
+            drafted_tokens=self.drafted_tokens,
+            accepted_tokens=self.accepted_tokens,
+        )
 
 
 @dataclass(frozen=True)

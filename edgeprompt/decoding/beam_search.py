@@ -10,8 +10,8 @@ import numpy.typing as npt
 
 from edgeprompt.arrays import log_softmax
 from edgeprompt.decoding.processors import Processors
-from edgeprompt.decoding.strategies import Clock, Move
-from edgeprompt.request import Generation
+from edgeprompt.decoding.strategies import Move
+from edgeprompt.request import Clock, Generation
 
 _NEVER = -1e9
 

@@ -7,10 +7,9 @@ every token is still chosen from its own logits.
 
 from __future__ import annotations
 
-import statistics
 from bisect import bisect_left
 from collections import deque
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 
 USUAL = {2: 1.0, 4: 1.35, 8: 2.0}
 """Positions of a step that checks a draft, and about what it takes. Kernels take rows in groups, so what lies between
@@ -151,12 +150,12 @@ class StepCosts:
     def cost(self, width: int) -> float:
         """Of a step, measured or guessed."""
         if self._seconds[width]:
-            return statistics.median(self._seconds[width])
+            return _middle(self._seconds[width])
         known = [other for other, seconds in self._seconds.items() if seconds]
         if not known:
             return self._usual[width]
         near = min(known, key=lambda other: abs(other - width))
-        return statistics.median(self._seconds[near]) * self._usual[width] / self._usual[near]
+        return _middle(self._seconds[near]) * self._usual[width] / self._usual[near]
 
     def choose(self, drafted: int, right: float, most: int) -> int:
         """Positions of the next step.
@@ -178,3 +177,7 @@ class StepCosts:
             return sum(right**place for place in range(checked + 1)) / self.cost(width)
 
         return max(allowed, key=gain)
+
+
+def _middle(seconds: Collection[float]) -> float:
+    return sorted(seconds)[len(seconds) // 2]  # the module statistics takes longer to import than a first label may

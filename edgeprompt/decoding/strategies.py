@@ -7,7 +7,6 @@ once (`Strategy`). `edgeprompt.decoding.beam_search` is another strategy.
 
 from __future__ import annotations
 
-import time
 from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import replace
@@ -23,7 +22,7 @@ from edgeprompt.decoding.processors import Processors
 from edgeprompt.decoding.sampling import Sampler, Sampling
 from edgeprompt.errors import InputError
 from edgeprompt.prompts.verbalizer import Node, Verbalizer, word_tree
-from edgeprompt.request import Classification, Generation, Timings
+from edgeprompt.request import Classification, Clock, Generation
 
 Logits: TypeAlias = npt.NDArray[np.float32]
 Move: TypeAlias = tuple[Sequence[int], Sequence[int] | None]
@@ -66,34 +65,6 @@ class OneSequence:
 
     width = least_width = 1
     begins_again = False
-
-
-class Clock:
-    """Times of one request, from the moment it was made."""
-
-    def __init__(self, input_tokens: int = 0) -> None:
-        self.start = time.perf_counter()
-        self.first = 0.0
-        self.input_tokens = input_tokens
-        self.reused_tokens = self.drafted_tokens = self.accepted_tokens = 0
-
-    def tick(self) -> None:
-        """A token is there."""
-        self.first = self.first or time.perf_counter()
-
-    def timings(self, new_tokens: int) -> Timings:
-        """What has passed until now."""
-        now = time.perf_counter()
-        return Timings(
-            (self.first or now) - self.start,
-            now - self.start,
-            self.input_tokens,
-            new_tokens,
-            reused_tokens=self.reused_tokens,
-            computed_tokens=self.input_tokens - self.reused_tokens,
-            drafted_tokens=self.drafted_tokens,
-            accepted_tokens=self.accepted_tokens,
-        )
 
 
 class ReadLogits(OneSequence):

@@ -11,6 +11,7 @@ import re
 from bisect import bisect_right
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any, Protocol, TypeAlias
 
 from edgeprompt.errors import InputError, TemplateError
@@ -173,7 +174,7 @@ class Template:
                     text += "{mask}"
         return text
 
-    @property
+    @cached_property
     def slots(self) -> tuple[str, ...]:
         """Names of the request's fields, in order."""
         return tuple(part.name for part in self.parts if isinstance(part, Slot))

@@ -17,11 +17,11 @@ import pytest
 
 import edgeprompt
 from edgeprompt import CapacityError, Request, RequestCancelledError, RequestTimeoutError, Runtime
-from edgeprompt.decoding.strategies import WORDS_AT_ONCE, Clock, ScoreWords
+from edgeprompt.decoding.strategies import WORDS_AT_ONCE, ScoreWords
 from edgeprompt.engines.seq2seq.graphs import SourceRow
 from edgeprompt.prompts.template import Template
 from edgeprompt.prompts.verbalizer import Verbalizer
-from edgeprompt.request import GenerationOptions
+from edgeprompt.request import Clock, GenerationOptions
 from tests.engines.decoder.test_scheduler_states import Scratch
 from tests.support.packages import growing_package
 from tests.support.prompts import make_prompt

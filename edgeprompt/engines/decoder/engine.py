@@ -14,7 +14,7 @@ from edgeprompt import names
 from edgeprompt.decoding.drafts import USUAL, USUAL_INT8, PromptLookup, StepCosts
 from edgeprompt.decoding.processors import Processors, generation_fields
 from edgeprompt.decoding.sampling import DEFAULT_NEW_TOKENS, resolve
-from edgeprompt.decoding.strategies import Clock, Generate, PrefixOnly, ReadLogits, ScoreWords, Strategy
+from edgeprompt.decoding.strategies import Generate, PrefixOnly, ReadLogits, ScoreWords, Strategy
 from edgeprompt.engines.base import Engine, check_template, compile_words, given_ids
 from edgeprompt.engines.decoder.graph import BLOCK, DecoderGraph, open_graph
 from edgeprompt.engines.decoder.head import ClassifyState, LabelWords, ReadState, check_head_of, check_states
@@ -33,7 +33,7 @@ from edgeprompt.prompts.encoder_text import encode_text, fields_of, located_slot
 from edgeprompt.prompts.registry import LoadedPrompt
 from edgeprompt.prompts.template import Literal, Slot, Template, VirtualTokens, as_fields
 from edgeprompt.prompts.verbalizer import ids_behind, text_before_words
-from edgeprompt.request import Message, Request
+from edgeprompt.request import Clock, Message, Request
 
 PREFIX_BUDGET = 64 << 20
 KV_BUDGET = 1 << 30

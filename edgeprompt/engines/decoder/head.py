@@ -10,7 +10,7 @@ import numpy as np
 import numpy.typing as npt
 
 from edgeprompt import names
-from edgeprompt.decoding.strategies import Clock, OneSequence
+from edgeprompt.decoding.strategies import OneSequence
 from edgeprompt.engines.decoder.graph import DecoderGraph
 from edgeprompt.errors import UnsupportedError
 from edgeprompt.heads.answers import answer, classify_head, tag, token_logits
@@ -18,7 +18,7 @@ from edgeprompt.heads.layers import check_head
 from edgeprompt.package.manifest import Manifest
 from edgeprompt.prompts.encoder_text import EncodedText
 from edgeprompt.prompts.file import PromptFile
-from edgeprompt.request import Answer, Classification, Tagging
+from edgeprompt.request import Answer, Classification, Clock, Tagging
 
 Floats = npt.NDArray[np.float32]
 

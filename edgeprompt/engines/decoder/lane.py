@@ -14,12 +14,13 @@ import numpy as np
 import numpy.typing as npt
 
 from edgeprompt.decoding.drafts import StepCosts
-from edgeprompt.decoding.strategies import Clock, Move, Strategy
+from edgeprompt.decoding.strategies import Move, Strategy
 from edgeprompt.engines.decoder.graph import BLOCK, DecoderGraph
 from edgeprompt.engines.decoder.prefixes import Prefixes
 from edgeprompt.engines.scheduler import Job
 from edgeprompt.ort.kv_cache import Part
 from edgeprompt.prompts.registry import LoadedPrompt
+from edgeprompt.request import Clock
 
 Floats = npt.NDArray[np.float32]
 

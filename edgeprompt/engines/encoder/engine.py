@@ -9,7 +9,6 @@ import numpy as np
 
 from edgeprompt import names
 from edgeprompt.arrays import log_softmax
-from edgeprompt.decoding.strategies import Clock
 from edgeprompt.engines.base import Engine, given_ids
 from edgeprompt.engines.encoder.batch import Row, make_row
 from edgeprompt.engines.encoder.checks import NO_GENERATION, check_placement, compile_cloze
@@ -26,7 +25,7 @@ from edgeprompt.package.folder import Package
 from edgeprompt.prompts.encoder_text import EncodedText, encode_text, located_slot
 from edgeprompt.prompts.registry import LoadedPrompt
 from edgeprompt.prompts.template import Slot, Template, as_fields
-from edgeprompt.request import Classification, Request, Result
+from edgeprompt.request import Classification, Clock, Request, Result
 
 TENSOR_BUDGET = 128 << 20
 _TEXT_ALONE = Template((Slot(),))

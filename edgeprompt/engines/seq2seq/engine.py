@@ -18,7 +18,7 @@ from edgeprompt import names
 from edgeprompt.decoding.beam_search import BeamSearch
 from edgeprompt.decoding.processors import Processors, generation_fields
 from edgeprompt.decoding.sampling import Sampling, resolve
-from edgeprompt.decoding.strategies import Clock, Generate, ReadLogits, ScoreWords, Strategy
+from edgeprompt.decoding.strategies import Generate, ReadLogits, ScoreWords, Strategy
 from edgeprompt.engines.base import ENCODER_PAST, Engine, check_template, compile_words, given_ids
 from edgeprompt.engines.scheduler import Job, Scheduler
 from edgeprompt.engines.seq2seq.graphs import Seq2SeqGraphs, Source, SourceRow
@@ -35,7 +35,7 @@ from edgeprompt.package.folder import Package
 from edgeprompt.prompts.encoder_text import encode_text, fields_of, located_slot
 from edgeprompt.prompts.registry import LoadedPrompt
 from edgeprompt.prompts.template import Slot, Template, as_fields
-from edgeprompt.request import Request, Tagging
+from edgeprompt.request import Clock, Request, Tagging
 
 KV_BUDGET = 1 << 30
 TENSOR_BUDGET = 64 << 20

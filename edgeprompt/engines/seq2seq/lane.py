@@ -12,13 +12,14 @@ from typing import Any
 
 import numpy as np
 
-from edgeprompt.decoding.strategies import Clock, Logits, Move, Strategy
+from edgeprompt.decoding.strategies import Logits, Move, Strategy
 from edgeprompt.engines.scheduler import Job
 from edgeprompt.engines.seq2seq.graphs import DecoderState, Seq2SeqGraphs, Source, SourceRow, joined
 from edgeprompt.ort.free_memory import attention_bytes
 from edgeprompt.ort.kv_cache import PrefixCache
 from edgeprompt.ort.memory_budget import MemoryBudget
 from edgeprompt.prompts.registry import LoadedPrompt
+from edgeprompt.request import Clock
 
 ATTENTION_BUDGET = 512 << 20
 """Most bytes of attention for texts that are encoded together; one text alone may take more."""
