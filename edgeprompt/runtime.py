@@ -104,6 +104,7 @@ class Runtime:
         Raises:
             PromptNotFoundError: no prompt of that name.
         """
+        self._open()
         return self._prompts.find(name).tensors()
 
     def describe(self, name: str) -> PromptFile:
@@ -158,6 +159,7 @@ class Runtime:
         Raises:
             InputError: there is no such folder.
         """
+        self._open()
         self._prompts.add_folder(folder)
 
     def remove_prompt(self, name: str) -> None:
@@ -166,6 +168,7 @@ class Runtime:
         Raises:
             PromptNotFoundError: no prompt of that name was added.
         """
+        self._open()
         self._prompts.remove(name)
 
     @overload

@@ -6,11 +6,11 @@ import io
 import json
 import os
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
-from typing import IO, TYPE_CHECKING
+from typing import IO, TYPE_CHECKING, Any
 
 import click
 
@@ -87,10 +87,7 @@ class Table:
         except UnicodeEncodeError as error:
             if self._suffix == ".jsonl" or (self._form.as_json and self._suffix != ".parquet"):
                 return text.encode("utf-8", "backslashreplace")  # an escape of JSON, which is read as the same
-            raise InputError(
-                f"a record holds half of a surrogate pair (U+{ord(text[error.start]):04X}), which no file but .jsonl "
-                "can hold; write .jsonl, or repair the record"
-            ) from error
+            raise _half_pair(error) from error
 
     def _note(self, size: int) -> None:
         from edgeprompt.package.files import write_atomic
@@ -124,6 +121,13 @@ class Table:
     def close(self) -> None:
         """Close the file as it is."""
         self._file.close()
+
+
+def _half_pair(error: UnicodeEncodeError) -> InputError:
+    return InputError(
+        f"a record holds half of a surrogate pair (U+{ord(error.object[error.start]):04X}), which no file but .jsonl "
+        "can hold; write .jsonl, or repair the record"
+    )
 
 
 def kind_of(path: Path) -> Kind:
@@ -171,31 +175,48 @@ def table(
     journal.unlink(missing_ok=True)
 
 
-def _to_parquet(lines: Path) -> Path:
-    """A parquet file beside a file of JSON lines, made of 1024 rows at a time."""
-    from itertools import islice
+def parquet_schema(rows: Iterable[Mapping[str, Any]]) -> Any:
+    """The schema (of pyarrow) of rows: every column that one of them has; memory holds 1024 of them.
 
+    Raises:
+        DataError: a column holds values of kinds that do not go together.
+        MissingDependencyError: pyarrow is not installed.
+    """
     from edgeprompt.errors import DataError, MissingDependencyError
+    from edgeprompt.evaluation.requests import batches
 
     try:
         import pyarrow
-        import pyarrow.parquet as parquet
     except ImportError as error:
         raise MissingDependencyError("parquet files need pyarrow: pip install 'edgeprompt[tune]'") from error
+    schema = pyarrow.schema([])
+    try:
+        for some in batches(rows, 1024):
+            found = pyarrow.schema([*pyarrow.array(some).type])
+            schema = pyarrow.unify_schemas([schema, found], promote_options="permissive")
+    except pyarrow.ArrowException as error:
+        raise DataError(f"the columns are no table ({' '.join(str(error).split())}); write .jsonl") from error
+    except UnicodeEncodeError as error:
+        raise _half_pair(error) from error
+    return schema
+
+
+def _to_parquet(lines: Path) -> Path:
+    """A parquet file beside a file of JSON lines, made of 1024 rows at a time."""
+    from edgeprompt.evaluation.requests import batches
+
+    def rows() -> Iterator[Any]:
+        with lines.open(encoding="utf-8") as file:
+            yield from map(json.loads, file)
+
+    schema = parquet_schema(rows())
+    import pyarrow
+    import pyarrow.parquet as parquet
+
+    texts = [f.with_type(pyarrow.string()) if pyarrow.types.is_null(f.type) else f for f in schema]
+    schema = pyarrow.schema(texts)
     target = lines.with_name(lines.name + ".parquet")
-    with lines.open(encoding="utf-8") as file:
-        writer = None
-        try:
-            while rows := [json.loads(line) for line in islice(file, 1024)]:
-                if writer is None:
-                    found = pyarrow.Table.from_pylist(rows).schema
-                    texts = [f.with_type(pyarrow.string()) if pyarrow.types.is_null(f.type) else f for f in found]
-                    writer = parquet.ParquetWriter(target, pyarrow.schema(texts))
-                writer.write_table(pyarrow.Table.from_pylist(rows, schema=writer.schema))
-        except pyarrow.ArrowException as error:
-            target.unlink(missing_ok=True)
-            raise DataError(f"the columns are no table ({' '.join(str(error).split())}); write .jsonl") from error
-        finally:
-            if writer is not None:
-                writer.close()
+    with parquet.ParquetWriter(target, schema) as writer:
+        for some in batches(rows(), 1024):
+            writer.write_table(pyarrow.Table.from_pylist(some, schema=schema))
     return target

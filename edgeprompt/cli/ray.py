@@ -45,6 +45,7 @@ def answer_files(
 
     here = package.exists()  # else it is on the Hub
     prompts = [serving.find_prompt(package, item).absolute() for item in wanted]
+    shared = {"on_error": on_error, "drafts": session["drafts"]}
     job = Job(
         source,
         out,
@@ -63,7 +64,7 @@ def answer_files(
         },
         id_column=id_column,
         resume=resume,
-        settings=serving.settings_of(package, source, wanted, folders, questions, on_error) if resume else "",
+        settings=serving.settings_of(package, None, wanted, folders, questions, **shared) if resume else "",
         address=address,
         actors=sizes,
     )

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import sys
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
@@ -13,8 +14,8 @@ from typing import TYPE_CHECKING, Any, Unpack
 import click
 
 from edgeprompt.cli import console, ray, serving
-from edgeprompt.cli.output import Lines, Table, kind_of, table
-from edgeprompt.errors import EdgePromptError, InputError
+from edgeprompt.cli.output import Lines, Table, kind_of, parquet_schema, table
+from edgeprompt.errors import DataError, EdgePromptError, InputError
 from edgeprompt.evaluation.rows import Answered, Form
 
 if TYPE_CHECKING:
@@ -182,10 +183,7 @@ def command(
         check_output(out, kind_of(out), force=force, sources=sources)
     for item in wanted:  # before the model is loaded, which takes seconds
         serving.find_prompt(package, item)
-    if source and source.suffix.lower() == ".txt":
-        serving.check_text(source)
-    elif source:
-        next(serving.read_texts(source))
+    total = _count(source, out, as_json=as_json) if source else None
     rows = _rows(texts, source)
     form = Form(as_json=as_json, named=len(wanted) > 1 or bool(prompt_column), with_errors=on_error == "record")
     failures = _Failures(on_error)
@@ -201,15 +199,43 @@ def command(
                 click.echo(piece, nl=False)
             click.echo()
             return
-        settings = serving.settings_of(package, source, wanted, folders, questions, on_error) if resume else ""
+        shared = {"on_error": on_error, "drafts": session["drafts"], "json": as_json}
+        settings = serving.settings_of(package, source, wanted, folders, questions, **shared) if resume else ""
         form = replace(form, single=single)
         with _writer(out, form, resume=resume, settings=settings, force=force, sources=sources) as writer:
-            shown = _progress(rows, source, writer.done)
+            shown = console.track(rows, "run", total=total, start=writer.done)
             for answered, count in _answer(runtime, shown, questions, failures, writer.done):
                 writer.write(answered, count)
     if failures.count:
         left = "left out" if on_error == "skip" else "recorded"
         console.note(f"note: {failures.count} answers failed and were {left}; the first: {failures.first}")
+
+
+def _count(source: Path, out: Path | None, *, as_json: bool) -> int:
+    """How many records a file has. It is read to its end, so that what cannot be read or written is told before the
+    work.
+
+    Raises:
+        DataError: a line is no record, or one that the output has no place for.
+    """
+    count = 0
+    suffix = out.suffix.lower() if out else ""
+
+    def rows() -> Iterator[Mapping[str, Any]]:
+        nonlocal count
+        first: Mapping[str, Any] = {}
+        for count, row in enumerate(serving.read_texts(source), 1):
+            first = first or row
+            if suffix in (".csv", ".tsv") and not as_json and row.keys() != first.keys():
+                raise DataError(f"row {count} has other columns than the first ({', '.join(first)}); write .jsonl")
+            yield row
+
+    if suffix == ".parquet":
+        parquet_schema(json.loads(json.dumps(row, default=str)) for row in rows())
+    else:
+        for _ in rows():
+            pass
+    return count
 
 
 def _rows(texts: tuple[str, ...], source: Path | None) -> Iterator[Mapping[str, Any]]:
@@ -267,10 +293,6 @@ def _answer(
             if error is None or message is not None:
                 found.append(replace(answered, error=message))
         yield found, len(batch)
-
-
-def _progress(rows: Iterator[Mapping[str, Any]], source: Path | None, done: int) -> Iterator[Mapping[str, Any]]:
-    return console.track(rows, "run", total=serving.count_records(source) if source else None, start=done)
 
 
 @contextmanager

@@ -217,9 +217,9 @@ def settings_of(
     wanted: Sequence[str],
     folders: Sequence[Path],
     questions: Questions,
-    on_error: str,
+    **more: object,
 ) -> str:
-    """What a resumed run must share with the one that it goes on from."""
+    """What a resumed run must share with the one that it goes on from; `source` None: the caller looks at the input."""
     from edgeprompt.package.files import sha256_file, stamps_sha256
     from edgeprompt.package.folder import open_package
 
@@ -229,11 +229,11 @@ def settings_of(
         del facts[name]
     return json.dumps(
         {
-            "input": None if source is None else [source.name, source.stat().st_size if source.is_file() else 0],
-            "weights": manifest.weights_hash,
+            "input": None if source is None else [source.name, sha256_file(source)],
+            "package": [manifest.weights_hash, manifest.tokenizer_fingerprint, manifest.generation],
             "prompts": [sha256_file(find_prompt(package, item)) for item in wanted],
             "folders": [stamps_sha256(sorted(folder.resolve().glob(f"*{SUFFIX}"))) for folder in folders],
-            "on_error": on_error,
+            **more,
             **facts,
         },
         sort_keys=True,

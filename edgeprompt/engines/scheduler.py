@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import threading
 import time
+import weakref
 from collections import deque
 from collections.abc import Callable, Sequence
 from concurrent.futures import Future
@@ -113,6 +114,8 @@ class Scheduler:
         """`order` sorts the jobs of one call; None keeps their order."""
         self._lanes, self._max_queue, self._order = lanes, max_queue, order
         self._waiting: deque[Job] = deque()
+        self._submitted: weakref.WeakSet[Job] = weakref.WeakSet()
+        """Every job that somebody may wait for, also one that is on its way from the queue to a lane."""
         self._next_look = 0.0
         """When to look through the waiting jobs again for those that were cancelled or are late."""
         self._changed = threading.Condition()
@@ -130,6 +133,7 @@ class Scheduler:
             RequestCancelledError: the runtime is closed.
         """
         todo = sorted(jobs, key=self._order) if self._order else list(jobs)
+        self._submitted.update(todo)
         with self._changed:
             while wait and todo and not self._closed and self._waiting and not self._has_room(todo):
                 now = time.monotonic()
@@ -175,7 +179,7 @@ class Scheduler:
     def abandon(self, error: EdgePromptError) -> None:
         """In a forked child, which has none of the threads: fail all jobs, and take no more."""
         self._changed, self._closed = threading.Condition(), True
-        for job in [*self._waiting, *(job for lane in self._lanes for job in lane.running)]:
+        for job in [*self._submitted]:
             job.abandon(error)
 
     def _has_room(self, jobs: Sequence[Job]) -> bool:

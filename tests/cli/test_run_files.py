@@ -91,6 +91,37 @@ def test_rows_that_fail_stop_or_are_left_out_or_recorded(cli, refused, command, 
         assert "row 5 has nothing in column 'text'" in found[4]["error"]
 
 
+def test_a_column_that_later_rows_have_is_not_lost(cli, refused, command, tmp_path):
+    some = [{"id": i, "text": "fine", "n": None} for i in range(1030)]
+    some += [{"id": 1030, "text": "dull", "n": 3, "more": "kept"}, {"id": 1.5, "text": "so", "n": 2.5}]
+    source, out = write(tmp_path / "in.jsonl", some), tmp_path / "out.parquet"
+    assert cli(*command, "--input", source, "--output", out).exit_code == 0
+    found = read(out)
+    assert [(row["id"], row["n"], row["more"]) for row in found[-3:]] == [
+        (1029, None, None),
+        (1030, 3, "kept"),
+        (1.5, 2.5, None),
+    ]
+
+
+@pytest.mark.parametrize(
+    ("name", "text", "made", "says"),
+    [
+        ("in.jsonl", '{"text": "a"}\n{"text": "b"}\n{"te\n', "out.jsonl", "line 3"),
+        ("in.csv", "id,text\n1,a\n2\n", "out.csv", "line 3"),
+        ("in.jsonl", '{"text": "a"}\n{"text": "b", "id": 1}\n', "out.csv", "row 2 has other columns"),
+        ("in.jsonl", '{"text": "a", "id": 1}\n{"text": "b", "id": [1]}\n', "out.parquet", "the columns are no table"),
+    ],
+)
+def test_what_ends_a_run_is_told_before_it(refused, command, tmp_path, monkeypatch, name, text, made, says):
+    source = tmp_path / name
+    source.write_text(text)
+    monkeypatch.setattr("edgeprompt.load", lambda *_, **__: pytest.fail("the package was loaded"))
+    args = (*command, "--input", source, "--output", tmp_path / made, "--on-error", "skip")
+    assert says in refused(*args)
+    assert [path.name for path in tmp_path.iterdir()] == [name]
+
+
 @pytest.mark.parametrize("made", ["csv", "jsonl", "parquet"])
 def test_a_killed_run_goes_on_without_a_row_lost_or_doubled(cli, spawn, refused, command, tmp_path, made):
     source, out = write(tmp_path / "in.csv", rows(640)), tmp_path / f"out.{made}"
@@ -110,7 +141,12 @@ def test_a_killed_run_goes_on_without_a_row_lost_or_doubled(cli, spawn, refused,
     part = tmp_path / f"out.{made}.part"
     with part.open("ab") as file:
         file.write(b"half a ro")  # as a crash may leave it
-    assert "was begun with another" in refused(*args, "--truncate")
+    for other in ("--truncate", "--json", "--drafts"):
+        assert "was begun with another" in refused(*args, other)
+    same = source.read_bytes()
+    source.write_bytes(same.replace(b"fine", b"dull"))  # as long as it was
+    assert "was begun with another" in refused(*args)
+    source.write_bytes(same)
     result = cli(*args)
     assert result.exit_code == 0, result.stderr
     whole = tmp_path / f"whole.{made}"

@@ -214,7 +214,7 @@ def test_requests_of_an_encoder_decoder_join_and_leave_between_steps(
 
 
 FORKED = """
-import multiprocessing, os, sys, time
+import multiprocessing, os, sys, threading, time
 import edgeprompt
 from edgeprompt import EngineOptions, Request
 options = EngineOptions(provider="cpu", threads=2)
@@ -249,6 +249,45 @@ elif sys.argv[2] == "flight":  # what is in flight in the parent fails in the ch
     assert os.waitpid(child, 0)[1] == 0
     jobs[-1].result(30)
     print("both")
+elif sys.argv[2] == "held":  # what is at hand in the parent: encoded, prefilled or batched
+    engine = runtime._engine
+    if runtime.manifest.architecture == "decoder-only":
+        owner, name = engine._lanes[0].graph, "prefill"
+    elif runtime.manifest.architecture == "encoder-only":
+        owner, name = type(engine._graph), "run"
+    else:
+        owner, name = engine._graphs, "encode"
+    real, begun, go = getattr(owner, name), threading.Event(), threading.Event()
+
+    def held(*given):
+        begun.set()
+        go.wait(30)
+        return real(*given)
+
+    setattr(owner, name, held)
+    job = runtime.submit(Request("another film", task=task))
+    assert begun.wait(20) and runtime.status().running == 1
+    child = os.fork()
+    if not child:
+        sys.exit(0 if isinstance(job.exception(5), edgeprompt.InputError) else 1)
+    assert os.waitpid(child, 0)[1] == 0
+    go.set()
+    job.result(30)
+    print("both")
+elif sys.argv[2] == "prompts":  # another thread of the parent holds the lock of its prompts
+    lock, holding = runtime._prompts._lock, threading.Event()
+    threading.Thread(target=lambda: (lock.acquire(), holding.set(), time.sleep(60)), daemon=True).start()
+    assert holding.wait(20)
+    child = os.fork()
+    if not child:
+        for call in (runtime.prompt, runtime.describe, runtime.remove_prompt, runtime.add_folder, runtime.add_prompt):
+            try:
+                call("nobody")
+            except edgeprompt.InputError as error:
+                assert "forked" in str(error), error
+        print(runtime.status(), runtime.prompts)
+        sys.exit(0)
+    assert os.waitpid(child, 0)[1] == 0
 elif sys.argv[2] == "pool":
     with multiprocessing.get_context("fork").Pool(2) as pool:
         print(*set(pool.map(use, range(4))))
@@ -268,7 +307,15 @@ runtime.run([request])
 @pytest.mark.parametrize("architecture", ARCHITECTURES)
 @pytest.mark.parametrize(
     ("how", "says"),
-    [("exit", "7"), ("use", "before the process forked"), ("flight", "both"), ("pool", "forked"), ("load", "answered")],
+    [
+        ("exit", "7"),
+        ("use", "before the process forked"),
+        ("flight", "both"),
+        ("held", "both"),
+        ("prompts", "RuntimeStatus"),
+        ("pool", "forked"),
+        ("load", "answered"),
+    ],
 )
 def test_forks(architecture: str, how: str, says: str, package_of: Callable[[str], Path]) -> None:
     done = subprocess.run(

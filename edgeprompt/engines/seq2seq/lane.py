@@ -118,8 +118,7 @@ class Seq2SeqLane:
     def step(self) -> None:
         """Encode what is new, then run one token of every sequence."""
         if self._taken:
-            taken, self._taken = self._taken, []
-            for jobs in self._pieces(taken) if len(taken) > 1 else [taken]:
+            for jobs in self._pieces(self._taken) if len(self._taken) > 1 else [[*self._taken]]:
                 self._encode(jobs)
         if self._jobs:
             self._decode()
@@ -188,24 +187,27 @@ class Seq2SeqLane:
             if source is not None and decoding:
                 rows = [places[self._key(job)] for job in decoding]
                 begun.append(self._graphs.begin(source.take(rows), [job.prefix for job in decoding]))
+            for job in new:
+                assert source is not None
+                self._keep_encoding(job, source, places[self._key(job)])
+                if job.read is not None:
+                    job.read(source, places[self._key(job)])
+            state = joined([*([] if self._state is None else [self._state]), *begun]) if begun else self._state
         except Exception as error:
             if len(jobs) > 1:
                 for job in jobs:
                     self._encode([job])
             else:
-                jobs[0].fail(error)
-                self._shrink()
+                self.drop(jobs[0], error)
             return
+        self._state = state
+        self._jobs += [*kept, *decoding]
+        self._tokens += [job.feed[0] for job in (*kept, *decoding)]
+        # Until here, whoever asks what runs sees them among the taken.
+        self._taken = [job for job in self._taken if job not in jobs]
         for job in new:
-            assert source is not None
-            self._keep_encoding(job, source, places[self._key(job)])
             if job.read is not None:
-                job.read(source, places[self._key(job)])
                 job.finish()
-        if begun:
-            self._state = joined([*([] if self._state is None else [self._state]), *begun])
-            self._jobs += [*kept, *decoding]
-            self._tokens += [job.feed[0] for job in (*kept, *decoding)]
         self._shrink()
 
     def _pieces(self, jobs: Sequence[Seq2SeqJob]) -> list[list[Seq2SeqJob]]:
