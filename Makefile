@@ -9,7 +9,7 @@ PIP := $(BIN)/python -m pip install -q --disable-pip-version-check
 export HF_HUB_OFFLINE ?= 1
 export TOKENIZERS_PARALLELISM ?= false
 
-.PHONY: js install test test-all lint format docs data prompts demo bench wheel clean
+.PHONY: js install test test-all lint format docs data prompts demo bench arm64 wheel clean
 
 install: $(STAMP)
 
@@ -79,6 +79,10 @@ demo: install
 bench: install
 	$(BIN)/python -m benchmarks
 	$(BIN)/python -m benchmarks.peers.starts
+
+# The runtime's answers on an emulated ARM processor, on Debian 12; without root, and minutes long.
+arm64: install
+	$(BIN)/python -m benchmarks.quality.arm64
 
 wheel: install
 	$(BIN)/python -m build --wheel --outdir dist

@@ -68,9 +68,12 @@ def edgeprompt_json(*args: object) -> list[dict[str, Any]]:
 
 
 def package(precision: str, model: Model = SMOLLM2) -> Path:
-    """The package at a precision ("int4-64": in blocks of 64), exported if it is not there yet."""
+    """The package at a precision ("int4-64": in blocks of 64; "web": for browsers), exported if it is not there yet."""
     out = WORK / f"{model.name}-{precision}"
-    if not out.exists():
+    if not out.exists() and precision == "web":
+        layout = () if model is MINILM else ("--layout", "hub")
+        edgeprompt("export", model_file(model), "-o", out, "--target", "web", *layout)
+    elif not out.exists():
         stored, _, block = precision.partition("-")
         # Larger blocks lose much of the base, and so do 4 bits of a file that has 8 in places.
         blocks = ("--block-size", block) if block else ()

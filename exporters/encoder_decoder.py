@@ -6,6 +6,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from edgeprompt import names
 from edgeprompt.base.geometry import geometry_of
 from edgeprompt.base.load import LoadedBase
 from edgeprompt.errors import UnsupportedError
@@ -13,6 +14,7 @@ from edgeprompt.package.manifest import Manifest
 from edgeprompt.prompts.file import PromptFile
 from exporters.contract import BuiltGraphs, ExportOptions
 from exporters.decoder_only import save_graph
+from exporters.graft.padding import padding_as_bias
 from exporters.graft.virtual_tokens import graft_virtual_tokens
 from exporters.quantize.graph import quantize_graph
 
@@ -39,6 +41,8 @@ def build(loaded: LoadedBase, options: ExportOptions, folder: Path, scratch: Pat
         "block_size": options.block_size, "stored": loaded.stored, "target": options.target,
     }  # fmt: skip
     encoder = seq2seq_graph.export_encoder(loaded.model, loaded.family)
+    if options.target == names.WEB:
+        padding_as_bias(encoder)
     weights = {"encoder": quantize_graph(encoder, options.precision, loaded.model, **quantize)}
     graft_virtual_tokens(
         encoder,
@@ -49,6 +53,8 @@ def build(loaded: LoadedBase, options: ExportOptions, folder: Path, scratch: Pat
     )
     save_graph(encoder, folder / ENCODER)
     decoder = seq2seq_graph.export_decoder(loaded.model, loaded.family)
+    if options.target == names.WEB:
+        padding_as_bias(decoder)
     weights["decoder"] = quantize_graph(decoder, options.precision, loaded.model, **quantize)
     save_graph(decoder, folder / DECODER)
     return BuiltGraphs(

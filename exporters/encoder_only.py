@@ -6,6 +6,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from edgeprompt import names
 from edgeprompt.base.geometry import geometry_of
 from edgeprompt.base.load import LoadedBase
 from edgeprompt.base.source import read_json
@@ -14,6 +15,7 @@ from edgeprompt.package.manifest import Manifest
 from edgeprompt.prompts.file import PromptFile
 from exporters.contract import BuiltGraphs, ExportOptions
 from exporters.decoder_only import GRAPH, save_graph
+from exporters.graft.padding import padding_as_bias
 from exporters.graft.virtual_tokens import graft_virtual_tokens
 from exporters.quantize.graph import SIGNED_7, quantize_graph
 from exporters.routes.encoder_graph import trace_graph
@@ -31,6 +33,8 @@ def build(loaded: LoadedBase, options: ExportOptions, folder: Path, scratch: Pat
         raise UnsupportedError("the genai route builds decoders only; give --route torch, or leave it out")
     geometry = geometry_of(loaded.config)
     model = trace_graph(loaded)
+    if options.target == names.WEB:
+        padding_as_bias(model)
     weights = quantize_graph(
         model,
         options.precision,

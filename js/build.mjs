@@ -7,7 +7,7 @@ import { dirname, join } from "node:path";
 import { fileURLToPath } from "node:url";
 import { build } from "esbuild";
 
-const MOST_BYTES = 43_500; // of own code for browsers, gzipped, without Unicode tables; the aim is 25,000
+const MOST_BYTES = 44_500; // of own code for browsers, gzipped, without Unicode tables; the aim is 25,000
 const home = dirname(fileURLToPath(import.meta.url));
 process.chdir(home);
 rmSync("dist", { recursive: true, force: true });

@@ -1,9 +1,11 @@
-"""Whether a sentiment prompt keeps its accuracy on a 4-bit package.
+"""Whether a sentiment prompt keeps its accuracy on a 4-bit package, or on one for the web.
 
     python -m benchmarks.quality.accuracy [--package int4] [--steps N] [--seeds 3] [--limit N] [--out FILE]
+    python -m benchmarks.quality.accuracy --package web --beside int8
 
 Tunes the shipped sentiment recipe with several seeds for the package (the first for int4 is the shipped prompt itself)
-and serves every prompt on it and on the fp32 package, on all four test sets, beside zero-shot. Both packages see the
+and serves every prompt on it and on the fp32 package, on all four test sets, beside zero-shot. With `--beside`, prompts
+are tuned for either package and served on it. Both packages see the
 same sentences, so the error of the difference is that of pairs. Prompts and answers that exist under work/ already are
 taken from there, so an interrupted run goes on.
 """
@@ -94,15 +96,21 @@ def main() -> None:
     parser.add_argument(
         "--package", default=SHIPPED_FOR, help='as "int4-128" (blocks of 128); prompts are tuned for it'
     )
+    parser.add_argument("--beside", default=PLAIN, help="another package, with prompts tuned for it")
     parser.add_argument("--steps", type=int, help="instead of the recipe's")
     parser.add_argument("--seeds", type=int, default=3)
     parser.add_argument("--limit", type=int, help="first sentences of each set alone (the sets are in random order)")
     parser.add_argument("--out", type=Path, help="default: benchmarks/results/accuracy[-PACKAGE].json")
     options = parser.parse_args()
     FOLDER.mkdir(parents=True, exist_ok=True)
-    pair = (PLAIN, options.package)
-    prompts = [prompt(seed, options.package, options.steps) for seed in range(options.seeds)]
-    found = {served: answers(served, prompts, options.limit) for served in pair}
+    pair = (options.beside, options.package)
+    prompts = {
+        served: [
+            prompt(seed, options.package if served == PLAIN else served, options.steps) for seed in range(options.seeds)
+        ]
+        for served in pair
+    }
+    found = {served: answers(served, prompts[served], options.limit) for served in pair}
     seeds = [f"seed {seed}" for seed in range(options.seeds)]
     rows: dict[str, dict[str, Any]] = {}
     for title, names in (("zero-shot", [ZERO_SHOT]), ("soft prompt", seeds)):
@@ -116,8 +124,8 @@ def main() -> None:
     machine = describe()
     facts = {
         "machine": machine,
-        "steps": [load_prompt(path).training["steps"] for path in prompts],
-        "sentences": {data: len(found["fp32"][ZERO_SHOT][data]) for data in SETS},
+        "steps": [load_prompt(path).training["steps"] for path in prompts[options.package]],
+        "sentences": {data: len(found[options.package][ZERO_SHOT][data]) for data in SETS},
     }
     suffix = "" if options.package == SHIPPED_FOR else f"-{options.package}"
     out = options.out or ROOT / "benchmarks" / "results" / f"accuracy{suffix}.json"

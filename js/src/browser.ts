@@ -1,15 +1,16 @@
 /** edgeprompt for browsers (and for bundlers that build for them). */
 
 import { WorkerHost, type AskOptions, type Channel, type Host, type Method } from "./host.ts";
-import { Runtime, type LoadOptions } from "./runtime.ts";
+import { Runtime, checkSource, checkWorker, type LoadOptions } from "./runtime.ts";
 
 /**
  * Open a package.
  * @param source The URL of its folder.
  */
 export async function load(source: string | URL, options: LoadOptions = {}): Promise<Runtime> {
+  checkSource(source, "URL");
   const url = new URL(source, globalThis.location?.href).href;
-  return Runtime.open(makeHost(options.worker ?? true), url, options);
+  return Runtime.open(() => makeHost(checkWorker(options.worker)), url, options);
 }
 
 function makeHost(worker: boolean | object): Host {

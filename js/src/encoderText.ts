@@ -2,7 +2,7 @@
 
 import { InputError, TemplateError } from "./errors.ts";
 import { repr } from "./json.ts";
-import { range, type Template } from "./template.ts";
+import { cutAt, range, type Template } from "./template.ts";
 import type { Encoding, Tokenizer } from "./tokenizer/tokenizer.ts";
 
 type Offset = readonly [from: number, to: number];
@@ -61,19 +61,19 @@ export function encodeText(
     }
     const over = options.maxLength === null ? 0 : encoded.ids.length - options.maxLength;
     if (over <= 0) return encoded;
-    const tokens = tokenizer.encode(fields[last]!, false).length;
     if (!options.truncate) {
       throw new InputError(
         `the text takes ${encoded.ids.length} tokens with its prompt and template, at most ${options.maxLength} fit; ` +
           "shorten it, or ask for truncation",
       );
     }
-    if (tokens === 0) {
+    const ends = tokenizer.ends(fields[last]!);
+    if (!ends.length) {
       throw new InputError(
         `the template's fixed parts and prompt take ${encoded.ids.length} tokens; at most ${options.maxLength} fit`,
       );
     }
-    fields[last] = tokenizer.truncate(fields[last]!, Math.max(0, tokens - over));
+    fields[last] = cutAt(fields[last]!, ends, Math.max(0, ends.length - over));
   }
 }
 

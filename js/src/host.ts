@@ -1,6 +1,6 @@
 /** The way from a runtime to its service: in a worker, by messages. */
 
-import { EdgePromptError, RequestCancelledError, unpackError, type PlainError } from "./errors.ts";
+import { EdgePromptError, InputError, RequestCancelledError, unpackError, type PlainError } from "./errors.ts";
 import type { Progress } from "./service.ts";
 
 /** Methods of the service that a runtime may call. */
@@ -57,7 +57,11 @@ export class WorkerHost implements Host {
       options.signal?.addEventListener("abort", abort, { once: true });
       const unlisten = (): void => options.signal?.removeEventListener("abort", abort);
       this.pending.set(id, { resolve, reject, options, unlisten });
-      this.channel.post({ id, method, args, wantsText: !!options.onText });
+      try {
+        this.channel.post({ id, method, args, wantsText: !!options.onText });
+      } catch (error) {
+        this.settle(id)?.reject(new InputError(`${(error as Error).message} Give texts, numbers and plain objects.`));
+      }
     });
   }
 
@@ -71,12 +75,16 @@ export class WorkerHost implements Host {
     if (!pending) return;
     if (message.text !== undefined) pending.options.onText?.(message.text);
     else if (message.progress) pending.options.onProgress?.(message.progress);
-    else {
-      this.pending.delete(message.id);
-      pending.unlisten();
-      if (message.error) pending.reject(unpackError(message.error));
-      else pending.resolve(message.value);
-    }
+    else if (message.error) this.settle(message.id)!.reject(unpackError(message.error));
+    else this.settle(message.id)!.resolve(message.value);
+  }
+
+  /** A question that has its answer. */
+  private settle(id: number): Pending | undefined {
+    const pending = this.pending.get(id);
+    this.pending.delete(id);
+    pending?.unlisten();
+    return pending;
   }
 
   private fail(error: Error): void {

@@ -13,7 +13,7 @@ export class LocalHost implements Host {
   async ask(method: Method, args: any[], options: AskOptions = {}): Promise<any> {
     if (method === "open") {
       const [source, settings] = args as [string, ServiceOptions];
-      this.service = await Service.open(this.makePlatform, source, settings, options.onProgress ?? (() => undefined));
+      this.service = await Service.open(this.makePlatform, source, settings, options.onProgress ?? (() => undefined), options.signal);
       return this.service.facts;
     }
     if (!this.service) throw new EdgePromptError("no package is open");

@@ -2,10 +2,11 @@
 
 import { Worker } from "node:worker_threads";
 import { fileURLToPath } from "node:url";
+import { PackageError } from "./errors.ts";
 import { WorkerHost, type Channel, type Host } from "./host.ts";
 import { LocalHost } from "./local.ts";
 import { nodePlatform } from "./platform/node.ts";
-import { Runtime, type LoadOptions } from "./runtime.ts";
+import { Runtime, checkSource, checkWorker, type LoadOptions } from "./runtime.ts";
 import { here } from "./platform/here.ts";
 
 /**
@@ -13,8 +14,10 @@ import { here } from "./platform/here.ts";
  * @param source Its folder, or a file: URL.
  */
 export async function load(source: string | URL, options: LoadOptions = {}): Promise<Runtime> {
+  checkSource(source, "folder");
+  if (/^https?:/.test(String(source))) throw new PackageError(`${String(source)} is a URL; Node.js reads packages from folders, so download it first`);
   const folder = source instanceof URL ? fileURLToPath(source) : source;
-  return Runtime.open(makeHost(options.worker ?? true), folder, options);
+  return Runtime.open(() => makeHost(checkWorker(options.worker)), folder, options);
 }
 
 function makeHost(worker: boolean | object): Host {
@@ -29,8 +32,8 @@ function channelTo(thread: Worker): Channel {
   let open = 0;
   return {
     post: (message) => {
-      if ((message as { method?: string }).method && open++ === 0) thread.ref();
       thread.postMessage(message);
+      if ((message as { method?: string }).method && open++ === 0) thread.ref();
     },
     listen: (onMessage, onFailure) => {
       thread.on("message", (message: { text?: string; progress?: unknown }) => {

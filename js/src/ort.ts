@@ -118,6 +118,27 @@ export function firstPositions(graph: Graph, tensor: OrtTensor, length: number):
   return new graph.ort.Tensor(tensor.type, found, [batch, heads, length, size]);
 }
 
+/** Sequences of a tensor `[batch, ...]`, by their numbers. */
+export function pickSequences(graph: Graph, tensor: OrtTensor, sequences: readonly number[]): OrtTensor {
+  const [batch, ...dims] = tensor.dims as [number, ...number[]];
+  const data = tensor.data as Float32Array;
+  const size = data.length / batch;
+  const found = new (data.constructor as Float32ArrayConstructor)(sequences.length * size);
+  sequences.forEach((from, to) => found.set(data.subarray(from * size, (from + 1) * size), to * size));
+  return new graph.ort.Tensor(tensor.type, found, [sequences.length, ...dims]);
+}
+
+/** The same of several tensors by name. */
+export const pickAll = (graph: Graph, tensors: Record<string, OrtTensor>, sequences: readonly number[]): Record<string, OrtTensor> =>
+  Object.fromEntries(Object.entries(tensors).map(([name, one]) => [name, pickSequences(graph, one, sequences)]));
+
+/** Logits behind the last position of every sequence. */
+export function lastLogits(tensor: OrtTensor): Float32Array[] {
+  const [batch, positions, vocab] = tensor.dims as [number, number, number];
+  const all = floatsOf(tensor);
+  return Array.from({ length: batch }, (_, i) => all.subarray(((i + 1) * positions - 1) * vocab, (i + 1) * positions * vocab));
+}
+
 export const firstLine = (error: unknown): string => String((error as Error)?.message ?? error).split("\n")[0]!;
 
 /** Open a graph; what ONNX Runtime says is the package's fault. */

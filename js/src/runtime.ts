@@ -41,6 +41,52 @@ export interface GenerateOptions extends AskOptions, GenerationOptions {
 
 /** Options that reach the thread of the model. */
 const OPTION_NAMES = ["provider", "threads", "kvBudget", "cache", "allowOtherWeights", "ort", "wasmPaths"];
+/** Options of `load`: what each may be. */
+const LOAD_OPTIONS: Record<string, [fits: (value: any) => boolean, wanted: string]> = {
+  provider: [isText, "a text"],
+  threads: [(value) => Number.isInteger(value) && value >= 1 && value <= 1024, "an integer from 1 to 1024, or left out for one per core"],
+  kvBudget: [(value) => typeof value === "number" && value >= 1, "a number of bytes"],
+  cache: [(value) => value === "default" || value === "none", "'default' or 'none'"],
+  allowOtherWeights: [(value) => typeof value === "boolean", "true or false"],
+  ort: [isText, "the URL of a module"],
+  wasmPaths: [isText, "a URL that ends with /"],
+  prompts: [Array.isArray, "a list of paths, URLs or bytes"],
+  worker: [() => true, ""],
+  onProgress: [(value) => typeof value === "function", "a function"],
+  signal: [() => true, ""],
+};
+
+function isText(value: unknown): boolean {
+  return typeof value === "string";
+}
+
+/** Refuse options that are no object, and a signal that is none. */
+function checkOptions(options: unknown): void {
+  if (typeof options !== "object" || options === null || Array.isArray(options)) {
+    throw new InputError(`options is ${repr(options)}; give an object`);
+  }
+  const { signal } = options as { signal?: unknown };
+  if (signal !== undefined && typeof (signal as AbortSignal | null)?.addEventListener !== "function") throw new InputError("signal must be an AbortSignal");
+}
+
+function checkList(value: unknown, where: string): void {
+  if (!Array.isArray(value)) throw new InputError(`${where} is ${repr(value)}; give a list`);
+}
+
+/** @internal */
+export function checkSource(source: unknown, what: string): void {
+  if (!(source instanceof URL) && (typeof source !== "string" || !source)) {
+    throw new InputError(`the package is ${repr(source)}; give its ${what}`);
+  }
+}
+
+/** @internal */
+export function checkWorker(worker: unknown): boolean | object {
+  const fits = typeof worker === "boolean" || typeof (worker as { postMessage?: unknown } | null)?.postMessage === "function";
+  if (worker !== undefined && !fits) throw new InputError(`worker is ${repr(worker)}; give true, false, or a Worker`);
+  return (worker as boolean | object | undefined) ?? true;
+}
+
 const REQUEST_NAMES = ["prompt", "inputIds", "truncate", "timeout", "chat"] as const;
 
 /** Serves one package; make one with `load`. */
@@ -54,15 +100,15 @@ export class Runtime implements AsyncDisposable {
   ) {}
 
   /** @internal */
-  static async open(host: Host, source: string, options: LoadOptions): Promise<Runtime> {
-    const known = [...OPTION_NAMES, "prompts", "worker", "onProgress", "signal"];
-    const unknown = Object.keys(options).find((name) => !known.includes(name));
+  static async open(makeHost: () => Host, source: string, options: LoadOptions): Promise<Runtime> {
+    checkOptions(options);
+    for (const [name, value] of Object.entries(options)) {
+      const [fits, wanted] = LOAD_OPTIONS[name] ?? [];
+      if (!fits) throw new InputError(`unknown option ${repr(name)}; known: ${Object.keys(LOAD_OPTIONS).join(", ")}`);
+      if (value !== undefined && !fits(value)) throw new InputError(`${name} is ${repr(value)}; it must be ${wanted}`);
+    }
+    const host = makeHost();
     try {
-      if (unknown) throw new InputError(`unknown option ${repr(unknown)}; known: ${known.join(", ")}`);
-      const { threads } = options;
-      if (threads !== undefined && !(Number.isInteger(threads) && threads >= 1)) {
-        throw new InputError(`threads is ${repr(threads)}; it must be at least 1, or left out for one per core`);
-      }
       const settings = Object.fromEntries(
         OPTION_NAMES.filter((name) => name in options).map((name) => [name, options[name as keyof LoadOptions]]),
       );
@@ -103,6 +149,8 @@ export class Runtime implements AsyncDisposable {
   async run(requests: readonly Request[], options: { signal?: AbortSignal; returnErrors: true }): Promise<(Result | Error)[]>;
   async run(requests: readonly Request[]): Promise<Result[]>;
   async run(requests: readonly Request[], options: { signal?: AbortSignal; returnErrors?: boolean } = {}): Promise<(Result | Error)[]> {
+    checkList(requests, "requests");
+    checkOptions(options);
     const outcomes: Outcome[] = await this.host.ask("run", [requests], { signal: options.signal });
     return outcomes.map((one) => {
       if ("result" in one) return one.result;
@@ -113,6 +161,8 @@ export class Runtime implements AsyncDisposable {
 
   /** One text, many tasks: prompt name -> result. */
   async runTasks(text: Text, prompts: readonly string[], options: { truncate?: boolean; signal?: AbortSignal } = {}): Promise<Record<string, Result>> {
+    checkList(prompts, "prompts");
+    checkOptions(options);
     const { truncate = false, signal } = options;
     const results = await this.run(prompts.map((prompt) => ({ text, prompt, truncate })), { signal });
     return Object.fromEntries(prompts.map((prompt, i) => [prompt, results[i]!]));
@@ -134,6 +184,7 @@ export class Runtime implements AsyncDisposable {
 
   /** `generate`, piece by piece; `onResult` gets the whole at the end, with its timings. Cancelling the stream, or leaving a `for await` over it, cancels the request. */
   stream(text: Text, options: GenerateOptions & { onResult?: (result: Generation) => void } = {}): ReadableStream<string> {
+    checkOptions(options);
     const { onResult, ...asked } = options;
     const controller = new AbortController();
     const { signal } = options;
@@ -159,6 +210,7 @@ export class Runtime implements AsyncDisposable {
             },
             (error: unknown) => open && stream.error(error),
           )
+          .catch((error: unknown) => stream.error(error)) // of onResult
           .finally(() => signal?.removeEventListener("abort", abort));
       },
       cancel: abort,
@@ -179,6 +231,7 @@ export class Runtime implements AsyncDisposable {
 
   /** Scores of the next token (first decoder step for encoder-decoders). */
   logits(text: Text, options: AskOptions = {}): Promise<Float32Array> {
+    checkOptions(options);
     const { task: _, ...asked } = request(text, "generate", options);
     return this.host.ask("logits", [asked], { signal: options.signal });
   }
@@ -186,6 +239,7 @@ export class Runtime implements AsyncDisposable {
   /** A vector for each text. `pooling` "mean", "cls" or "last"; left out: the package's default. */
   async embed(texts: readonly Text[], options: AskOptions & { pooling?: string } = {}): Promise<Float32Array[]> {
     if (!Array.isArray(texts)) throw new InputError("embed takes a list of texts; put the one text into a list");
+    checkOptions(options);
     const { pooling = null, ...others } = options;
     const requests = texts.map((text: Text) => request(text, "embed", others));
     return this.host.ask("embed", [requests, options.prompt ?? null, pooling], { signal: options.signal });
@@ -212,6 +266,7 @@ export class Runtime implements AsyncDisposable {
   }
 
   private async each(text: any, task: Request["task"], options: GenerateOptions): Promise<any> {
+    checkOptions(options);
     const many = Array.isArray(text);
     const requests = (many ? text : [text]).map((one: Text) => request(one, task, options));
     const results = await this.run(requests, { signal: options.signal });

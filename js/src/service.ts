@@ -14,7 +14,7 @@ import * as names from "./names.ts";
 import type { Graph } from "./ort.ts";
 import { checkBase, parsePrompt, type PromptFile } from "./prompt.ts";
 import type { Classification, GoldenCheck, Request, Result } from "./results.ts";
-import type { Text } from "./template.ts";
+import { asFields, type Text } from "./template.ts";
 import { ALLOWED, checkWeights, differ } from "./weights.ts";
 import { Tokenizer, fingerprintTokenizer } from "./tokenizer/tokenizer.ts";
 import { CONTENT_FREE, contextualCalibration } from "./verbalizer.ts";
@@ -53,7 +53,9 @@ export interface Platform {
   readonly provider: string;
 }
 
-export type MakePlatform = (source: string, options: ServiceOptions, onProgress: (progress: Progress) => void) => Promise<Platform>;
+export type MakePlatform = (
+  source: string, options: ServiceOptions, onProgress: (progress: Progress) => void, signal?: AbortSignal,
+) => Promise<Platform>;
 
 const MAX_TOKENIZER_BYTES = 256 << 20;
 const KV_BUDGET = 1 << 30;
@@ -82,8 +84,20 @@ export class Service {
     private readonly allowOtherWeights: boolean,
   ) {}
 
-  static async open(makePlatform: MakePlatform, source: string, options: ServiceOptions, onProgress: (progress: Progress) => void): Promise<Service> {
-    const platform = await makePlatform(source, options, onProgress);
+  static async open(
+    makePlatform: MakePlatform, source: string, options: ServiceOptions, onProgress: (progress: Progress) => void, signal?: AbortSignal,
+  ): Promise<Service> {
+    try {
+      return await Service.opened(makePlatform, source, options, onProgress, signal);
+    } catch (error) {
+      throw signal?.aborted ? new RequestCancelledError("loading was cancelled") : error;
+    }
+  }
+
+  private static async opened(
+    makePlatform: MakePlatform, source: string, options: ServiceOptions, onProgress: (progress: Progress) => void, signal?: AbortSignal,
+  ): Promise<Service> {
+    const platform = await makePlatform(source, options, onProgress, signal);
     const text = await platform.read(names.MANIFEST, 4 << 20);
     if (!text) throw new PackageError(`${repr(source)} is no package: it has no ${names.MANIFEST}; edgeprompt export makes one`);
     const manifest = await parseManifest(text);
@@ -98,9 +112,9 @@ export class Service {
     };
     const opened = await Promise.allSettled(keys.map(open));
     const failed = opened.find((one) => one.status === "rejected");
-    if (failed) {
+    if (failed || signal?.aborted) {
       await Promise.all(opened.map((one) => (one.status === "fulfilled" ? one.value.close() : undefined)));
-      throw failed.reason;
+      throw failed?.reason;
     }
     const graphs = Object.fromEntries(keys.map((key, i) => [key, (opened[i] as PromiseFulfilledResult<Graph>).value]));
     const parts: EngineParts = {
@@ -126,6 +140,7 @@ export class Service {
   /** Make a prompt ready, replacing one of the same name; the name, and what the caller should know. */
   async addPrompt(source: string | Uint8Array, options: PromptOptions = {}): Promise<{ name: string; note: string | null }> {
     this.open();
+    checkPrompt(source, options);
     const data = typeof source === "string" ? await this.platform.readPrompt(source) : source;
     const prompt = parsePrompt(data, typeof source === "string" ? source : undefined);
     checkBase(prompt, this.manifest, options.allowBaseMismatch);
@@ -191,11 +206,13 @@ export class Service {
 
   async logits(request: Request, options: CallOptions = {}): Promise<Float32Array> {
     this.open();
+    checkRequest(request);
     return this.engine.logits(request, this.find(request.prompt), options);
   }
 
   async embed(requests: readonly Request[], prompt: string | null, pooling: string | null, options: CallOptions = {}): Promise<Float32Array[]> {
     this.open();
+    requests.forEach(checkRequest);
     return this.engine.embed(requests, this.find(prompt), pooling, options);
   }
 
@@ -205,6 +222,7 @@ export class Service {
 
   /** Values for a prompt file's `calibration`: what the verbalizer says about texts without content. */
   async calibration(prompt: string, texts: readonly Text[] = CONTENT_FREE): Promise<number[]> {
+    if (!Array.isArray(texts) || !texts.length) throw new InputError("calibration takes a list of at least one text");
     const outcomes = await this.run(texts.map((text) => ({ text, prompt, task: "classify" })));
     return contextualCalibration(
       outcomes.map((one) => {
@@ -237,10 +255,24 @@ export class Service {
   }
 }
 
+const PROMPT_KEYS = ["name", "allowBaseMismatch", "allowOtherWeights"];
+
+function checkPrompt(source: unknown, options: unknown): void {
+  if (typeof source !== "string" && !(source instanceof Uint8Array)) {
+    throw new InputError(`a prompt is ${source === null ? "null" : typeof source}; give its path (in browsers its URL), or the file's bytes`);
+  }
+  if (typeof options !== "object" || options === null) throw new InputError(`options is ${repr(options)}; give an object`);
+  const unknown = Object.keys(options).find((key) => !PROMPT_KEYS.includes(key));
+  if (unknown) throw new InputError(`unknown option ${repr(unknown)}; known: ${PROMPT_KEYS.join(", ")}`);
+  const { name } = options as PromptOptions;
+  if (name !== undefined && (typeof name !== "string" || !name)) throw new InputError(`name is ${repr(name)}; give a text of at least one character`);
+}
+
 const REQUEST_KEYS = ["text", "prompt", "inputIds", "task", "options", "chat", "timeout", "truncate"];
 const GENERATION_KEYS = ["maxNewTokens", "temperature", "topK", "topP", "minP", "repetitionPenalty", "seed", "stop", "logprobs", "numBeams", "choices"];
 
 function checkRequest(request: Request): void {
+  if (typeof request !== "object" || request === null) throw new InputError(`a request is ${repr(request)}; give an object with a text`);
   for (const [where, keys, known] of [
     ["", Object.keys(request), REQUEST_KEYS],
     ["", Object.keys(request.options ?? {}), GENERATION_KEYS],
@@ -256,6 +288,10 @@ function checkRequest(request: Request): void {
     throw new InputError(`timeout is ${repr(timeout)}; it must be a number of seconds`);
   }
   if (inputIds !== undefined && !Array.isArray(inputIds)) throw new InputError("inputIds must be a list of integers");
+  for (const name of ["chat", "truncate"] as const) {
+    if (request[name] !== undefined && typeof request[name] !== "boolean") throw new InputError(`${name} is ${repr(request[name])}; it must be true or false`);
+  }
+  if (!inputIds) asFields(request.text);
 }
 
 async function readTokenizer(platform: Platform, manifest: Manifest): Promise<Tokenizer> {

@@ -12,7 +12,8 @@ export type Text = string | Readonly<Record<string, string>>;
 export interface TemplateTokenizer {
   readonly maskToken: string | null;
   encode(text: string, addSpecialTokens?: boolean): number[];
-  truncate(text: string, count: number): string;
+  /** Where each of its tokens ends, bare. */
+  ends(text: string): number[];
 }
 
 export interface Placement {
@@ -150,11 +151,12 @@ export class Template {
     if (limit === null || ids.length <= limit) return ids;
     const name = this.slots.at(-1)!;
     const text = fields[name]!;
+    const ends = tokenizer.ends(text);
     let over = ids.length - limit;
-    let tokens = tokenizer.encode(text, false).length;
+    let tokens = ends.length;
     while (tokens > 0) {
       tokens = Math.max(0, tokens - over);
-      ids = this.ids(tokenizer, { ...fields, [name]: tokenizer.truncate(text, tokens) }, placement);
+      ids = this.ids(tokenizer, { ...fields, [name]: cutAt(text, ends, tokens) }, placement);
       over = ids.length - limit;
       if (over <= 0) return ids;
     }
@@ -187,18 +189,18 @@ export class Template {
       return [...lead, ...tokenizer.encode(texts[0]!, special)];
     }
     const [before, after] = special ? specials(tokenizer) : [[], []];
-    const ids: number[] = [];
+    let ids: number[] = [];
     let started = false;
     for (const run of runs) {
       if (typeof run !== "string" && !started && !ids.length) {
-        ids.push(...run);
+        ids = ids.concat(run);
         continue;
       }
       if (!started) {
-        ids.push(...before);
+        ids = ids.concat(before);
         started = true;
       }
-      ids.push(...(typeof run === "string" ? tokenizer.encode(run, false) : run));
+      ids = ids.concat(typeof run === "string" ? tokenizer.encode(run, false) : run);
     }
     return [...ids, ...after];
   }
@@ -216,6 +218,10 @@ export class Template {
     return slots.map((count) => count ?? rest);
   }
 }
+
+/** The longest beginning of a text of at most `count` tokens, which end at `ends`. */
+export const cutAt = (text: string, ends: readonly number[], count: number): string =>
+  ends.length <= count ? text : count ? text.slice(0, ends[count - 1]) : "";
 
 export const range = (from: number, to: number): number[] => Array.from({ length: to - from }, (_, i) => from + i);
 
@@ -235,7 +241,7 @@ export const LONE_SURROGATE = /[\ud800-\udbff](?![\udc00-\udfff])|(?<![\ud800-\u
 export function asFields(text: unknown): Readonly<Record<string, string>> {
   const fields = typeof text === "string" ? { text } : text;
   if (typeof fields !== "object" || fields === null || Array.isArray(fields)) {
-    throw new InputError(`the text is ${typeof text}; give a string, or an object of slot names to strings`);
+    throw new InputError(`the text is ${fields === null ? "null" : typeof text}; give a string, or an object of slot names to strings`);
   }
   for (const [name, value] of Object.entries(fields)) {
     if (typeof value !== "string") throw new InputError(`the text of ${repr(name)} is ${typeof value}; it must be a string`);

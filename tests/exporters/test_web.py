@@ -24,13 +24,20 @@ SLOW = {"MatMulNBits", "GatherBlockQuantized"}
 """Operators that ONNX Runtime's WebAssembly build is slow at, or that one of its builds lacks."""
 
 
-def _operators(package: Path) -> set[str]:
+def _nodes(package: Path) -> list[onnx.NodeProto]:
     graphs = open_package(package).manifest.graphs.values()
-    return {
-        node.op_type
-        for graph in graphs
-        for node in onnx.load(package / graph.file, load_external_data=False).graph.node
-    }
+    return [node for graph in graphs for node in onnx.load(package / graph.file, load_external_data=False).graph.node]
+
+
+def _operators(package: Path) -> set[str]:
+    return {node.op_type for node in _nodes(package)}
+
+
+def _masked(package: Path) -> list[tuple[bool, bool]]:
+    """Whether each attention of a package reads a mask of padding, which WebGPU's kernels refuse, and a bias."""
+    inputs = [[*node.input, *[""] * 6] for node in _nodes(package) if node.op_type == "MultiHeadAttention"]
+    assert inputs
+    return [(bool(one[4]), bool(one[5])) for one in inputs]
 
 
 @pytest.mark.parametrize(
@@ -50,14 +57,19 @@ def test_decoders(family: str, tmp_path: Path) -> None:
 def test_encoders(family: str, encoder_base: Callable[[str], Path], tmp_path: Path) -> None:
     path = export_model(encoder_base(family), tmp_path / "web", target="web").path
     assert not _operators(path) & SLOW
+    assert {*_masked(path)} == {(False, True)}
     with edgeprompt.load(path, options=QUIET) as runtime:
-        assert np.isfinite(runtime.embed(["the plot is thin"])).all()
+        texts = ["the plot is thin", "a", "one two three four five six seven eight nine ten"]
+        together = runtime.embed(texts)  # padded
+        alone = np.concatenate([runtime.embed([text]) for text in texts])
+        assert np.abs(together - alone).max() < 0.02 * np.abs(alone).max()
 
 
 @pytest.mark.parametrize("family", ["T5", pytest.param("BART", marks=pytest.mark.slow)])
 def test_encoder_decoders(family: str, seq2seq_base: Callable[[str], Path], tmp_path: Path) -> None:
     path = export_model(seq2seq_base(family), tmp_path / "web", target="web").path
     assert not _operators(path) & SLOW
+    assert {*_masked(path)} == {(False, True)}
     with edgeprompt.load(path, options=QUIET) as runtime:
         assert runtime.generate("the plot is thin", max_new_tokens=4).token_ids
 

@@ -53,6 +53,9 @@ const LIMITS: [Limited, string, "int" | "float", number, number][] = [
 
 /** Fill what `options` leaves open from the prompt file's `defaults`, then from the library's. */
 export function resolve(options: GenerationOptions, defaults: Record<string, any>): Sampling {
+  if (options.logprobs !== undefined && typeof options.logprobs !== "boolean") {
+    throw new InputError(`logprobs is ${repr(options.logprobs)}; it must be true or false`);
+  }
   if (Array.isArray(options.choices) && !options.choices.length) {
     throw new InputError("choices is empty, so there is nothing to answer; give at least one, or leave it out");
   }
@@ -73,8 +76,9 @@ export function resolve(options: GenerationOptions, defaults: Record<string, any
     const value: unknown = options[name] ?? defaults[written];
     if (value === undefined || value === null) continue;
     const number = typeof value === "bigint" ? Number(value) : value;
+    const large = typeof value === "bigint" && value >> 64n !== 0n; // rounded to a float, 2^64 is the limit itself
     const whole = kind === "float" || typeof value === "bigint" || Number.isInteger(value);
-    if (typeof number !== "number" || !whole || !(number >= low && number <= high)) {
+    if (typeof number !== "number" || !whole || large || !(number >= low && number <= high)) {
       const what = kind === "int" ? "an integer" : "a number";
       throw new InputError(`${name} is ${repr(value)}; it must be ${what} between ${low} and ${high}`);
     }
@@ -83,8 +87,9 @@ export function resolve(options: GenerationOptions, defaults: Record<string, any
     if (name === "maxNewTokens") found.askedLength = true;
   }
   if (found.topP === 0) throw new InputError("topP is 0; it must be above 0 (1 keeps every token)");
-  const asked = options.stop;
-  const stop = asked !== undefined && asked.length ? asked : (defaults["stop"] ?? []);
+  const asked: unknown = options.stop ?? [];
+  const none = asked === "" || (Array.isArray(asked) && !asked.length);
+  const stop: unknown = none ? (defaults["stop"] ?? []) : asked;
   found.stop = texts("stop", typeof stop === "string" ? [stop] : stop);
   return found;
 }

@@ -7,27 +7,30 @@ import { Detokenizer } from "./detokenizer.ts";
 import type { Processors } from "./processors.ts";
 import { Sampler, largest, logProbabilities, type Sampling } from "./sampling.ts";
 
-/** The next token to run. */
-export interface Step {
-  token: number;
-  /** Behind how many tokens after the text it stands. */
-  depth: number;
+/** Most sequences that the label words of one request take at once. */
+const WORDS_AT_ONCE = 16;
+
+/** Tokens to run, one for each sequence. */
+export interface Move {
+  tokens: number[];
+  /** The sequence of the last step that each goes on from; null: all go on behind the text. */
+  parents: number[] | null;
 }
 
 export interface Strategy<T> {
-  /** Take the logits behind the last token. */
-  advance(logits: Float32Array): Step | null;
+  /** Take the logits behind the last token of each sequence; the first time, behind the text. */
+  advance(logits: readonly Float32Array[]): Move | null;
   result(): T;
-  /** Whether it continues from states before the last one. */
+  /** Whether it comes back to the text. */
   readonly goesBack?: boolean;
 }
 
 /** Hands out the logits behind the text. */
 export class FirstLogits implements Strategy<Float32Array> {
   private logits: Float32Array = new Float32Array();
-  advance(logits: Float32Array): null {
-    largest(logits);
-    this.logits = logits.slice();
+  advance([logits]: readonly Float32Array[]): null {
+    largest(logits!);
+    this.logits = logits!.slice();
     return null;
   }
   result(): Float32Array {
@@ -35,42 +38,90 @@ export class FirstLogits implements Strategy<Float32Array> {
   }
 }
 
-/** Log-probabilities of label words, walking the tree of their tokens depth first. */
+/**
+ * Log-probabilities of label words. Words of one token need the logits behind the text alone. The others go on behind
+ * the text in chunks, one token deeper with every move, a sequence for each beginning that is not yet a whole word.
+ */
 export class ScoreWords implements Strategy<Classification> {
   readonly goesBack = true;
   private readonly found: Float64Array;
-  private here: [node: WordNode, logprob: number, depth: number];
-  private readonly todo: [token: number, logprob: number, node: WordNode, depth: number][] = [];
+  private readonly left: number[][];
+  /** Words at hand, and where their sequences stand. */
+  private chunk: number[] = [];
+  private open: [node: WordNode, logprob: number][] = [];
+  private first: Map<number, number> | null = null;
 
   constructor(
     private readonly verbalizer: Verbalizer,
     private readonly clock: Clock,
   ) {
     this.found = new Float64Array(verbalizer.words.length).fill(-Infinity);
-    this.here = [wordTree(verbalizer.words), 0, 0];
+    this.left = chunksOf(verbalizer.words, WORDS_AT_ONCE);
   }
 
-  advance(logits: Float32Array): Step | null {
-    const [node, before, depth] = this.here;
-    const chance = logProbabilities(logits);
-    for (const [token, child] of node.children) {
-      const logprob = before + chance(token);
-      for (const word of child.words) this.found[word] = logprob;
-      if (child.children.size) this.todo.push([token, logprob, child, depth]);
+  advance(logits: readonly Float32Array[]): Move | null {
+    const chances = logits.map(logProbabilities);
+    if (!this.first) {
+      this.first = new Map(this.verbalizer.words.map(([token]) => [token!, chances[0]!(token!)]));
+      this.verbalizer.words.forEach((word, i) => {
+        if (word.length === 1) this.found[i] = this.first!.get(word[0]!)!;
+      });
+      return this.nextChunk();
     }
-    const next = this.todo.pop();
-    if (!next) {
-      this.clock.tick();
-      return null;
-    }
-    const [token, logprob, child, from] = next;
-    this.here = [child, logprob, from + 1];
-    return { token, depth: from };
+    const move: Move & { parents: number[] } = { tokens: [], parents: [] };
+    const open: typeof this.open = [];
+    this.open.forEach(([node, before], row) => {
+      for (const [token, child] of node.children) {
+        const logprob = before + chances[row]!(token);
+        for (const word of child.words) this.found[this.chunk[word]!] = logprob;
+        if (!child.children.size) continue;
+        move.tokens.push(token);
+        move.parents.push(row);
+        open.push([child, logprob]);
+      }
+    });
+    this.open = open;
+    return open.length ? move : this.nextChunk();
   }
 
   result(): Classification {
     return { ...this.verbalizer.classification(this.found), timings: this.clock.timings(1) };
   }
+
+  private nextChunk(): Move | null {
+    const chunk = this.left.shift();
+    if (!chunk) {
+      this.clock.tick();
+      return null;
+    }
+    this.chunk = chunk;
+    const { children } = wordTree(chunk.map((index) => this.verbalizer.words[index]!));
+    this.open = [...children].map(([token, child]) => [child, this.first!.get(token)!]);
+    return { tokens: [...children.keys()], parents: null };
+  }
+}
+
+/** Words of several tokens, by index, so that a chunk's tree has `width` inner nodes at most at every depth. */
+function chunksOf(words: readonly (readonly number[])[], width: number): number[][] {
+  const chunks: number[][] = [];
+  let nodes: Set<string>[] = [];
+  const long = words.flatMap((word, i) => (word.length > 1 ? [i] : []));
+  for (const index of long.sort((a, b) => compare(words[a]!, words[b]!))) {
+    const inner = words[index]!.slice(0, -1).map((_, depth) => words[index]!.slice(0, depth + 1).join());
+    const fits = inner.every((node, depth) => !nodes[depth] || nodes[depth].has(node) || nodes[depth].size < width);
+    if (!chunks.length || !fits) {
+      chunks.push([]);
+      nodes = [];
+    }
+    chunks.at(-1)!.push(index);
+    inner.forEach((node, depth) => (nodes[depth] ??= new Set()).add(node));
+  }
+  return chunks;
+}
+
+function compare(one: readonly number[], other: readonly number[]): number {
+  const at = one.findIndex((token, i) => token !== other[i]);
+  return at < 0 ? one.length - other.length : at < other.length ? one[at]! - other[at]! : 1;
 }
 
 export interface GenerateParts {
@@ -101,7 +152,7 @@ export class Generate implements Strategy<Generation> {
     this.choice = sampling.choices.length ? choiceTree(sampling, parts.encode) : null;
   }
 
-  advance(logits: Float32Array): Step | null {
+  advance([logits]: readonly Float32Array[]): Move | null {
     const { choice } = this;
     const { eos } = this.parts;
     const allowed = choice ? [...choice.children.keys(), ...(choice.words.length ? eos : [])] : null;
@@ -121,7 +172,7 @@ export class Generate implements Strategy<Generation> {
       this.choice = choice.children.get(token)!;
       if (!this.choice.children.size) return this.end("stop");
     } else if (this.ids.length >= this.sampling.maxNewTokens) return this.end("length");
-    return { token, depth: this.ids.length - 1 };
+    return { tokens: [token], parents: [0] };
   }
 
   result(): Generation {

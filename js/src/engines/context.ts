@@ -1,7 +1,7 @@
 /** What a request carries through an engine: when to stop, and where pieces of text go. */
 
 import { RequestCancelledError, RequestTimeoutError } from "../errors.ts";
-import type { Step, Strategy } from "../decoding/strategies.ts";
+import type { Move, Strategy } from "../decoding/strategies.ts";
 import { Clock, type Request } from "../results.ts";
 
 export interface CallOptions {
@@ -31,29 +31,31 @@ export class Context {
   }
 }
 
-/** Logits behind the last token, and what the next step continues from. */
+/** Logits behind the last token of each sequence, and what the next step continues from. */
 export interface Reached<S> {
-  logits: Float32Array;
+  logits: Float32Array[];
   state: S;
 }
 
-/** Let a strategy go on from the logits behind the text until it is done. */
+/** Let a strategy go on from the logits behind the text until it is done. `pick`: the sequences of a state by their numbers. */
 export async function decode<S, T>(
   strategy: Strategy<T>,
   reached: Reached<S>,
-  step: (token: number, state: S) => Promise<Reached<S>>,
+  step: (tokens: number[], state: S) => Promise<Reached<S>>,
+  pick: (state: S, sequences: number[]) => S,
   context: Context,
 ): Promise<T> {
-  // States by depth. A strategy that goes back says so by its depth; others leave one state alive.
-  const states: S[] = [reached.state];
-  for (let next: Step | null; (next = strategy.advance(reached.logits)); ) {
+  const behindText = strategy.goesBack ? reached.state : null;
+  for (let move: Move | null; (move = strategy.advance(reached.logits)); ) {
     context.check();
     // A turn of the event loop, so that an abort posted meanwhile is seen before the next step.
     await new Promise<void>((done) => pause(done));
     context.check();
-    reached = await step(next.token, states[next.depth]!);
-    if (strategy.goesBack !== true) delete states[next.depth];
-    states[next.depth + 1] = reached.state;
+    const { tokens, parents } = move;
+    const from = parents ? reached.state : behindText!;
+    const sequences = parents ?? tokens.map(() => 0);
+    const same = reached.logits.length === 1 && sequences.length === 1;
+    reached = await step(tokens, same ? from : pick(from, sequences));
   }
   return strategy.result();
 }

@@ -8,7 +8,7 @@ import { CapacityError, InputError, PackageError, UnsupportedError } from "../er
 import { classifyHead, findAnswer, rowOf, rowsOf, tag, tokenLogits, type Matrix } from "../heads.ts";
 import { repr } from "../json.ts";
 import * as names from "../names.ts";
-import { firstPositions, floatsOf, matrixOf, type Graph, type OrtTensor } from "../ort.ts";
+import { firstPositions, lastLogits, matrixOf, pickAll, type Graph, type OrtTensor } from "../ort.ts";
 import type { PromptFile } from "../prompt.ts";
 import type { Request, Result } from "../results.ts";
 import { Template, asFields, range } from "../template.ts";
@@ -227,25 +227,29 @@ export class DecoderEngine implements Engine {
 
   /** Run ids behind a cache, in chunks; `states` gets their hidden states. */
   private async prefill(ids: readonly number[], cache: Cache, rows: OrtTensor | null, states?: Matrix[], context?: Context): Promise<Reached<Cache>> {
-    let logits: Float32Array = new Float32Array();
+    let reached: Reached<Cache> = { logits: [], state: cache };
     for (let done = 0; done < ids.length; done += this.chunk) {
       context?.check();
-      const piece = ids.slice(done, done + this.chunk);
-      const total = cache.length + piece.length;
-      const feeds = {
-        ...cache.tensors,
-        [names.INPUT_IDS]: this.graph.ints(piece, [1, piece.length]),
-        [names.ATTENTION_MASK]: this.graph.ints(Array<number>(total).fill(1), [1, total]),
-        [names.POSITION_IDS]: this.graph.ints(range(cache.length, total), [1, piece.length]),
-        [names.PROMPT_EMBEDDINGS]: rows ?? this.noRows,
-      };
-      const found = await this.graph.run(feeds, [names.LOGITS, ...(states ? [names.HIDDEN_STATES] : []), ...this.presents]);
-      const all = floatsOf(found[names.LOGITS]!);
-      logits = all.subarray(all.length - found[names.LOGITS]!.dims.at(-1)!);
-      states?.push(matrixOf(found[names.HIDDEN_STATES]!));
-      cache = { tensors: Object.fromEntries(this.pasts.map((name, i) => [name, found[this.presents[i]!]!])), length: total };
+      reached = await this.forward([ids.slice(done, done + this.chunk)], reached.state, rows, states);
     }
-    return { logits, state: cache };
+    return reached;
+  }
+
+  /** Run the same number of ids behind the cache of each sequence. */
+  private async forward(ids: readonly (readonly number[])[], cache: Cache, rows: OrtTensor | null, states?: Matrix[]): Promise<Reached<Cache>> {
+    const [batch, length] = [ids.length, ids[0]!.length];
+    const total = cache.length + length;
+    const feeds = {
+      ...cache.tensors,
+      [names.INPUT_IDS]: this.graph.ints(ids.flat(), [batch, length]),
+      [names.ATTENTION_MASK]: this.graph.ints(Array<number>(batch * total).fill(1), [batch, total]),
+      [names.POSITION_IDS]: this.graph.ints(ids.flatMap(() => range(cache.length, total)), [batch, length]),
+      [names.PROMPT_EMBEDDINGS]: rows ?? this.noRows,
+    };
+    const found = await this.graph.run(feeds, [names.LOGITS, ...(states ? [names.HIDDEN_STATES] : []), ...this.presents]);
+    states?.push(matrixOf(found[names.HIDDEN_STATES]!));
+    const tensors = Object.fromEntries(this.pasts.map((name, i) => [name, found[this.presents[i]!]!]));
+    return { logits: lastLogits(found[names.LOGITS]!), state: { tensors, length: total } };
   }
 
   private async run<T>(strategy: Strategy<T>, loaded: DecoderPrompt | null, ids: number[], context: Context, states?: Matrix[]): Promise<T> {
@@ -262,7 +266,9 @@ export class DecoderEngine implements Engine {
       cache = { tensors: Object.fromEntries(tensors), length };
     }
     const reached = await this.prefill(ids, cache, rows, states, context);
-    return decode(strategy, reached, (token, state) => this.prefill([token], state, null), context);
+    const step = (tokens: number[], state: Cache): Promise<Reached<Cache>> => this.forward(tokens.map((token) => [token]), state, null);
+    const pick = ({ tensors, length }: Cache, sequences: number[]): Cache => ({ tensors: pickAll(this.graph, tensors, sequences), length });
+    return decode(strategy, reached, step, pick, context);
   }
 
   private async lastState(request: Request, loaded: DecoderPrompt | null, context: Context): Promise<Float32Array> {

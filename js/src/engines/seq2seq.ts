@@ -8,7 +8,7 @@ import { CapacityError, InputError, PackageError, PromptFileError, UnsupportedEr
 import { pool, tag, tokenLogits, type Matrix } from "../heads.ts";
 import { repr } from "../json.ts";
 import * as names from "../names.ts";
-import { floatsOf, matrixOf, type Graph, type OrtTensor } from "../ort.ts";
+import { lastLogits, matrixOf, pickAll, type Graph, type OrtTensor } from "../ort.ts";
 import type { PromptFile, Tensor } from "../prompt.ts";
 import type { Request, Result } from "../results.ts";
 import { Template, asFields } from "../template.ts";
@@ -190,13 +190,14 @@ export class Seq2SeqEngine implements Engine {
 
   private async run<T>(strategy: Strategy<T>, request: Request, prompt: Seq2SeqPrompt | null, newTokens: number, context: Context): Promise<T> {
     const source = await this.encode(request, prompt, newTokens, context);
-    const step = (token: number, state: DecoderState): Promise<Reached<DecoderState>> => this.step(token, state, source);
-    let reached = await step(this.start, this.begin(prompt));
+    const step = (tokens: number[], state: DecoderState): Promise<Reached<DecoderState>> => this.step(tokens, state, source);
+    const pick = (state: DecoderState, sequences: number[]): DecoderState => ({ ...state, past: pickAll(this.decoder, state.past, sequences) });
+    let reached = await step([this.start], this.begin(prompt));
     for (const token of prompt?.decoderPrefix ?? []) {
       context.check();
-      reached = await step(token, reached.state);
+      reached = await step([token], reached.state);
     }
-    return decode(strategy, reached, step, context);
+    return decode(strategy, reached, step, pick, context);
   }
 
   /** A decoder that has seen nothing but the prompt's prefix. */
@@ -208,19 +209,19 @@ export class Seq2SeqEngine implements Engine {
     };
   }
 
-  private async step(token: number, state: DecoderState, source: Source): Promise<Reached<DecoderState>> {
-    const total = state.length + 1;
+  /** One token of each sequence; all read the same text. */
+  private async step(tokens: number[], state: DecoderState, { cross, length }: Source): Promise<Reached<DecoderState>> {
+    const [batch, total] = [tokens.length, state.length + 1];
     const feeds = {
       ...state.past,
-      ...source.cross,
-      [names.INPUT_IDS]: this.decoder.ints([token], [1, 1]),
-      [names.ATTENTION_MASK]: this.decoder.ints(Array<number>(total).fill(1), [1, total]),
-      [names.ENCODER_ATTENTION_MASK]: this.decoder.ints(Array<number>(source.length).fill(1), [1, source.length]),
+      ...(batch === 1 ? cross : pickAll(this.decoder, cross, tokens.map(() => 0))),
+      [names.INPUT_IDS]: this.decoder.ints(tokens, [batch, 1]),
+      [names.ATTENTION_MASK]: this.decoder.ints(Array<number>(batch * total).fill(1), [batch, total]),
+      [names.ENCODER_ATTENTION_MASK]: this.decoder.ints(Array<number>(batch * length).fill(1), [batch, length]),
     };
     const found = await this.decoder.run(feeds, [names.LOGITS, ...this.names.present]);
-    const all = floatsOf(found[names.LOGITS]!);
     const past = Object.fromEntries(this.names.past.map((name, i) => [name, found[this.names.present[i]!]!]));
-    return { logits: all.subarray(all.length - found[names.LOGITS]!.dims.at(-1)!), state: { past, length: total } };
+    return { logits: lastLogits(found[names.LOGITS]!), state: { past, length: total } };
   }
 
   private async encode(request: Request, prompt: Seq2SeqPrompt | null, newTokens: number, context: Context): Promise<Source> {
@@ -346,14 +347,14 @@ class Ending<T> implements Strategy<T> {
     private readonly last: number | null,
   ) {}
 
-  advance(logits: Float32Array): ReturnType<Strategy<T>["advance"]> {
+  advance(logits: readonly Float32Array[]): ReturnType<Strategy<T>["advance"]> {
     let token = this.done === this.maxNewTokens - 1 ? this.last : null;
     if (this.done === 0 && this.first !== null) token = this.first;
     this.done++;
     if (token === null) return this.strategy.advance(logits);
-    const forced = new Float32Array(logits.length).fill(-Infinity);
+    const forced = new Float32Array(logits[0]!.length).fill(-Infinity);
     forced[token] = 0;
-    return this.strategy.advance(forced);
+    return this.strategy.advance([forced]);
   }
 
   result(): T {

@@ -16,7 +16,7 @@ import type { Platform, Progress, ServiceOptions } from "../service.ts";
 const HASHED_AT_LOAD = 16 << 20;
 const PROVIDERS = ["cpu", "cuda", "dml", "coreml", "webgpu"];
 
-export async function nodePlatform(source: string, options: ServiceOptions, onProgress: (progress: Progress) => void): Promise<Platform> {
+export async function nodePlatform(source: string, options: ServiceOptions, onProgress: (progress: Progress) => void, signal?: AbortSignal): Promise<Platform> {
   const folder = await stat(source).catch(() => null);
   if (!folder?.isDirectory()) throw new PackageError(`no package folder at ${repr(source)}; edgeprompt export makes one`);
   const asked = options.provider ?? "auto";
@@ -36,6 +36,9 @@ export async function nodePlatform(source: string, options: ServiceOptions, onPr
       return readFile(path);
     },
     async readPrompt(path) {
+      if (/^https?:/.test(path)) {
+        throw new PromptFileError(`cannot read prompt file ${repr(path)}: Node.js reads files; give a path, or the bytes that you fetched`);
+      }
       const place = path.startsWith("file:") ? fileURLToPath(path) : path;
       try {
         const found = await stat(place);
@@ -46,7 +49,10 @@ export async function nodePlatform(source: string, options: ServiceOptions, onPr
         throw new PromptFileError(`cannot read prompt file ${repr(place)}: ${firstLine(error)}`);
       }
     },
-    open: (manifest, key) => open(ort, source, manifest, key, provider, options.threads, onProgress),
+    open: (manifest, key) => {
+      signal?.throwIfAborted();
+      return open(ort, source, manifest, key, provider, options.threads, onProgress);
+    },
   };
 }
 

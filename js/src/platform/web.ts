@@ -12,11 +12,11 @@ const CACHE = "edgeprompt";
 /** A larger file than a page could hold in memory; ORT's wasm ends at 4 GB. */
 const MOST_BYTES = 4 * 2 ** 30;
 
-export async function webPlatform(source: string, options: ServiceOptions, onProgress: (progress: Progress) => void): Promise<Platform> {
+export async function webPlatform(source: string, options: ServiceOptions, onProgress: (progress: Progress) => void, signal?: AbortSignal): Promise<Platform> {
   const base = new URL(source.endsWith("/") ? source : `${source}/`, globalThis.location?.href);
   const provider = chooseProvider(options.provider ?? "auto");
   const ort = await importOrt(options, provider);
-  const files = new Files(base, options.cache ?? "default", onProgress);
+  const files = new Files(base, options.cache ?? "default", onProgress, signal);
   return {
     provider,
     read: (file, most, hash) => files.read(file, most, hash ?? null),
@@ -87,6 +87,7 @@ class Files {
     private readonly base: URL,
     private readonly mode: string,
     private readonly onProgress: (progress: Progress) => void,
+    private readonly signal: AbortSignal | undefined,
   ) {}
 
   async read(file: string, most: number, hash: string | null): Promise<Uint8Array | null> {
@@ -101,8 +102,8 @@ class Files {
     }
     if (kept) await (await this.cache())?.delete(key);
     // What is damaged here may be damaged in the browser's own cache too.
-    let found = await fetchBytes(url, most, tell, kept ? "reload" : "default");
-    if (found && !kept && (await sha256(found)) !== hash) found = await fetchBytes(url, most, tell, "reload");
+    let found = await fetchBytes(url, most, tell, kept ? "reload" : "default", this.signal);
+    if (found && !kept && (await sha256(found)) !== hash) found = await fetchBytes(url, most, tell, "reload", this.signal);
     if (!found) return null;
     const real = await sha256(found);
     if (real !== hash) throw new PackageError(`${file} has SHA-256 ${real}, the manifest names ${hash}; export the base again`);
@@ -113,7 +114,7 @@ class Files {
   /** The file as the server has it now, else as it was when the server could last be reached. */
   private async readFresh(url: URL, most: number, tell: (loaded: number, total: number) => void): Promise<Uint8Array | null> {
     try {
-      const found = await fetchBytes(url, most, tell);
+      const found = await fetchBytes(url, most, tell, "default", this.signal);
       if (found) await this.keep(url.href, found);
       return found;
     } catch (error) {
@@ -142,9 +143,9 @@ class Files {
 
 /** Fetch a file of at most `most` bytes; null where the server has none. */
 async function fetchBytes(
-  url: URL, most: number, tell?: (loaded: number, total: number) => void, cache: RequestCache = "default",
+  url: URL, most: number, tell?: (loaded: number, total: number) => void, cache: RequestCache = "default", signal?: AbortSignal,
 ): Promise<Uint8Array | null> {
-  const response = await fetch(url, { cache });
+  const response = await fetch(url, { cache, ...(signal ? { signal } : {}) });
   if (response.status === 404) return null;
   if (!response.ok) throw new Error(`${url.href} answers ${response.status}`);
   const packed = response.headers.has("content-encoding");

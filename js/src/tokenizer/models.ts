@@ -194,11 +194,11 @@ class Heap {
 
 class WordPiece implements Model {
   readonly vocab: Map<string, number>;
-  private readonly longest: number;
+  private longest = 1;
 
   constructor(private readonly spec: any) {
     this.vocab = new Map(Object.entries(spec.vocab as Record<string, number>));
-    this.longest = Math.max(...Array.from(this.vocab.keys(), (token) => [...token].length));
+    for (const token of this.vocab.keys()) this.longest = Math.max(this.longest, [...token].length);
   }
 
   tokenize(chars: readonly string[]): ModelToken[] {

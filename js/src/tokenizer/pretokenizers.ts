@@ -104,14 +104,14 @@ function matches(piece: Piece, pattern: RegExp, invert: boolean): Match[] {
 }
 
 function split(piece: Piece, found: Match[], behavior: Behavior): Piece[] {
-  const spans: [number, number][] = [];
+  let spans: [number, number][] = [];
   let previous: boolean | null = null;
   switch (behavior) {
     case "Isolated":
-      spans.push(...found.map(([from, to]): [number, number] => [from, to]));
+      spans = found.map(([from, to]) => [from, to]);
       break;
     case "Removed":
-      spans.push(...found.filter(([, , is]) => !is).map(([from, to]): [number, number] => [from, to]));
+      spans = found.filter(([, , is]) => !is).map(([from, to]) => [from, to]);
       break;
     case "Contiguous":
       for (const [from, to, is] of found) {

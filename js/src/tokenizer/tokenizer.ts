@@ -117,10 +117,9 @@ export class Tokenizer {
     return join(this.postProcess([this.bare(first, 0), this.bare(second, 1)], addSpecialTokens, [first, second]));
   }
 
-  /** The longest beginning of a text whose tokens number at most `count`, cut at a token's border. */
-  truncate(text: string, count: number): string {
-    const { offsets } = this.encodeWithOffsets(text, false);
-    return offsets.length <= count ? text : count ? text.slice(0, offsets[count - 1]![1]) : "";
+  /** Where each token of a text ends, without special tokens. */
+  ends(text: string): number[] {
+    return this.encodeWithOffsets(text, false).offsets.map(([, end]) => end);
   }
 
   /** Text of ids. */
