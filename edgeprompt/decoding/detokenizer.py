@@ -100,7 +100,7 @@ class TextPiece(str):
 class TextStream(Iterator[str]):
     """Pieces of text of a running request. Closing or dropping it cancels the request.
 
-    `close` may be called from any thread, also while another one waits for the next piece.
+    `close` may be called from any thread, also while others wait for the next piece.
     """
 
     def __init__(self, pieces: queue.SimpleQueue[str | None], job: Future[Any]) -> None:
@@ -112,6 +112,7 @@ class TextStream(Iterator[str]):
         piece = None if self._closed else self._pieces.get()
         if piece is not None:
             return piece
+        self._pieces.put(None)  # for others that wait
         if not self._closed:
             self._closed = True
             self._job.result()

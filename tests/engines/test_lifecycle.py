@@ -190,6 +190,23 @@ def test_an_open_stream_stops_nobody(architecture: str, package_of: Callable[[st
         next(pieces)
 
 
+@pytest.mark.parametrize("architecture", ["decoder", "encoder-decoder"])
+@pytest.mark.parametrize("closed", [True, False])
+def test_the_end_of_a_stream_wakes_all_who_wait_for_it(
+    architecture: str, closed: bool, package_of: Callable[[str], Path]
+) -> None:
+    with edgeprompt.load(package_of(architecture), options=QUIET) as runtime:
+        pieces = runtime.stream("the film", max_new_tokens=60, temperature=5.0, seed=1)
+        readers = [threading.Thread(target=lambda: list(pieces), daemon=True) for _ in range(3)]
+        for reader in readers:
+            reader.start()
+        if closed:
+            pieces.close()
+        for reader in readers:
+            reader.join(20)
+            assert not reader.is_alive()
+
+
 def test_beams_are_streamed_at_the_end(package_of: Callable[[str], Path]) -> None:
     with edgeprompt.load(package_of("encoder-decoder"), options=QUIET) as runtime:
         whole = runtime.generate("the film", num_beams=3, max_new_tokens=8).text
