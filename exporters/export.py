@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any, cast
 
 from edgeprompt import names
+from edgeprompt.base import accounting
 from edgeprompt.base.geometry import geometry_of
 from edgeprompt.base.load import LoadedBase, load_base
 from edgeprompt.base.memory import to_export, to_validate
@@ -145,6 +146,11 @@ def export_model(
                 if against is not None:
                     raise InputError("against is for the onnx route; every other route compares with its own base")
                 manifest = _build(base, folder, Path(scratch), options, files, tell)
+            if manifest.tokenizer_fingerprint is None:
+                accounting.tell(
+                    f"{manifest.base.name!r} has no tokenizer, so edgeprompt does not load this package; put the base's "
+                    "tokenizer.json beside its weights and export it again"
+                )
             manifest = _with_prompts(manifest, files, folder, str(out), allow_other_weights)
             manifest.write(folder)
             size = sum(file.stat().st_size for file in folder.rglob("*") if file.is_file())

@@ -238,6 +238,17 @@ def check_loaded(info: Mapping[str, Any], model: Any, given: str, *, unused: Col
         tell(f"{given!r} holds a head for another task, which is left out: {_some(heads)}")
 
 
+def check_config_values(config: Any, given: str) -> None:
+    """Refuse a config with a number that is none.
+
+    Raises:
+        SourceError: names it.
+    """
+    bad = next((name for name, value in config.to_dict().items() if isinstance(value, float) and value != value), None)
+    if bad is not None:
+        raise SourceError(f"the config of {given!r} says that {bad} is NaN; download it again")
+
+
 def check_values(parameters: Iterable[tuple[str, Any]], given: str) -> None:
     """Refuse weights that are not finite, and say which matrices are all zero (a download with holes has such).
 

@@ -12,7 +12,7 @@ import onnxruntime as ort
 import torch
 
 from edgeprompt import names
-from edgeprompt.errors import ValidationError
+from edgeprompt.errors import PackageError, ValidationError
 from edgeprompt.ort import processor
 from edgeprompt.ort.session import graph_inputs
 from edgeprompt.package.manifest import Manifest
@@ -25,6 +25,11 @@ class DecoderGraph:
     """A decoder package's graph, run as plainly as possible: one call, one piece of a sequence."""
 
     def __init__(self, folder: Path, manifest: Manifest) -> None:
+        """Open the graph.
+
+        Raises:
+            PackageError: ONNX Runtime does not load it.
+        """
         options = ort.SessionOptions()
         options.log_severity_level = 3
         # Between PyTorch's turns the graph's threads would spin for nothing.
@@ -33,7 +38,11 @@ class DecoderGraph:
         providers = [provider, "CPUExecutionProvider"] if provider else ["CPUExecutionProvider"]
         # As the runtime opens it: signed 8-bit weights saturate on x86 without VNNI otherwise.
         options.add_session_config_entry("session.x64quantprecision", "1" if processor.saturates() else "0")
-        self.session = ort.InferenceSession(folder / manifest.graphs["model"].file, options, providers=providers)
+        file = manifest.graphs["model"].file
+        try:
+            self.session = ort.InferenceSession(folder / file, options, providers=providers)
+        except Exception as error:  # onnxruntime's errors have no common base
+            raise PackageError(f"ONNX Runtime cannot load {file}: {' '.join(str(error).split())[:300]}") from error
         self.outputs = [output.name for output in self.session.get_outputs()]
         self.inputs = {value.name: value.shape for value in graph_inputs(self.session)}
         self.manifest = manifest

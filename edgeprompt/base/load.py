@@ -6,6 +6,7 @@ import contextlib
 import os
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
@@ -101,7 +102,8 @@ def load_base(
             else (*_load_folder(source, need, mapped), {})
         )
         model, tokenizer, family, stored = found
-    accounting.check_values(model.named_parameters(), source.given)
+    buffers = ((name, value) for name, value in model.named_buffers() if value.is_floating_point())
+    accounting.check_values(chain(model.named_parameters(), buffers), source.given)
     model.requires_grad_(False)
     return LoadedBase(source.name, model.eval(), tokenizer, family, stored, source.pinned)
 
@@ -119,6 +121,7 @@ def _load_folder(source: Source, need: memory.Need, mapped: bool) -> tuple[Any, 
     except Exception as error:  # a foreign file: transformers raises nearly anything
         raise SourceError(f"cannot read the config of {source.given!r}: {one_line(error)}") from error
     family = find_family(config.model_type)
+    accounting.check_config_values(config, source.given)
     check_rope(config, source.given)
     tokenizer = read_tokenizer(source.given, source.folder)
     mapped = mapped and family.architecture == names.DECODER_ONLY
@@ -175,6 +178,7 @@ def _load_gguf(source: Source, need: memory.Need, scratch: Path | None) -> tuple
             raise SourceError(f"{source.given!r} is an encoder in a GGUF file; give its safetensors model")
         tokenizer = _gguf_tokenizer(source, file, where)
         check_layers(file.names, config, source.given)
+        accounting.check_config_values(config, source.given)
         check_rope(config, source.given)
         counts = [int(tensor.n_elements) for tensor in file.reader.tensors]
         sizes = memory.Sizes(sum(counts), max(counts), 0 if scratch is not None else sum(counts))

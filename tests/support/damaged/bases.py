@@ -168,6 +168,27 @@ def pickled(change: Callable[[Tensors], Any] | None = None, raw: bytes | None = 
     return damaged(rewrite)
 
 
+def bin_shards(change: Callable[[list[Path], dict[str, Any]], Any]) -> Callable[[Path], Path]:
+    """A case with three PyTorch files and an index; the change gets the files and the index, which is then written."""
+
+    def rewrite(folder: Path) -> None:
+        import torch
+        from safetensors.torch import load_file
+
+        held = load_file(folder / WEIGHTS)
+        (folder / WEIGHTS).unlink()
+        files = [folder / f"pytorch_model-{number:05d}-of-00003.bin" for number in (1, 2, 3)]
+        index: dict[str, Any] = {"weight_map": {}}
+        for number, path in enumerate(files):
+            part = dict(list(held.items())[number::3])
+            torch.save(part, path)
+            index["weight_map"] |= dict.fromkeys(part, path.name)
+        change(files, index)
+        (folder / "pytorch_model.bin.index.json").write_text(json.dumps(index))
+
+    return damaged(rewrite)
+
+
 def gguf(change: Callable[[Path], Any] | None = None, **options: Any) -> Callable[[Path], Path]:
     """A case with a GGUF file; `options` of `tests.support.gguf_models.write_gguf`."""
 
@@ -279,6 +300,16 @@ def _rope_factors() -> dict[str, Any]:
     return {"rope_freqs.weight": np.array([1, 2, 3, 8], np.float32)}
 
 
+def _twice_pickled(files: list[Path], index: dict[str, Any]) -> None:
+    import torch
+
+    torch.save({**torch.load(files[1]), **torch.load(files[0])}, files[1])
+
+
+def _unlisted(files: list[Path], index: dict[str, Any]) -> None:
+    index["weight_map"] = {name: file for name, file in index["weight_map"].items() if file != files[2].name}
+
+
 CODE = {"auto_map": {"AutoConfig": "configuration.C", "AutoModelForCausalLM": "modeling.M"}, "model_type": "mine"}
 
 CASES: dict[str, Damage] = {
@@ -348,6 +379,10 @@ CASES: dict[str, Damage] = {
     "a wrong shape": Damage(tensors(_wrong_shape), r"other shapes .*model\.norm\.weight is \[31\]"),
     "integers without scales": Damage(tensors(_integers), "stored as I8"),
     "NaN": Damage(tensors(lambda h: _scaled(h, "model.layers.0.mlp.up_proj.weight", float("nan"))), "NaN or infinity"),
+    "NaN in BART's bias": Damage(
+        tensors(lambda h: _scaled(h, "final_logits_bias", float("nan")), "bart"), "final_logits_bias.* holds NaN"
+    ),
+    "NaN in the config": Damage(config(rms_norm_eps=float("nan")), "says that rms_norm_eps is NaN"),
     "infinity": Damage(tensors(lambda h: _scaled(h, "model.embed_tokens.weight", float("inf"))), "NaN or infinity"),
     "a matrix of zeros": Damage(tensors(_zeros), "1 matrices .* are all zero", loads=True),
     "safetensors cut short": Damage(cut(WEIGHTS), "is cut short or no safetensors file"),
@@ -377,6 +412,23 @@ CASES: dict[str, Damage] = {
         pickled(lambda h: {n: t for n, t in h.items() if n != "model.norm.weight"}), r"lacks 1 .*model\.norm"
     ),
     # Tokenizers and folders
+    ".bin in shards, one missing": Damage(
+        bin_shards(lambda files, index: files[1].unlink()), r"1 of 3 shards .*pytorch_model-00002"
+    ),
+    ".bin in shards, one cut short": Damage(
+        bin_shards(lambda files, index: _shorter(files[1])), r"00002.* is cut short or no PyTorch file"
+    ),
+    ".bin in shards, one a pointer": Damage(
+        bin_shards(lambda files, index: files[1].write_text(POINTER)), "Git LFS pointer"
+    ),
+    ".bin in shards, one not in the index": Damage(bin_shards(_unlisted), "lacks 7 tensors"),
+    ".bin in shards, a tensor that none has": Damage(
+        bin_shards(lambda files, index: index["weight_map"].update(more=files[0].name)), "names 1 tensors .*more"
+    ),
+    ".bin in shards, a tensor in two": Damage(bin_shards(_twice_pickled), "which another shard has too"),
+    ".bin in shards, one elsewhere": Damage(
+        bin_shards(lambda files, index: index["weight_map"].update(more="/etc/passwd")), "no file beside it"
+    ),
     "tokenizer.json cut short": Damage(cut("tokenizer.json", 0.5), "cannot load the tokenizer"),
     "tokenizer.json unknown": Damage(file("tokenizer.json", '{"version": "9.9"}'), "cannot load the tokenizer"),
     "tokenizer.json a pointer": Damage(file("tokenizer.json", POINTER), "Git LFS pointer"),
@@ -395,6 +447,9 @@ CASES: dict[str, Damage] = {
     "GGUF of too many layers": Damage(gguf(fields={"block_count": 1}), "says 1 layers, its weights have 2"),
     "GGUF with a tensor too many": Damage(
         gguf(extra={"blk.0.attn_sinks.weight": _rope_factors()["rope_freqs.weight"]}), "blk.0.attn_sinks"
+    ),
+    "GGUF with NaN for a number": Damage(
+        gguf(fields={"attention.layer_norm_rms_epsilon": float("nan")}), "says that rms_norm_eps is NaN"
     ),
     "GGUF without a tokenizer": Damage(gguf(tokenizer=None), "has no tokenizer that can be read"),
     "GGUF with other rotary factors": Damage(gguf(extra=_rope_factors()), "rope_freqs"),
