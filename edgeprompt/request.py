@@ -74,7 +74,7 @@ class Request:
         """Check what every engine relies on.
 
         Raises:
-            InputError: `prompt` is no name, `input_ids` no integers, `options` no GenerationOptions, `timeout` no
+            InputError: `prompt` is no name, `input_ids` no integers or beside a text, `options` no GenerationOptions, `timeout` no
                 number of seconds from 0 on, `pooling` no known one, or `messages` no conversation.
         """
         if not isinstance(self.prompt, str | None):
@@ -87,6 +87,8 @@ class Request:
             if any(isinstance(token, bool) for token in self.input_ids):
                 raise InputError("input_ids must be integers, found True or False (a mask, perhaps); give token ids")
             object.__setattr__(self, "input_ids", ids)
+            if self.text or self.chat:
+                raise InputError(f"input_ids stand instead of a text; leave out {'the text' if self.text else 'chat'}")
         if not isinstance(self.options, GenerationOptions):
             raise InputError(f"options is {type(self.options).__name__}; give GenerationOptions(...)")
         timeout = self.timeout

@@ -181,6 +181,8 @@ class Runtime:
         With `return_errors`, a request that fails has its exception in the list, and the others are answered. Without
         it, the first failure is raised, and the others are cancelled.
         """
+        if not isinstance(requests, Sequence) or isinstance(requests, str):
+            raise InputError(f"run takes a list of requests, found {type(requests).__name__}")
         jobs: list[Job | Exception] = []
         try:
             prompts = self._resolve(requests, return_errors)
@@ -385,6 +387,8 @@ class Runtime:
         """
         if isinstance(texts, str | Mapping):
             raise InputError("embed takes a list of texts; put the one text into a list")
+        if input_ids is not None and len(texts):
+            raise InputError("embed takes texts or input_ids; give one of them")
         if not isinstance(texts if input_ids is None else input_ids, Iterable):
             raise InputError("embed takes a list of texts, or input_ids: a list of the ids of each")
         if input_ids is not None:

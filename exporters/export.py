@@ -148,8 +148,8 @@ def export_model(
                 manifest = _build(base, folder, Path(scratch), options, files, tell)
             if manifest.tokenizer_fingerprint is None:
                 accounting.tell(
-                    f"{manifest.base.name!r} has no tokenizer, so edgeprompt does not load this package; put the base's "
-                    "tokenizer.json beside its weights and export it again"
+                    f"{manifest.base.name!r} has no tokenizer, so edgeprompt does not load this package; put the "
+                    "base's tokenizer.json beside its weights and export it again"
                 )
             manifest = _with_prompts(manifest, files, folder, str(out), allow_other_weights)
             manifest.write(folder)

@@ -75,7 +75,7 @@ def test_same_seed_same_text_in_any_company(runtime: Runtime) -> None:
 def test_a_row_in_error_among_good_ones(runtime: Runtime) -> None:
     requests = [
         Request("the film", "words"),
-        Request("the film", "words", input_ids=[9999]),
+        Request(prompt="words", input_ids=[9999]),
         Request("x"),
     ]
     found = runtime.run(requests, return_errors=True)
