@@ -74,8 +74,8 @@ class Request:
         """Check what every engine relies on.
 
         Raises:
-            InputError: `prompt` is no name, `input_ids` no integers or beside a text, `options` no GenerationOptions, `timeout` no
-                number of seconds from 0 on, `pooling` no known one, or `messages` no conversation.
+            InputError: `prompt` is no name, `input_ids` no integers or beside a text, `options` no GenerationOptions,
+                `timeout` no number of seconds from 0 on, `pooling` no known one, or `messages` no conversation.
         """
         if not isinstance(self.prompt, str | None):
             raise InputError(f"prompt is {self.prompt!r}; give the name of a prompt, or None")

@@ -79,36 +79,41 @@ def distil(base: Any, data: DataSource, path: Path, options: TuneOptions, *, pro
         if options.resume is not None:
             resume(run, loop, options.resume)
         done = loop.run(show=progress)
-        prompt = prompt_file(run, loop, done, path, found)
-        figures = figures_of(run, found, taught, loop)
-    checks = closeness(run, found)
-    most = (figures.get("on") or [figures])[0].get("teacher_says_most")
-    notes = []
-    if most is not None and most["share"] >= _ONE_SIDED:
-        notes.append(
-            f"the teacher says {most['label']!r} of {most['share']:.0%} of the held-out texts, so agreement shows "
-            "little; try another instruction, or other examples (--shots-seed)"
-        )
-    prompt = replace(prompt, generation={**_generation(question, taught, asked), **prompt.generation})
-    about = {
-        **taught.about,
-        "loss": calls,
-        "texts": len(found.indices),
-        "instruction_tokens": taught.tokens,
-        "num_virtual_tokens": prompt.num_virtual_tokens,
-        **figures,
-    }
-    if taught.hard is not None and run.weights.packages:
-        timed = held_fields(run, found, question)
-        about["first_token"] = [
-            {"precision": package.manifest.precision, **measure_first_token(package.path, prompt, taught.hard, timed)}
-            for package in run.weights.packages
-        ]
-    prompt = replace(prompt, distilled_from=about)
-    if loop.accelerator.is_main_process:
-        save_prompt(prompt, path)
-        if options.adapter is not None:
-            save_adapter(run.objective.model.soft.as_peft(run.loaded.model), options.adapter)
+        with loop.kept():
+            prompt = prompt_file(run, loop, done, path, found)
+            figures = figures_of(run, found, taught, loop)
+    with loop.kept():
+        checks = closeness(run, found)
+        most = (figures.get("on") or [figures])[0].get("teacher_says_most")
+        notes = []
+        if most is not None and most["share"] >= _ONE_SIDED:
+            notes.append(
+                f"the teacher says {most['label']!r} of {most['share']:.0%} of the held-out texts, so agreement shows "
+                "little; try another instruction, or other examples (--shots-seed)"
+            )
+        prompt = replace(prompt, generation={**_generation(question, taught, asked), **prompt.generation})
+        about = {
+            **taught.about,
+            "loss": calls,
+            "texts": len(found.indices),
+            "instruction_tokens": taught.tokens,
+            "num_virtual_tokens": prompt.num_virtual_tokens,
+            **figures,
+        }
+        if taught.hard is not None and run.weights.packages:
+            timed = held_fields(run, found, question)
+            about["first_token"] = [
+                {
+                    "precision": package.manifest.precision,
+                    **measure_first_token(package.path, prompt, taught.hard, timed),
+                }
+                for package in run.weights.packages
+            ]
+        prompt = replace(prompt, distilled_from=about)
+        if loop.accelerator.is_main_process:
+            save_prompt(prompt, path)
+            if options.adapter is not None:
+                save_adapter(run.objective.model.soft.as_peft(run.loaded.model), options.adapter)
     loop.forget_checkpoint()
     loop.accelerator.wait_for_everyone()
     shown = {name: value for name, value in about.items() if name not in _UNSHOWN}

@@ -137,10 +137,22 @@ class Loop:
                     recorder.step(progress.step + 1, self._train_step())
             except (KeyboardInterrupt, SystemExit) as error:
                 self.save(self._checkpoint)
-                where = f"after step {progress.step}; go on with --resume {self._checkpoint} and the same other options"
-                raise stopped(error, where) from error
-        self._choose()
+                raise self._stopped(error) from error
+        with self.kept():
+            self._choose()
         return progress
+
+    @contextmanager
+    def kept(self) -> Iterator[None]:
+        """Name the checkpoint where a signal stops what follows the last step; it lies there until the prompt does."""
+        try:
+            yield
+        except (KeyboardInterrupt, SystemExit) as error:
+            raise self._stopped(error) from error
+
+    def _stopped(self, error: BaseException) -> TuningError:
+        where = f"after step {self.progress.step}; go on with --resume {self._checkpoint} and the same other options"
+        return stopped(error, where)
 
     def _choose(self) -> None:
         """Keep the average of the last steps, unless an evaluated prompt is better by more than the standard error.

@@ -184,23 +184,25 @@ def tune_tasks(
             loop.resume(options.resume)
         done = loop.run(show=progress)
         results = {}
-        for index, (task, run) in enumerate(runs.items()):
-            run.model.soft.task = index
-            prompt = prompt_file(run, loop, done, targets[task], read_data(run, sources[task]))
-            results[task] = TuneResult(
-                path=targets[task],
-                prompt=replace(prompt, name=task),
-                steps=done.step,
-                best_step=done.best_step,
-                metric=whole.objective.metric,
-                value=done.best.get(whole.objective.metric),
-                examples_per_second=done.step * batches.batch_size / done.seconds if done.seconds else 0.0,
-                checks={},
-                notes=found.notes,
-            )
+        with loop.kept():
+            for index, (task, run) in enumerate(runs.items()):
+                run.model.soft.task = index
+                prompt = prompt_file(run, loop, done, targets[task], read_data(run, sources[task]))
+                results[task] = TuneResult(
+                    path=targets[task],
+                    prompt=replace(prompt, name=task),
+                    steps=done.step,
+                    best_step=done.best_step,
+                    metric=whole.objective.metric,
+                    value=done.best.get(whole.objective.metric),
+                    examples_per_second=done.step * batches.batch_size / done.seconds if done.seconds else 0.0,
+                    checks={},
+                    notes=found.notes,
+                )
     if loop.accelerator.is_main_process:
-        for result in results.values():
-            save_prompt(result.prompt, result.path)
+        with loop.kept():
+            for result in results.values():
+                save_prompt(result.prompt, result.path)
     loop.forget_checkpoint()
     loop.accelerator.wait_for_everyone()
     return results

@@ -71,12 +71,14 @@ def tune(
         if options.resume is not None:
             resume(run, loop, options.resume)
         done = loop.run(show=progress)
-        prompt = prompt_file(run, loop, done, path, found)
-    checks = closeness(run, found)
-    if loop.accelerator.is_main_process:
-        save_prompt(prompt, path)
-        if options.adapter is not None:
-            save_adapter(run.objective.model.soft.as_peft(run.loaded.model), options.adapter)
+        with loop.kept():
+            prompt = prompt_file(run, loop, done, path, found)
+    with loop.kept():
+        checks = closeness(run, found)
+        if loop.accelerator.is_main_process:
+            save_prompt(prompt, path)
+            if options.adapter is not None:
+                save_adapter(run.objective.model.soft.as_peft(run.loaded.model), options.adapter)
     loop.forget_checkpoint()
     loop.accelerator.wait_for_everyone()
     return TuneResult(

@@ -15,6 +15,7 @@ import pytest
 from edgeprompt.tuning.loop import uninterrupted
 from edgeprompt.tuning.options import checkpoint_path
 
+WORDS = ("--verbalizer", "animal= cat", "--verbalizer", "number= two")
 STEPS = 2000
 """Evaluated after a fifth: a signal after a few steps is before the first evaluation."""
 
@@ -70,6 +71,41 @@ def test_a_signal_before_the_first_evaluation_leaves_a_checkpoint(
     assert checkpoint_path(out).is_file()
     assert not out.exists()
     assert not list(tmp_path.glob("*.partial"))
+
+
+@pytest.mark.parametrize(
+    ("place", "more"),
+    [
+        ("loop:Loop._choose", ()),
+        ("tuner:prompt_file", ()),
+        ("tuner:save_prompt", ()),
+        ("distil:closeness", ("--distil", "Cat or number? {text}\nIt is")),
+    ],
+)
+def test_a_signal_behind_the_last_step_names_the_checkpoint(
+    tiny_llama_base: Path, data: Path, tmp_path: Path, place: str, more: tuple[str, ...]
+) -> None:
+    module, name = place.split(":")
+    code = (
+        "import os, signal\n"
+        f"import edgeprompt.tuning.{module} as owner\n"
+        f"*path, last = {name!r}.split('.')\n"
+        "for part in path:\n"
+        "    owner = getattr(owner, part)\n"
+        "setattr(owner, last, lambda *_, **__: os.kill(os.getpid(), signal.SIGTERM))\n"
+        "from edgeprompt.cli import main\n"
+        "main()\n"
+    )
+    out = tmp_path / "p.safetensors"
+    args = ["tune", tiny_llama_base, data, "-o", out, "--steps", "2", "--batch-size", "2", *WORDS, *more]
+    env = {**os.environ, "PYTHONPATH": os.pathsep.join(filter(None, sys.path))}
+    done = subprocess.run(
+        [sys.executable, "-c", code, *map(str, args)], env=env, capture_output=True, text=True, check=False
+    )
+    assert done.returncode == 143, done.stderr
+    assert f"stopped by SIGTERM after step 2; go on with --resume {checkpoint_path(out)}" in done.stderr
+    assert checkpoint_path(out).is_file()
+    assert not out.exists()
 
 
 def test_a_run_that_was_stopped_goes_on_to_the_same_bytes(tiny_llama_base: Path, data: Path, tmp_path: Path) -> None:
