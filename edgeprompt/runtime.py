@@ -320,7 +320,7 @@ class Runtime:
             keywords: as for `generate`, with the `prompt` and the `messages` that were asked.
 
         Returns:
-            The number of tokens: whole blocks of 32.
+            The number of tokens: whole blocks of 8.
 
         Raises:
             UnsupportedError: the package is no decoder-only one.

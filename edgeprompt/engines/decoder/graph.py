@@ -20,9 +20,9 @@ Logits = npt.NDArray[np.float32]
 LOGITS_BUDGET = 64 << 20
 """Most bytes of logits per prefill chunk, for graphs that compute them at every position."""
 PREFILL_CHUNK = 512
-BLOCK = 32
-"""Positions of the pieces in which a text's keys and values are kept. Kernels take rows in groups: only where a text is
-cut at a multiple of their sizes are the rows behind the same to the last bit."""
+BLOCK = 8
+"""Positions of the pieces in which a text's keys and values are kept: less than this is read again of a text that is
+known."""
 KEPT_LENGTH = 1024
 """Positions a slot that an idle cache keeps its memory for."""
 MASK_STEP = 64
@@ -33,6 +33,8 @@ class DecoderGraph(Protocol):
     """What the scheduler needs of a graph. Rows are numbered; the first `n` take part in a decode step."""
 
     chunk: int
+    row_groups: tuple[int, ...]
+    """How many rows of a prefill attention may take at once, the largest number last."""
     gives_states: bool
     """Whether the graph has `hidden_states`, what its logits are computed from."""
     gives_all_states: bool
@@ -143,6 +145,8 @@ class _Graph:
         self.chunk = PREFILL_CHUNK
         if not self._last_only:
             self.chunk = min(PREFILL_CHUNK, max(BLOCK, LOGITS_BUDGET // (4 * self._vocab) // BLOCK * BLOCK))
+        # MLAS takes keys as L2 holds them, and as many rows, but at most those of both operands' widths.
+        self.row_groups: tuple[int, ...] = (16, 2 * shape.head_size)
         self._no_rows = np.zeros((1, hidden_size), np.float32)
         self._blocks = [
             (2 * layer + index, names.past(layer, part), names.present(layer, part))

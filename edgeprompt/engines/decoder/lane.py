@@ -192,9 +192,9 @@ class DecoderLane:
             job.length = parts[0][1].shape[2]
         job.blocks = self._prefixes.names(job.prefix, job.table, job.ids)
         if not job.every_state:
-            # One row alone takes another kernel, so one is left alone only where it would be without the blocks.
-            most = next(n for n in range(len(job.blocks), -1, -1) if self._may_begin(job, n * BLOCK))
-            parts += zip(job.blocks, self._prefixes.cache.find_blocks(job.blocks[:most]), strict=False)
+            there = self._prefixes.cache.find_blocks(job.blocks)
+            most = next(n for n in range(len(there), -1, -1) if self._may_begin(job, n * BLOCK))
+            parts += zip(job.blocks[:most], there, strict=False)
         job.kept = len(parts) - (job.prefix is not None)
         job.filled = job.kept * BLOCK
         job.length += job.filled
@@ -204,8 +204,18 @@ class DecoderLane:
             graph.place(job.slot, parts, total, job.slot)
 
     def _may_begin(self, job: DecoderJob, filled: int) -> bool:
-        left = len(job.ids) - filled
-        return left > 1 or (left == 1 and filled % self.graph.chunk == 0) or filled == 0
+        """Whether what follows `filled` ids is computed to the same last bit as if nothing were resident.
+
+        Kernels add up in another order for a row alone, and attention takes the rows of a piece in groups. So the
+        piece's last row must be alone in its group in both cases or in neither.
+        """
+        groups, done = self.graph.row_groups, filled % self.graph.chunk
+        whole = min(len(job.ids) - (filled - done), self.graph.chunk)
+        left = whole - done
+        if done == 0:
+            return left > 0 or filled == 0
+        alone = any(rows % group == 1 for rows in (left, whole) for group in groups)
+        return left > 1 and (not alone or done % groups[-1] == 0)
 
     def _join(self, job: DecoderJob, move: Move) -> None:
         """Decode a job with the others from now on."""
