@@ -1,13 +1,15 @@
 """Whether Node.js and a browser answer as Python does, on held-out texts and on every kind of package.
 
-    python -m benchmarks.quality.javascript [--texts 400] [--packages int4,web,...] [--browser] [--accuracy] [--table]
+    python -m benchmarks.quality.javascript [--texts 400] [--packages int4,web,...] [--table]
+    python -m benchmarks.quality.javascript --browser | --kv | --accuracy
 
 For each package both runtimes label the same texts (half by either of two tasks, some by words of several tokens),
 generate greedily and with seeds, tag, and answer questions, on one thread each. The shipped prompts are asked; for
 tags, answers and words of several tokens, the shipped rows with a random head or with other words. `--browser` asks the
 web package in headless Chromium. Matrix products of 8-bit integers are exact, but the float sums around them have
 another order there, so the measure is how far Python is from itself when a prompt's values change by 1e-6 of their
-size. `--accuracy` counts right labels of the int8 and the web package. Writes benchmarks/results/javascript.json; what
+size. `--kv` gives prompts as keys and values to transformers.js. `--accuracy` counts right labels of the int8 and the
+web package. Writes benchmarks/results/javascript.json; what
 is not measured again stays; `--table` prints it.
 """
 
@@ -22,6 +24,7 @@ import sys
 import tempfile
 from collections.abc import Sequence
 from dataclasses import asdict
+from itertools import takewhile
 from pathlib import Path
 from typing import Any
 
@@ -32,6 +35,7 @@ from benchmarks.machine import describe, line
 from edgeprompt import EngineOptions, PromptFile, Request, Runtime, load_prompt, save_prompt
 from edgeprompt.prompts.file import Head, HeadStep
 from edgeprompt.prompts.template import Template
+from exporters.convert import convert_prompt
 
 ROOT = Path(__file__).resolve().parents[2]
 sys.path[:0] = [str(ROOT / "examples")]
@@ -49,6 +53,7 @@ LONG_WORDS = {
 GENERATIONS, SEEDED, LOCATED, WORDS = 50, 20, 40, 50
 SAMPLED = {"temperature": 1.0, "top_p": 0.9, "top_k": 50}
 QUESTION = "What is this about?"
+KV_TOKENS = 24
 CHANGES = 3
 """How many times a prompt is changed by 1e-6."""
 
@@ -270,6 +275,49 @@ def browser(count: int) -> dict[str, Any]:
     return found
 
 
+def keys_and_values() -> dict[str, Any]:
+    """Unmodified transformers.js with three tasks' prompts as keys and values, in Node.js and in Chromium.
+
+    It is compared with this runtime on the same graph: with Python, and in Chromium with the npm package.
+    """
+    folder, chromium = folder_of("web"), _node("tools/chromium.mjs")
+    tasks = ("restore", "sentiment", "source")
+    with tempfile.TemporaryDirectory() as scratch, edgeprompt.load(folder, options=OPTIONS) as runtime:
+        prompts = {task: PROMPTS / f"{task}.safetensors" for task in tasks}
+        asked, calls, expected = [], [], []
+        for task, file in prompts.items():
+            runtime.add_prompt(file, name=task)
+            convert_prompt(file, Path(scratch) / f"{task}-kv.safetensors", target="kv", base=folder)
+        for number, (text, _) in enumerate(texts("restore")[:GENERATIONS]):
+            task = tasks[number % len(tasks)]
+            suffix = str(load_prompt(prompts[task]).template).removeprefix("{prompt}{text}")
+            ids = [*runtime._package.tokenizer.encode(text + suffix)]
+            asked.append({"ids": ids, "kv": str(Path(scratch) / f"{task}-kv.safetensors")})
+            calls.append(["generate", "", {"inputIds": ids, "prompt": task, "maxNewTokens": KV_TOKENS}])
+            expected.append(list(runtime.generate(input_ids=ids, prompt=task, max_new_tokens=KV_TOKENS).token_ids))
+        eos = {*runtime.manifest.tokens.eos}
+        model = {"models": f"{folder.parent}/", "model": folder.name, "calls": asked, "maxNewTokens": KV_TOKENS}
+        in_node = _node("test/transformers.mjs", **model)["found"]
+        in_browser = _node("test/transformers-browser.mjs", **chromium, **model)["found"]
+        files = {name: str(file) for name, file in prompts.items()}
+        ours = _node(
+            "tools/ask.mjs",
+            **chromium,
+            package=str(folder),
+            prompts=files,
+            calls=calls,
+            options={"allowOtherWeights": True},
+        )["found"]
+
+    def ended(ids: list[int]) -> list[int]:
+        return list(takewhile(lambda token: token not in eos, ids))
+
+    return {
+        "node": compare_tokens(expected, [ended(ids) for ids in in_node]),
+        "chromium": compare_tokens([one["tokenIds"] for one in ours], [ended(ids) for ids in in_browser]),
+    }
+
+
 def accuracy() -> dict[str, Any]:
     """Right labels of the shipped prompts on int8 and on the web package, on all held-out texts."""
     right: dict[str, dict[str, list[int]]] = {}
@@ -309,6 +357,8 @@ def table(result: dict[str, Any]) -> str:
         rows += [f"| web, Chromium {result['browser']['version']} | {cells(result['browser']['browser'])} |"]
         rows += [f"| web, Python with a prompt changed by 1e-6 ({i + 1}) | {cells(one)} |"
                  for i, one in enumerate(result["browser"]["changed"])]  # fmt: skip
+    for where, one in result.get("keys_and_values", {}).items():
+        rows += ["", f"transformers.js with keys and values, {where}: {one['same']} of {one['texts']} texts the same"]
     for task, one in result.get("accuracy", {}).items():
         rows += ["", f"{task}, {one['texts']} held-out texts: int8 {one['int8']:.1f} %, web {one['web']:.1f} %; "
                  f"{one['web_less_int8']:+.1f} ± {one['standard_error']:.1f} points"]  # fmt: skip
@@ -321,12 +371,15 @@ def main() -> None:
     parser.add_argument("--texts", type=int, default=400, help="to label, half of them by either task")
     parser.add_argument("--packages", default=",".join(PACKAGES))
     parser.add_argument("--browser", action="store_true", help="Chromium instead of Node.js")
+    parser.add_argument("--kv", action="store_true", help="transformers.js with prompts as keys and values instead")
     parser.add_argument("--accuracy", action="store_true", help="right labels of int8 and web instead")
     parser.add_argument("--table", action="store_true", help="print what was measured")
     given = parser.parse_args()
     result: dict[str, Any] = json.loads(OUT.read_text("utf-8")) if OUT.exists() else {}
     if given.browser:
         result["browser"] = browser(given.texts)
+    elif given.kv:
+        result["keys_and_values"] = keys_and_values()
     elif given.accuracy:
         result["accuracy"] = accuracy()
     elif not given.table:

@@ -1,9 +1,11 @@
 /** Bytes: SHA-256, half-precision floats, base64. */
 
+import { UnsupportedError } from "./errors.ts";
+
 /** SHA-256 in hexadecimal. */
 export async function sha256(data: Uint8Array): Promise<string> {
   const subtle = globalThis.crypto?.subtle;
-  if (!subtle) throw new Error("SHA-256 needs a secure context: serve the page over https, or from localhost");
+  if (!subtle) throw new UnsupportedError("SHA-256 needs a secure context: serve the page over https, or from localhost");
   const digest = new Uint8Array(await subtle.digest("SHA-256", data as Uint8Array<ArrayBuffer>));
   return Array.from(digest, (byte) => byte.toString(16).padStart(2, "0")).join("");
 }

@@ -14,11 +14,12 @@ const quiet = ["--no-sandbox", "--no-zygote", "--disable-quic", "--no-first-run"
 
 /**
  * `roots`: path that a URL begins with -> folder; `pages`: path -> HTML.
- * Says what was fetched in `fetched`; `state.serving = false` is a server that is gone.
+ * Says what was fetched in `fetched`; `state.serving = false` is a server that is gone, `state.half` an ending of paths
+ * that get half of their bytes: "stay" leaves the connection open, "break" closes it.
  */
-export async function openBrowser({ executable, env, roots, pages = {}, isolated = false, args = ["--disable-gpu"] }) {
+export async function openBrowser({ executable, env, roots, pages = {}, isolated = false, caching = "max-age=3600", args = ["--disable-gpu"] }) {
   const fetched = [];
-  const state = { serving: true };
+  const state = { serving: true, half: null, then: "stay" };
   const server = createServer((request, response) => {
     const path = normalize(decodeURIComponent(new URL(request.url, "http://x").pathname));
     if (!state.serving) return response.destroy();
@@ -35,9 +36,12 @@ export async function openBrowser({ executable, env, roots, pages = {}, isolated
     response.writeHead(200, {
       "content-type": types[extname(file)] ?? "application/octet-stream",
       "content-length": found.size,
-      "cache-control": "max-age=3600",
+      "cache-control": caching,
     });
-    createReadStream(file).pipe(response);
+    if (!state.half || !path.endsWith(state.half)) return createReadStream(file).pipe(response);
+    const half = createReadStream(file, { end: Math.floor(found.size / 2) });
+    half.on("end", () => state.then === "break" && response.destroy());
+    half.pipe(response, { end: false });
   });
   await new Promise((done) => server.listen(0, "127.0.0.1", done));
   const profile = mkdtempSync(join(tmpdir(), "edgeprompt-chromium-"));

@@ -1,12 +1,13 @@
 // Times packages in headless Chromium on one thread, beside transformers.js on the same weights. JSON from stdin:
-// {executable, env, packages: {name: folder}, beside: name, prompt: file, text, snippets, tokens: {name: n}, rounds}
+// {executable, env, packages: {name: folder}, beside: name, prompt: file, text, snippets, suffix, leads: {name: text or
+// number of positions}, tokens: {name: n}, rounds}. `leads`: what transformers.js reads in front of a snippet and its suffix.
 import { readFileSync, readdirSync } from "node:fs";
 import { basename, dirname } from "node:path";
 import { fileURLToPath } from "node:url";
 import { openBrowser } from "./browser.mjs";
 
 const home = dirname(dirname(fileURLToPath(import.meta.url)));
-const { executable, env, packages, beside, prompt, text, snippets, tokens, rounds } = JSON.parse(readFileSync(0, "utf8"));
+const { executable, env, packages, beside, prompt, text, snippets, suffix, leads, tokens, rounds } = JSON.parse(readFileSync(0, "utf8"));
 const imports = {
   "@huggingface/transformers": "/transformers/transformers.web.min.js",
   "onnxruntime-web/webgpu": "/ort/ort.webgpu.bundle.min.mjs",
@@ -131,18 +132,27 @@ const askTheirs = (count) =>
     },
     { text, count },
   );
-/** One forward pass over as many tokens as a prompt of `count` virtual ones and the text. */
-const forwardTheirs = (text, count) =>
+/** One forward pass over a lead (a text, or as many positions) and a text. */
+const forwardTheirs = (lead, text) =>
   theirs.evaluate(
-    async ({ text, count }) => {
-      const inputs = tokenizer("a ".repeat(count) + text);
+    async ({ lead, text }) => {
+      const { Tensor } = await import("@huggingface/transformers");
       const started = performance.now();
-      const { logits } = await model(inputs);
-      return { ms: performance.now() - started, size: logits.data.length };
+      let inputs = tokenizer(typeof lead === "number" ? text : lead + text);
+      if (typeof lead === "number") {
+        const ids = [...Array(lead).fill(28n), ...inputs.input_ids.data];
+        inputs = {
+          input_ids: new Tensor("int64", BigInt64Array.from(ids), [1, ids.length]),
+          attention_mask: new Tensor("int64", new BigInt64Array(ids.length).fill(1n), [1, ids.length]),
+        };
+      }
+      await model(inputs);
+      return { ms: performance.now() - started, positions: inputs.input_ids.dims[1] };
     },
-    { text, count },
+    { lead, text },
   );
-const pairs = { token_ms: { ours: [], theirs: [] }, classify_ms: { ours: [], theirs: [] } };
+const pairs = { token_ms: { ours: [], theirs: [] } };
+for (const name of Object.keys(leads)) pairs[name] = { ours: [], theirs: [], positions: [] };
 let same = true;
 for (let round = 0; round < rounds + 1; round++) {
   const [one, other] = [await askOurs(ours.page, tokens[beside]), await askTheirs(tokens[beside])];
@@ -153,11 +163,14 @@ for (let round = 0; round < rounds + 1; round++) {
 }
 const labels = [];
 for (const [at, snippet] of snippets.entries()) {
-  const [one, other] = [await classifyOurs(ours.page, snippet), await forwardTheirs(snippet, 16)];
-  labels.push(one.label);
-  if (!at) continue;
-  pairs.classify_ms.ours.push(one.ms);
-  pairs.classify_ms.theirs.push(other.ms);
+  for (const [place, [name, lead]] of Object.entries(leads).entries()) {
+    const [one, other] = [await classifyOurs(ours.page, snippet), await forwardTheirs(lead, snippet + suffix)];
+    if (!place) labels.push(one.label);
+    if (!at) continue;
+    pairs[name].ours.push(one.ms);
+    pairs[name].theirs.push(other.ms);
+    pairs[name].positions.push(other.positions);
+  }
 }
 const browserVersion = browser.browser()?.version() ?? "";
 await close();

@@ -156,7 +156,7 @@ def test_transformers_js_in_the_browser(
 
 
 def test_transformers_js_on_a_graph_without_prompt_input(
-    node: str, built: Path, tiny_tokenizer: Any, tmp_path: Path
+    node: str, built: Path, chromium: dict[str, Any], tiny_tokenizer: Any, tmp_path: Path
 ) -> None:
     """Optimum's graph in onnx-community's layout: its package computes the prefix, the graph as it was serves it."""
     model = tmp_path / "models/llama"
@@ -166,8 +166,8 @@ def test_transformers_js_on_a_graph_without_prompt_input(
     (model / "model.onnx").rename(model / "onnx/model.onnx")
     package = export_model(model, tmp_path / "package", route="onnx").path
     asked = Asked(package, model, tmp_path)
-    said = asked.answers(node, built / "test/transformers.mjs")
-    assert said["found"] == asked.expected
+    assert asked.answers(node, built / "test/transformers.mjs")["found"] == asked.expected
+    assert asked.answers(node, built / "test/transformers-browser.mjs", **chromium)["found"] == asked.expected
     assert len({tuple(one) for one in asked.expected}) > 1
 
 

@@ -23,10 +23,13 @@ export interface Strategy<T> {
   result(): T;
   /** Whether it comes back to the text. */
   readonly goesBack?: boolean;
+  /** Whether it needs the logits behind the text alone, and no keys and values. */
+  readonly staysAtText?: boolean;
 }
 
 /** Hands out the logits behind the text. */
 export class FirstLogits implements Strategy<Float32Array> {
+  readonly staysAtText = true;
   private logits: Float32Array = new Float32Array();
   advance([logits]: readonly Float32Array[]): null {
     largest(logits!);
@@ -44,6 +47,7 @@ export class FirstLogits implements Strategy<Float32Array> {
  */
 export class ScoreWords implements Strategy<Classification> {
   readonly goesBack = true;
+  readonly staysAtText: boolean;
   private readonly found: Float64Array;
   private readonly left: number[][];
   /** Words at hand, and where their sequences stand. */
@@ -57,6 +61,7 @@ export class ScoreWords implements Strategy<Classification> {
   ) {
     this.found = new Float64Array(verbalizer.words.length).fill(-Infinity);
     this.left = chunksOf(verbalizer.words, WORDS_AT_ONCE);
+    this.staysAtText = !this.left.length;
   }
 
   advance(logits: readonly Float32Array[]): Move | null {

@@ -225,18 +225,23 @@ export class DecoderEngine implements Engine {
     return { tensors: Object.fromEntries(tensors), length };
   }
 
-  /** Run ids behind a cache, in chunks; `states` gets their hidden states. */
-  private async prefill(ids: readonly number[], cache: Cache, rows: OrtTensor | null, states?: Matrix[], context?: Context): Promise<Reached<Cache>> {
+  /** Run ids behind a cache, in chunks; `states` gets their hidden states; `keep`: whether to go on behind the last. */
+  private async prefill(
+    ids: readonly number[], cache: Cache, rows: OrtTensor | null, states?: Matrix[], context?: Context, keep = true,
+  ): Promise<Reached<Cache>> {
     let reached: Reached<Cache> = { logits: [], state: cache };
     for (let done = 0; done < ids.length; done += this.chunk) {
       context?.check();
-      reached = await this.forward([ids.slice(done, done + this.chunk)], reached.state, rows, states);
+      const end = done + this.chunk;
+      reached = await this.forward([ids.slice(done, end)], reached.state, rows, states, keep || end < ids.length);
     }
     return reached;
   }
 
   /** Run the same number of ids behind the cache of each sequence. */
-  private async forward(ids: readonly (readonly number[])[], cache: Cache, rows: OrtTensor | null, states?: Matrix[]): Promise<Reached<Cache>> {
+  private async forward(
+    ids: readonly (readonly number[])[], cache: Cache, rows: OrtTensor | null, states?: Matrix[], keep = true,
+  ): Promise<Reached<Cache>> {
     const [batch, length] = [ids.length, ids[0]!.length];
     const total = cache.length + length;
     const feeds = {
@@ -246,9 +251,10 @@ export class DecoderEngine implements Engine {
       [names.POSITION_IDS]: this.graph.ints(ids.flatMap(() => range(cache.length, total)), [batch, length]),
       [names.PROMPT_EMBEDDINGS]: rows ?? this.noRows,
     };
-    const found = await this.graph.run(feeds, [names.LOGITS, ...(states ? [names.HIDDEN_STATES] : []), ...this.presents]);
+    const presents = keep ? this.presents : [];
+    const found = await this.graph.run(feeds, [names.LOGITS, ...(states ? [names.HIDDEN_STATES] : []), ...presents]);
     states?.push(matrixOf(found[names.HIDDEN_STATES]!));
-    const tensors = Object.fromEntries(this.pasts.map((name, i) => [name, found[this.presents[i]!]!]));
+    const tensors = Object.fromEntries(presents.map((name, i) => [this.pasts[i]!, found[name]!]));
     return { logits: lastLogits(found[names.LOGITS]!), state: { tensors, length: total } };
   }
 
@@ -265,7 +271,7 @@ export class DecoderEngine implements Engine {
       const tensors = Object.entries(cache.tensors).map(([name, one]) => [name, firstPositions(this.graph, one, length)]);
       cache = { tensors: Object.fromEntries(tensors), length };
     }
-    const reached = await this.prefill(ids, cache, rows, states, context);
+    const reached = await this.prefill(ids, cache, rows, states, context, !strategy.staysAtText);
     const step = (tokens: number[], state: Cache): Promise<Reached<Cache>> => this.forward(tokens.map((token) => [token]), state, null);
     const pick = ({ tensors, length }: Cache, sequences: number[]): Cache => ({ tensors: pickAll(this.graph, tensors, sequences), length });
     return decode(strategy, reached, step, pick, context);

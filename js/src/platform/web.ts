@@ -102,8 +102,8 @@ class Files {
     }
     if (kept) await (await this.cache())?.delete(key);
     // What is damaged here may be damaged in the browser's own cache too.
-    let found = await fetchBytes(url, most, tell, kept ? "reload" : "default", this.signal);
-    if (found && !kept && (await sha256(found)) !== hash) found = await fetchBytes(url, most, tell, "reload", this.signal);
+    let found = await this.fetch(url, most, tell, kept ? "reload" : "default");
+    if (found && !kept && (await sha256(found)) !== hash) found = await this.fetch(url, most, tell, "reload");
     if (!found) return null;
     const real = await sha256(found);
     if (real !== hash) throw new PackageError(`${file} has SHA-256 ${real}, the manifest names ${hash}; export the base again`);
@@ -114,13 +114,21 @@ class Files {
   /** The file as the server has it now, else as it was when the server could last be reached. */
   private async readFresh(url: URL, most: number, tell: (loaded: number, total: number) => void): Promise<Uint8Array | null> {
     try {
-      const found = await fetchBytes(url, most, tell, "default", this.signal);
+      const found = await this.fetch(url, most, tell, "default");
       if (found) await this.keep(url.href, found);
       return found;
     } catch (error) {
       const kept = await this.kept(url.href);
-      if (!kept) throw new PackageError(`cannot fetch ${url.href}: ${firstLine(error)}`, { cause: error });
+      if (!kept) throw error;
       return kept;
+    }
+  }
+
+  private async fetch(url: URL, most: number, tell: (loaded: number, total: number) => void, cache: RequestCache): Promise<Uint8Array | null> {
+    try {
+      return await fetchBytes(url, most, tell, cache, this.signal);
+    } catch (error) {
+      throw new PackageError(`cannot fetch ${url.href}: ${firstLine(error)}`, { cause: error });
     }
   }
 
