@@ -59,7 +59,12 @@ def measure(packages: dict[str, Path], rounds: int) -> dict[str, Any]:
     with (ROOT / "examples/data/movie.train.csv").open(encoding="utf-8", newline="") as file:
         shown = list(csv.DictReader(file))[:EXAMPLES]
     examples = INSTRUCTION + "".join(f"{row['text']}{SUFFIX} {row['label']}\n\n" for row in shown)
-    leads = {"16 positions": 16, "an instruction": INSTRUCTION, f"an instruction and {EXAMPLES} examples": examples}
+    leads = {
+        "16 positions": 16,
+        "64 positions": 64,
+        "an instruction": INSTRUCTION,
+        f"an instruction and {EXAMPLES} examples": examples,
+    }
     asked = {
         **chromium, "packages": {name: str(path) for name, path in packages.items()}, "beside": "web",
         "prompt": str(PROMPT), "text": TEXT, "suffix": SUFFIX, "leads": leads,

@@ -375,19 +375,15 @@ def main() -> None:
     parser.add_argument("--accuracy", action="store_true", help="right labels of int8 and web instead")
     parser.add_argument("--table", action="store_true", help="print what was measured")
     given = parser.parse_args()
+    ways = {"browser": lambda: browser(given.texts), "keys_and_values": keys_and_values, "accuracy": accuracy}
+    asked = {"browser": given.browser, "keys_and_values": given.kv, "accuracy": given.accuracy}
+    found: dict[str, Any] = {name: ways[name]() for name, wanted in asked.items() if wanted}
+    if not found and not given.table:
+        found = {"node": {name: node(name, given.texts) for name in given.packages.split(",")}}
     result: dict[str, Any] = json.loads(OUT.read_text("utf-8")) if OUT.exists() else {}
-    if given.browser:
-        result["browser"] = browser(given.texts)
-    elif given.kv:
-        result["keys_and_values"] = keys_and_values()
-    elif given.accuracy:
-        result["accuracy"] = accuracy()
-    elif not given.table:
-        for name in given.packages.split(","):
-            result.setdefault("node", {})[name] = node(name, given.texts)
-            print(name, json.dumps(result["node"][name]), flush=True)
-    if not given.table:
-        result["machine"] = describe()
+    if found:
+        found["node"] = result.get("node", {}) | found.get("node", {})
+        result = {**result, **found, "machine": describe()}
         OUT.write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
     print(table(result))
 

@@ -15,6 +15,7 @@ const MOST_BYTES = 4 * 2 ** 30;
 export async function webPlatform(source: string, options: ServiceOptions, onProgress: (progress: Progress) => void, signal?: AbortSignal): Promise<Platform> {
   const base = new URL(source.endsWith("/") ? source : `${source}/`, globalThis.location?.href);
   const provider = chooseProvider(options.provider ?? "auto");
+  const device = provider === "webgpu" ? await gpuDevice() : null;
   const ort = await importOrt(options, provider);
   const files = new Files(base, options.cache ?? "default", onProgress, signal);
   return {
@@ -27,7 +28,7 @@ export async function webPlatform(source: string, options: ServiceOptions, onPro
       if (!found) throw new PromptFileError(`cannot read prompt file ${repr(url)}: there is no such file`);
       return found;
     },
-    open: (manifest, key) => open(ort, files, manifest, key, provider),
+    open: (manifest, key) => open(ort, files, manifest, key, device ? { name: provider, device } : provider),
   };
 }
 
@@ -39,6 +40,23 @@ function chooseProvider(asked: string): string {
     throw new ProviderError("provider 'webgpu' is not available in this browser; use 'wasm'");
   }
   return found;
+}
+
+/** The smallest subgroups with which ONNX Runtime's attention is known to be right. */
+const LEAST_SUBGROUP = 8;
+
+/**
+ * A device without subgroups where the adapter's are too small (a software adapter has 4): ONNX Runtime 1.30's attention is
+ * wrong there for 32 positions and more. Null: ONNX Runtime makes its own device.
+ */
+async function gpuDevice(): Promise<object | null> {
+  const adapter = await (globalThis.navigator as any).gpu.requestAdapter({ powerPreference: "high-performance" });
+  if (!adapter) throw new ProviderError("provider 'webgpu' has no adapter in this browser; use 'wasm'");
+  if (!(adapter.info?.subgroupMinSize < LEAST_SUBGROUP)) return null;
+  const limits: Record<string, number> = {};
+  for (const name in adapter.limits) if (typeof adapter.limits[name] === "number") limits[name] = adapter.limits[name];
+  const features = [...(adapter.features as Set<string>)].filter((name) => !name.startsWith("subgroups"));
+  return adapter.requestDevice({ requiredFeatures: features, requiredLimits: limits });
 }
 
 async function importOrt(options: ServiceOptions, provider: string): Promise<Ort> {
@@ -62,7 +80,7 @@ async function importOrt(options: ServiceOptions, provider: string): Promise<Ort
   return ort;
 }
 
-async function open(ort: Ort, files: Files, manifest: Manifest, key: string, provider: string): Promise<Graph> {
+async function open(ort: Ort, files: Files, manifest: Manifest, key: string, provider: string | object): Promise<Graph> {
   const graph = manifest.graphs[key]!;
   const need = async (file: string, hash: string): Promise<Uint8Array> => {
     const found = await files.read(file, MOST_BYTES, hash);
