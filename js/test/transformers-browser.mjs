@@ -5,7 +5,7 @@ import { fileURLToPath } from "node:url";
 import { openBrowser } from "../tools/browser.mjs";
 
 const home = dirname(dirname(fileURLToPath(import.meta.url)));
-const { executable, env, models, model, calls, maxNewTokens } = JSON.parse(readFileSync(0, "utf8"));
+const { executable, env, models, model, calls, maxNewTokens, dtype = null } = JSON.parse(readFileSync(0, "utf8"));
 const imports = {
   "@huggingface/transformers": "/transformers/transformers.web.min.js",
   "onnxruntime-web/webgpu": "/ort/ort.webgpu.bundle.min.mjs",
@@ -31,14 +31,14 @@ try {
   await page.goto(`${origin}/`);
   const asked = calls.map(({ ids, kv }, i) => ({ ids, kv: `${origin}/kv/${i}/${kv.slice(dirname(kv).length + 1)}` }));
   const found = await page.evaluate(
-    async ({ origin, model, asked, maxNewTokens }) => {
+    async ({ origin, model, asked, maxNewTokens, dtype }) => {
       const { AutoModelForCausalLM, env } = await import("@huggingface/transformers");
       const { inputsBehind, prefixOf } = await import(`${origin}/example/prefix.mjs`);
       env.allowRemoteModels = false;
       env.allowLocalModels = true;
       env.localModelPath = `${origin}/models/`;
       env.backends.onnx.wasm.wasmPaths = `${origin}/ort/`;
-      const loaded = await AutoModelForCausalLM.from_pretrained(model, { device: "wasm" });
+      const loaded = await AutoModelForCausalLM.from_pretrained(model, { device: "wasm", ...(dtype ? { dtype } : {}) });
       const found = [];
       for (const { ids, kv } of asked) {
         const prefix = prefixOf(await (await fetch(kv)).arrayBuffer());
@@ -47,7 +47,7 @@ try {
       }
       return found;
     },
-    { origin, model, asked, maxNewTokens },
+    { origin, model, asked, maxNewTokens, dtype },
   );
   process.stdout.write(JSON.stringify({ found }) + "\n");
 } finally {

@@ -87,12 +87,21 @@ def _head(manifest: Any, name: str, task: str, source: str, labels: Sequence[str
     return make_prompt(manifest, name, task=task, head=tensors, head_spec=spec, labels=named, **fields)
 
 
+MANY = {
+    f"{verb} {thing}": (f" {verb} the {thing}",)
+    for verb in ("cancel", "find", "cut", "open", "take", "make")
+    for thing in ("card", "can", "account", "film", "plot", "book", "story")
+}
+"""Words of several tokens, many of which begin alike: more than one step takes side by side."""
+
+
 def _tiny_prompts(manifest: Any, folder: Path) -> list[Path]:
     long = {"x": (" good", " very good indeed"), "y": (" bad", " badly made"), "z": (" so so",)}
     return _save(
         folder,
         make_prompt(manifest, "words", verbalizer=WORDS),
         make_prompt(manifest, "long", verbalizer=long, calibration=(0.1, -0.2, 0.3)),
+        make_prompt(manifest, "many", verbalizer=MANY),
         make_prompt(manifest, "mean", verbalizer=long, verbalizer_aggregation="mean"),
         make_prompt(manifest, "best", verbalizer=long, verbalizer_aggregation="max"),
         make_prompt(manifest, "deep", "prefix-tuning", verbalizer=long, template=Template.parse("{text}\nA:")),
@@ -114,6 +123,15 @@ def test_decoder_classifies(tiny: Both, worker: bool) -> None:
     answers = tiny.calls([{"method": "classify", "args": [TEXTS, {"prompt": name}]} for name in names])
     for name, found in zip(names, answers, strict=True):
         _same_classes(tiny.python.classify(list(TEXTS), prompt=name), found["value"])
+
+
+def test_a_small_budget_scores_fewer_words_at_once(tiny: Both) -> None:
+    size = tiny.python.manifest.geometry
+    tiny._options["kvBudget"] = 8 * size.num_layers * size.num_key_value_heads * size.head_size * 100
+    _same_classes(tiny.python.classify(list(TEXTS), prompt="many"), tiny.call("classify", TEXTS, {"prompt": "many"}))
+    tiny._options["kvBudget"] //= 25
+    (found,) = tiny.calls([{"method": "classify", "args": [TEXTS[0], {"prompt": "words"}]}])
+    assert found["error"] == "CapacityError"
 
 
 @pytest.mark.parametrize(
@@ -275,12 +293,13 @@ def test_encoder_decoder(
     prompts = _save(
         tmp_path,
         make_prompt(manifest, "words", verbalizer=long),
+        make_prompt(manifest, "many", verbalizer=MANY),
         make_prompt(manifest, "deep", "prefix-tuning", verbalizer=long, template=Template.parse("{text}")),
         make_prompt(manifest, "story", seed=1, generation=said),
         _head(manifest, "tags", "tag", "tokens", ("O", "A")),
     )
     both = Both(ask, package, prompts)
-    for name in ("words", "deep"):
+    for name in ("words", "many", "deep"):
         _same_classes(both.python.classify(list(TEXTS), prompt=name), both.call("classify", TEXTS, {"prompt": name}))
     for settings in ({}, {**SAMPLED, "seed": 3}):
         asked = {"max_new_tokens": 12, **settings}

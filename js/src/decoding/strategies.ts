@@ -25,6 +25,8 @@ export interface Strategy<T> {
   readonly goesBack?: boolean;
   /** Whether it needs the logits behind the text alone, and no keys and values. */
   readonly staysAtText?: boolean;
+  /** Take no more sequences at once than these; said before the first step. */
+  limit?(sequences: number): void;
 }
 
 /** Hands out the logits behind the text. */
@@ -49,7 +51,7 @@ export class ScoreWords implements Strategy<Classification> {
   readonly goesBack = true;
   readonly staysAtText: boolean;
   private readonly found: Float64Array;
-  private readonly left: number[][];
+  private left: number[][];
   /** Words at hand, and where their sequences stand. */
   private chunk: number[] = [];
   private open: [node: WordNode, logprob: number][] = [];
@@ -62,6 +64,10 @@ export class ScoreWords implements Strategy<Classification> {
     this.found = new Float64Array(verbalizer.words.length).fill(-Infinity);
     this.left = chunksOf(verbalizer.words, WORDS_AT_ONCE);
     this.staysAtText = !this.left.length;
+  }
+
+  limit(sequences: number): void {
+    if (sequences < WORDS_AT_ONCE) this.left = chunksOf(this.verbalizer.words, Math.max(1, sequences));
   }
 
   advance(logits: readonly Float32Array[]): Move | null {

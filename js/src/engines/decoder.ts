@@ -200,6 +200,12 @@ export class DecoderEngine implements Engine {
     }
   }
 
+  /** Bytes of keys and values of one position. */
+  private get positionBytes(): number {
+    const { geometry: size, kvDtype } = this.parts.manifest;
+    return 2 * size.numLayers * size.numKeyValueHeads * size.headSize * (kvDtype === "float16" ? 2 : 4);
+  }
+
   private prefixLength(loaded: DecoderPrompt | null): number {
     return loaded?.asPrefix ? loaded.count : 0;
   }
@@ -271,6 +277,8 @@ export class DecoderEngine implements Engine {
       const tensors = Object.entries(cache.tensors).map(([name, one]) => [name, firstPositions(this.graph, one, length)]);
       cache = { tensors: Object.fromEntries(tensors), length };
     }
+    // One of the sequences is the text itself, which all others continue.
+    strategy.limit?.(Math.floor(this.parts.kvBudget / (this.positionBytes * (cache.length + ids.length + 1))) - 1);
     const reached = await this.prefill(ids, cache, rows, states, context, !strategy.staysAtText);
     const step = (tokens: number[], state: Cache): Promise<Reached<Cache>> => this.forward(tokens.map((token) => [token]), state, null);
     const pick = ({ tensors, length }: Cache, sequences: number[]): Cache => ({ tensors: pickAll(this.graph, tensors, sequences), length });
@@ -328,8 +336,7 @@ export class DecoderEngine implements Engine {
           "shorten the text, lower maxNewTokens, or set truncate",
       );
     }
-    const { geometry: size, kvDtype } = this.parts.manifest;
-    const bytes = 2 * size.numLayers * size.numKeyValueHeads * size.headSize * (kvDtype === "float16" ? 2 : 4);
+    const bytes = this.positionBytes;
     const longest = Math.min(prefix + ids.length + most, this.limit || Infinity);
     if (longest * bytes > this.parts.kvBudget) {
       throw new CapacityError(

@@ -189,7 +189,7 @@ export class Seq2SeqEngine implements Engine {
   }
 
   private async run<T>(strategy: Strategy<T>, request: Request, prompt: Seq2SeqPrompt | null, newTokens: number, context: Context): Promise<T> {
-    const source = await this.encode(request, prompt, newTokens, context);
+    const source = await this.encode(strategy, request, prompt, newTokens, context);
     const step = (tokens: number[], state: DecoderState): Promise<Reached<DecoderState>> => this.step(tokens, state, source);
     const pick = (state: DecoderState, sequences: number[]): DecoderState => ({ ...state, past: pickAll(this.decoder, state.past, sequences) });
     let reached = await step([this.start], this.begin(prompt));
@@ -224,7 +224,7 @@ export class Seq2SeqEngine implements Engine {
     return { logits: lastLogits(found[names.LOGITS]!), state: { past, length: total } };
   }
 
-  private async encode(request: Request, prompt: Seq2SeqPrompt | null, newTokens: number, context: Context): Promise<Source> {
+  private async encode<T>(strategy: Strategy<T>, request: Request, prompt: Seq2SeqPrompt | null, newTokens: number, context: Context): Promise<Source> {
     const ids = this.source(request, prompt);
     const { geometry: size, kvDtype } = this.parts.manifest;
     const positions = (prompt?.prefixLength ?? 0) + 1 + (prompt?.decoderPrefix.length ?? 0) + newTokens + ids.length;
@@ -232,6 +232,7 @@ export class Seq2SeqEngine implements Engine {
     if (bytes > this.parts.kvBudget) {
       throw new CapacityError(`the request needs ${bytes} bytes of caches, and kvBudget is ${this.parts.kvBudget}; shorten it, or raise it`);
     }
+    strategy.limit?.(Math.floor(this.parts.kvBudget / bytes) - 1);
     return this.forward(ids, prompt, context);
   }
 
