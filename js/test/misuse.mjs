@@ -98,6 +98,11 @@ await say("two runtimes", async () => {
   await other.close();
   return [labels[0].label === labels[1].label, !!(await rt.classify("x", ask)).label];
 });
+await say("disposed", async () => {
+  const other = await load(folder, { threads: 1, prompts: [words] });
+  await other[Symbol.asyncDispose]();
+  return other.classify("x", ask).catch(({ name }) => name);
+});
 await say("a hundred at once", async () => (await Promise.all(Array.from({ length: 100 }, (_, i) => rt.classify(`${i}`, ask)))).length);
 await say("closed while busy", async () => {
   const busy = rt.generate("x", { maxNewTokens: 110 }).catch(({ name }) => name);

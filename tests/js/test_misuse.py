@@ -39,6 +39,7 @@ VALUES: dict[str, Any] = {
     "one of two aborted": ["RequestCancelledError", 9],
     "a stream that is left": 2,
     "two runtimes": [True, True],
+    "disposed": "RequestCancelledError",
     "a hundred at once": 100,
     "closed while busy": "RequestCancelledError",
 }

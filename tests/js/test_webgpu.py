@@ -15,7 +15,7 @@ import edgeprompt
 from exporters import export_model
 from tests.support.runtimes import QUIET
 
-TEXTS = ["the plot is thin", "a", "Ünïcode ☃ and more words than that", "one two three " * 14]
+TEXTS = ["the plot is thin", "a", "Ünïcode ☃ and more words than that", "one two three " * 5]
 """The last has more than 32 tokens: ONNX Runtime has another kernel there."""
 SOFTWARE = ["--enable-unsafe-webgpu", "--use-webgpu-adapter=swiftshader", "--enable-features=Vulkan"]
 
