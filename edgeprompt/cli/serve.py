@@ -71,8 +71,8 @@ def command(
     """Serve PACKAGE over HTTP with OpenAI's API.
 
     The base and every prompt are models. The paths are /v1/completions, /v1/chat/completions, /v1/embeddings,
-    /v1/classify, /v1/models, /health, /metrics and /openapi.json. Requests of different prompts share one scheduler.
-    The log is one JSON object per line on stderr.
+    /v1/classify, /v1/tag, /v1/answer, /v1/models, /health, /metrics and /openapi.json. Requests of different prompts
+    share one scheduler. The log is one JSON object per line on stderr.
     """
     from edgeprompt.server.log import Log, forward
     from edgeprompt.server.options import ServerOptions

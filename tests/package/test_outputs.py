@@ -292,7 +292,10 @@ def test_a_file_that_could_be_anybodys_needs_force(tmp_path, name):
     assert (tmp_path / name).read_bytes() == b"new"
 
 
-@pytest.mark.parametrize("kind", [RUN_ANSWERS, RUN_PARQUET, REPORT, TABLE, ONNX_ADAPTER, JOURNAL], ids=lambda k: k.name)
+OTHERS = (RUN_ANSWERS, RUN_PARQUET, REPORT, TABLE, ONNX_ADAPTER, JOURNAL)
+
+
+@pytest.mark.parametrize("kind", OTHERS, ids=lambda k: k.name)
 def test_another_kind_of_file_is_not_even_replaced_by_force(tmp_path, kind):
     (tmp_path / "photo").write_bytes(b"\x89PNG\0\0")
     with pytest.raises(InputError, match="is not replaced"):

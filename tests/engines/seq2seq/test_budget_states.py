@@ -18,6 +18,7 @@ from edgeprompt import CapacityError, GenerationOptions, Request, RequestCancell
 from tests.support.runtimes import QUIET
 
 TEXTS = ("the film", "a", "it was a long day and the work was not done at all", "we said so")
+RUNS, STEPS = 15, 20
 LONGEST = 80
 """New tokens of four beams, which no budget of this test holds."""
 
@@ -110,7 +111,7 @@ def test_answers_and_bytes(family: str, seq2seq_package: Callable[..., Path]) ->
             run_state_machine_as_test(  # type: ignore[no-untyped-call]
                 Bound,
                 settings=settings(
-                    max_examples=15, stateful_step_count=20, deadline=None, derandomize=True,
+                    max_examples=RUNS, stateful_step_count=STEPS, deadline=None, derandomize=True,
                     suppress_health_check=list(HealthCheck),
                 ),
             )  # fmt: skip

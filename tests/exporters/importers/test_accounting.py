@@ -61,8 +61,11 @@ WRAPPINGS: dict[str, Callable[[dict[str, Any]], Any]] = {
 }
 
 
+WRAPPED = ("p-tuning-v2-bert", "p-tuning-v2-qa-bert", "openprompt-soft-gpt2")
+
+
 @pytest.mark.parametrize("wrapping", WRAPPINGS)
-@pytest.mark.parametrize("case", ["p-tuning-v2-bert", "p-tuning-v2-qa-bert", "openprompt-soft-gpt2"])
+@pytest.mark.parametrize("case", WRAPPED)
 def test_wrappers_change_nothing(case: str, wrapping: str, bases: dict[str, Path], tmp_path: Path) -> None:
     """`module.` in front of a P-Tuning v2 checkpoint lost its trained head in silence."""
     base = BERT16 if case.endswith("bert") else BASE
@@ -383,6 +386,23 @@ def test_the_counts_in_the_docs() -> None:
     ]
     assert counts == [len(cases) for cases in (bases_damaged.CASES, CASES, DAMAGED, ADAPTERS, FROZEN)]
     assert f"{sum(case.loads for case in bases_damaged.CASES.values())} of the cases load with a note" in text
+    assert f"{len(WRAPPINGS)} wrappings of {len(WRAPPED)} checkpoints" in " ".join(text.split())
+
+
+def test_the_counts_of_streams_and_files_in_the_docs() -> None:
+    from tests.base import test_sentencepiece_file as pieces
+    from tests.engines.seq2seq import test_budget_states as budget
+    from tests.package import test_outputs as outputs
+
+    text = (Path(__file__).resolve().parents[3] / "docs/robustness.md").read_text("utf-8")
+    assert 120 + len(pieces.WHITE) + len(pieces.WRITTEN) > 130
+    for line in (
+        f"| {len(pieces.BASES)} kinds of tokenizer, over 130 texts each |",
+        f"| {len(outputs.OURS)} kinds that a command wrote before, {len(outputs.FOREIGN)} that could be anybody's, and "
+        f"{len(outputs.OTHERS)} of another kind |",
+        f"| T5 and BART, {budget.RUNS} runs of up to {budget.STEPS} steps:",
+    ):
+        assert line in text, line
 
 
 @pytest.mark.parametrize(("weight", "bias"), [((16, 2), 2), ((2, 15), 2), ((2, 16), 3)])
