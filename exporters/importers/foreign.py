@@ -115,11 +115,12 @@ def as_rows(tensor: Array, name: str, base: BaseFacts | None) -> Array:
     """Check prompt embeddings [num_virtual_tokens, hidden_size].
 
     Raises:
-        SourceError: not two-dimensional.
+        SourceError: not two-dimensional, or no floats.
         BaseMismatchError: another hidden size than the base's.
     """
     if tensor.ndim != 2 or 0 in tensor.shape:
         raise SourceError(f"{name} has shape {list(tensor.shape)}; prompt embeddings are [tokens, hidden_size]")
+    _check_floats(tensor, name)
     width = base.geometry.embedding_size or base.geometry.hidden_size if base else tensor.shape[1]
     if base and tensor.shape[1] != width:
         raise BaseMismatchError(
@@ -136,13 +137,14 @@ def as_prefix(
     Every tool that stores prefixes flat (PEFT, OpenPrompt, P-Tuning v2) has this order within a row.
 
     Raises:
-        SourceError: the row does not divide into layers and heads.
+        SourceError: the row does not divide into layers and heads, or holds no floats.
         BaseMismatchError: other sizes than the base's.
     """
     if tensor.ndim != 2 or 0 in tensor.shape:
         raise SourceError(
             f"{name} has shape {list(tensor.shape)}; a prefix is [tokens, layers * 2 * heads * head_size]"
         )
+    _check_floats(tensor, name)
     if layers < 1 or heads < 1 or tensor.shape[1] % (layers * 2 * heads):
         raise SourceError(
             f"{name} has rows of {tensor.shape[1]} values, not divisible into {layers} layers x 2 x {heads} heads"
@@ -162,6 +164,11 @@ def as_prefix(
             )
     shaped = tensor.reshape(tensor.shape[0], layers, 2, heads, size)
     return np.ascontiguousarray(shaped.transpose(1, 2, 3, 0, 4))
+
+
+def _check_floats(tensor: Array, name: str) -> None:
+    if tensor.dtype.kind != "f":
+        raise SourceError(f"{name} holds {tensor.dtype}, token ids or quantised values perhaps; floats are needed")
 
 
 def prefix_sizes(base: BaseFacts, encoder: bool = False) -> tuple[int, int]:

@@ -70,6 +70,12 @@ def saved(path: Path, state: Any) -> Path:
     return path
 
 
+def tgis(folder: Path, tensor: Any, name: str = "decoder") -> Path:
+    folder.mkdir()
+    saved(folder / f"{name}.pt", tensor)
+    return folder
+
+
 def nemo(path: Path, members: dict[str, bytes]) -> Path:
     with tarfile.open(path, "w") as tar:
         for name, data in members.items():
@@ -170,6 +176,26 @@ CASES: dict[str, tuple[Make, type[EdgePromptError], str]] = {
     "npy: complex": (lambda d: npy(d / "x.npy", ROWS.astype(np.complex64)), SourceError, "float tensor"),
     "npy: other width": (lambda d: npy(d / "x.npy", ROWS[:, :8]), BaseMismatchError, "8 values"),
     "npy: rank 4": (lambda d: npy(d / "x.npy", ROWS[None, None]), SourceError, "no known prompt format"),
+    "t5x: token ids": (
+        lambda d: npy(d / "x.npy", ROWS.astype(np.int64)),
+        SourceError,
+        "holds int64.*floats are needed",
+    ),
+    "t5x: no row": (lambda d: npy(d / "x.npy", ROWS[:0]), SourceError, "shape"),
+    "t5x: other byte order": (lambda d: npy(d / "x.npy", ROWS.astype(">f4")), SourceError, "float tensor"),
+    "tgis: encoder's": (lambda d: tgis(d / "a", torch.ones(4, 16), "encoder"), SourceError, "needs decoder.pt"),
+    "tgis: several tensors": (lambda d: tgis(d / "a", {"x": torch.ones(4, 16)}), SourceError, "expected one tensor"),
+    "tgis: integers": (lambda d: tgis(d / "a", torch.ones(4, 16, dtype=torch.int8)), SourceError, "holds int8"),
+    "tgis: NaN": (lambda d: tgis(d / "a", torch.from_numpy(NAN)), SourceError, "NaN or infinity"),
+    "tgis: rank 1": (lambda d: tgis(d / "a", torch.ones(16)), SourceError, "shape"),
+    "tgis: other width": (lambda d: tgis(d / "a", torch.ones(4, 8)), BaseMismatchError, "8 values"),
+    "tgis: truncated": (
+        lambda d: written(tgis(d / "a", torch.ones(4, 16)) / "decoder.pt", b"PK\x03\x04" + bytes(50)).parent,
+        SourceError,
+        "no readable PyTorch file",
+    ),
+    "trtllm: integers": (lambda d: npy(d / "x.npy", np.ones((2, 4, 16), np.int8)), SourceError, "holds int8"),
+    "vllm: integers": (lambda d: saved(d / "x.pt", torch.ones(4, 16, dtype=torch.int64)), SourceError, "holds int64"),
     "trtllm: empty task": (lambda d: npy(d / "x.npy", np.zeros((2, 4, 16), np.float32)), SourceError, "all zero"),
     "vllm: NaN": (lambda d: saved(d / "x.pt", torch.from_numpy(NAN)), SourceError, "NaN or infinity"),
     "vllm: sparse": (lambda d: saved(d / "x.pt", torch.eye(16).to_sparse()), SourceError, "dense float"),
