@@ -224,8 +224,14 @@ class PromptRegistry:
             with self._lock:
                 prompt = self._prompts.get(name)
                 if prompt is None or prompt.stamp not in (None, stamp):  # else another thread was faster
-                    prompt = LoadedPrompt.open(path, name=name, stamp=stamp)
-                    self._add(prompt)
+                    try:
+                        found = LoadedPrompt.open(path, name=name, stamp=stamp)
+                    except PromptFileError:
+                        if _file_of(folder, name)[1] is None:  # it went away meanwhile
+                            continue
+                        raise
+                    self._add(found)
+                    return found
             return prompt
         with self._lock:
             prompt = self._prompts.get(name)

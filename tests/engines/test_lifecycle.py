@@ -154,6 +154,9 @@ def test_a_step_that_fails_fails_the_culprit_alone(load: Open, monkeypatch: pyte
     assert str(found[1]) == "the request failed: injected"
     assert not isinstance(found[0], Exception)
     assert not isinstance(found[2], Exception)
+    with pytest.raises(EdgePromptError, match="the request failed: injected"):
+        runtime.run([culprit])
+    assert runtime.run([good])
 
 
 def test_answers_of_many_that_come_one_by_one(load: Open) -> None:

@@ -13,6 +13,7 @@ import pytest
 import edgeprompt
 from edgeprompt import BaseMismatchError, InputError, PromptFileError, PromptNotFoundError, Runtime
 from edgeprompt.package.manifest import Base
+from edgeprompt.prompts import registry
 from edgeprompt.prompts.file import Golden, PromptFile, save_prompt
 from tests.support.prompts import make_prompt
 from tests.support.runtimes import QUIET, WORDS
@@ -63,6 +64,17 @@ def test_a_prompt_file_that_is_replaced_while_it_is_added(
     assert (runtime.logits("a", prompt="p") == runtime.logits("a", prompt="first")).all()
     runtime.remove_prompt("p")
     runtime.remove_prompt("first")
+
+
+def test_a_prompt_file_that_goes_while_it_is_found(
+    runtime: Runtime, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    save_prompt(make_prompt(runtime.manifest, "going"), tmp_path / "going.safetensors")
+    runtime.add_folder(tmp_path)
+    plain = registry._read
+    monkeypatch.setattr(registry, "_read", lambda file: (file.unlink(), plain(file))[1])
+    with pytest.raises(PromptNotFoundError, match="no prompt 'going'"):
+        runtime.logits("a", prompt="going")
 
 
 def test_a_folder_of_prompts_is_read_on_demand(tiny_llama_package: Path, tmp_path: Path) -> None:

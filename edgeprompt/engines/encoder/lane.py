@@ -113,9 +113,9 @@ class EncoderLane:
     def step(self) -> None:
         """Answer the batch. If it fails, each request is tried alone, so that only the culprit fails."""
         jobs = self._jobs
-        if jobs and not self._run(jobs, last=len(jobs) == 1):
-            for job in jobs:
-                self._run([job], last=True)
+        if jobs and not self._run(jobs):
+            for job in jobs if len(jobs) > 1 else ():
+                self._run([job])
         self._jobs = []
 
     def drop(self, job: EncoderJob, error: BaseException) -> None:
@@ -126,12 +126,12 @@ class EncoderLane:
     def idle(self) -> None:
         """Nothing is kept."""
 
-    def _run(self, jobs: Sequence[EncoderJob], *, last: bool) -> bool:
+    def _run(self, jobs: Sequence[EncoderJob]) -> bool:
         try:
             rows = [job.row() for job in jobs]
             found = self._graph.run(rows, sorted({name for job in jobs for name in job.outputs}))
         except Exception as error:
-            if last:
+            if len(jobs) == 1:
                 jobs[0].fail(error)
             return False
         for job, row, outputs in zip(jobs, rows, found, strict=True):
