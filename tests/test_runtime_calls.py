@@ -8,6 +8,7 @@ import shutil
 import typing
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -84,6 +85,40 @@ def test_ids_without_texts_are_embedded(architecture: str, any_runtime: Callable
     assert found.shape == (2, runtime.manifest.geometry.hidden_size)
     np.testing.assert_allclose(found[1], runtime.run([Request(input_ids=ids[1], task="embed")])[0], atol=1e-5)
     assert runtime.embed([]).shape == (0, runtime.manifest.geometry.hidden_size)
+
+
+def spoil_states(runtime: Runtime, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The graph's hidden states (an encoder's outputs) become NaN."""
+    engine: Any = runtime._engine
+    if runtime.manifest.architecture == "encoder-only":
+        owner, name = type(engine._graph), "run"
+    elif runtime.manifest.architecture == "decoder-only":
+        owner, name = engine._lanes[0].graph, "prefill"
+    else:
+        owner, name = engine._graphs, "encode"
+    real = getattr(owner, name)
+
+    def spoiled(*given: Any) -> Any:
+        found = real(*given)
+        if name == "run":
+            return [{key: np.full_like(value, np.nan) for key, value in outputs.items()} for outputs in found]
+        (given[4][-1] if name == "prefill" else found.states)[...] = np.nan
+        return found
+
+    monkeypatch.setattr(owner, name, spoiled)
+
+
+@pytest.mark.parametrize("architecture", ARCHITECTURES)
+def test_embeddings_are_finite_or_an_error(
+    architecture: str, any_runtime: Callable[[str], Runtime], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    runtime = any_runtime(architecture)
+    spoil_states(runtime, monkeypatch)
+    with pytest.raises(EdgePromptError, match="NaN or infinite"):
+        runtime.embed(["the film", "a film that is longer"])
+    if architecture == "encoder":
+        with pytest.raises(EdgePromptError, match="NaN or infinite"):
+            runtime.logits(input_ids=[5, runtime.manifest.tokens.mask or 0, 6])
 
 
 def test_chat_is_a_conversation_in_the_template(tiny_llama_package: Path, tmp_path: Path) -> None:

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 import numpy as np
 import numpy.typing as npt
 
-from edgeprompt.arrays import softmax
+from edgeprompt.arrays import require_finite, softmax
 from edgeprompt.errors import InputError
 from edgeprompt.heads.layers import Floats, apply_head, sigmoid
 from edgeprompt.prompts.encoder_text import first_tokens, words_of
@@ -29,6 +29,10 @@ def pool(states: Floats, text: npt.NDArray[np.intp], how: str) -> Floats:
 
     Returns:
         float32 `[hidden_size]`.
+
+    Raises:
+        InputError: the text has no position.
+        EdgePromptError: a value is NaN or infinite.
     """
     if how not in ("first", "mean_all") and not len(text):
         raise InputError("the text has no token, so there is nothing to pool; give at least one character")
@@ -42,7 +46,7 @@ def pool(states: Floats, text: npt.NDArray[np.intp], how: str) -> Floats:
             found = states[text[-1]]
         case _:
             found = (states if how == "mean_all" else states[text]).mean(0, dtype=np.float32)
-    return found
+    return require_finite(found)
 
 
 def classify_head(prompt: PromptFile, vector: Floats) -> Classification:

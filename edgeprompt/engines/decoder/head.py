@@ -10,6 +10,7 @@ import numpy as np
 import numpy.typing as npt
 
 from edgeprompt import names
+from edgeprompt.arrays import require_finite
 from edgeprompt.decoding.strategies import OneSequence
 from edgeprompt.engines.decoder.graph import DecoderGraph
 from edgeprompt.errors import UnsupportedError
@@ -70,7 +71,7 @@ class ReadState(OneSequence):
 
     def result(self) -> Any:
         """float32 [hidden_size]."""
-        return self.states[-1][-1]
+        return require_finite(self.states[-1][-1])
 
 
 class ClassifyState(ReadState):

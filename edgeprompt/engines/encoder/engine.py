@@ -8,7 +8,7 @@ from collections.abc import Callable, Mapping
 import numpy as np
 
 from edgeprompt import names
-from edgeprompt.arrays import log_softmax
+from edgeprompt.arrays import largest, log_softmax
 from edgeprompt.engines.base import Engine, given_ids
 from edgeprompt.engines.encoder.batch import Row, make_row
 from edgeprompt.engines.encoder.checks import NO_GENERATION, check_placement, compile_cloze
@@ -168,7 +168,9 @@ class EncoderEngine(Engine):
         outputs: Outputs,
     ) -> Result:
         if task == "logits":
-            return np.asarray(outputs[names.LOGITS], np.float32)
+            logits = np.asarray(outputs[names.LOGITS], np.float32)
+            largest(logits)
+            return logits
         if task == "classify":
             assert prompt is not None
             return dataclasses.replace(_classify(prompt, row, outputs), timings=clock.timings(0))

@@ -15,6 +15,7 @@ import numpy as np
 import numpy.typing as npt
 
 from edgeprompt import names
+from edgeprompt.arrays import require_finite
 from edgeprompt.decoding.beam_search import BeamSearch
 from edgeprompt.decoding.processors import Processors, generation_fields
 from edgeprompt.decoding.sampling import Sampling, resolve
@@ -343,8 +344,4 @@ def _beam_settings(defaults: Mapping[str, Any]) -> tuple[float, Any]:
 
 def _pooled(source: Source, row: int, is_text: npt.NDArray[np.bool_], pooling: str) -> npt.NDArray[np.float32]:
     states: npt.NDArray[np.float32] = source.states[row, : is_text.size][is_text].astype(np.float32)
-    if pooling == "mean":
-        mean: npt.NDArray[np.float32] = states.mean(axis=0)
-        return mean
-    chosen: npt.NDArray[np.float32] = states[0 if pooling == "cls" else -1]
-    return chosen
+    return require_finite(states.mean(axis=0) if pooling == "mean" else states[0 if pooling == "cls" else -1])
