@@ -114,7 +114,8 @@ class LoadedPrompt:
         assert self._path is not None
         data = _read(self._path)
         if hashlib.sha256(data).hexdigest() != self._sha256:
-            raise PromptFileError(f"prompt file {str(self._path)!r} has changed since it was added; add it again")
+            again = "was added; add it again" if self.stamp is None else "was asked for; ask again"
+            raise PromptFileError(f"prompt file {str(self._path)!r} has changed since it {again}")
         return from_bytes(data)
 
 

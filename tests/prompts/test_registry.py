@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 
 import edgeprompt
-from edgeprompt import BaseMismatchError, InputError, PromptFileError, PromptNotFoundError, Runtime
+from edgeprompt import BaseMismatchError, InputError, PromptFileError, PromptNotFoundError, Request, Runtime
 from edgeprompt.package.manifest import Base
 from edgeprompt.prompts import registry
 from edgeprompt.prompts.file import Golden, PromptFile, save_prompt
@@ -75,6 +75,19 @@ def test_a_prompt_file_that_goes_while_it_is_found(
     monkeypatch.setattr(registry, "_read", lambda file: (file.unlink(), plain(file))[1])
     with pytest.raises(PromptNotFoundError, match="no prompt 'going'"):
         runtime.logits("a", prompt="going")
+
+
+def test_a_prompt_file_that_is_replaced_while_a_request_waits(tiny_llama_package: Path, tmp_path: Path) -> None:
+    """The docs said that such a request keeps the old prompt, and the error that somebody added it."""
+    options = dataclasses.replace(QUIET, prefix_budget=0, max_batch=1)
+    with edgeprompt.load(tiny_llama_package, options=options) as runtime:
+        save_prompt(make_prompt(runtime.manifest, "p"), tmp_path / "p.safetensors")
+        runtime.add_folder(tmp_path)
+        prompt = runtime._prompts.find("p")
+        save_prompt(make_prompt(runtime.manifest, "p", seed=1), tmp_path / "p.safetensors")
+        with pytest.raises(PromptFileError, match="has changed since it was asked for; ask again"):
+            runtime._engine.submit(Request("a", "p", task="logits"), prompt).result(20)
+        assert runtime.logits("a", prompt="p").size
 
 
 def test_a_folder_of_prompts_is_read_on_demand(tiny_llama_package: Path, tmp_path: Path) -> None:
