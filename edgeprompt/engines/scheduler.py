@@ -250,4 +250,5 @@ class Scheduler:
         for job in left:
             job.fail(RequestCancelledError(reason))
         for job in lane.running:
-            lane.drop(job, RequestCancelledError(reason))
+            if not job.done():  # the lane may have stopped before it forgot one that ended
+                lane.drop(job, RequestCancelledError(reason))

@@ -14,6 +14,7 @@ import pytest
 
 import edgeprompt
 from edgeprompt import CapacityError, EngineOptions, Request, RequestCancelledError, RequestTimeoutError, Runtime
+from edgeprompt.engines.scheduler import Job, Scheduler
 from edgeprompt.request import GenerationOptions
 from tests.support.prompts import make_prompt
 from tests.support.runtimes import QUIET
@@ -295,3 +296,34 @@ def test_interpreter_exit_with_requests_in_flight(tiny_llama_package: Path) -> N
         [sys.executable, "-c", code, str(tiny_llama_package)], capture_output=True, text=True, timeout=60, check=False
     )
     assert (done.returncode, done.stdout, done.stderr) == (0, "leaving\n", "")
+
+
+def test_a_lane_that_breaks_behind_a_job_that_ended_leaves_nobody_waiting() -> None:
+    class Lane:
+        running: list[Job] = []  # noqa: RUF012
+
+        def take(self, waiting: Any) -> bool:
+            self.running = [*self.running, *waiting]
+            waiting.clear()
+            return True
+
+        def step(self) -> None:
+            self.running[0].finish()
+            raise SystemError("injected")
+
+        def drop(self, job: Job, error: BaseException) -> None:
+            job.fail(error)
+
+        def idle(self) -> None:
+            pass
+
+    jobs = [Job(None, lambda: "answer") for _ in range(3)]
+    scheduler = Scheduler([Lane()], max_queue=8)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(threading, "excepthook", lambda _: None)
+        scheduler.submit(jobs)
+        assert jobs[0].result(20) == "answer"
+        for job in jobs[1:]:
+            with pytest.raises(RequestCancelledError, match="injected"):
+                job.result(20)
+        scheduler.close()
