@@ -116,6 +116,11 @@ def _load_folder(source: Source, need: memory.Need, mapped: bool) -> tuple[Any, 
         raise SourceError(f"the config of {source.given!r} names no model_type, but {raw.get('model_type')!r}")
     known = raw["model_type"] in transformers.CONFIG_MAPPING
     check_config(source.given, raw, known)
+    if raw.get("auto_map"):  # it may compute something else, and what is exported is compared with transformers' model
+        accounting.tell(
+            f"{source.given!r} brings code of its own (auto_map), which edgeprompt does not run; it is taken as "
+            f"transformers' own {raw['model_type']!r}"
+        )
     try:
         config = transformers.AutoConfig.from_pretrained(source.folder, trust_remote_code=False)
     except Exception as error:  # a foreign file: transformers raises nearly anything

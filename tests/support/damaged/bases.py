@@ -375,6 +375,9 @@ CASES: dict[str, Damage] = {
     "GPTQ": Damage(config(quantization_config={"quant_method": "gptq", "bits": 4}), "quantised already .gptq"),
     "AWQ": Damage(config(quantization_config={"quant_method": "awq"}), "quantised already .awq"),
     "code of its own": Damage(config(**CODE), "runs no code"),
+    "code beside a known type": Damage(
+        config(**{**CODE, "model_type": "llama"}), "brings code of its own .*transformers' own 'llama'", loads=True
+    ),
     # safetensors
     "a wrong shape": Damage(tensors(_wrong_shape), r"other shapes .*model\.norm\.weight is \[31\]"),
     "integers without scales": Damage(tensors(_integers), "stored as I8"),
