@@ -183,6 +183,8 @@ def command(
         check_output(out, kind_of(out), force=force, sources=sources)
     for item in wanted:  # before the model is loaded, which takes seconds
         serving.find_prompt(package, item)
+    if missing := next((folder for folder in folders if not folder.is_dir()), None):
+        raise InputError(f"no folder of prompts at {str(missing)!r}")
     total = _count(source, out, as_json=as_json) if source else None
     rows = _rows(texts, source)
     form = Form(as_json=as_json, named=len(wanted) > 1 or bool(prompt_column), with_errors=on_error == "record")

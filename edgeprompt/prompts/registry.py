@@ -192,7 +192,7 @@ class PromptRegistry:
             InputError: there is no such folder.
         """
         if not isinstance(folder, str | os.PathLike) or not Path(folder).is_dir():
-            raise InputError(f"no folder of prompts at {folder!r}")
+            raise InputError(f"no folder of prompts at {str(folder)!r}")
         self._folders.append(Path(folder).absolute())
 
     def remove(self, name: str) -> None:

@@ -122,6 +122,13 @@ def test_what_ends_a_run_is_told_before_it(refused, command, tmp_path, monkeypat
     assert [path.name for path in tmp_path.iterdir()] == [name]
 
 
+def test_a_folder_of_prompts_that_is_not_there_is_told_before_the_work(refused, command, tmp_path, monkeypatch):
+    source, place = write(tmp_path / "in.csv", rows(2)), tmp_path / "no"
+    monkeypatch.setattr("edgeprompt.load", lambda *_, **__: pytest.fail("the package was loaded"))
+    args = (*command, "--input", source, "--prompts", place, "--prompt-column", "label")
+    assert refused(*args) == f"no folder of prompts at {str(place)!r}"
+
+
 @pytest.mark.parametrize("made", ["csv", "jsonl", "parquet"])
 def test_a_killed_run_goes_on_without_a_row_lost_or_doubled(cli, spawn, refused, command, tmp_path, made):
     source, out = write(tmp_path / "in.csv", rows(640)), tmp_path / f"out.{made}"
