@@ -29,6 +29,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from safetensors.numpy import load_file
 
 import edgeprompt
 from benchmarks.machine import describe, line
@@ -278,16 +279,21 @@ def browser(count: int) -> dict[str, Any]:
 def keys_and_values() -> dict[str, Any]:
     """Unmodified transformers.js with three tasks' prompts as keys and values, in Node.js and in Chromium.
 
-    It is compared with this runtime on the same graph: with Python, and in Chromium with the npm package.
+    It is compared with this runtime on the same graph: with Python, which has the prompt's rows, and in Chromium with
+    the npm package, which has the same keys and values (those of other kernels would differ in their last bits).
     """
     folder, chromium = folder_of("web"), _node("tools/chromium.mjs")
     tasks = ("restore", "sentiment", "source")
     with tempfile.TemporaryDirectory() as scratch, edgeprompt.load(folder, options=OPTIONS) as runtime:
         prompts = {task: PROMPTS / f"{task}.safetensors" for task in tasks}
         asked, calls, expected = [], [], []
+        files: dict[str, str] = {}
         for task, file in prompts.items():
             runtime.add_prompt(file, name=task)
-            convert_prompt(file, Path(scratch) / f"{task}-kv.safetensors", target="kv", base=folder)
+            values = Path(scratch) / f"{task}-kv.safetensors"
+            convert_prompt(file, values, target="kv", base=folder)
+            files[task] = str(Path(scratch) / f"{task}.safetensors")
+            save_prompt(_as_prefix(load_prompt(file), load_file(values)), files[task])
         for number, (text, _) in enumerate(texts("restore")[:GENERATIONS]):
             task = tasks[number % len(tasks)]
             suffix = str(load_prompt(prompts[task]).template).removeprefix("{prompt}{text}")
@@ -299,7 +305,6 @@ def keys_and_values() -> dict[str, Any]:
         model = {"models": f"{folder.parent}/", "model": folder.name, "calls": asked, "maxNewTokens": KV_TOKENS}
         in_node = _node("test/transformers.mjs", **model)["found"]
         in_browser = _node("test/transformers-browser.mjs", **chromium, **model)["found"]
-        files = {name: str(file) for name, file in prompts.items()}
         ours = _node(
             "tools/ask.mjs",
             **chromium,
@@ -316,6 +321,17 @@ def keys_and_values() -> dict[str, Any]:
         "node": compare_tokens(expected, [ended(ids) for ids in in_node]),
         "chromium": compare_tokens([one["tokenIds"] for one in ours], [ended(ids) for ids in in_browser]),
     }
+
+
+def _as_prefix(prompt: PromptFile, values: dict[str, Any]) -> PromptFile:
+    """The prompt as a prefix of these keys and values."""
+    layers = range(len(values) // 2)
+    pairs = [[values[f"past_key_values.{layer}.{part}"][0] for part in ("key", "value")] for layer in layers]
+    past = np.stack([np.stack(one) for one in pairs])
+    return dataclasses.replace(
+        prompt, method="prefix-tuning", prompt_embeddings=None, past_key_values=past, golden=None,
+        template=prompt.template.without_prompt(),
+    )  # fmt: skip
 
 
 def accuracy() -> dict[str, Any]:
