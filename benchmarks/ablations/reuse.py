@@ -9,6 +9,9 @@ ones: what is measured is the way to an answer, not the answer.
     tasks         8 text-first prompts over one text of 512 tokens, by `run_tasks`
     chat          ten turns of 16 new tokens each; seconds to the first token of every turn
     instruction   20 texts behind one instruction with 19 examples
+
+`--labels 400` compares labels instead of times: two text-first prompts over each of 400 held-out sentences, the second
+behind keys and values of the first, against a runtime that keeps nothing.
 """
 
 from __future__ import annotations
@@ -37,6 +40,7 @@ sys.path[:0] = [str(ROOT / "examples")]
 from models import package  # noqa: E402
 
 RESULT = ROOT / "benchmarks" / "results" / "reuse.json"
+LABELS_RESULT = RESULT.with_name("reuse-labels.json")
 TASKS, TOKENS, TURNS, TEXTS = 8, 512, 10, 20
 LABELS = (" good", " bad", " news", " film", " long", " short", " happy", " sad", " old", " new")
 QUESTIONS = (
@@ -147,14 +151,54 @@ def measure(precision: str, threads: int, rounds: int) -> dict[str, Any]:
     return found
 
 
+def labels(precision: str, threads: int, count: int) -> dict[str, Any]:
+    """Labels and scores with reuse and without, and how many texts are near a tie."""
+    shipped, opened = (
+        load_prompt(ROOT / "examples" / "prompts" / "sentiment.safetensors"),
+        open_package(package(precision)),
+    )
+    files = ("movie.test.csv", "source.test.csv", "movie.train.csv")
+    rows = (row for file in files for row in read_records(ROOT / "examples" / "data" / file))
+    texts = [*dict.fromkeys(str(row["text"]) for row in rows)][:count]
+    found, reused = dict[bool, list[Any]](), 0
+    for keeps in (True, False):
+        options = EngineOptions(provider="cpu", threads=threads, reuse_texts=keeps, allow_other_weights=True)
+        with Runtime(opened, options) as runtime:
+            for name in ("first", "second"):
+                template = Template.parse(f"{{text}}{{prompt}}\nSentiment, {name}:")
+                changes: dict[str, Any] = {"template": template, "calibration": (), "golden": None}
+                runtime.add_prompt(dataclasses.replace(shipped, name=name, **changes), allow_base_mismatch=True)
+            answers: list[Any] = [runtime.run_tasks(text, ["first", "second"])["second"] for text in texts]
+        found[keeps] = answers
+        reused += sum(answer.timings.reused_tokens for answer in answers)
+    pairs = [*zip(found[True], found[False], strict=True)]
+    margins = [abs(np.subtract(*sorted(alone.logits.values())[-2:])) for _, alone in pairs]
+    return {
+        "texts": len(texts),
+        "reused_tokens_each": reused / len(texts),
+        "equal_labels": sum(one.label == other.label for one, other in pairs),
+        "equal_scores": sum(dict(one.scores) == dict(other.scores) for one, other in pairs),
+        "largest_difference": max(abs(one.logits[k] - other.logits[k]) for one, other in pairs for k in one.logits),
+        "near_ties": {str(bound): sum(margin < bound for margin in margins) for bound in (0.01, 0.05, 0.2)},
+    }
+
+
 def main() -> None:
     """Measure, write the result, print the table."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--precision", nargs="+", default=["int8", "int4", "fp32"])
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--labels", type=int, metavar="N", help="compare the labels of N texts instead")
     options = parser.parse_args()
     machine = describe()
+    if options.labels:
+        equal = {name: labels(name, options.threads, options.labels) for name in options.precision}
+        LABELS_RESULT.write_text(
+            json.dumps({"machine": machine, "precisions": equal}, indent=1) + "\n", encoding="utf-8"
+        )
+        print(json.dumps(equal, indent=1))
+        return
     rows = {name: measure(name, options.threads, options.rounds) for name in options.precision}
     facts = {"machine": machine, "threads": options.threads, "rounds": options.rounds, "precisions": rows}
     RESULT.write_text(json.dumps(facts, indent=1) + "\n", encoding="utf-8")

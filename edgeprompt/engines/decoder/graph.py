@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Any, Literal, Protocol
 
 import numpy as np
 import numpy.typing as npt
@@ -113,11 +113,17 @@ def open_graph(
         hidden_size: of its prompt rows.
         max_rows: most rows of a decode step.
         budget: most bytes of cache.
-        batch_invariant: run a lone row as two. Kernels for one row add up in another order than those for several,
-            and int8 activations make that visible; rows of a growing graph always run alone.
+        batch_invariant: give rows the same bits alone and together. Kernels for one row add up in another order than
+            those for several, and int8 activations make that visible: a lone row runs as two, or, where the graph
+            grows its caches, every row alone.
     """
     if session.device != "cpu" or not in_place:
-        return GrowingGraph(session, shape, hidden_size=hidden_size, max_rows=max_rows, budget=budget)
+        grown = GrowingGraph(session, shape, hidden_size=hidden_size, max_rows=max_rows, budget=budget)
+        if batch_invariant:
+            grown.together = "none"
+        elif in_place:
+            grown.together = "padded behind"
+        return grown
     graph = SharedGraph(session, shape, hidden_size=hidden_size, max_rows=max_rows, budget=budget)
     graph.least_rows = 2 if batch_invariant else 1
     return graph
@@ -346,19 +352,42 @@ class SharedGraph(_Graph):
         binding.bind_output(name, "cpu", 0, array.dtype.type, array.shape, array.ctypes.data)
 
 
+@dataclass(frozen=True)
+class _Grown:
+    """Where the keys and values of a row are: in a batch that ran together."""
+
+    values: list[Any]
+    """For each layer's keys and values, [rows, heads, positions, head_size] on the session's device."""
+    place: int = 0
+    """Which of the rows."""
+    start: int = 0
+    """Where its positions begin."""
+
+    def ends_at(self, position: int) -> bool:
+        """Whether `values` hold that many positions and no more; a graph whose attention has a window keeps fewer."""
+        return all(value.shape()[2] == position for value in self.values)
+
+
 class GrowingGraph(_Graph):
-    """Attention that returns past and new keys joined (others' graphs): each row keeps its own and runs alone.
+    """Attention that returns past and new keys joined (others' graphs): each row has its own, or those of a batch.
 
     Keys and values stay on the session's device between steps. This is also how every graph runs on other devices than
-    the CPU, whose memory cannot be filled from here in parts.
+    the CPU, whose memory cannot be filled from here in parts. Rows of a decode step run together, and stay together in
+    memory until one joins or leaves.
     """
 
     def __init__(self, session: Session, shape: KVShape, *, hidden_size: int, max_rows: int, budget: int) -> None:
         super().__init__(session, shape, hidden_size=hidden_size, max_rows=max_rows, budget=budget)
+        masked = {names.ATTENTION_MASK, names.POSITION_IDS} <= self._inputs
+        self.together: Literal["padded behind", "padded in front", "of one length", "none"] = (
+            "padded in front" if masked else "of one length"
+        )
+        """Which rows run together, and how: GroupQueryAttention counts each row's positions from 0. Others' graphs take
+        the new position behind all that is there, and where the caller cannot number it, the row must have as many."""
         self._value = import_onnxruntime().OrtValue
         self._device = session.device
-        self._rows: dict[int, list[Any]] = {}
-        self._stems: dict[int, list[Any]] = {}
+        self._rows: dict[int, _Grown] = {}
+        self._stems: dict[int, _Grown] = {}
         """What rows began with that were spread, by the first of them."""
 
     def fits(self, rows: int, length: int, first: int = 0) -> bool:
@@ -370,7 +399,7 @@ class GrowingGraph(_Graph):
         size = self._shape
         empty = np.empty((2 * size.num_layers, size.num_heads, 0, size.head_size), size.dtype)
         begun = np.concatenate([empty, *(part for _, part in parts)], axis=2)
-        self._rows[row] = [self._send(block[None]) for block in begun]
+        self._rows[row] = _Grown([self._send(block[None]) for block in begun])
 
     def name(self, row: int, parts: Sequence[tuple[bytes, int]], start: int) -> None:
         """Nothing to do: a row begins anew each time."""
@@ -379,39 +408,38 @@ class GrowingGraph(_Graph):
         self, row: int, ids: Sequence[int], past: int, rows: Logits | None, states: list[Logits] | None = None
     ) -> Logits:
         """Run a row's next ids."""
-        kept = self._rows[row]
-        if kept[0].shape()[2] > past:
-            kept = [self._send(value.numpy()[:, :, :past]) for value in kept]
         total = past + len(ids)
-        small = {
-            names.INPUT_IDS: np.asarray([ids], np.int64),
-            names.ATTENTION_MASK: np.ones((1, total), np.int64),
-            names.POSITION_IDS: np.arange(past, total)[None],
-            names.PROMPT_EMBEDDINGS: self._no_rows if rows is None else rows,
-        }
-        binding = self._ort.io_binding()
-        for name, array in small.items():
-            if name in self._inputs:
-                binding.bind_cpu_input(name, array)
         heads = [names.LOGITS, *([names.HIDDEN_STATES] if states is not None and self.gives_states else [])]
-        for name in heads:
-            binding.bind_output(name, "cpu")
-        for block, name, present in self._blocks:
-            binding.bind_ortvalue_input(name, kept[block])
-            binding.bind_output(present, self._device)
-        self._ort.run_with_iobinding(binding)
-        found = binding.get_outputs()
-        self._rows[row] = found[len(heads) :]
-        last, *more = (value.numpy()[0].astype(np.float32, copy=False) for value in found[: len(heads)])
+        last, *more = self._run(
+            [row],
+            np.asarray([ids], np.int64),
+            np.ones((1, total), np.int64),
+            np.arange(past, total)[None],
+            self._no_rows if rows is None else rows,
+            self._alone(self._rows[row], past),
+            heads,
+        )
         if states is not None:
-            states += more
-        logits: Logits = last[-1]
+            states += (found[0] for found in more)
+        logits: Logits = last[0, -1]
         return logits
 
     def decode(self, ids: Sequence[int], lengths: Sequence[int], first: int = 0) -> Logits:
-        """One token for each row from `first` on, one after another."""
-        pairs = enumerate(zip(ids, lengths, strict=True), first)
-        return np.stack([self.decode_one(row, token, length) for row, (token, length) in pairs])
+        """One token for each row from `first` on, in one step where the graph can tell rows' positions apart."""
+        groups: dict[int, list[int]] = {}
+        for place, length in enumerate(lengths):
+            kept, group = self._rows[first + place], -1 - place
+            if self.together != "none" and (self.together == "padded behind" or kept.ends_at(kept.start + length)):
+                group = length if self.together == "of one length" else 0
+            groups.setdefault(group, []).append(place)
+        logits = np.empty((len(ids), self._vocab), np.float32)
+        for places in groups.values():
+            logits[places] = self._together(
+                [first + place for place in places],
+                [ids[place] for place in places],
+                [lengths[place] for place in places],
+            )
+        return logits
 
     def decode_one(self, row: int, token: int, length: int) -> Logits:
         """One token for one row."""
@@ -441,9 +469,11 @@ class GrowingGraph(_Graph):
 
     def read(self, row: int, start: int, end: int) -> KV | None:
         """A row's keys and values; None where attention has a window and the graph keeps no more."""
-        if any(value.shape()[2] < end for value in self._rows[row]):
+        kept = self._rows[row]
+        start, end = kept.start + start, kept.start + end
+        if any(value.shape()[2] < end for value in kept.values):
             return None
-        found: KV = np.concatenate([value.numpy()[:, :, start:end] for value in self._rows[row]])
+        found: KV = np.stack([value.numpy()[kept.place, :, start:end] for value in kept.values])
         return found
 
     def move(self, source: int, target: int, length: int) -> None:
@@ -453,6 +483,83 @@ class GrowingGraph(_Graph):
     def idle(self) -> None:
         """Free all rows."""
         self.release(0)
+
+    def _alone(self, kept: _Grown, past: int) -> list[Any]:
+        """The keys and values of a row by itself, [1, heads, `past` or fewer, head_size]."""
+        if kept.start == 0 and all(value.shape()[0] == 1 and value.shape()[2] <= past for value in kept.values):
+            return kept.values
+        row, end = slice(kept.place, kept.place + 1), kept.start + past
+        return [self._send(value.numpy()[row, :, kept.start : end]) for value in kept.values]
+
+    def _together(self, rows: Sequence[int], ids: Sequence[int], lengths: Sequence[int]) -> Logits:
+        """A step of one token for some rows."""
+        if len(rows) == 1:
+            return self.decode_one(rows[0], ids[0], lengths[0])[None]
+        width = max(lengths)
+        starts = [0 if self.together == "padded behind" else width - length for length in lengths]
+        columns, positions = np.arange(width + 1), np.asarray(lengths, np.int64)[:, None]
+        begins = np.asarray(starts, np.int64)[:, None]
+        mask = ((columns >= begins) & (columns <= begins + positions)).astype(np.int64)
+        tokens = np.asarray(ids, np.int64)[:, None]
+        values = self._joined(rows, starts, lengths)
+        (logits,) = self._run(rows, tokens, mask, positions, self._no_rows, values, [names.LOGITS], starts)
+        found: Logits = logits[:, -1]
+        return found
+
+    def _joined(self, rows: Sequence[int], starts: Sequence[int], lengths: Sequence[int]) -> list[Any]:
+        """The keys and values of some rows as a batch: as they are where they ran together last."""
+        kept, width = [self._rows[row] for row in rows], max(lengths)
+        values = kept[0].values
+        if (
+            values[0].shape()[0] == len(rows)
+            and all(one.values is values for one in kept)
+            and [(one.place, one.start) for one in kept] == [*enumerate(starts)]
+            and kept[0].ends_at(width)
+        ):
+            return values
+        size, made = self._shape, []
+        for block in range(2 * size.num_layers):
+            batch = np.zeros((len(rows), size.num_heads, width, size.head_size), size.dtype)
+            seen = {id(one.values): one.values[block] for one in kept}
+            arrays = {key: value.numpy() for key, value in seen.items()}  # copied once from another device
+            for place, (one, start, length) in enumerate(zip(kept, starts, lengths, strict=True)):
+                row = arrays[id(one.values)][one.place]
+                batch[place, :, start : start + length] = row[:, one.start : one.start + length]
+            made.append(self._send(batch))
+        return made
+
+    def _run(
+        self,
+        rows: Sequence[int],
+        ids: Ids,
+        mask: Ids,
+        positions: Ids,
+        table: Logits,
+        values: list[Any],
+        heads: Sequence[str],
+        starts: Sequence[int] = (0,),
+    ) -> list[Logits]:
+        """Run rows as a batch, and keep what it returns as theirs; the outputs that `heads` names, as float32."""
+        small = {
+            names.INPUT_IDS: ids,
+            names.ATTENTION_MASK: mask,
+            names.POSITION_IDS: positions,
+            names.PROMPT_EMBEDDINGS: table,
+        }
+        binding = self._ort.io_binding()
+        for name, array in small.items():
+            if name in self._inputs:
+                binding.bind_cpu_input(name, array)
+        for name in heads:
+            binding.bind_output(name, "cpu")
+        for block, name, present in self._blocks:
+            binding.bind_ortvalue_input(name, values[block])
+            binding.bind_output(present, self._device)
+        self._ort.run_with_iobinding(binding)
+        found = binding.get_outputs()
+        grown = found[len(heads) :]
+        self._rows.update((row, _Grown(grown, place, starts[place])) for place, row in enumerate(rows))
+        return [value.numpy().astype(np.float32, copy=False) for value in found[: len(heads)]]
 
     def _send(self, array: npt.NDArray[Any]) -> Any:
         return self._value.ortvalue_from_numpy(np.ascontiguousarray(array), self._device, 0)

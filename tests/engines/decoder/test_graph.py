@@ -1,14 +1,19 @@
 from __future__ import annotations
 
+import dataclasses
+from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 
 import edgeprompt
 from edgeprompt import EngineOptions, Request, Runtime
-from edgeprompt.engines.decoder.graph import GrowingGraph, SharedGraph
+from edgeprompt.engines.decoder import engine
+from edgeprompt.engines.decoder.graph import DecoderGraph, GrowingGraph, SharedGraph, open_graph
+from edgeprompt.ort.session import Session
 from edgeprompt.request import GenerationOptions
 from tests.support.packages import growing_package
 from tests.support.prompts import make_prompt
@@ -46,6 +51,67 @@ def test_a_graph_that_grows_its_cache_answers_the_same(tiny_llama_package: Path,
         assert isinstance(graph_of(growing), GrowingGraph)
         add_prompts(growing)
         found = growing.run(requests())
+    for one, other in zip(expected[:9], found[:9], strict=True):
+        assert one.token_ids == other.token_ids
+        assert one.logprobs == pytest.approx(other.logprobs, abs=1e-3)
+    for one, other in zip(expected[9:], found[9:], strict=True):
+        assert dict(one.logits) == pytest.approx(dict(other.logits), abs=1e-3)
+
+
+@pytest.fixture
+def runs(monkeypatch: pytest.MonkeyPatch) -> list[int]:
+    """How many rows every run of a growing graph has."""
+    real, seen = GrowingGraph._run, list[int]()
+
+    def counted(self: GrowingGraph, rows: Sequence[int], ids: Any, *rest: Any) -> Any:
+        seen.append(len(rows) if ids.shape[1] == 1 else 0)
+        return real(self, rows, ids, *rest)
+
+    monkeypatch.setattr(GrowingGraph, "_run", counted)
+    return seen
+
+
+def test_rows_of_one_length_decode_together_on_others_graphs(
+    tiny_llama_package: Path, tmp_path: Path, runs: list[int]
+) -> None:
+    """Where an answer ends early, the others go on together."""
+    asked = [
+        Request(input_ids=ids, task="generate", options=GenerationOptions(max_new_tokens=count, logprobs=True))
+        for ids, count in (((5, 6, 7), 4), ((9, 8, 7), 9), ((11, 12, 13), 9), ((3, 4, 5, 6, 7), 5))
+    ]
+    with edgeprompt.load(growing_package(tiny_llama_package, tmp_path), options=QUIET) as growing:
+        alone = [growing.run([request])[0] for request in asked]
+        runs.clear()
+        together = growing.run(asked)
+    assert [found.token_ids for found in together] == [found.token_ids for found in alone]
+    for one, other in zip(together, alone, strict=True):
+        assert one.logprobs == pytest.approx(other.logprobs, abs=1e-4)
+    assert max(runs) >= 2
+    assert sum(runs) == sum(len(found.token_ids) - 1 for found in alone)
+
+
+def test_rows_of_any_length_decode_together_where_attention_counts_positions(
+    tiny_llama_package: Path, monkeypatch: pytest.MonkeyPatch, runs: list[int]
+) -> None:
+    """On another device GroupQueryAttention grows its caches; here it does so on the CPU."""
+    with edgeprompt.load(tiny_llama_package, options=QUIET) as shared:
+        add_prompts(shared)
+        expected = shared.run(requests())
+
+    def elsewhere(session: Session, *rest: Any, **more: Any) -> DecoderGraph:
+        grown = open_graph(dataclasses.replace(session, device="elsewhere"), *rest, **more)
+        assert isinstance(grown, GrowingGraph)
+        grown._device = "cpu"
+        return grown
+
+    monkeypatch.setattr(engine, "open_graph", elsewhere)
+    with edgeprompt.load(tiny_llama_package, options=QUIET) as growing:
+        add_prompts(growing)
+        runs.clear()
+        found = growing.run(requests())
+        steps = sum(len(result.token_ids) - 1 for result in found[:9])
+        assert max(runs) > 4
+        assert len([rows for rows in runs if rows]) < steps / 2
     for one, other in zip(expected[:9], found[:9], strict=True):
         assert one.token_ids == other.token_ids
         assert one.logprobs == pytest.approx(other.logprobs, abs=1e-3)

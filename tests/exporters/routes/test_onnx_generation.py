@@ -10,6 +10,8 @@ from typing import Any
 import pytest
 
 import edgeprompt
+from edgeprompt import GenerationOptions, Request
+from edgeprompt.engines.decoder.graph import GrowingGraph
 from exporters import export_model
 from tests.support.runtimes import QUIET
 
@@ -73,3 +75,32 @@ def test_longrope_graphs_serve_the_positions_of_their_short_factors(tiny_tokeniz
         assert runtime.logits(input_ids=list(range(2, 26))).shape == (512,)
         with pytest.raises(edgeprompt.EdgePromptError, match="24"):
             runtime.logits(input_ids=list(range(2, 27)))
+
+
+@pytest.mark.parametrize("name", ["gpt2", "llama"])
+def test_rows_of_any_length_decode_together(
+    name: str, tiny_tokenizer: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """These graphs take masks and positions, so shorter rows are padded in front."""
+    folder = shutil.copytree(GOLDEN / name, tmp_path / "base")
+    tiny_tokenizer.save_pretrained(folder)
+    package = export_model(folder, tmp_path / "package", route="onnx").path
+    real, runs = GrowingGraph._run, list[int]()
+
+    def counted(self: GrowingGraph, rows: Any, ids: Any, *rest: Any) -> Any:
+        runs.append(len(rows) if ids.shape[1] == 1 else 0)
+        return real(self, rows, ids, *rest)
+
+    monkeypatch.setattr(GrowingGraph, "_run", counted)
+    options = [GenerationOptions(max_new_tokens=count, logprobs=True) for count in (12, 3, 9, 7)]
+    texts = ([5, 9, 21, 7, 9, 21], [60, 61], list(range(30, 50)), [11, 12, 13])
+    asked = [Request(input_ids=ids, task="generate", options=one) for ids, one in zip(texts, options, strict=True)]
+    with edgeprompt.load(package, options=QUIET) as runtime:
+        alone = [runtime.run([request])[0] for request in asked]
+        runs.clear()
+        together = runtime.run(asked)
+    assert [found.token_ids for found in together] == [found.token_ids for found in alone]
+    for one, other in zip(together, alone, strict=True):
+        assert one.logprobs == pytest.approx(other.logprobs, abs=1e-4)
+    assert max(runs) >= 3
+    assert sum(runs) == sum(len(found.token_ids) - 1 for found in alone)
