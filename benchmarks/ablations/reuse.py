@@ -178,8 +178,10 @@ def labels(precision: str, threads: int, count: int) -> dict[str, Any]:
         "reused_tokens_each": reused / len(texts),
         "equal_labels": sum(one.label == other.label for one, other in pairs),
         "equal_scores": sum(dict(one.scores) == dict(other.scores) for one, other in pairs),
-        "largest_difference": max(abs(one.logits[k] - other.logits[k]) for one, other in pairs for k in one.logits),
-        "near_ties": {str(bound): sum(margin < bound for margin in margins) for bound in (0.01, 0.05, 0.2)},
+        "largest_difference": max(
+            float(abs(one.logits[k] - other.logits[k])) for one, other in pairs for k in one.logits
+        ),
+        "near_ties": {str(bound): sum(bool(margin < bound) for margin in margins) for bound in (0.01, 0.05, 0.2)},
     }
 
 
