@@ -151,8 +151,9 @@ class _Graph:
         self.chunk = PREFILL_CHUNK
         if not self._last_only:
             self.chunk = min(PREFILL_CHUNK, max(BLOCK, LOGITS_BUDGET // (4 * self._vocab) // BLOCK * BLOCK))
-        # MLAS takes keys as L2 holds them, and as many rows, but at most those of both operands' widths.
-        self.row_groups: tuple[int, ...] = (16, 2 * shape.head_size)
+        # MLAS takes rows by both heads' widths together, and fewer where L2 is small (128 of 256 at 512 KiB).
+        most = 2 * shape.head_size
+        self.row_groups: tuple[int, ...] = (min(128, most), most)
         self._no_rows = np.zeros((1, hidden_size), np.float32)
         self._blocks = [
             (2 * layer + index, names.past(layer, part), names.present(layer, part))
