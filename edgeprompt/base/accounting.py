@@ -238,6 +238,20 @@ def check_loaded(info: Mapping[str, Any], model: Any, given: str, *, unused: Col
         tell(f"{given!r} holds a head for another task, which is left out: {_some(heads)}")
 
 
+def check_made(model: Any, given: str) -> None:
+    """Refuse a config that makes constants of the model (rotary frequencies) which are not finite.
+
+    Raises:
+        SourceError: names the constant.
+    """
+    import torch
+
+    stored = model.state_dict().keys()
+    for name, value in model.named_buffers():
+        if name not in stored and value.is_floating_point() and not bool(torch.isfinite(value).all()):
+            raise SourceError(f"the config of {given!r} makes {name} NaN or infinite; download it again")
+
+
 def check_config_values(config: Any, given: str) -> None:
     """Refuse a config with a number that is none.
 

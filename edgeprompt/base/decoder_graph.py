@@ -97,7 +97,11 @@ class DecoderGraph:
             feeds[names.PROMPT_EMBEDDINGS] = rows
         if names.POSITION_IDS in self.inputs:
             feeds[names.POSITION_IDS] = (np.maximum(mask.cumsum(1) - 1, 0))[:, -ids.shape[1] :]
-        return dict(zip(self.outputs, self.session.run(None, feeds), strict=True))
+        try:
+            found = self.session.run(None, feeds)
+        except Exception as error:  # onnxruntime's errors have no common base
+            raise PackageError(f"the graph does not run: {' '.join(str(error).split())[:300]}") from error
+        return dict(zip(self.outputs, found, strict=True))
 
 
 def reference_logits(model: Any, ids: Ids, rows: Floats, past: Any = None) -> Floats:

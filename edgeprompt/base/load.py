@@ -102,6 +102,7 @@ def load_base(
             else (*_load_folder(source, need, mapped), {})
         )
         model, tokenizer, family, stored = found
+    accounting.check_made(model, source.given)
     buffers = ((name, value) for name, value in model.named_buffers() if value.is_floating_point())
     accounting.check_values(chain(model.named_parameters(), buffers), source.given)
     model.requires_grad_(False)

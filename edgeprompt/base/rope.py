@@ -45,6 +45,16 @@ def scales_by_length(config: Any) -> bool:
     return any(part.get("rope_type") in BY_LENGTH for part in _parts(config))
 
 
+def rotary_size(config: Any, head_size: int) -> int:
+    """How many of a head's values are rotated (`proportional` scaling turns all, some of them by nothing)."""
+    shares = [
+        part.get("partial_rotary_factor") or 1.0
+        for part in _parts(config)
+        if part.get("rope_type", "default") != "proportional"
+    ]
+    return int(head_size * min([1.0, *shares]))
+
+
 def position_limit(config: Any, positions: int) -> int:
     """The positions of `positions` up to which the frequencies stay what they are for short texts.
 

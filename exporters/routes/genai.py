@@ -14,6 +14,7 @@ from typing import Any
 
 from edgeprompt.base.geometry import geometry_of
 from edgeprompt.base.load import LoadedBase
+from edgeprompt.base.rope import rotary_size
 from edgeprompt.errors import ExportError, MissingDependencyError
 from exporters.contract import ExportOptions
 
@@ -85,6 +86,8 @@ def obstacle(loaded: LoadedBase) -> str | None:
     head_size = geometry_of(loaded.config).head_size
     if head_size % 16:
         return f"its builder rotates heads of multiples of 16 values, and the base has {head_size}"
+    if (rotated := rotary_size(loaded.config, head_size)) % 16:
+        return f"its builder rotates multiples of 16 values of a head, and the base {rotated}"
     return None
 
 

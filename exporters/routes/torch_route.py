@@ -16,7 +16,7 @@ from edgeprompt.base.fused_attention import Step, fused, running
 from edgeprompt.base.geometry import geometry_of
 from edgeprompt.base.load import LoadedBase
 from edgeprompt.base.mapped import stand_ins
-from edgeprompt.base.rope import scales_by_length
+from edgeprompt.base.rope import rotary_size, scales_by_length
 from edgeprompt.errors import ExportError
 from exporters.contract import ExportOptions
 from exporters.graft.fuse import fuse_graph
@@ -85,7 +85,8 @@ def build_graph(loaded: LoadedBase, options: ExportOptions, folder: Path, scratc
         {0: "batch_size", 1: "total_sequence_length"},
         [(axes, axes) for _ in layers],
     )
-    rotary = loaded.family.fused_rotary and geometry.head_size % 16 == 0
+    rotated = rotary_size(loaded.config, geometry.head_size)
+    rotary = loaded.family.fused_rotary and geometry.head_size % 16 == 0 and rotated % 16 == 0
     if scales_by_length(loaded.config) and not rotary:
         raise ExportError(
             f"{loaded.name!r} scales rotary positions by the text's length, which is written for heads of multiples of "

@@ -129,3 +129,29 @@ def test_unknown_types_are_refused(rope, message, save_tiny, tmp_path):
         with pytest.raises(SourceError, match=message):
             export_model(base, tmp_path / "out", route=route)
     assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize("share", [0.5, 0.25])
+def test_heads_of_which_a_part_is_rotated(share, save_tiny, tmp_path):
+    """ONNX Runtime's operator rotates multiples of 16 values; auto ended in a traceback of ONNX Runtime."""
+    from transformers import Phi3Config, Phi3ForCausalLM
+
+    torch.manual_seed(0)
+    config = Phi3Config(
+        vocab_size=512, hidden_size=64, intermediate_size=96, num_hidden_layers=2, num_attention_heads=4,
+        num_key_value_heads=2, max_position_embeddings=64, original_max_position_embeddings=64, bos_token_id=0,
+        eos_token_id=0, pad_token_id=1, initializer_range=0.2,
+        rope_parameters={"rope_type": "default", "rope_theta": 10000.0, "partial_rotary_factor": share},
+    )  # fmt: skip
+    base = save_tiny(Phi3ForCausalLM(config))
+    report = export_model(base, tmp_path / "out")
+    assert report.manifest.route == "torch"
+    assert "multiples of 16 values of a head" in report.manifest.extra["route_instead_of_genai"]
+    model = AutoModelForCausalLM.from_pretrained(base).eval()
+    with edgeprompt.load(tmp_path / "out", provider="cpu", threads=1) as served, torch.no_grad():
+        for length in (5, 40):
+            ids = np.random.default_rng(length).integers(2, 512, length)
+            want = model(input_ids=torch.tensor(ids)[None]).logits[0, -1].numpy()
+            assert np.abs(served.logits(input_ids=ids.tolist()) - want).max() < 1e-3
+    with pytest.raises(ExportError, match=r"multiples of 16 values of a head.*--route torch"):
+        export_model(base, tmp_path / "other", route="genai")

@@ -385,6 +385,9 @@ CASES: dict[str, Damage] = {
     "NaN in BART's bias": Damage(
         tensors(lambda h: _scaled(h, "final_logits_bias", float("nan")), "bart"), "final_logits_bias.* holds NaN"
     ),
+    "a config that makes NaN": Damage(
+        config(rope_parameters={"rope_type": "default", "rope_theta": 0.0}), "makes .*inv_freq"
+    ),
     "NaN in the config": Damage(config(rms_norm_eps=float("nan")), "says that rms_norm_eps is NaN"),
     "infinity": Damage(tensors(lambda h: _scaled(h, "model.embed_tokens.weight", float("inf"))), "NaN or infinity"),
     "a matrix of zeros": Damage(tensors(_zeros), "1 matrices .* are all zero", loads=True),
