@@ -1,6 +1,6 @@
 """Where a cold start goes, from the start of the process to the first label.
 
-    python -m benchmarks.ablations.cold_start [--folder work/bench] [--processes 15]
+    python -m benchmarks.ablations.cold_start [--folder work/bench/smollm2] [--processes 15]
 
 Every start is a process of its own, as in the comparison with peers (`python -m benchmarks` makes the packages and
 the environment), in turn over the packages, with the packed graph and the prompt's keys and values on disk as the
@@ -18,13 +18,15 @@ import time
 from pathlib import Path
 from typing import Any
 
+from benchmarks.peers.bases import EIGHT, FILE, LARGE_BLOCKS
+
 ROOT = Path(__file__).resolve().parents[2]
 CHILD = Path(__file__).resolve().parents[1] / "peers" / "workers" / "stages.py"
 RESULT = Path(__file__).resolve().parents[1] / "results" / "cold-start.json"
 PACKAGES = {
-    "int4": "int4-genai",
-    "int4, blocks of 128": "int4-128-genai",
-    "int8": "int8-genai",
+    "the file's blocks": FILE,
+    "int4, blocks of 128": LARGE_BLOCKS,
+    "int8": EIGHT,
 }
 STAGES = ("Python", "`edgeprompt.load`", "numpy", "ONNX Runtime", "session", "prompt", "first label")
 """What lies between two readings of the clock. Beside the session are what else edgeprompt imports, and the tokenizer;
@@ -48,7 +50,7 @@ def measure(python: Path, package: str, folder: Path) -> list[float]:
 def main() -> None:
     """Measure in turn, write the result, print a table."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--folder", type=Path, default=ROOT / "work/bench")
+    parser.add_argument("--folder", type=Path, default=ROOT / "work/bench/smollm2")
     parser.add_argument("--processes", type=int, default=15, help="starts of each package, after one that packs")
     options = parser.parse_args()
     folder = options.folder.absolute()
@@ -58,7 +60,7 @@ def main() -> None:
     from benchmarks.machine import describe
     from benchmarks.peers.environments import PEERS, python_of
 
-    python = python_of(next(peer for peer in PEERS if peer.ours), folder / "environments", {})
+    python = python_of(next(peer for peer in PEERS if peer.ours), folder.parent / "environments", {})
     samples: dict[str, list[list[float]]] = {title: [] for title in PACKAGES}
     for number in range(1 + options.processes):
         for title, package in PACKAGES.items():

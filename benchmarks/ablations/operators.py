@@ -1,6 +1,6 @@
 """Where a decode step and a prefill go, operator by operator, with ONNX Runtime's profiler.
 
-    python -m benchmarks.ablations.operators [--threads 2] [--folder work/bench]
+    python -m benchmarks.ablations.operators [--threads 2] [--folder work/bench/smollm2]
 
 The graphs are those of the comparison with peers (`python -m benchmarks` makes them): ours, and that of
 onnxruntime-genai's builder, all run in the same way, on the same caches, in turn. The profiler adds some microseconds
@@ -134,7 +134,7 @@ def main() -> None:
     """Measure all graphs in turn, then profile each; write the result and print tables."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--threads", type=int, default=2)
-    parser.add_argument("--folder", type=Path, default=ROOT / "work/bench")
+    parser.add_argument("--folder", type=Path, default=ROOT / "work/bench/smollm2")
     parser.add_argument("-o", "--output", type=Path, default=RESULT)
     options = parser.parse_args()
     paths = {title: options.folder / name / "model.onnx" for title, name in GRAPHS.items()}

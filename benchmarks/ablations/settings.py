@@ -1,6 +1,6 @@
 """What ONNX Runtime's session settings do to a decode step and a prefill.
 
-    python -m benchmarks.ablations.settings [--threads 2] [--folder work/bench] [--turns 24]
+    python -m benchmarks.ablations.settings [--threads 2] [--folder work/bench/smollm2] [--turns 24]
 
 The same graph is open once for each setting (`python -m benchmarks` makes the packages); all take turns, and every
 turn begins with another one, since whoever comes first behind another graph finds the caches cold. Where its weights
@@ -19,11 +19,12 @@ from typing import Any
 
 from benchmarks.ablations.operators import ROOT, TEXT, open_step, turn
 from benchmarks.machine import describe, line
+from benchmarks.peers.bases import EIGHT, LARGE_BLOCKS
 from edgeprompt.ort.session import SPIN_MICROSECONDS
 from edgeprompt.package.folder import open_package
 
 RESULT = Path(__file__).resolve().parents[1] / "results" / "settings.json"
-PACKAGES = {"int4, blocks of 128": "int4-128-genai", "int8": "int8-genai"}
+PACKAGES = {"int4, blocks of 128": LARGE_BLOCKS, "int8": EIGHT}
 PLAIN = "ONNX Runtime's own"
 Change = Callable[[Any], None]
 
@@ -78,7 +79,7 @@ def main() -> None:
     """Measure, write the result, print a table."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--threads", type=int, default=2)
-    parser.add_argument("--folder", type=Path, default=ROOT / "work/bench")
+    parser.add_argument("--folder", type=Path, default=ROOT / "work/bench/smollm2")
     parser.add_argument("--turns", type=int, default=24)
     options = parser.parse_args()
     missing = [name for name in PACKAGES.values() if not (options.folder / name).is_dir()]

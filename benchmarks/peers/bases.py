@@ -54,7 +54,9 @@ BASES = (
 )
 
 
-def write_llama(path: Path, *, tokenizer: Path, layers: int | None = None, seed: int = 0) -> None:
+def write_llama(
+    path: Path, *, tokenizer: Path, layers: int | None = None, vocabulary: int | None = None, seed: int = 0
+) -> None:
     """A Llama of the sizes of Llama-3.2-1B with random weights, matrices in Q4_0, the embedding in Q8_0.
 
     One tensor is in memory at a time.
@@ -63,11 +65,14 @@ def write_llama(path: Path, *, tokenizer: Path, layers: int | None = None, seed:
         path: The new file.
         tokenizer: A GGUF file of a byte-level BPE, whose tokens are taken; the rest of the vocabulary is never used.
         layers: Instead of the model's own number.
+        vocabulary: Likewise, tokens.
         seed: Of the random numbers.
     """
     import gguf
 
-    facts = dict(SIZES["llama-3.2-1b"]) | ({"num_hidden_layers": layers} if layers else {})
+    facts = dict(SIZES["llama-3.2-1b"])
+    facts["num_hidden_layers"] = layers or facts["num_hidden_layers"]
+    facts["vocab_size"] = vocabulary or facts["vocab_size"]
     writer = gguf.GGUFWriter(path, "llama")
     writer.add_name("llama-3.2-1b-random")
     writer.add_block_count(facts["num_hidden_layers"])

@@ -10,6 +10,8 @@ import venv
 from dataclasses import dataclass
 from pathlib import Path
 
+from benchmarks.peers.bases import EIGHT, FILE, LARGE_BLOCKS
+
 HERE = Path(__file__).resolve().parent
 SOURCES = ("edgeprompt", "exporters", "pyproject.toml", "README.md", "LICENSE", "constraints.txt")
 """What an installation is made of."""
@@ -33,17 +35,13 @@ class Peer:
 
 
 PEERS = (
-    Peer("edgeprompt", "edgeprompt, int4, genai route", "ours", "int4-genai", "edgeprompt"),
-    Peer("edgeprompt-torch", "edgeprompt, int4, torch route", "ours", "int4-torch", "edgeprompt"),
-    Peer("edgeprompt-int4-128", "edgeprompt, int4, blocks of 128", "ours", "int4-128-genai", "edgeprompt"),
-    Peer("edgeprompt-int8", "edgeprompt, int8", "ours", "int8-genai", "edgeprompt"),
-    Peer("llamacpp", "llama.cpp, Q4_1", "llamacpp", "", "llamacpp"),
+    Peer("edgeprompt", "edgeprompt, the file's blocks", "ours", FILE, "edgeprompt"),
+    Peer("edgeprompt-int8", "edgeprompt, int8", "ours", EIGHT, "edgeprompt"),
+    Peer("edgeprompt-int4-128", "edgeprompt, int4, blocks of 128", "ours", LARGE_BLOCKS, "edgeprompt"),
+    Peer("llamacpp", "llama.cpp", "llamacpp", "", "llamacpp"),
     Peer("genai", "onnxruntime-genai, int4", "genai", "genai", "genai"),
     Peer("genai-pruned", "onnxruntime-genai, int4, prune_lm_head", "genai", "genai-pruned", "genai"),
     Peer("pytorch", "PEFT on PyTorch, fp32", "pytorch", "fp32", "pytorch"),
-    Peer("pytorch-int8", "PEFT on PyTorch, dynamic int8", "pytorch", "int8", "pytorch"),
-    Peer("pytorch-bf16", "PEFT on PyTorch, bf16", "pytorch", "bf16", "pytorch"),
-    Peer("optimum", "Optimum ORTModel, fp32", "optimum_peer", "", "optimum"),
 )
 
 

@@ -1,4 +1,4 @@
-"""The work, the same for all: models made from one GGUF file, one prompt, the same texts."""
+"""The work with a base, the same for all peers: models made from one GGUF file, one prompt, the same texts."""
 
 from __future__ import annotations
 
@@ -12,51 +12,43 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from benchmarks.peers.bases import FILE, Base
+from edgeprompt.cli.console import note
+
 if TYPE_CHECKING:
     from edgeprompt.package.folder import Package
 
 ROOT = Path(__file__).resolve().parents[2]
 HARD_PROMPT = "Read this review of a film and say whether it is positive or negative, in one word:\n"
-VIRTUAL_TOKENS, TEXT_TOKENS = 16, 32
-"""Of the main measurements."""
-NEW_TOKENS, CONTEXT = 64, 512
-SNIPPETS = 256
+VIRTUAL_TOKENS, TEXT_TOKENS, CONTEXT = 16, (32, 128), 512
 LABELS = {"negative": " negative", "positive": " positive"}
-PACKAGES: dict[str, dict[str, Any]] = {
-    "int4-genai": {"precision": "int4", "route": "genai"},
-    "int4-torch": {"precision": "int4", "route": "torch"},
-    "int4-128-genai": {"precision": "int4", "route": "genai", "block_size": 128, "allow_quality_loss": True},
-    "int8-genai": {"precision": "int8", "route": "genai"},
-}
-"""Our packages, and how they are exported."""
 GENAI = {"genai": (), "genai-pruned": ("prune_lm_head=true",)}
 """Models of onnxruntime-genai: as its builder makes them by default, and with logits of the last position only."""
 SUFFIX = "\nSentiment:"
 
 
-def prepare(folder: Path, gguf: Path, *, threads: int, prompts: tuple[int, ...], texts: tuple[int, ...]) -> Path:
+def prepare(folder: Path, base: Base, *, threads: int) -> Path:
     """Make what is missing under `folder`; the path of `work.json`, which tells every worker what to do.
 
+    A peer whose model cannot be made is reported as absent later, since its worker finds none.
+
     Args:
-        folder: where models and prompts are kept.
-        gguf: the model.
+        folder: where models and prompts of this base are kept.
+        base: the model.
         threads: that each peer may use.
-        prompts: lengths of the prompt in the sweep, tokens.
-        texts: lengths of the text in the sweep, tokens.
     """
     folder.mkdir(parents=True, exist_ok=True)
-    hf = folder / "hf"
+    gguf, hf = base.file(folder), folder / "hf"
     if not hf.exists():
         _save_hf(gguf, hf)
-    for name, how in PACKAGES.items():
+    for name, how in base.packages.items():
         if not (folder / name).exists():
             _export(gguf, folder / name, how)
     for name, options in GENAI.items():
         if not (folder / name).exists():
             _build_genai(hf, folder / name, options)
-    work = _describe(folder, hf, gguf, threads, prompts, texts)
     path = folder / "work.json"
-    path.write_text(json.dumps(work, indent=1) + "\n", encoding="utf-8")
+    path.write_text(json.dumps(_describe(folder, hf, gguf, base, threads), indent=1) + "\n", encoding="utf-8")
     return path
 
 
@@ -84,42 +76,43 @@ def _export(gguf: Path, out: Path, how: dict[str, Any]) -> None:
 
 
 def _build_genai(hf: Path, out: Path, more: tuple[str, ...]) -> None:
-    """onnxruntime-genai's own int4 model, with the accuracy level that is fastest on processors."""
+    """onnxruntime-genai's own int4 model, with the accuracy level that is fastest on processors; none if it fails."""
     scratch = out.with_name(f"{out.name}.partial")
     builder = [sys.executable, "-m", "onnxruntime_genai.models.builder"]
     source = ["-i", hf, "-o", scratch, "-p", "int4", "-e", "cpu", "-c", out.with_name("cache")]
-    subprocess.run(
+    done = subprocess.run(
         [*builder, *source, "--extra_options", "int4_accuracy_level=4", *more],
-        check=True,
-        stdout=subprocess.DEVNULL,
-        stderr=subprocess.DEVNULL,
+        check=False,
+        capture_output=True,
+        text=True,
     )
-    scratch.replace(out)
+    if done.returncode:
+        last = (done.stderr.strip().splitlines() or ["no message"])[-1]
+        note(f"onnxruntime-genai's builder failed on this base: {last}")
+    else:
+        scratch.replace(out)
 
 
-def _describe(
-    folder: Path, hf: Path, gguf: Path, threads: int, prompts: tuple[int, ...], texts: tuple[int, ...]
-) -> dict[str, Any]:
+def _describe(folder: Path, hf: Path, gguf: Path, base: Base, threads: int) -> dict[str, Any]:
     from edgeprompt.bench.workload import text_of
     from edgeprompt.package.folder import open_package
 
-    package = open_package(folder / "int4-genai")
+    package = open_package(folder / FILE)
     tokenizer = package.tokenizer
-
-    def texts_of(lengths: tuple[int, ...]) -> dict[str, list[str]]:
-        return {str(count): [text_of(tokenizer, count, shift=7 * i) for i in range(6)] for count in lengths}
-
+    texts = {
+        str(count): [text_of(tokenizer, count, shift=7 * number) for number in range(base.texts)]
+        for count in TEXT_TOKENS
+    }
     return {
         "folder": str(folder),
         "hf": str(hf),
         "gguf": str(gguf),
         "threads": threads,
         "prompt": _prompt(folder, hf, package, VIRTUAL_TOKENS),
-        "new_tokens": NEW_TOKENS,
+        "new_tokens": base.new_tokens,
         "context": CONTEXT,
-        "texts": texts_of((TEXT_TOKENS,)),
-        "sweep": {"prompts": [_prompt(folder, hf, package, count) for count in prompts], "texts": texts_of(texts)},
-        "snippets": [text + SUFFIX for text in _snippets()],
+        "texts": texts,
+        "snippets": [text + SUFFIX for text in _snippets(base.snippets)],
         "suffix": SUFFIX,
         "labels": [tokenizer.encode(word, add_special_tokens=False)[0] for word in LABELS.values()],
     }
@@ -165,9 +158,9 @@ def _embedding_rows(hf: Path, ids: list[int]) -> np.ndarray:
         return np.concatenate([table[token : token + 1] for token in ids]).astype(np.float32)
 
 
-def _snippets() -> list[str]:
+def _snippets(count: int) -> list[str]:
     found: list[str] = []
     for name in ("movie.train.csv", "movie.test.csv"):
         with (ROOT / "examples/data" / name).open(encoding="utf-8", newline="") as file:
             found += [row["text"] for row in csv.DictReader(file)]
-    return found[:SNIPPETS]
+    return found[:count]

@@ -25,7 +25,6 @@ def run_rounds(
     work: Path,
     *,
     rounds: int,
-    sweeps: int,
     chosen: tuple[Peer, ...] = PEERS,
     pythons: dict[str, Path],
     environments: Path,
@@ -33,13 +32,8 @@ def run_rounds(
     quick: bool = False,
     tell: Callable[[str], None],
 ) -> dict[str, Any]:
-    """Measure; peer name -> {"title", "rounds": [...]} or {"title", "absent": why}, and the machine's ceiling.
-
-    The first `sweeps` rounds measure other lengths of prompt and text as well.
-    """
-    found: dict[str, Any] = {
-        peer.name: {"title": peer.title, "ours": peer.ours, "rounds": [], "sweeps": []} for peer in chosen
-    }
+    """Measure; peer name -> {"title", "rounds": [...]} or {"title", "absent": why}, and the machine's ceiling."""
+    found: dict[str, Any] = {peer.name: {"title": peer.title, "ours": peer.ours, "rounds": []} for peer in chosen}
     ready: list[tuple[Peer, Path]] = []
     for peer in chosen:
         tell(f"{peer.name}: environment")
@@ -50,7 +44,6 @@ def run_rounds(
         except (RuntimeError, OSError, subprocess.SubprocessError) as error:
             found[peer.name]["absent"] = str(error)
             tell(f"{peer.name}: absent, {error}")
-    prompts = len(json.loads(work.read_text(encoding="utf-8"))["sweep"]["prompts"])
     ceiling: list[float] = []
     trips = [trip for _ in range(5) if (trip := round_trip()) is not None]
     for number in range(rounds):
@@ -60,33 +53,11 @@ def run_rounds(
             tell(f"round {number + 1} of {rounds}: {peer.name}")
             try:
                 found[peer.name]["rounds"].append(_undisturbed(partial(_measure, peer, python, work, quick), trips))
-                for prompt in range(prompts if number < sweeps else 0):
-                    sweep = _undisturbed(partial(_sweep, peer, python, work, prompt, quick), trips)
-                    found[peer.name]["sweeps"].append(sweep)
             except (RuntimeError, subprocess.SubprocessError) as error:
                 found[peer.name]["absent"] = str(error)
                 tell(f"{peer.name}: failed, {error}")
         ready = [(peer, python) for peer, python in ready if "absent" not in found[peer.name]]
-        if number == 0 and rounds > 1:
-            ready = [item for item in ready if not _slower_variant(item[0], found, tell)]
     return {"ceiling_bytes_per_second": ceiling, "peers": found}
-
-
-def _slower_variant(peer: Peer, found: dict[str, Any], tell: Callable[[str], None]) -> bool:
-    """Whether a precision of PyTorch is slower than fp32 in everything, so that it is not worth more rounds."""
-    plain = found.get("pytorch", {}).get("rounds")
-    if peer.module != "pytorch" or peer.variant == "fp32" or not plain:
-        return False
-    here, there = found[peer.name]["rounds"][0], plain[0]
-    slower = (
-        here["classify"] < there["classify"]
-        and max(here["decode"]) < max(there["decode"])
-        and min(here["ttft_cached"]["32"]) > min(there["ttft_cached"]["32"])
-    )
-    if slower:
-        found[peer.name]["note"] = "one round only: slower than fp32 in everything"
-        tell(f"{peer.name}: slower than fp32 in everything, left out of further rounds")
-    return slower
 
 
 def _undisturbed(measure: Callable[[], dict[str, Any]], trips: list[float]) -> dict[str, Any]:
@@ -108,10 +79,6 @@ def _measure(peer: Peer, python: Path, work: Path, quick: bool) -> dict[str, Any
     memory = _lines(start_worker(peer, python, work, "cold"))
     result = _lines(start_worker(peer, python, work, "full", *(("quick",) if quick else ())))[-1]
     return {**result, "peak_rss": memory[-1]["peak_rss"]}
-
-
-def _sweep(peer: Peer, python: Path, work: Path, prompt: int, quick: bool) -> dict[str, Any]:
-    return _lines(start_worker(peer, python, work, "sweep", str(prompt), *(("quick",) if quick else ())))[-1]
 
 
 def start_worker(peer: Peer, python: Path, work: Path, mode: str, *more: str) -> subprocess.Popen[str]:

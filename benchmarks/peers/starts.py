@@ -1,6 +1,6 @@
 """How long every peer takes from the start of its process to its first label, with its files in memory and on disk.
 
-    python -m benchmarks.peers.starts [--folder work/bench] [--starts 7]
+    python -m benchmarks.peers.starts [--folder work/bench/smollm2] [--starts 7]
 
 Every start is a process of its own, in turn over the peers, which `python -m benchmarks` has made ready. Files in
 memory: the system's page cache holds them, since the peer was started once just before. On disk: the model, the prompt
@@ -70,14 +70,14 @@ def files_of(work: Path, python: Path) -> list[Path]:
         text=True,
         check=True,
     )
-    models = [path for path in work.parent.iterdir() if path.name != "environments"]
+    models = [*work.parent.iterdir()]
     return [*models, Path(told["gguf"]), Path(paths.stdout.strip())]
 
 
 def main() -> None:
     """Measure, write the result, print the table."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--folder", type=Path, default=ROOT / "work/bench")
+    parser.add_argument("--folder", type=Path, default=ROOT / "work/bench/smollm2")
     parser.add_argument("--starts", type=int, default=7, help="of each peer, files in memory and on disk")
     options = parser.parse_args()
     work = options.folder.absolute() / "work.json"
@@ -88,7 +88,7 @@ def main() -> None:
     ready: list[tuple[Peer, Path, list[Path]]] = []
     for peer in PEERS:
         try:
-            python = python_of(peer, work.parent / "environments", {})
+            python = python_of(peer, work.parents[1] / "environments", {})
             first_label(peer, python, work)
             ready.append((peer, python, files_of(work, python)))
             found[peer.title] = {state: [] for state in STATES}

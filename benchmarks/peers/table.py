@@ -1,17 +1,16 @@
-"""From a result file to the tables of README.md and docs/benchmarks.md: `python -m benchmarks.peers.table`."""
+"""From results to the tables of README.md and docs/benchmarks.md: `python -m benchmarks.peers.table`."""
 
 from __future__ import annotations
 
 import json
 import math
 import statistics
-import sys
 from dataclasses import dataclass
 from itertools import product
 from pathlib import Path
 from typing import Any, TypeAlias
 
-from benchmarks.peers import starts as cold
+from benchmarks.peers.bases import BASES
 from benchmarks.peers.cores import APART
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -23,8 +22,9 @@ OURS = ("edgeprompt", "edgeprompt-int4-128", "edgeprompt-int8")
 """Packages of ours that are compared with every peer."""
 
 MEASURES = (
-    ("TTFT, prompt resident (ms)", lambda r: statistics.median(r["ttft_cached"]["32"]) * 1e3, False),
-    ("TTFT, prompt run again (ms)", lambda r: _median(r.get("ttft_uncached", {}).get("32")), False),
+    ("TTFT, text of 32 tokens (ms)", lambda r: _median(r["ttft_cached"].get("32")), False),
+    ("TTFT, text of 128 tokens (ms)", lambda r: _median(r["ttft_cached"].get("128")), False),
+    ("TTFT, 32 tokens, prompt run again (ms)", lambda r: _median(r.get("ttft_uncached", {}).get("32")), False),
     ("decode (tokens/s)", lambda r: statistics.median(r["decode"]), True),
     ("classification (texts/s)", lambda r: r["classify"], True),
     ("peak RSS (MB)", lambda r: r["peak_rss"] / 1e6, False),
@@ -37,26 +37,24 @@ def _median(seconds: list[float] | None) -> float:
     return statistics.median(seconds) * 1e3 if seconds else math.nan
 
 
-IN_README = ("edgeprompt", "edgeprompt-int8", "llamacpp", "genai-pruned", "pytorch", "optimum")
-"""Peers of the README's table, and of its columns the places in MEASURES; docs/benchmarks.md has all."""
-README_MEASURES = (0, 2, 3, 4)
+IN_README = {"llamacpp": "llama.cpp", "edgeprompt": "edgeprompt"}
+"""Peers of the README's table, which both keep the blocks of a file; docs/benchmarks.md has all."""
+README_MEASURES = (0, 3, 4, 5)
+"""Columns of the README's table: places in MEASURES."""
 
 REFERENCE = "reference"
 """Peers that compute what the weights of the file say, in float32: the others are compared with them."""
 PEER, OTHERS = "llama.cpp, the file itself", "kl-120-sentences.json"
 KL_OF = {
-    "edgeprompt": "int4",
-    "edgeprompt-torch": "int4",
+    "edgeprompt": "gguf",
     "edgeprompt-int4-128": "int4-128",
     "edgeprompt-int8": "int8",
     "llamacpp": PEER,
     "genai": "onnxruntime-genai, int4",
     "genai-pruned": "onnxruntime-genai, int4",
     "pytorch": REFERENCE,
-    "optimum": REFERENCE,
 }
 """Which figure of `benchmarks.quality.kl` a peer has; the others were not measured."""
-BASES = {"SmolLM2-135M-Instruct.Q4_1": "smollm2", "gemma-3-270m-q4_k_m": "gemma3"}
 FAITHFUL, FAST, UNKNOWN = "faithful", "fast", "KL not measured"
 MOST_KL = 1.5
 """What is faithful has at most so many times the KL divergence of llama.cpp on the same file."""
@@ -77,9 +75,9 @@ RATIO = "ratio of medians (lowest to highest of any two rounds)"
 HEAD = ["| | KL | " + " | ".join(title for title, _, _ in MEASURES) + " |", "|" + " --- |" * (len(MEASURES) + 2)]
 
 
-def divergences(model: str, folder: Path = RESULTS) -> Divergences:
-    """What was measured of a model: from kl.json, and from an earlier run what is missing there."""
-    base, found = BASES.get(model, model), Divergences()
+def divergences(base: str, folder: Path = RESULTS) -> Divergences:
+    """What was measured of a base: from kl.json, and from an earlier run what is missing there."""
+    found = Divergences()
     for name in ("kl.json", OTHERS):
         file = folder / name
         parts = json.loads(file.read_text("utf-8"))["bases"].get(base, {}) if file.exists() else {}
@@ -119,7 +117,7 @@ def _grouped(rows: list[tuple[str, str]], kl: Divergences) -> list[str]:
 
 def _explained(kl: Divergences) -> str:
     if not kl:
-        return "The KL divergence from the weights of the file was not measured for this model."
+        return "The KL divergence was not measured: the weights are random. edgeprompt has the file's own blocks."
     earlier = " ~: of an earlier run on 120 sentences, rounded." if any(one.earlier for one in kl.values()) else ""
     return (
         "KL: mean divergence of the next token from the weights of the file in float32. *Faithful* has at most "
@@ -128,80 +126,53 @@ def _explained(kl: Divergences) -> str:
 
 
 def undisturbed(result: dict[str, Any]) -> dict[str, Any]:
-    """A result with the rounds and sweeps of every peer during which cores stayed together, or all where none did."""
-    measured = [one for peer in result["peers"].values() for one in (*peer["rounds"], *peer.get("sweeps", ()))]
+    """A result with the rounds of every peer during which cores stayed together, or all where none did."""
+    measured = [one for peer in result["peers"].values() for one in peer["rounds"]]
     trips = [trip for one in measured for trip in one.get("core_round_trip_ns", ()) if trip is not None]
     limit = APART * min(trips, default=0)
 
     def kept(made: list[dict[str, Any]]) -> list[dict[str, Any]]:
         return [one for one in made if max(one.get("core_round_trip_ns") or [0]) <= limit] or made
 
-    peers = {
-        name: {
-            **peer,
-            "rounds": kept(peer["rounds"]),
-            "sweeps": [one for alike in _by_prompts(peer.get("sweeps", [])) for one in kept(alike)],
-        }
-        for name, peer in result["peers"].items()
-    }
+    peers = {name: {**peer, "rounds": kept(peer["rounds"])} for name, peer in result["peers"].items()}
     return {**result, "peers": peers}
 
 
-def _by_prompts(sweeps: list[dict[str, Any]]) -> list[list[dict[str, Any]]]:
-    """Sweeps over the same lengths of prompt together; each is one of them (results before that: all in one)."""
-    found: dict[tuple[int, ...], list[dict[str, Any]]] = {}
-    for sweep in sweeps:
-        found.setdefault(tuple(sorted({cell["prompt"] for cell in sweep["sweep"]})), []).append(sweep)
-    return list(found.values())
-
-
-def to_markdown(result: dict[str, Any], starts: dict[str, Any] | None = None, kl: Divergences | None = None) -> str:
-    """Medians of rounds, and where and how it was measured; `starts`, of `benchmarks.peers.starts`, adds a column."""
+def to_markdown(result: dict[str, Any], kl: Divergences | None = None) -> str:
+    """Medians of rounds, and where and how it was measured."""
     kl = kl or {}
-    lines, rounds, rows = (
-        [*HEAD],
-        max(len(peer["rounds"]) for peer in result["peers"].values()),
-        list[tuple[str, str]](),
-    )
-    if starts is not None:
-        lines = [HEAD[0] + " cold start (s) |", HEAD[1] + " --- |"]
+    rounds, rows = max(len(peer["rounds"]) for peer in result["peers"].values()), list[tuple[str, str]]()
     result = undisturbed(result)
     for name, peer in result["peers"].items():
-        if peer["rounds"]:
-            cells = [_shown(statistics.median(value(r) for r in peer["rounds"])) for _, value, _ in MEASURES]
-        else:
-            cells = ["absent"] * len(MEASURES)
-        if starts is not None:
-            seconds = starts["seconds"].get(peer["title"], {}).get(cold.STATES[0])
-            cells.append(_shown(statistics.median(seconds)) if seconds else "absent")
+        cells = _medians(peer["rounds"]) if peer["rounds"] else ["absent"] * len(MEASURES)
         rows.append((name, f"| {peer['title']} | {_kl(name, kl)} | " + " | ".join(cells) + " |"))
-    return "\n".join([*lines, *_grouped(rows, kl), "", _explained(kl), "", *_notes(result, rounds)]) + "\n"
+    return "\n".join([*HEAD, *_grouped(rows, kl), "", _explained(kl), "", *_notes(result, rounds)]) + "\n"
 
 
-def summary_to_markdown(result: dict[str, Any], kl: Divergences | None = None) -> str:
-    """The README's table: at most six peers by quality, with the share of labels that are PyTorch's."""
-    kl = kl or {}
-    result = undisturbed(result)
-    measures, agree = [MEASURES[place] for place in README_MEASURES], _agreement(result["peers"]) | {"pytorch": 1.0}
-    rows = list[tuple[str, str]]()
-    titles = ["", "KL", *(title for title, _, _ in measures), "labels as PyTorch fp32"]
+def summary_to_markdown(results: list[dict[str, Any]]) -> str:
+    """The README's table: of each base, the two runtimes that keep the blocks of its file."""
+    titles = ["base", "runtime", "KL", *(MEASURES[place][0] for place in README_MEASURES)]
     lines = [f"| {' | '.join(titles)} |", "|" + " --- |" * len(titles)]
-    for name in IN_README:
-        peer = result["peers"].get(name)
-        if peer is None or not peer["rounds"]:
-            continue
-        cells = [_shown(statistics.median(value(r) for r in peer["rounds"])) for _, value, _ in measures]
-        cells = [_kl(name, kl), *cells, f"{agree.get(name, math.nan):.0%}"]
-        rows.append((name, f"| {peer['title']} | {' | '.join(cells)} |"))
-    device = result["device"]
+    for result in map(undisturbed, results):
+        kl = divergences(result["base"])
+        for name, title in IN_README.items():
+            peer = result["peers"].get(name)
+            if peer is not None and peer["rounds"]:
+                medians = _medians(peer["rounds"])
+                cells = [result["model"], title, _kl(name, kl), *(medians[place] for place in README_MEASURES)]
+                lines.append(f"| {' | '.join(cells)} |")
+    device, first = results[0]["device"], results[0]
     lines += [
-        *_grouped(rows, kl),
         "",
-        _explained(kl),
-        f"{result['model']}, {result['threads']} threads, 16-token prompt, 32-token text. {device['cpu']} "
-        f"({', '.join(device['isa'])}), {result['time'][:10]}.",
+        "KL: mean divergence of the next token from the file's weights in float32 (not measured for random weights).",
+        f"{first['threads']} threads, 16-token prompt resident. {device['cpu']} ({', '.join(device['isa'])}), "
+        f"{first['time'][:10]}.",
     ]
     return "\n".join(lines) + "\n"
+
+
+def _medians(rounds: list[dict[str, Any]]) -> list[str]:
+    return [_shown(statistics.median(value(one) for one in rounds)) for _, value, _ in MEASURES]
 
 
 def ratios_to_markdown(result: dict[str, Any], kl: Divergences | None = None) -> str:
@@ -225,61 +196,6 @@ def ratios_to_markdown(result: dict[str, Any], kl: Divergences | None = None) ->
     return "\n".join(lines)
 
 
-def sweep_to_markdown(result: dict[str, Any], kl: Divergences | None = None) -> str:
-    """First token and decoding for every length of prompt and text, ours and the best of the peers."""
-    peers = undisturbed(result)["peers"]
-    medians = {name: _cells(peer["sweeps"]) for name, peer in peers.items() if peer.get("sweeps")}
-    ours = [name for name in OURS if name in medians]
-    guess = {name for name, share in _agreement(peers).items() if share < GUESSING}
-    others = [name for name in medians if not name.startswith("edgeprompt") and name not in guess]
-    short = [peers[name]["title"].removeprefix("edgeprompt, ") for name in ours]
-    lines = [
-        f"| prompt, text (tokens) | {' | '.join(f'TTFT, {title} (ms)' for title in short)} | best peer | "
-        f"{' | '.join(f'decode, {title} (tokens/s)' for title in short)} | best peer |",
-        "|" + " --- |" * (2 * len(ours) + 3),
-    ]
-    for cell in medians[ours[0]] if ours else ():
-        first = [medians[name][cell][0] for name in ours]
-        speed = [medians[name][cell][1] for name in ours]
-        quick = min(others, key=lambda name: medians[name][cell][0])
-        fast = max(others, key=lambda name: medians[name][cell][1])
-        best_first, best_speed = medians[quick][cell][0], medians[fast][cell][1]
-        lines.append(
-            f"| {cell[0]}, {cell[1]} | "
-            + " | ".join(f"{1e3 * value:.1f} ({value / best_first:.2f})" for value in first)
-            + f" | {1e3 * best_first:.1f} ({peers[quick]['title']}) | "
-            + " | ".join(f"{value:.0f} ({value / best_speed:.2f})" for value in speed)
-            + f" | {best_speed:.0f} ({peers[fast]['title']}) |"
-        )
-    made = [alike for peer in result["peers"].values() for alike in _by_prompts(peer.get("sweeps", []))]
-    rounds = max(map(len, made), default=0)
-    note = f"Medians of three texts, {rounds} rounds; in brackets the ratio to the best peer."
-    if kl:
-        classes = [
-            f"{peers[name]['title']} {group_of(name, kl)} (KL {_kl(name, kl)})" for name in medians if _kl(name, kl)
-        ]
-        note += f" Compare within a class: {', '.join(classes)}."
-    if guess:
-        left_out = ", ".join(peers[name]["title"] for name in medians if name in guess)
-        note += f" Left out, since its labels are not better than a guess: {left_out}."
-    return "\n".join([*lines, "", note]) + "\n"
-
-
-def _cells(sweeps: list[dict[str, Any]]) -> dict[tuple[int, int], tuple[float, float]]:
-    """(prompt, text) -> medians of seconds to the first token and of tokens/s."""
-    found: dict[tuple[int, int], list[dict[str, Any]]] = {}
-    for sweep in sweeps:
-        for cell in sweep["sweep"]:
-            found.setdefault((cell["prompt"], cell["text"]), []).append(cell)
-    return {
-        key: (
-            statistics.median(value for cell in cells for value in cell["ttft"]),
-            statistics.median(value for cell in cells for value in cell["decode"]),
-        )
-        for key, cells in found.items()
-    }
-
-
 def _twin(other: str, name: str) -> bool:
     """Whether the pair has stood in the first table of ratios already."""
     return name != "edgeprompt" and other.startswith("edgeprompt")
@@ -288,8 +204,9 @@ def _twin(other: str, name: str) -> bool:
 def _notes(result: dict[str, Any], rounds: int) -> list[str]:
     device, peers = result["device"], result["peers"]
     notes = [
-        f"{result['model']}, {result['threads']} threads, one sequence at a time, 16-token prompt, 32-token text, 64 "
-        "new tokens, 256 review snippets (each peer at its best batch size, edgeprompt with a worker for each thread); "
+        f"{result['model']}; {result['threads']} threads, one sequence at a time, 16-token prompt, "
+        f"{result['new_tokens']} new tokens, {result['snippets']} review snippets (each peer at its best batch size, "
+        "edgeprompt with a worker for each thread); "
         f"{rounds} rounds in turn, every measurement in a process of its own; those during which the host had moved "
         "the cores apart were made again, at most twice, and are left out where a peer has others. "
         f"{device['cpu']} ({', '.join(device['isa'])}), {result['time'][:10]}.",
@@ -342,17 +259,9 @@ def _shown(value: float) -> str:
     return f"{value:.3g}" if value < 1000 else f"{value:.0f}"
 
 
-def newest() -> Path:
-    """The newest committed result of a comparison with peers."""
-    found = {path: json.loads(path.read_text(encoding="utf-8")) for path in RESULTS.glob("*.json")}
-    peers = [
-        path
-        for path, result in found.items()
-        if isinstance(result, dict) and result.get("format") == "edgeprompt-peers"
-    ]
-    if not peers:
-        raise SystemExit(f"no comparison with peers in {RESULTS.name}/; run python -m benchmarks")
-    return max(peers, key=lambda path: str(found[path]["time"]))
+def result_of(base: str) -> Path:
+    """The result of a base."""
+    return RESULTS / f"peers-{base}.json"
 
 
 def write_table(document: Path, table: str) -> None:
@@ -366,14 +275,17 @@ def write_table(document: Path, table: str) -> None:
 
 
 def main() -> None:
-    """Write the tables of the result that is named, or of the newest."""
-    file = Path(sys.argv[1]) if len(sys.argv) > 1 else newest()
-    result = json.loads(file.read_text(encoding="utf-8"))
-    starts = json.loads(cold.RESULT.read_text(encoding="utf-8")) if cold.RESULT.exists() else None
-    kl = divergences(result["model"])
-    write_table(ROOT / "README.md", summary_to_markdown(result, kl))
-    tables = (to_markdown(result, starts, kl), ratios_to_markdown(result, kl), sweep_to_markdown(result, kl))
-    write_table(ROOT / "docs/benchmarks.md", "\n".join(tables))
+    """Write the tables of all results that are there."""
+    files = [result_of(base.name) for base in BASES]
+    results = [json.loads(file.read_text(encoding="utf-8")) for file in files if file.exists()]
+    if not results:
+        raise SystemExit(f"no comparison with peers in {RESULTS.name}/; run python -m benchmarks")
+    write_table(ROOT / "README.md", summary_to_markdown(results))
+    parts = []
+    for result in results:
+        kl = divergences(result["base"])
+        parts += [f"### {result['model']}\n", to_markdown(result, kl), ratios_to_markdown(result, kl)]
+    write_table(ROOT / "docs/benchmarks.md", "\n".join(parts))
 
 
 if __name__ == "__main__":

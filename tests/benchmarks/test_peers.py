@@ -6,6 +6,7 @@ from typing import Any
 
 import pytest
 
+from benchmarks.peers.bases import BASES
 from benchmarks.peers.table import (
     BEGIN,
     END,
@@ -19,7 +20,6 @@ from benchmarks.peers.table import (
     group_of,
     ratios_to_markdown,
     summary_to_markdown,
-    sweep_to_markdown,
     to_markdown,
     write_table,
 )
@@ -27,7 +27,7 @@ from benchmarks.peers.table import (
 
 def _round(speed: float, **changes: Any) -> dict[str, Any]:
     return {
-        "ttft_cached": {"32": [0.1 / speed] * 3},
+        "ttft_cached": {"32": [0.1 / speed] * 3, "128": [0.3 / speed] * 3},
         "ttft_uncached": {"32": [0.2 / speed] * 3},
         "decode": [50 * speed] * 3,
         "classify": 10 * speed,
@@ -40,7 +40,10 @@ def _round(speed: float, **changes: Any) -> dict[str, Any]:
 @pytest.fixture
 def result() -> dict[str, Any]:
     return {
-        "model": "tiny",
+        "base": "tiny",
+        "model": "A tiny model",
+        "new_tokens": 64,
+        "snippets": 256,
         "threads": 2,
         "device": {"cpu": "a processor", "isa": ["AVX2"]},
         "time": "2026-01-02T03:04:05+00:00",
@@ -58,9 +61,9 @@ def test_ratios_of_medians_with_their_spread(result: dict[str, Any]):
     lines = ratios_to_markdown(result).splitlines()
     ratio = lines[-1 - next(n for n, line in enumerate(reversed(lines)) if line.startswith("| other"))]
     cells = [cell.strip() for cell in ratio.split("|")[3:-1]]
-    assert cells[2] == "2.67 (2.00 to 4.00)"  # 100 tokens/s beside a median of 37.5
+    assert cells[3] == "2.67 (2.00 to 4.00)"  # 100 tokens/s beside a median of 37.5
     assert cells[0] == "3.00 (2.00 to 4.00)"
-    assert cells[4] == "1.00 (1.00 to 1.00)"
+    assert cells[5] == "1.00 (1.00 to 1.00)"
 
 
 def test_absent_peers_and_the_ceiling_are_said(result: dict[str, Any]):
@@ -68,13 +71,6 @@ def test_absent_peers_and_the_ceiling_are_said(result: dict[str, Any]):
     assert "gone: absent (no wheel)" in text
     assert "| gone |  | absent |" in text
     assert "bound decoding at 200 tokens/s, of which edgeprompt reaches 50%" in text
-
-
-def test_starts_are_a_column_of_their_own(result: dict[str, Any]):
-    starts = {"seconds": {"ours": {"files in memory": [0.3, 0.5, 0.4], "files on disk": [9]}, "gone": {"absent": "?"}}}
-    lines = to_markdown(result, starts).splitlines()
-    assert lines[0].endswith("| cold start (s) |")
-    assert [line.split("|")[-2].strip() for line in lines[2:5]] == ["0.4", "absent", "absent"]
 
 
 def test_labels_are_compared_with_full_precision(result: dict[str, Any]):
@@ -91,35 +87,6 @@ def test_rounds_with_the_cores_apart_count_only_where_there_is_no_other(result: 
     assert "| 100 |" in lines[3], "the median of both"
 
 
-def cell(prompt: int, first: float, speed: float) -> dict[str, Any]:
-    return {"prompt": prompt, "text": 32, "ttft": [first, 9, first], "decode": [speed, speed, 0]}
-
-
-def test_a_sweep_names_the_best_peer_of_every_length(result: dict[str, Any]):
-    peers = result["peers"]
-    peers["edgeprompt"]["sweeps"] = [{"sweep": [cell(4, 0.01, 100), cell(16, 0.02, 100)]}]
-    peers["other"]["sweeps"] = [{"sweep": [cell(4, 0.02, 50), cell(16, 0.01, 50)]}]
-    peers["third"] = {"title": "third", "rounds": [], "sweeps": [{"sweep": [cell(4, 0.04, 80), cell(16, 0.08, 80)]}]}
-    lines = sweep_to_markdown(result).splitlines()
-    assert lines[2] == "| 4, 32 | 10.0 (0.50) | 20.0 (other) | 100 (1.25) | 80 (third) |"
-    assert lines[3] == "| 16, 32 | 20.0 (2.00) | 10.0 (other) | 100 (1.25) | 80 (third) |"
-
-
-def test_every_length_of_prompt_has_its_undisturbed_sweeps(result: dict[str, Any]):
-    near, apart = {"core_round_trip_ns": [200, 210]}, {"core_round_trip_ns": [200, 600]}
-    peers = result["peers"]
-    peers["other"]["sweeps"] = [{"sweep": [cell(4, 0.02, 50), cell(16, 0.02, 50)], **near}]
-    peers["edgeprompt"]["sweeps"] = [
-        {"sweep": [cell(4, 0.04, 25)], **apart},
-        {"sweep": [cell(16, 0.04, 25)], **apart},
-        {"sweep": [cell(4, 0.01, 100)], **near},
-    ]
-    lines = sweep_to_markdown(result).splitlines()
-    assert lines[2].startswith("| 4, 32 | 10.0 (0.50) |")
-    assert lines[3].startswith("| 16, 32 | 40.0 (2.00) |"), "there is no other"
-    assert "2 rounds" in lines[-1]
-
-
 def test_a_table_is_replaced_between_its_markers(result: dict[str, Any], tmp_path: Path):
     readme = tmp_path / "README.md"
     readme.write_text(f"before\n{BEGIN}\nlast year\n{END}\nafter\n", encoding="utf-8")
@@ -132,14 +99,13 @@ def test_a_table_is_replaced_between_its_markers(result: dict[str, Any], tmp_pat
     assert text.count("| other |") == 1
 
 
-def test_the_readme_has_six_rows_at_most_and_says_whose_labels_differ(result: dict[str, Any]):
-    result["peers"]["pytorch"] = {"title": "PyTorch", "rounds": [_round(1)]}
-    result["peers"]["edgeprompt"]["rounds"][0]["labels"] = [1, 0, 0, 0]
-    result["peers"]["llamacpp"] = {"title": "llama.cpp", "rounds": [], "absent": "no wheel"}
-    rows = [line for line in summary_to_markdown(result).splitlines() if line.startswith("| ")]
-    assert [row.split("|")[1].strip() for row in rows[2:]] == ["ours", "PyTorch"]
-    assert rows[2].split("|")[-2].strip() == "75%"
-    assert len(IN_README) <= 6
+def test_the_readme_has_two_rows_for_each_base(result: dict[str, Any]):
+    result["peers"]["llamacpp"] = {"title": "llama.cpp, Q4", "rounds": [_round(1)]}
+    rows = [line.split("|") for line in summary_to_markdown([result, result]).splitlines() if line.startswith("| ")]
+    assert [row[2].strip() for row in rows[1:]] == ["---", *["llama.cpp", "edgeprompt"] * 2]
+    assert rows[2][1].strip() == "A tiny model"
+    assert [row[4].strip() for row in rows[2:4]] == ["100", "50"], "milliseconds to the first token"
+    assert len(IN_README) * len(BASES) <= 6
 
 
 def _kl(folder: Path, **bases: dict[str, float]) -> None:
@@ -152,7 +118,7 @@ def _kl(folder: Path, **bases: dict[str, float]) -> None:
 def test_what_computes_something_else_is_a_group_of_its_own(result: dict[str, Any], tmp_path: Path) -> None:
     result["peers"]["llamacpp"] = {"title": "llama", "rounds": [_round(1)]}
     result["peers"]["edgeprompt-int8"] = {"title": "eight", "rounds": [_round(3)]}
-    _kl(tmp_path, newest={PEER: 0.01, "int4": 0.015, "int8": 0.016})
+    _kl(tmp_path, newest={PEER: 0.01, "gguf": 0.015, "int8": 0.016})
     kl = divergences("tiny", tmp_path)
     assert [group_of(name, kl) for name in ("llamacpp", "edgeprompt", "edgeprompt-int8", "other", "pytorch")] == [
         FAITHFUL, FAITHFUL, FAST, UNKNOWN, FAITHFUL,
@@ -168,9 +134,9 @@ def test_what_computes_something_else_is_a_group_of_its_own(result: dict[str, An
 
 
 def test_an_earlier_run_fills_up_what_was_not_measured_again(tmp_path: Path) -> None:
-    _kl(tmp_path, newest={PEER: 0.01, "int4": 0.02}, earlier={PEER: 0.04, "int4": 0.03, "int8": 0.05})
+    _kl(tmp_path, newest={PEER: 0.01, "gguf": 0.02}, earlier={PEER: 0.04, "gguf": 0.03, "int8": 0.05})
     kl = divergences("tiny", tmp_path)
     # Each figure is held against llama.cpp's of its own run.
-    assert (kl["int4"].mean, group_of("edgeprompt", kl)) == (0.02, FAST)
+    assert (kl["gguf"].mean, group_of("edgeprompt", kl)) == (0.02, FAST)
     assert (kl["int8"].earlier, group_of("edgeprompt-int8", kl)) == (True, FAITHFUL)
     assert divergences("unknown", tmp_path) == {}

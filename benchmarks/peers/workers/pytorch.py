@@ -22,13 +22,10 @@ class Peer:
         torch.set_num_threads(work["threads"])
         torch.set_grad_enabled(False)
         self._work = work
-        dtype = torch.bfloat16 if variant == "bf16" else torch.float32
-        self._model = AutoModelForCausalLM.from_pretrained(work["hf"], dtype=dtype).eval()
-        if variant == "int8":
-            self._model = torch.ao.quantization.quantize_dynamic(self._model, {torch.nn.Linear}, torch.qint8)
+        self._model = AutoModelForCausalLM.from_pretrained(work["hf"], dtype=torch.float32).eval()
         self._tokenizer = AutoTokenizer.from_pretrained(work["hf"])
         rows = np.load(Path(work["prompt"]["folder"]) / "rows.npy")
-        self._rows = torch.from_numpy(rows).to(dtype)
+        self._rows = torch.from_numpy(rows)
         self._prefix = self._model.model(inputs_embeds=self._rows[None], use_cache=True).past_key_values
         self._peft = None
 

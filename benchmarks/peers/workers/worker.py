@@ -1,8 +1,7 @@
 """One peer, one process: load, do the work, print one JSON object a line. Standard library only.
 
 `worker.py MODULE VARIANT WORK cold`: the first label, then what it took in memory; `... full`: every timing with one
-prompt and one length of text; `... sweep N`: first tokens and decoding for the Nth prompt of the sweep and texts of
-several lengths; `... prepare`: what the peer must make once.
+prompt; `... prepare`: what the peer must make once.
 """
 
 from __future__ import annotations
@@ -16,9 +15,8 @@ from pathlib import Path
 
 LIBRARIES = ("edgeprompt", "onnxruntime", "onnxruntime-genai", "llama-cpp-python", "torch", "transformers", "peft",
              "optimum-onnx", "numpy")  # fmt: skip
-SWEEP_TOKENS, SWEEP_CONTEXT = 24, 1024
-PROBE = 32
-"""Snippets by which the best batch size is chosen."""
+PROBE = 8
+"""The best batch size is chosen by one of so many snippets."""
 
 
 def main() -> None:
@@ -34,9 +32,6 @@ def main() -> None:
         if hasattr(found, "prepare"):
             found.prepare(work, variant)
         say(prepared=True)
-        return
-    if mode == "sweep":
-        say(sweep=sweep(found, variant, work, work["sweep"]["prompts"][int(sys.argv[5])]))
         return
     peer = found.Peer(work, variant)
     if mode == "cold":
@@ -75,7 +70,10 @@ def measure(peer: object, work: dict) -> dict:
 
     found["tokens_hash"] = hashlib.sha256(json.dumps(digests).encode()).hexdigest()[:16]
     snippets = work["snippets"][: 16 if quick else None]
-    probe = {batch: timed(lambda b=batch: peer.classify(snippets[:PROBE], b)) for batch in peer.batches}
+    probe = {
+        batch: timed(lambda b=batch: peer.classify(snippets[: max(16, len(snippets) // PROBE)], b))
+        for batch in peer.batches
+    }
     best = min(probe, key=probe.get)
     started = time.perf_counter()
     labels = peer.classify(snippets, best)
@@ -85,27 +83,6 @@ def measure(peer: object, work: dict) -> dict:
     found["versions"] = {"python": platform.python_version()} | {
         name: number for name in LIBRARIES if (number := version_of(name))
     }
-    return found
-
-
-def sweep(module: object, variant: str, work: dict, prompt: dict) -> list[dict]:
-    """Seconds to the first token and tokens/s after it, for each length of text, the prompt resident."""
-    found = []
-    count = SWEEP_TOKENS
-    peer = module.Peer({**work, "prompt": prompt, "context": SWEEP_CONTEXT}, variant)
-    for length, texts in work["sweep"]["texts"].items():
-        peer.generate(texts[-1], 2)
-        runs = [peer.generate(text, count) for text in texts[: 1 if work["quick"] else 3]]
-        found.append(
-            {
-                "prompt": len(prompt["ids"]),
-                "text": int(length),
-                "ttft": [first for first, _, _ in runs],
-                "decode": [(count - 1) / (total - first) for first, total, _ in runs],
-            }
-        )
-    if hasattr(peer, "close"):
-        peer.close()
     return found
 
 
