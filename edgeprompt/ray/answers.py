@@ -21,6 +21,7 @@ if TYPE_CHECKING:
 ON_ERROR = ("stop", "skip", "record")
 BATCH = 256
 """Records that an actor answers at once."""
+LEAST_PREFIX_BUDGET = 128 << 20
 THIS = "this row"
 """What messages call a record: in a cluster it has no number."""
 
@@ -73,7 +74,8 @@ class Answers:
             text_column: fills `{text}`.
             options: how to generate.
             engine: the runtime's. None: one thread. Without a `cache_folder`, the user's cache folder keeps the packed
-                graph, which the actors of one machine share.
+                graph, which the actors of one machine share. Without a `prefix_budget`, the actors of one machine
+                together keep an eighth of its free memory.
             chat: put each text into the chat template.
             truncate: cut texts that exceed the context.
             on_error: "record" fills the column `error`, "skip" leaves the record out, "stop" fails the job.
@@ -201,11 +203,23 @@ def open_shared(package: str | os.PathLike[str], engine: EngineOptions) -> Runti
         engine = replace(engine, threads=1)
     if engine.cache_folder is None:
         engine = replace(engine, cache_folder=default_cache())
+    if engine.prefix_budget is None:
+        engine = replace(engine, prefix_budget=prefix_budget(cpus_of(engine)))
     opened = open_package(package)
     with _alone(Path(engine.cache_folder or "")):
         if not _is_packed(opened, engine):
             edgeprompt.load(opened.path, options=engine).close()  # it packs the graph, and maps none
     return edgeprompt.load(opened.path, options=engine)
+
+
+def prefix_budget(cpus: int) -> int:
+    """Bytes that an actor keeps of what it computes of prompts: thousands of prompts are asked in any order.
+
+    Actors on all cores together keep an eighth of the memory that is free now.
+    """
+    from edgeprompt.ort.free_memory import free_memory
+
+    return max(LEAST_PREFIX_BUDGET, (free_memory() or 0) * cpus // (os.cpu_count() or 1) // 8)
 
 
 def default_cache() -> Path:

@@ -11,7 +11,7 @@ import pytest
 import edgeprompt
 from edgeprompt import EngineOptions, Request
 from edgeprompt.errors import DataError, EdgePromptError, InputError
-from edgeprompt.ray.answers import Answers, cpus_of, pool, root_cause
+from edgeprompt.ray.answers import LEAST_PREFIX_BUDGET, Answers, cpus_of, pool, prefix_budget, root_cause
 from edgeprompt.request import GenerationOptions
 from tests.ray.conftest import make_records
 from tests.support.runtimes import QUIET
@@ -71,6 +71,14 @@ def test_the_packed_graph_is_made_once_and_mapped(tiny_llama_package: Path, tmp_
     answers = [Answers(tiny_llama_package, engine=engine) for _ in range(2)]
     (entry,) = (tmp_path / "cache").glob("graph-*")
     assert Path("/proc/self/maps").read_text().count(str(entry / "graph.onnx.data")) >= len(answers)
+
+
+def test_actors_share_an_eighth_of_the_free_memory(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("edgeprompt.ort.free_memory.free_memory", lambda: 64 << 30)
+    monkeypatch.setattr("os.cpu_count", lambda: 8)
+    assert [prefix_budget(cpus) for cpus in (1, 2, 8)] == [1 << 30, 2 << 30, 8 << 30]
+    monkeypatch.setattr("edgeprompt.ort.free_memory.free_memory", lambda: None)
+    assert prefix_budget(1) == LEAST_PREFIX_BUDGET
 
 
 def test_what_cannot_be_is_said(tiny_llama_package: Path, tasks: Path) -> None:
