@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from datetime import UTC, datetime
 from pathlib import Path
+from typing import Any
 
 import click
 
@@ -21,6 +22,13 @@ from edgeprompt.cli.console import note
 @click.option("--peer", "peers", multiple=True, type=click.Choice([peer.name for peer in PEERS]), help="Only these.")
 @click.option("--python", "pythons", multiple=True, metavar="PEER=PATH", help="Use this interpreter for a peer.")
 @click.option("--folder", type=click.Path(path_type=Path), default=ROOT / "work/bench", show_default=False)
+@click.option(
+    "--tries",
+    type=click.IntRange(min=1),
+    default=3,
+    show_default=True,
+    help="Of one measurement, at most, for one during which the host keeps the cores together.",
+)
 @click.option("--quick", is_flag=True, help="A few samples of everything, to see that it works; keeps no result.")
 def main(
     bases: tuple[str, ...],
@@ -29,17 +37,18 @@ def main(
     peers: tuple[str, ...],
     pythons: tuple[str, ...],
     folder: Path,
+    tries: int,
     quick: bool,
 ) -> None:
     """Compare edgeprompt with its peers, side by side and in turn.
 
-    Results go to benchmarks/results/peers-BASE.json.
+    Results go to benchmarks/results/peers-BASE.json, after every round.
     """
     given = {name: Path(path) for name, _, path in (item.partition("=") for item in pythons)}
     chosen = tuple(peer for peer in PEERS if not peers or peer.name in (*peers, "edgeprompt"))
     for base in BASES:
         if not bases or base.name in bases:
-            _compare(base, folder.absolute(), chosen, given, rounds=rounds, threads=threads, quick=quick)
+            _compare(base, folder.absolute(), chosen, given, rounds=rounds, threads=threads, tries=tries, quick=quick)
 
 
 def _compare(
@@ -50,6 +59,7 @@ def _compare(
     *,
     rounds: int,
     threads: int,
+    tries: int,
     quick: bool,
 ) -> None:
     from benchmarks.peers.prepare import prepare
@@ -62,19 +72,9 @@ def _compare(
     note(f"{base.title}: models and texts")
     work = prepare(folder / base.name, base, threads=threads)
     before = clock()
-    measured = run_rounds(
-        work,
-        rounds=rounds,
-        chosen=chosen,
-        pythons=given,
-        environments=folder / "environments",
-        threads=threads,
-        quick=quick,
-        tell=note,
-    )
     package = open_package(folder / base.name / FILE)
     graph = package.manifest.graphs["model"]
-    result = {
+    facts = {
         "format": "edgeprompt-peers",
         "time": datetime.now(UTC).isoformat(timespec="seconds"),
         "base": base.name,
@@ -82,17 +82,32 @@ def _compare(
         "threads": threads,
         "new_tokens": base.new_tokens,
         "snippets": base.snippets,
+        "tries": tries,
         "device": describe_device(),
-        "throttling": throttling(before, clock()),
         "weight_bytes": sum((package.path / name).stat().st_size for name in graph.data),
-        **measured,
     }
+    result: dict[str, Any] = {}
+
+    def keep(measured: dict[str, Any]) -> None:
+        result.update({**facts, "throttling": throttling(before, clock()), **measured})
+        if not quick:
+            write_atomic(result_of(base.name), (json.dumps(result, indent=1) + "\n").encode(), TEXT)
+
+    run_rounds(
+        work,
+        rounds=rounds,
+        chosen=chosen,
+        pythons=given,
+        environments=folder / "environments",
+        threads=threads,
+        tries=tries,
+        quick=quick,
+        tell=note,
+        keep=keep,
+    )
     kl = divergences(base.name)
     for part in (to_markdown, ratios_to_markdown):
         click.echo(part(result, kl))
-    if not quick:
-        write_atomic(result_of(base.name), (json.dumps(result, indent=1) + "\n").encode(), TEXT)
-        note(f"wrote {result_of(base.name)}")
 
 
 if __name__ == "__main__":

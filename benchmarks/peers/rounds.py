@@ -17,8 +17,6 @@ from benchmarks.peers.environments import HERE, PEERS, Peer, python_of
 WORKER = HERE / "workers/worker.py"
 LIMIT = 900
 """Seconds that one worker may take."""
-TRIES = 3
-"""How often one measurement is made, at most, for one during which the cores stay together."""
 
 
 def run_rounds(
@@ -29,10 +27,16 @@ def run_rounds(
     pythons: dict[str, Path],
     environments: Path,
     threads: int,
+    tries: int = 3,
     quick: bool = False,
     tell: Callable[[str], None],
-) -> dict[str, Any]:
-    """Measure; peer name -> {"title", "rounds": [...]} or {"title", "absent": why}, and the machine's ceiling."""
+    keep: Callable[[dict[str, Any]], None],
+) -> None:
+    """Measure; `keep` gets after every round what is there: the machine's ceiling, and the peers.
+
+    Each is {"title", "rounds": [...]} or {"title", "absent": why}. A measurement is made `tries` times at most, for one
+    during which the cores stay together.
+    """
     found: dict[str, Any] = {peer.name: {"title": peer.title, "ours": peer.ours, "rounds": []} for peer in chosen}
     ready: list[tuple[Peer, Path]] = []
     for peer in chosen:
@@ -52,17 +56,19 @@ def run_rounds(
         for peer, python in [*ready[turn:], *ready[:turn]]:
             tell(f"round {number + 1} of {rounds}: {peer.name}")
             try:
-                found[peer.name]["rounds"].append(_undisturbed(partial(_measure, peer, python, work, quick), trips))
+                found[peer.name]["rounds"].append(
+                    _undisturbed(partial(_measure, peer, python, work, quick), trips, tries)
+                )
             except (RuntimeError, subprocess.SubprocessError) as error:
                 found[peer.name]["absent"] = str(error)
                 tell(f"{peer.name}: failed, {error}")
         ready = [(peer, python) for peer, python in ready if "absent" not in found[peer.name]]
-    return {"ceiling_bytes_per_second": ceiling, "peers": found}
+        keep({"ceiling_bytes_per_second": ceiling, "peers": found})
 
 
-def _undisturbed(measure: Callable[[], dict[str, Any]], trips: list[float]) -> dict[str, Any]:
-    """A measurement with cores together before and after it, or the last of `TRIES`; `trips` grows."""
-    for tries in range(1, TRIES + 1):
+def _undisturbed(measure: Callable[[], dict[str, Any]], trips: list[float], most: int) -> dict[str, Any]:
+    """A measurement with cores together before and after it, or the last of `most`; `trips` grows."""
+    for tries in range(1, most + 1):
         before = round_trip()
         result = measure()
         after = round_trip()

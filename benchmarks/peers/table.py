@@ -208,7 +208,8 @@ def _notes(result: dict[str, Any], rounds: int) -> list[str]:
         f"{result['new_tokens']} new tokens, {result['snippets']} review snippets (each peer at its best batch size, "
         "edgeprompt with a worker for each thread); "
         f"{rounds} rounds in turn, every measurement in a process of its own; those during which the host had moved "
-        "the cores apart were made again, at most twice, and are left out where a peer has others. "
+        f"the cores apart were made again, {result.get('tries', 3)} times in all at most, and are left out where "
+        "a peer has others. "
         f"{device['cpu']} ({', '.join(device['isa'])}), {result['time'][:10]}.",
         "",
     ]
