@@ -181,6 +181,13 @@ def check_shapes(tensors: Mapping[str, Any], model: Any, given: str) -> None:
     Raises:
         SourceError: names tensors and both shapes.
     """
+    for name, stored in tensors.items():  # heads and names of older transformers too, which this model does not list
+        if not is_float(stored) and not _harmless(name):
+            kind = stored.get_dtype() if hasattr(stored, "get_dtype") else stored.dtype
+            raise SourceError(
+                f"{name} of {given!r} is stored as {kind}: quantised weights without what they are scaled by; give the "
+                "float checkpoint"
+            )
     prefix = f"{model.base_model_prefix}."
     wrong = []
     for name, parameter in model.state_dict().items():
@@ -191,12 +198,6 @@ def check_shapes(tensors: Mapping[str, Any], model: Any, given: str) -> None:
             continue
         if shape_of(stored) != tuple(parameter.shape):
             wrong.append(f"{name} is {list(shape_of(stored))}, the config makes it {list(parameter.shape)}")
-        elif parameter.is_floating_point() and not is_float(stored):
-            kind = stored.get_dtype() if hasattr(stored, "get_dtype") else stored.dtype
-            raise SourceError(
-                f"{name} of {given!r} is stored as {kind}: quantised weights without what they are scaled by; give the "
-                "float checkpoint"
-            )
     if wrong:
         raise SourceError(
             f"{len(wrong)} tensors of {given!r} have other shapes than its config says: {_some(wrong, 2)}; one of both "
@@ -228,7 +229,7 @@ def check_loaded(info: Mapping[str, Any], model: Any, given: str, *, unused: Col
         raise SourceError(f"cannot load the weights of {given!r}: {' '.join(str(errors[0]).split())[:300]}")
     missing = sorted(info["missing_keys"])
     left = sorted(info["unexpected_keys"] if unused is None else unused)
-    strange = [name for name in left if not any(re.search(pattern, name) for pattern in HARMLESS)]
+    strange = [name for name in left if not _harmless(name)]
     own = hasattr(model, "get_output_embeddings") and model.get_output_embeddings() is not None
     heads = [name for name in strange if _HEADS.match(name) and not (own and name.startswith("lm_head."))]
     strange = [name for name in strange if name not in heads]
@@ -284,6 +285,10 @@ def check_values(parameters: Iterable[tuple[str, Any]], given: str) -> None:
         release(values)
     if zero:
         tell(f"{len(zero)} matrices of {given!r} are all zero: {_some(zero)}")
+
+
+def _harmless(name: str) -> bool:
+    return any(re.search(pattern, name) for pattern in HARMLESS)
 
 
 def _fit(names: Iterable[str], expected: Collection[str], prefix: str) -> int:

@@ -75,7 +75,7 @@ def base_fingerprint(model: Any) -> str:
     first = fingerprint_of(config.model_type, geometry, sample)
     read = [(name, Digest(value, name)) for name, value in _covered(model, geometry.vocab_size)]
     known = getattr(model, _KNOWN, None)
-    facts = config_facts(config)
+    facts = config_facts(config) | _masked_head(model)
     return joined_fingerprint(first, read, facts if known is None else facts | {parts.KNOWN: dict(known)})
 
 
@@ -275,6 +275,15 @@ def _covered(model: Any, vocab_size: int) -> Iterator[tuple[str, Any]]:
         seen.add(id(value))
         cut = any(value is table for table in tables)
         yield name, value.detach()[:vocab_size] if cut else value.detach()
+
+
+def _masked_head(model: Any) -> dict[str, str]:
+    """A hash of the signs of a masked language model's head, without the embedding that it shares."""
+    if not type(model).__name__.endswith("ForMaskedLM"):
+        return {}
+    inside = {id(value) for value in model.base_model.parameters()}
+    signs = sorted(Digest(value.detach()).signs for value in model.parameters() if id(value) not in inside)
+    return {parts.MASKED_HEAD: hashlib.sha256("\n".join(signs).encode()).hexdigest()[:16]}
 
 
 def _layer(name: str) -> str:

@@ -66,7 +66,7 @@ def tokens_of(config: Any, generation_config: Any = None, tokenizer: Any = None)
                 return value
         return None
 
-    eos = find("eos_token_id")
+    eos, forced_eos = find("eos_token_id"), find("forced_eos_token_id")
     return Tokens(
         bos=find("bos_token_id"),
         eos=tuple(eos) if isinstance(eos, (list, tuple)) else () if eos is None else (int(eos),),
@@ -74,7 +74,7 @@ def tokens_of(config: Any, generation_config: Any = None, tokenizer: Any = None)
         mask=getattr(tokenizer, "mask_token_id", None),
         decoder_start=find("decoder_start_token_id"),
         forced_bos=find("forced_bos_token_id"),
-        forced_eos=find("forced_eos_token_id"),
+        forced_eos=None if isinstance(forced_eos, (list, tuple)) else forced_eos,  # `generation` holds several
     )
 
 

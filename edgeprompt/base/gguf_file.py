@@ -21,6 +21,15 @@ _LLAMA3 = {"low_freq_factor": 1.0, "high_freq_factor": 4.0, "original_max_positi
 """What every Llama 3 model has; the factor is 8 (3.1, 3.3) or 32 (3.2)."""
 
 
+_PLAIN = {
+    "attention.key_length", "attention.value_length", "block_count", "context_length", "decoder_block_count",
+    "embedding_length", "feed_forward_length", "rope.freq_base", "rope.scaling.finetuned",
+    "rope.scaling.original_context_length", "tensor_data_layout", "vocab_size",
+}  # fmt: skip
+"""Keys of sizes, which the tensors show, and of bookkeeping."""
+_GEMMA3_27B_LAYERS = 62
+
+
 class GgufFile:
     """One GGUF file or all parts of a split one."""
 
@@ -122,16 +131,57 @@ class GgufFile:
             found.append(f"rope_parameters.{inner}rope_theta")
         return found
 
-    def keep_rotary_scaling(self, config: Any) -> None:
-        """Put the file's scaling of rotary positions into a config; transformers drops it.
+    def keep_fields(self, config: Any) -> None:
+        """Put into a config what the file says of how the model computes and transformers passes over.
 
         Raises:
-            SourceError: a scaling that this model's config cannot hold.
+            SourceError: the file says something that this model's config cannot hold.
         """
-        kind, factor = self.field("rope.scaling.type"), self.field("rope.scaling.factor")
+        from transformers.integrations.ggml import GGUF_CONFIG_MAPPING
+
+        taken = {*_PLAIN, *self._keep_rotary_scaling(config), *self._keep_rotary_width(config)}
+        self._keep_activation(config)
+        if config.model_type == "gemma3_text":  # as llama.cpp has it: no key tells
+            wide = config.num_hidden_layers == _GEMMA3_27B_LAYERS
+            config.query_pre_attn_scalar = config.hidden_size // config.num_attention_heads if wide else config.head_dim
+            if (theta := self.field("rope.freq_base_swa")) is not None:
+                config.rope_parameters["sliding_attention"]["rope_theta"] = float(theta)
+            taken.add("rope.freq_base_swa")
+        elif config.model_type == "phi3":
+            config.sliding_window = self.field("attention.sliding_window") or None
+            taken.add("attention.sliding_window")
+        architecture = str(self.reader.fields["general.architecture"].contents())
+        taken |= {key for key, name in GGUF_CONFIG_MAPPING.get(architecture, {}).items() if name}
+        for full, entry in self.reader.fields.items():
+            key, value = full.removeprefix(f"{architecture}."), entry.contents()
+            if full == key or key in taken or value in (0, "none"):
+                continue
+            if not ((value == 1 and ("scale" in key or "factor" in key)) or (key == "attention.causal" and value)):
+                raise SourceError(
+                    f"{self.name!r} says {key} = {value!r}, which cannot be kept for {config.model_type}; give the "
+                    "safetensors model that it was made from"
+                )
+
+    def _keep_rotary_width(self, config: Any) -> tuple[str, ...]:
+        """Phi's partial rotation; other models have none, and their shapes show it."""
+        width, head = self.field("rope.dimension_count"), getattr(config, "head_dim", None)
+        head = head or config.hidden_size // config.num_attention_heads
+        if config.model_type == "phi3" and width:
+            config.rope_parameters = {**config.rope_parameters, "partial_rotary_factor": width / head}
+        elif width not in (None, head):
+            return ()
+        return ("rope.dimension_count",)
+
+    def _keep_rotary_scaling(self, config: Any) -> tuple[str, ...]:
+        """The file's scaling of rotary positions; the keys that it is told by."""
+        kind = self.field("rope.scaling.type")
+        factor = self.field("rope.scaling.factor") or self.field("rope.scale_linear")
+        if kind is None and factor not in (None, 1):
+            kind = "linear"  # what llama.cpp takes it for
         frequencies = next((tensor for tensor in self.reader.tensors if tensor.name == "rope_freqs.weight"), None)
+        keys = ("rope.scaling.type", "rope.scaling.factor", "rope.scale_linear")
         if kind in (None, "none") and frequencies is None:
-            return
+            return keys
         if config.model_type not in _LINEAR_ROPE or kind not in (None, "none", "linear", "yarn"):
             raise SourceError(
                 f"{self.name!r} scales rotary positions ({kind or 'rope_freqs'}) in a way that cannot be kept for "
@@ -143,11 +193,16 @@ class GgufFile:
         elif kind == "yarn":
             length = self.field("rope.scaling.original_context_length")
             rope |= {"rope_type": "yarn", "factor": float(factor), "original_max_position_embeddings": int(length)}
+            for name in ("beta_fast", "beta_slow"):
+                if (beta := self.field(f"rope.scaling.yarn_{name}")) is not None:
+                    rope[name] = float(beta)
             config.rope_parameters = rope
+            keys += ("rope.scaling.yarn_beta_fast", "rope.scaling.yarn_beta_slow")
         if frequencies is not None:
             self._keep_frequencies(config, frequencies.data)
+        return keys
 
-    def keep_activation(self, config: Any) -> None:
+    def _keep_activation(self, config: Any) -> None:
         """Put T5's activation into a config, by the file's tensors as llama.cpp does: gated GELU, or ReLU."""
         if config.model_type in ("t5", "umt5", "mt5"):
             config.is_gated_act = any("ffn_gate" in name for name in self.names)

@@ -21,6 +21,7 @@ from edgeprompt.base.mapped import own
 from edgeprompt.base.rope import check_rope
 from edgeprompt.base.sentencepiece_file import find_sentencepiece, read_sentencepiece
 from edgeprompt.base.source import (
+    ADAPTER,
     CONFIG,
     TOKENIZERS,
     Source,
@@ -128,6 +129,11 @@ def _load_folder(source: Source, need: memory.Need, mapped: bool) -> tuple[Any, 
         raise SourceError(f"cannot read the config of {source.given!r}: {one_line(error)}") from error
     family = find_family(config.model_type)
     accounting.check_config_values(config, source.given)
+    if (source.folder / ADAPTER).exists():
+        raise SourceError(
+            f"{source.given!r} holds a PEFT adapter ({ADAPTER}) beside the base's weights, and transformers would "
+            "apply it: merge it first (PeftModel.merge_and_unload), or move it away to take the base without it"
+        )
     check_rope(config, source.given)
     tokenizer = read_tokenizer(source.given, source.folder)
     mapped = mapped and family.architecture == names.DECODER_ONLY
@@ -141,6 +147,7 @@ def _load_folder(source: Source, need: memory.Need, mapped: bool) -> tuple[Any, 
             tensors = map_checkpoint(source.folder, tensors)
         model = _read_model(config, tensors, source, family, raw, mapped)
     if (source.folder / "generation_config.json").is_file() and hasattr(model, "generation_config"):
+        read_json(source.folder / "generation_config.json")
         try:
             model.generation_config = transformers.GenerationConfig.from_pretrained(source.folder)
         except Exception as error:
@@ -189,8 +196,7 @@ def _load_gguf(source: Source, need: memory.Need, scratch: Path | None) -> tuple
         counts = [int(tensor.n_elements) for tensor in file.reader.tensors]
         sizes = memory.Sizes(sum(counts), max(counts), 0 if scratch is not None else sum(counts))
         memory.check_memory(source.given, sizes, need)
-        file.keep_rotary_scaling(config)
-        file.keep_activation(config)
+        file.keep_fields(config)
         with file.on_disk(scratch) if scratch is not None else contextlib.nullcontext() as spill:
             try:
                 model, info = _model_class(config, family).from_pretrained(

@@ -15,6 +15,7 @@ from edgeprompt.package import hub, strict_json
 from edgeprompt.package.files import check_regular, open_regular, read_regular
 
 CONFIG = "config.json"
+ADAPTER = "adapter_config.json"
 WEIGHTS = ("model.safetensors", "pytorch_model.bin")
 """Names of unsharded weights, in the order in which transformers looks for them."""
 _MAX_JSON = 256 << 20
@@ -114,11 +115,16 @@ def read_json(path: Path) -> dict[str, Any]:
     """A JSON object from a file of a base.
 
     Raises:
-        SourceError: no such file, a Git LFS pointer, or no JSON object.
+        SourceError: no such file, a Git LFS pointer, no JSON object, NaN, or a key twice with two values.
     """
     check_contents(path)
     try:
-        data = json.loads(read_regular(path, _MAX_JSON).decode("utf-8"), parse_int=strict_json.integer)
+        data = json.loads(
+            read_regular(path, _MAX_JSON).decode("utf-8"),
+            object_pairs_hook=strict_json.consistent,
+            parse_constant=strict_json.no_constant,
+            parse_int=strict_json.integer,
+        )
     except OSError as error:
         raise SourceError(f"cannot read {str(path)!r}: {error.strerror or error}") from error
     except RecursionError as error:
@@ -183,7 +189,7 @@ def one_line(error: BaseException) -> str:
 def _check_folder(given: str, path: Path) -> None:
     if (path / CONFIG).exists():
         return
-    if (path / "adapter_config.json").exists():
+    if (path / ADAPTER).exists():
         raise SourceError(
             f"{given!r} is a PEFT adapter, no base model: export the base it names and convert the adapter "
             "with edgeprompt convert"

@@ -104,11 +104,12 @@ def _package(path: Path) -> dict[str, Any]:
 
 def _weaker(base: Base) -> dict[str, Any]:
     """The config's values that a fingerprint holds, or a line for one of an older format."""
-    from edgeprompt.package.fingerprint import parse
+    from edgeprompt.package.fingerprint import MASKED_HEAD, parse
 
     if reason := base.weaker(base):
         return {"fingerprint_note": reason}
-    return {"base_config": dict(facts)} if (facts := parse(base.fingerprint).facts) else {}
+    facts = {name: value for name, value in (parse(base.fingerprint).facts or {}).items() if name != MASKED_HEAD}
+    return {"base_config": facts} if facts else {}
 
 
 def _prompt(path: Path) -> dict[str, Any]:

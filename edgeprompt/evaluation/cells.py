@@ -21,6 +21,8 @@ _NUMBER = re.compile(r"[+-]?\d+(\.\d+)?")
 _NO_VALUE = ("nan", "NaN", "NaT", "<NA>", "#N/A")
 """How pandas, numpy and Excel write nothing; the last word on others ("None", "null") is the data's own."""
 _FLAGS = {"0", "1", "0.0", "1.0", "true", "false"}
+_FLAG_ROW = re.compile(r"[01](?:[\s,;|]+[01])+")
+"""A 0 or 1 for each label, in one cell."""
 _NUMPY = re.compile(r"(?:array|tensor)\(.*\)|\[[\s\d.+-]+\]", re.DOTALL)
 """An array as numpy or torch prints it: `[1 0 1]`, `array([1, 0, 1])`."""
 TAG_COLUMNS = ("tags", "ner_tags")
@@ -100,12 +102,32 @@ def label_of(record: Record, column: str, where: str) -> str:
             f"{where}: label {label!r} is how programs write a cell with nothing in it; fill it in, leave the row out, "
             "or give the class another name"
         )
+    if _FLAG_ROW.fullmatch(label):
+        raise DataError(
+            f"{where}: label {label[:60]!r} reads like a 0 or 1 for each label; write the names of the labels that "
+            "hold, with commas between them, and give --problem-type multi_label"
+        )
     if _is_list(label):
         raise DataError(
             f"{where}: label {label[:60]!r} is a list written as text; use .jsonl with real lists, or labels with "
             "commas between them and --problem-type multi_label"
         )
     return label
+
+
+def target_of(record: Record, column: str, where: str) -> str:
+    """The text that is to be generated.
+
+    Raises:
+        DataError: as `text_of`, or the cell holds what programs write for nothing ("nan").
+    """
+    target = text_of(record, column, where)
+    if target.strip() in _NO_VALUE:
+        raise DataError(
+            f"{where}: column {column!r} holds {target.strip()!r}, which is how programs write a cell with nothing in "
+            "it; fill it in, or leave the row out"
+        )
+    return target
 
 
 def labels_of(record: Record, column: str, where: str) -> list[str]:
@@ -166,7 +188,7 @@ def tagged_words(record: Record, where: str) -> tuple[list[str], list[str]]:
     tags = _list_of(record, tag_column, where)
     if len(words) != len(tags) or not words:
         raise DataError(f"{where} has {len(words)} tokens and {len(tags)} tags; each token needs one tag")
-    unnamed = next((tag for tag in tags if not isinstance(tag, str)), None)
+    unnamed = next((tag for tag in tags if not isinstance(tag, str) or tag.isdigit()), None)
     if unnamed is not None:
         raise DataError(
             f"{where}: column {tag_column!r} holds {unnamed!r}, an id without a name; write the names, as B-PER"
@@ -189,7 +211,12 @@ def joined_words(record: Record, where: str) -> str:
 
 def _list_of(record: Record, column: str, where: str) -> list[Any]:
     value = value_of(record, column, where)
-    return list(value) if isinstance(value, (list, tuple)) else text_of(record, column, where).split()
+    if isinstance(value, (list, tuple)):
+        return list(value)
+    text = text_of(record, column, where).strip()
+    if _is_list(text):
+        raise DataError(f"{where}: column {column!r} holds a list written as text ({text[:60]}); use .jsonl")
+    return text.split()
 
 
 def given_answer(record: Record, context: str, where: str) -> tuple[str, int]:
@@ -205,7 +232,10 @@ def given_answer(record: Record, context: str, where: str) -> tuple[str, int]:
         if not texts:
             return "", 0
         answer = clean(str(texts[0]), f"{where}: the answer")
-        start = int(starts[0]) if starts else -1
+        first = starts[0] if starts else -1
+        if not isinstance(first, (int, float)) or first != int(first):
+            raise DataError(f"{where}: answer_start holds {first!r}, a number of characters is needed")
+        start = int(first)
         raw = record.get("context")
         if start > 0 and isinstance(raw, str) and raw != context:  # it counts characters of the text as it was
             start = len(clean(raw[:start], where))
@@ -245,8 +275,13 @@ def _several(value: Any) -> list[Any]:
 
 
 def label_key(label: str) -> str:
-    """What labels that are meant to be the same have in common: Unicode form, white space, the value of a number."""
+    """What labels that are meant to be the same have in common: Unicode form, white space, the value of a number, no
+    signs without width, "true" and "false" in small letters."""
     plain = " ".join(unicodedata.normalize("NFKC", label).split())
+    if not plain.isascii():
+        plain = "".join(sign for sign in plain if unicodedata.category(sign) != "Cf")
+    if plain.lower() in ("true", "false"):
+        return plain.lower()
     return str(float(plain)) if _NUMBER.fullmatch(plain) else plain
 
 

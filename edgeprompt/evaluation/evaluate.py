@@ -15,7 +15,7 @@ from edgeprompt.evaluation.cells import (
     labels_of,
     number_of,
     tagged_words,
-    text_of,
+    target_of,
 )
 from edgeprompt.evaluation.data import DataSource, read_records
 from edgeprompt.evaluation.formats import Record
@@ -49,7 +49,7 @@ class Columns:
         if prompt.task == "qa" and record.get(self.target) is None:
             return [given_answers(record, self.fields(prompt, record, number)["context"], where)]
         if prompt.task in ("generate", "qa"):
-            return [text_of(record, self.target, where)]
+            return [target_of(record, self.target, where)]
         problem = prompt.head_spec.problem_type if prompt.head_spec else "single_label"
         if problem == "regression":
             return [repr(number_of(record, self.label, where))]

@@ -27,6 +27,7 @@ _BOMS = (
     (codecs.BOM_UTF16_LE, "utf-16"),
     (codecs.BOM_UTF16_BE, "utf-16"),
 )
+_SPACED = re.compile(r'\s+".*"\s*', re.DOTALL)
 _NUMBER = re.compile(r"[+-]?\d+(\.\d+)?([eE][+-]?\d+)?")
 
 
@@ -177,9 +178,27 @@ def _check_header(path: Path, header: Sequence[str]) -> None:
 def _quoted(path: Path, delimiter: str) -> Iterator[Record]:
     csv.field_size_limit(max(csv.field_size_limit(), _FIELD_LIMIT))
     with _open(path, newline="") as file:
-        reader = csv.reader(file, delimiter=delimiter, strict=True)
+        taken: list[str] = []
+
+        def noted() -> Iterator[str]:
+            for line in file:
+                taken.append(line)
+                yield line
+
+        def checked() -> Iterator[list[str]]:
+            for cells in reader:
+                raw = "".join(taken)
+                taken.clear()
+                if any(map(_SPACED.fullmatch, cells)) and re.search(rf'(?:^|{delimiter}) +"', raw):
+                    raise DataError(
+                        f"line {reader.line_num} of {str(path)!r} has a space in front of a quoted cell, so the quotes "
+                        "would be part of its text; remove the space"
+                    )
+                yield cells
+
+        reader = csv.reader(noted(), delimiter=delimiter, strict=True)
         try:
-            yield from _rows(path, reader, lambda: reader.line_num)
+            yield from _rows(path, checked(), lambda: reader.line_num)
         except csv.Error as error:
             raise DataError(f"line {reader.line_num} of {str(path)!r}: {error}") from error
 

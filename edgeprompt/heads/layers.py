@@ -82,8 +82,9 @@ def check_head_sizes(name: str, prompt: PromptFile, hidden_size: int) -> None:
     try:
         shape = apply_head(head, prompt.head, np.zeros((1, hidden_size), np.float32)).shape
     except ValueError as error:
+        shapes = ", ".join(f"{key} {list(tensor.shape)}" for key, tensor in prompt.head.items())
         raise BaseMismatchError(
-            f"the head of prompt {name!r} does not fit hidden size {hidden_size}: {error}"
+            f"the head of prompt {name!r} does not fit hidden size {hidden_size}: {shapes}"
         ) from error
     wanted = 2 if prompt.task == "qa" else len(prompt.labels)
     if wanted and shape[1] != wanted:

@@ -33,6 +33,8 @@ ENTRY = [("kind", "u1"), ("norm", "<u2"), ("sums", "<i2", (PROJECTIONS,))]
 BFLOAT16, FLOAT16, FLOAT32 = 0, 1, 2
 KNOWN = "known_values"
 """Key of the facts of a base whose file tells some of its config alone (GGUF): name -> value of all that it tells."""
+MASKED_HEAD = "masked_head"
+"""Key of the facts for the head of a masked language model; two bases are compared by it where both have one."""
 _NAMES_BYTES = 8
 OTHER = "their sizes or embeddings differ"
 """What `differences` says of two bases that have nothing in common."""
@@ -170,7 +172,7 @@ def _facts_apart(one: Fingerprint, other: Fingerprint) -> tuple[list[str], list[
     for name in sorted(a.keys() | b.keys()):
         # Facts leave defaults out, but some values of an object may be defaults: what is known has them.
         x, y = (mine.get(name, (side.known or {}).get(name)) for mine, side in ((a, one), (b, other)))
-        if x == y:
+        if x == y or (name == MASKED_HEAD and None in (x, y)):
             continue
         if any(side.known is not None and name not in side.known for side in (one, other)):
             unknown.append(f"{name} ({_shown(a.get(name))} against {_shown(b.get(name))})")

@@ -63,7 +63,7 @@ def _package(path: Path) -> str | None:
             files.add(data["extra"][HUB_GRAPH]["file"])
     except FileNotFoundError:
         return f"it has no {names.MANIFEST}"
-    except (OSError, ValueError, TypeError, KeyError, AttributeError):
+    except (OSError, ValueError, TypeError, KeyError, AttributeError, RecursionError):
         return f"its {names.MANIFEST} cannot be read"
     return _other_files(path, _PACKAGE_FILES | files, "a package's")
 
@@ -76,7 +76,7 @@ def _adapter(path: Path) -> str | None:
             return "another tool wrote the adapter in it"
     except FileNotFoundError as error:
         return f"it has no {Path(error.filename).name}"
-    except (OSError, ValueError, TypeError):
+    except (OSError, ValueError, TypeError, RecursionError):
         return "the adapter in it cannot be read"
     return _other_files(path, set(_ADAPTER_FILES), "an adapter's")
 
@@ -109,7 +109,7 @@ def _marked_safetensors(*keys: str) -> Callable[[Path], str | None]:
     def stranger(path: Path) -> str | None:
         try:
             found = _safetensors_metadata(path)
-        except (ValueError, TypeError):
+        except (ValueError, TypeError, RecursionError):
             found = {}
         return None if found.keys() & set(keys) else "it is another file"
 
@@ -127,7 +127,7 @@ def _text(path: Path) -> str | None:
 def _answers(path: Path) -> str | None:
     try:
         known = json.loads(_read(path, _HEAD).partition(b"\n")[0])["format"] == names.ANSWERS_FORMAT
-    except (ValueError, TypeError, KeyError):
+    except (ValueError, TypeError, KeyError, RecursionError):
         known = False
     return None if known else "it is another file"
 
@@ -135,7 +135,7 @@ def _answers(path: Path) -> str | None:
 def _metrics(path: Path) -> str | None:
     try:
         known = {"step", "time"} <= set(json.loads(_read(path, _HEAD).partition(b"\n")[0]))
-    except (ValueError, TypeError):
+    except (ValueError, TypeError, RecursionError):
         known = False
     return None if known else "it is another file"
 

@@ -25,9 +25,6 @@ def loads(text: str | bytes) -> Any:
             raise ValueError(f"duplicate key {next(key for key in keys if keys.count(key) > 1)!r}")
         return dict(items)
 
-    def constant(name: str) -> Any:
-        raise ValueError(f"{name} is not allowed")
-
     def number(text: str) -> float:
         found = float(text)
         if not math.isfinite(found):
@@ -35,9 +32,37 @@ def loads(text: str | bytes) -> Any:
         return found
 
     try:
-        return json.loads(text, object_pairs_hook=pairs, parse_constant=constant, parse_float=number, parse_int=integer)
+        return json.loads(
+            text,
+            object_pairs_hook=pairs,
+            parse_constant=no_constant,
+            parse_float=number,
+            parse_int=integer,
+        )
     except RecursionError as error:
         raise ValueError("nested too deeply") from error
+
+
+def consistent(items: list[tuple[str, Any]]) -> dict[str, Any]:
+    """An object of foreign JSON (an `object_pairs_hook` of `json.loads`): a key may be twice where both say the same.
+
+    Raises:
+        ValueError: it has a key with two values.
+    """
+    found = dict(items)
+    twice = next((key for key, value in items if value != found[key]), None)
+    if twice is not None:
+        raise ValueError(f"it says two things of {twice!r}")
+    return found
+
+
+def no_constant(name: str) -> Any:
+    """Refuse NaN and Infinity (a `parse_constant` of `json.loads`).
+
+    Raises:
+        ValueError: always.
+    """
+    raise ValueError(f"{name} is not allowed")
 
 
 def integer(text: str) -> int:

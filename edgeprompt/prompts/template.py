@@ -282,6 +282,14 @@ class Template:
             ids += run if isinstance(run, list) else tokenizer.encode(run, add_special_tokens=False)
         return ids + after
 
+    def check_places(self, num_virtual_tokens: int) -> None:
+        """Refuse a template whose slots hold fewer or more virtual tokens than a prompt has.
+
+        Raises:
+            TemplateError: names both numbers.
+        """
+        self._counts(num_virtual_tokens)
+
     def _counts(self, num_virtual_tokens: int) -> Any:
         slots = [part.count for part in self.parts if isinstance(part, VirtualTokens)]
         if not slots or num_virtual_tokens == 0:

@@ -56,6 +56,16 @@ def ids_behind(encode: Encode, text: str, word: str) -> list[int]:
     return list(encode(word))
 
 
+def ids_alone(encode: Encode, word: str) -> list[int]:
+    """Ids of a word that is a text of its own, as an encoder-decoder's answer.
+
+    Where the tokenizer puts a space in front of every text, the word's own leading space is that one, not a second: the
+    rest of the word has the tokens then that the word has inside a text.
+    """
+    bare = list(encode(word[1:])) if word[:1] == " " else []
+    return bare if bare and bare == ids_behind(encode, "", word) else list(encode(word))
+
+
 def text_before_words(template: Template) -> str:
     """The literal that label words stand behind (at the mask, or at the template's end); empty where it is a slot."""
     parts = template.parts
@@ -118,7 +128,7 @@ class Verbalizer:
         words: dict[tuple[int, ...], int] = {}
         for owner, (label, texts) in enumerate(verbalizer.items()):
             for text in texts:
-                ids = tuple(encode(text) if behind is None or not text else ids_behind(encode, behind, text))
+                ids = tuple(ids_alone(encode, text) if behind is None or not text else ids_behind(encode, behind, text))
                 if not ids:
                     raise TemplateError(f"label word {text!r} of label {label!r} has no tokens")
                 if words.setdefault(ids, owner) != owner:

@@ -11,7 +11,7 @@ import torch
 from torch import nn
 
 from edgeprompt.errors import DataError
-from edgeprompt.evaluation.cells import known_label, label_of, text_of
+from edgeprompt.evaluation.cells import known_label, label_of, target_of
 from edgeprompt.evaluation.formats import Record
 from edgeprompt.names import ENCODER_DECODER
 from edgeprompt.prompts.file import Array, Golden, Head
@@ -182,7 +182,7 @@ class Generate:
     def encode(self, record: Record, where: str) -> Example:
         """One record; its target is the answer's token ids."""
         options = self.encoder.options
-        target = self._target(text_of(record, options.target_column, where))
+        target = self._target(target_of(record, options.target_column, where))
         if len(target) > options.max_length // 2:
             raise DataError(
                 f"{where}: the target takes {len(target)} tokens, at most half of max_length {options.max_length} "

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 
@@ -25,6 +26,8 @@ from edgeprompt.tuning.options import TuneOptions
 from edgeprompt.tuning.soft_prompt import PREFIX_METHODS
 
 MAX_LABELS = 1000
+_NUMBER = re.compile(r"[+-]?\d+(\.\d+)?")
+_FRACTION = re.compile(r"[+-]?\d+\.\d*[1-9]\d*")
 
 
 @dataclass(frozen=True)
@@ -180,12 +183,34 @@ def _place_prompt(template: Template, options: TuneOptions) -> Template:
     return Template((VirtualTokens(), *template.parts)).checked()
 
 
+def _kind(label: object) -> str | None:
+    """Whether a label of a typed file is a number or a name; None: it could be either."""
+    if isinstance(label, (int, float)) and not isinstance(label, bool):
+        return "number"
+    return "name" if isinstance(label, str) and not _NUMBER.fullmatch(label.strip()) else None
+
+
 def _collect(data: DataSource, read: Callable[[Record, str], list[str]], options: TuneOptions) -> tuple[str, ...]:
     """All labels of the data, sorted; two that differ in nothing that can be seen are refused."""
     labels: dict[str, str] = {}
+    kinds: dict[str, object] = {}
     for number, record in enumerate(read_records(data), 1):
         where = f"row {number} of {source_name(data)!r}"
-        for label in read(record, where):
+        value = record.get(options.label_column)
+        found = read(record, where)
+        if kind := _kind(value):
+            kinds.setdefault(kind, value)
+        if other := next((name for name in kinds if kind and name != kind), None):
+            raise DataError(
+                f"{where}: label {value!r} is a {kind}, and an earlier row has the {other} {kinds[other]!r}; write all "
+                "labels as names"
+            )
+        for label in found:
+            if options.problem_type is None and _FRACTION.fullmatch(label):
+                raise DataError(
+                    f"{where}: label {label!r} is a number with a fraction; give --problem-type regression to learn "
+                    "numbers, or --problem-type single_label if each is a class"
+                )
             known = labels.setdefault(label_key(label), label)
             if known != label:
                 raise DataError(f"{where}: label {label!r} stands for what an earlier row calls {known!r}; write one")

@@ -14,7 +14,7 @@ import numpy as np
 from edgeprompt import names
 from edgeprompt.errors import SourceError, UnsupportedError
 from edgeprompt.prompts.file import Head, HeadStep
-from edgeprompt.prompts.verbalizer import ids_behind, text_before_words
+from edgeprompt.prompts.verbalizer import ids_alone, ids_behind, text_before_words
 from exporters.importers.base_weights import EMBEDDING, LEFT_OUT, check_copy
 from exporters.importers.foreign import (
     Array,
@@ -294,7 +294,7 @@ def _word(number: int, base: BaseFacts, before: str | None) -> str:
 
     text = str(tokenizer.decode([number]))
     for word in (text, f" {text}"):  # decoders of SentencePiece drop a leading space
-        if (encode(word) if before is None else ids_behind(encode, before, word)) == [number]:
+        if (ids_alone(encode, word) if before is None else ids_behind(encode, before, word)) == [number]:
             return word
     raise UnsupportedError(
         f"label word {number} ({text!r}) is a token that text alone does not give; choose words with --verbalizer"

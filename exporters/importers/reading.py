@@ -15,6 +15,7 @@ import numpy as np
 import numpy.typing as npt
 
 from edgeprompt.errors import MissingDependencyError, SourceError, UnsupportedError
+from edgeprompt.package import strict_json
 from edgeprompt.package.files import open_regular, read_regular
 
 Array = npt.NDArray[Any]
@@ -52,7 +53,7 @@ def read_json(file: Path) -> dict[str, Any]:
         SourceError: missing, no regular file, too large, or no JSON object.
     """
     try:
-        data = json.loads(read_regular(file, MAX_JSON_BYTES))
+        data = json.loads(read_regular(file, MAX_JSON_BYTES), object_pairs_hook=strict_json.consistent)
     except OSError as error:
         raise SourceError(f"cannot read {str(file)!r}: {error.strerror or error}") from error
     except (ValueError, RecursionError) as error:
@@ -236,6 +237,9 @@ def load_npy(file: Path) -> Array:
         raise SourceError(f"{str(file)!r} is no readable .npy file: {' '.join(str(error).split())[:200]}") from error
     if not isinstance(array, np.ndarray):
         raise SourceError(f"{str(file)!r} holds several arrays; give one .npy file")
+    behind = file.stat().st_size - getattr(array, "offset", 0) - array.nbytes
+    if isinstance(array, np.memmap) and behind:
+        raise SourceError(f"{str(file)!r} holds {behind} bytes behind its array; give a file of one array")
     return _checked(file.name, np.asarray(array))
 
 

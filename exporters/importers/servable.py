@@ -7,7 +7,7 @@ from edgeprompt.errors import InputError, TemplateError, UnsupportedError
 from edgeprompt.heads.layers import check_head_sizes
 from edgeprompt.prompts.file import PromptFile
 from edgeprompt.prompts.template import Mask
-from edgeprompt.prompts.verbalizer import ids_behind, text_before_words
+from edgeprompt.prompts.verbalizer import ids_alone, ids_behind, text_before_words
 from exporters.importers.foreign import BaseFacts
 
 _WORDS = "--verbalizer LABEL=WORD for each label"
@@ -20,7 +20,8 @@ def check_servable(prompt: PromptFile, base: BaseFacts) -> None:
         BaseMismatchError: its head's tensors do not fit each other, or the base's hidden size.
         UnsupportedError: the base has no such task.
         InputError: labels, words or the template's mask are missing, or the prompt is longer than the base's context.
-        TemplateError: label words that cannot be told apart, or several tokens for one mask.
+        TemplateError: the template places another number of virtual tokens, label words cannot be told apart, or one
+            mask stands for several tokens.
     """
     masks = sum(isinstance(part, Mask) for part in prompt.template.parts)
     limit = base.geometry.max_positions
@@ -29,6 +30,8 @@ def check_servable(prompt: PromptFile, base: BaseFacts) -> None:
             f"prompt {prompt.name!r} has {prompt.num_virtual_tokens} virtual tokens; base {base.base.name} reads "
             f"{limit} positions, text included"
         )
+    if prompt.prompt_embeddings is not None:
+        prompt.template.check_places(prompt.num_virtual_tokens)
     if prompt.head_spec is not None:
         check_head_sizes(prompt.name, prompt, base.geometry.hidden_size)
         return
@@ -72,7 +75,7 @@ def _check_words(prompt: PromptFile, base: BaseFacts, masks: int | None) -> None
     owners: dict[tuple[int, ...], str] = {}
     for label, words in prompt.verbalizer.items():
         for word in words:
-            ids = tuple(encode(word) if seq2seq or not word else ids_behind(encode, before, word))
+            ids = tuple(ids_alone(encode, word) if seq2seq or not word else ids_behind(encode, before, word))
             if not ids:
                 raise TemplateError(f"label word {word!r} of label {label!r} has no tokens")
             if masks is not None and len(ids) > 1:

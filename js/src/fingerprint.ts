@@ -6,6 +6,7 @@
 const FORMAT_2 = "sha256-2:";
 const FORMAT_3 = "sha256-3:";
 const KNOWN = "known_values";
+const MASKED_HEAD = "masked_head";
 const PROJECTIONS = 4;
 const NORM_STEPS = 1024;
 const PROJECTION_STEPS = 4096;
@@ -80,6 +81,7 @@ export function difference(one: string, other: string): string | null {
   const [mine, theirs] = [flat(a.facts), flat(b.facts)];
   const facts = [...new Set([...mine.keys(), ...theirs.keys()])].sort().filter((name) => {
     const [x, y] = [mine.get(name) ?? own(a.known, name), theirs.get(name) ?? own(b.known, name)];
+    if (name === MASKED_HEAD && (x === undefined || y === undefined)) return false;
     const told = [a, b].every((side) => side.known === null || Object.hasOwn(side.known, name));
     return told && canonical(x) !== canonical(y);
   });

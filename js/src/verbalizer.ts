@@ -50,7 +50,7 @@ export class Verbalizer {
     const words = new Map<string, [ids: number[], owner: number]>();
     [...prompt.verbalizer].forEach(([label, texts], owner) => {
       for (const text of texts) {
-        const ids = behind === null ? encode(text) : idsBehind(encode, behind, text);
+        const ids = behind === null ? idsAlone(encode, text) : idsBehind(encode, behind, text);
         if (!ids.length) throw new TemplateError(`label word ${repr(text)} of label ${repr(label)} has no tokens`);
         const known = words.get(ids.join());
         if (!known) words.set(ids.join(), [ids, owner]);
@@ -92,6 +92,15 @@ export class Verbalizer {
 
 /** What a word is encoded behind where the text's own end is not known, or the tokenizer joins it with the word. */
 const ANCHORS = [".", "a", "\n"];
+
+/**
+ * Ids of a word that is a text of its own. Where the tokenizer puts a space in front of every text, the word's own
+ * leading space is that one, not a second: the rest of the word has the tokens then that the word has inside a text.
+ */
+export function idsAlone(encode: (text: string) => number[], word: string): number[] {
+  const bare = word.startsWith(" ") ? encode(word.slice(1)) : [];
+  return bare.length && bare.join() === idsBehind(encode, "", word).join() ? bare : encode(word);
+}
 
 /** Ids of a word as it stands behind a text: some tokenizers put a space in front of whatever they encode. */
 export function idsBehind(encode: (text: string) => number[], text: string, word: string): number[] {

@@ -5,10 +5,18 @@ import re
 
 import pytest
 import torch
+from transformers import AutoConfig, AutoModelForCausalLM
 
+from edgeprompt.base.gguf_file import GgufFile
 from edgeprompt.base.load import load_base
 from edgeprompt.errors import SourceError
 from tests.support.damaged import bases
+from tests.support.gguf_models import write_gguf
+
+YARN = {"rope_type": "yarn", "rope_theta": 10000.0, "factor": 4.0, "original_max_position_embeddings": 32}
+YARN_FIELDS = {
+    "rope.scaling.type": "yarn", "rope.scaling.factor": 4.0, "rope.scaling.original_context_length": 32,
+}  # fmt: skip
 
 KINDS = {"gpt2": "GPT-2", "bert": "BERT|encoder's", "t5": "T5", "bart": "BART"}
 
@@ -80,6 +88,8 @@ def test_a_tokenizer_beside_a_gguf_file_is_taken(tmp_path, caplog):
     ("fields", "kind"),
     [
         ({"rope.scaling.type": "linear", "rope.scaling.factor": 4.0}, "linear"),
+        ({"rope.scaling.factor": 4.0}, "linear"),
+        ({"rope.scale_linear": 4.0}, "linear"),
         (
             {"rope.scaling.type": "yarn", "rope.scaling.factor": 4.0, "rope.scaling.original_context_length": 16},
             "yarn",
@@ -112,6 +122,41 @@ def test_the_rotary_factors_of_llama_3_are_kept(tmp_path):
         )
     ).config
     assert config.rope_parameters == rope
+
+
+@pytest.mark.parametrize(
+    ("kind", "values", "fields"),
+    [
+        ("phi3", {"sliding_window": 8}, {}),
+        ("phi3", {"partial_rotary_factor": 0.5}, {"rope.dimension_count": 8}),
+        ("gemma3_text", {"query_pre_attn_scalar": 16}, {}),
+        ("gemma3_text", {"query_pre_attn_scalar": 16, "rope_local_base_freq": 500.0}, {"rope.freq_base_swa": 500.0}),
+        ("llama", {"rope_parameters": YARN | {"beta_fast": 16.0}}, YARN_FIELDS | {"rope.scaling.yarn_beta_fast": 16.0}),
+    ],
+)
+def test_what_a_gguf_file_says_of_the_computation_is_kept(kind, values, fields, tmp_path):
+    """transformers passes over these keys of the file, and would answer with the defaults of the config's class."""
+    sizes = {"vocab_size": 400, "hidden_size": 64, "num_attention_heads": 4, "num_hidden_layers": 2, "pad_token_id": 0}
+    more = {"head_dim": 16, "sliding_window": 8, "num_hidden_layers": 6} if kind == "gemma3_text" else {}
+    shape = {**sizes, "intermediate_size": 96, "num_key_value_heads": 2, "max_position_embeddings": 128}
+    torch.manual_seed(0)
+    config = AutoConfig.for_model(kind, **{**shape, **more, **values})
+    model = AutoModelForCausalLM.from_config(config).float().eval()
+    if kind == "phi3":  # its class wants a padding token of its own that no file tells
+        model.resize_token_embeddings(32064)
+    path = write_gguf(model, tmp_path / "tiny.gguf", tokenizer=bases.tokenizer(), fields=fields)
+    ids = torch.arange(3, 60)[None]
+    with torch.no_grad():
+        difference = load_base(path).model(input_ids=ids).logits - model(input_ids=ids).logits
+    assert difference.abs().max() < 1e-5
+
+
+def test_the_largest_gemma_3_scales_its_attention_otherwise(tmp_path):
+    """62 layers are the 27B's, as llama.cpp tells it: its scale is of the width, not of the head."""
+    sizes = {"num_hidden_layers": 62, "hidden_size": 64, "num_attention_heads": 2, "head_dim": 8}
+    config = AutoConfig.for_model("gemma3_text", **sizes)
+    GgufFile((bases.gguf()(tmp_path),)).keep_fields(config)
+    assert config.query_pre_attn_scalar == 32
 
 
 def test_a_trainers_file_is_read(tmp_path):

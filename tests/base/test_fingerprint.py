@@ -117,7 +117,7 @@ FAMILIES = {
     "qwen2": {"rms_norm_eps": 1e-5, "num_key_value_heads": 2, "intermediate_size": 64, "tie_word_embeddings": True},
     "qwen3": {"head_dim": 128, "num_key_value_heads": 2, "intermediate_size": 64},
     "gemma3_text": {"sliding_window": 16, "num_key_value_heads": 2, "intermediate_size": 64, "num_hidden_layers": 6,
-                    "head_dim": 8},
+                    "head_dim": 8, "query_pre_attn_scalar": 8},
     "gpt2": {"layer_norm_epsilon": 1e-6},
     "t5": {"d_ff": 64, "d_kv": 8, "num_layers": 2, "num_heads": 4, "num_decoder_layers": 2,
            "feed_forward_proj": "gated-gelu"},
@@ -265,6 +265,25 @@ def test_a_tied_head_and_padding_do_not_matter(tmp_path):
     table.weight = torch.nn.Parameter(torch.cat([table.weight, torch.randn(12, 64)]))
     model.tie_weights()
     assert base_fingerprint(model) == before
+
+
+@pytest.mark.parametrize("family", ["BERT", "RoBERTa", "DistilBERT", "ELECTRA, small", "ALBERT", "ModernBERT"])
+def test_a_masked_head_that_was_trained_is_another_base(family, encoder_base):
+    """Prompts with a mask answer through it; a base without it is the same."""
+    base = load_base(encoder_base(family))
+    bare = Base("bare", base_fingerprint(base.model.base_model))
+    before = base.base
+    assert before.matches(bare)
+    assert bare.matches(before)
+    assert Base("half", base_fingerprint(copy.deepcopy(base.model).half())).matches(before)
+    inside = {id(value) for value in base.model.base_model.parameters()}
+    with torch.no_grad():
+        for value in base.model.parameters():
+            if id(value) not in inside and value.dim() == 2:
+                value += 0.1 * value.std() * torch.randn_like(value)
+            elif id(value) not in inside:
+                value += 0.1 * torch.randn_like(value)
+    assert not Base("after", base_fingerprint(base.model)).matches(before)
 
 
 @pytest.mark.parametrize("changes", [{"seed": 1}, {"vocab_size": 501}, {"num_hidden_layers": 3}])

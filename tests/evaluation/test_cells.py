@@ -120,6 +120,18 @@ def test_tags_have_names_and_two_spellings_of_their_column() -> None:
         tagged_words({"tokens": ["Anna"], "tags": None}, "row 1")
 
 
+@pytest.mark.parametrize("tags", ["['O', 'B-X']", "[0, 1]", "1 0", ["1", "0"]])
+def test_tags_that_are_a_printed_list_or_ids_are_refused(tags: Any) -> None:
+    with pytest.raises(DataError, match=r"list written as text|id without a name"):
+        tagged_words({"tokens": "a b", "tags": tags}, "row 1")
+
+
+@pytest.mark.parametrize("start", ["x", None, 1.5])
+def test_an_answer_starts_at_a_whole_number(start: Any) -> None:
+    with pytest.raises(DataError, match="row 1: answer_start holds"):
+        given_answer({"answers": {"text": ["cat"], "answer_start": [start]}}, "the cat", "row 1")
+
+
 def test_an_answer_stands_where_the_context_as_it_was_written_has_it() -> None:
     raw = "\ufeffOne.\r\nAnna met Anna."
     context = text_of({"context": raw}, "context", "row 1")

@@ -68,6 +68,14 @@ def test_csv_quotes_never_merge_rows_in_silence(tmp_path: Path) -> None:
         list(read_records(path))
 
 
+def test_a_space_before_a_quoted_cell_is_refused(tmp_path: Path) -> None:
+    path = written(tmp_path, 'text,label\n"well, yes",pos\n"no", "neg"\n', "d.csv")
+    with pytest.raises(DataError, match=r"line 3 of .* a space in front of a quoted cell"):
+        list(read_records(path))
+    quoted = written(tmp_path, 'text,label\n" ""hi"", he said",pos\n" ""hi""",pos\n', "d.csv")
+    assert [record["text"] for record in read_records(quoted)] == [' "hi", he said', ' "hi"']
+
+
 @pytest.mark.parametrize("encoding", ["utf-8-sig", "utf-16", "utf-16-le-bom", "utf-16-be-bom", "utf-32"])
 @pytest.mark.parametrize("name", ["d.csv", "d.tsv", "d.jsonl", "lines"])
 def test_byte_order_marks_say_the_encoding(tmp_path: Path, name: str, encoding: str) -> None:

@@ -84,6 +84,10 @@ def foreign(folder, what):
     elif what == "broken manifest":
         folder.mkdir()
         (folder / "edgeprompt.json").write_text("[" * 100)
+    elif what == "deep manifest":
+        folder.mkdir()
+        (folder / "edgeprompt.json").write_text("[" * 100_000)
+        (folder / "adapter_config.json").write_text("[" * 100_000)
     elif what == "somebody's LoRA":
         make_adapter(folder, mark=False, lora_alpha=8)
     elif what == "adapter with a note":
@@ -96,7 +100,8 @@ def foreign(folder, what):
     "what",
     [
         "notes", "package with a note", "package with a prompt of the user", "package in a checkout",
-        "package with a link", "another tool's manifest", "broken manifest", "somebody's LoRA", "adapter with a note",
+        "package with a link", "another tool's manifest", "broken manifest", "deep manifest", "somebody's LoRA",
+        "adapter with a note",
     ],
 )  # fmt: skip
 def test_a_folder_of_somebody_else_is_kept(tmp_path, what, kind):

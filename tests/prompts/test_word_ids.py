@@ -11,7 +11,7 @@ import pytest
 from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers, trainers
 
 from edgeprompt.prompts.template import Template
-from edgeprompt.prompts.verbalizer import Verbalizer, ids_behind, text_before_words
+from edgeprompt.prompts.verbalizer import Verbalizer, ids_alone, ids_behind, text_before_words
 
 TEXTS = Path(__file__).parents[2] / "examples/data/source.train.csv"
 WORDS = (" good", " bad", " very good actors", "good", " 1", "\nYes")
@@ -76,6 +76,16 @@ def test_a_word_encoded_alone_has_tokens_that_no_text_has(texts: list[str]) -> N
     whole = encode("It was good")
     assert whole[-1:] == ids_behind(encode, "It was", " good")
     assert encode(" good") != ids_behind(encode, "It was", " good")
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_word_that_is_a_text_of_its_own_has_one_space_in_front(kind: Any, texts: list[str]) -> None:
+    """An encoder-decoder's answer: Llama 2's kind of tokenizer puts a space in front of the word's own."""
+    encode = encoder(kind(texts))
+    assert ids_alone(encode, "good") == encode("good")
+    assert ids_alone(encode, " good") == ids_behind(encode, "It was", " good")
+    words = Verbalizer.compile({"good": (" good",), "bad": (" bad",)}, encode).words
+    assert [list(ids) for ids in words] == [ids_behind(encode, "It was", word) for word in (" good", " bad")]
 
 
 @pytest.mark.parametrize("kind", KINDS)

@@ -81,6 +81,8 @@ def _fields(config: Any) -> dict[str, Any]:
         "attention.layer_norm_epsilon": "layer_norm_epsilon",
         "attention.sliding_window": "sliding_window",
     }.items():
+        if name == "sliding_window" and config.model_type not in ("gemma3_text", "phi3"):
+            continue
         if getattr(config, name, None) is not None:
             found[key] = getattr(config, name)
     if rope := getattr(config, "rope_parameters", None):

@@ -35,10 +35,14 @@ def bases(tiny_llama_base: Path, encoder_base: Callable[[str], Path], seq2seq_ba
         ({"label": float("nan")}, "row 9 .*nothing in column 'label'"),
         ({"label": [1, 0, 1]}, "row 9 .*holds a list"),
         ({"label": "['animal', 'number']"}, "row 9 .*list written as text"),
+        ({"label": "1,0,1"}, "row 9 .*a 0 or 1 for each label"),
+        ({"label": "0 1 0"}, "row 9 .*a 0 or 1 for each label"),
+        ({"label": "0.75"}, "row 9 .*number with a fraction"),
+        ({"label": 1}, "row 9 .*label 1 is a number, and an earlier row has the name 'animal'"),
         ({"text": None}, "row 9 .*nothing in column 'text'"),
         ({"text": "a\0b"}, "row 9 .*holds NUL"),
     ],
-    ids=["nan", "multi-hot", "list as text", "null", "nul"],
+    ids=["nan", "multi-hot", "list as text", "flags", "flags apart", "fraction", "a number", "null", "nul"],
 )
 def test_a_bad_row_is_named(bases: Any, kind: str, wrong: dict[str, Any], message: str, tmp_path: Path) -> None:
     with pytest.raises(DataError, match=message):
@@ -46,10 +50,26 @@ def test_a_bad_row_is_named(bases: Any, kind: str, wrong: dict[str, Any], messag
     assert not list(tmp_path.iterdir())
 
 
-@pytest.mark.parametrize(("one", "other"), [("new york", "new\u00a0york"), ("café", "cafe\u0301"), ("1", "1.0")])
-def test_labels_that_look_the_same_are_not_two_classes(bases: Any, one: str, other: str, tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    ("one", "other"),
+    [("new york", "new\u00a0york"), ("café", "cafe\u0301"), ("1", "1.0"), ("ok", "ok\u200b"), ("true", True)],
+)
+def test_labels_that_look_the_same_are_not_two_classes(bases: Any, one: str, other: Any, tmp_path: Path) -> None:
     with pytest.raises(DataError, match=r"row 10 of 'rows': label .* stands for what an earlier row calls"):
         tuned(bases["decoder"], [*FEW, {"text": "x", "label": one}, {"text": "x", "label": other}], tmp_path)
+
+
+def test_numbers_with_fractions_are_classes_where_that_is_said(bases: Any, tmp_path: Path) -> None:
+    rows = [{"text": f"text {number}", "label": str(0.5 + number % 2)} for number in range(8)]
+    result = tuned(bases["encoder"], rows, tmp_path, problem_type="single_label")
+    assert result.prompt.labels == ("0.5", "1.5")
+
+
+@pytest.mark.parametrize("kind", ["decoder", "encoder-decoder"])
+def test_a_target_that_is_nothing_is_refused(bases: Any, kind: str, tmp_path: Path) -> None:
+    rows = [{"text": "a cat", "target": "nan" if number == 4 else "x"} for number in range(8)]
+    with pytest.raises(DataError, match=r"row 5 of .*'target' holds 'nan'"):
+        tuned(bases[kind], rows, tmp_path)
 
 
 def test_multi_hot_labels_are_refused_and_named_ones_are_classes(bases: Any, tmp_path: Path) -> None:
@@ -66,11 +86,13 @@ def test_multi_hot_labels_are_refused_and_named_ones_are_classes(bases: Any, tmp
 
 @pytest.mark.parametrize("kind", ["decoder", "encoder", "encoder-decoder"])
 def test_white_space_and_fractions_make_no_class_of_their_own(bases: Any, kind: str, tmp_path: Path) -> None:
-    rows = [{"text": "a cat", "label": "animal "}, *FEW, {"text": "x", "label": 1}, {"text": "y", "label": 1.0}] * 2
-    result = tuned(bases[kind], rows, tmp_path)
-    assert result.prompt.labels == ("1", "animal", "number")
-    for number, row in enumerate(rows, 1):
-        assert Columns().references(result.prompt, row, number)[0] in result.prompt.labels
+    names = [{"text": "a cat", "label": "animal "}, *FEW] * 2
+    numbers = [{"text": "x", "label": 1}, {"text": "y", "label": 1.0}, {"text": "z", "label": " 2"}] * 3
+    for rows, labels in ((names, ("animal", "number")), (numbers, ("1", "2"))):
+        result = tuned(bases[kind], rows, tmp_path)
+        assert result.prompt.labels == labels
+        for number, row in enumerate(rows, 1):
+            assert Columns().references(result.prompt, row, number)[0] in labels
 
 
 def test_ids_of_tags_become_their_names(bases: Any, tmp_path: Path) -> None:

@@ -36,6 +36,7 @@ from edgeprompt.package.folder import Package
 from edgeprompt.prompts.encoder_text import encode_text, fields_of, located_slot
 from edgeprompt.prompts.registry import LoadedPrompt
 from edgeprompt.prompts.template import Slot, Template, as_fields
+from edgeprompt.prompts.verbalizer import ids_alone
 from edgeprompt.request import Clock, Request, Tagging
 
 KV_BUDGET = 1 << 30
@@ -215,7 +216,7 @@ class Seq2SeqEngine(Engine):
                 replace(sampling, max_new_tokens=length),
                 eos=tokens.eos,
                 decode=self._tokenizer.decode,
-                encode=self._bare,
+                encode=lambda choice: ids_alone(self._bare, choice),
                 history=feed,
                 clock=clock,
                 on_text=on_text,

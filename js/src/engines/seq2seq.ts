@@ -12,7 +12,7 @@ import { lastLogits, matrixOf, pickAll, type Graph, type OrtTensor } from "../or
 import type { PromptFile, Tensor } from "../prompt.ts";
 import type { Request, Result } from "../results.ts";
 import { Template, asFields } from "../template.ts";
-import { Verbalizer } from "../verbalizer.ts";
+import { Verbalizer, idsAlone } from "../verbalizer.ts";
 import { Context, decode, type CallOptions, type Reached } from "./context.ts";
 import { checkHead, checkIds, checkRows, taskOf, virtualIds, type Engine, type EngineParts, type Loaded } from "./engine.ts";
 import { textPositions } from "./encoder.ts";
@@ -177,7 +177,7 @@ export class Seq2SeqEngine implements Engine {
     const strategy = new Generate(sampling, {
       eos: tokens.eos,
       decode: (ids) => tokenizer.decode(ids),
-      encode: (text) => this.encodeBare(text),
+      encode: (text) => idsAlone((one) => this.encodeBare(one), text),
       history,
       processors: new Processors(fields, history, tokens.eos, length),
       clock: context.clock,

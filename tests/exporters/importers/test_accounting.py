@@ -235,6 +235,14 @@ def test_the_source_is_looked_at_before_the_base(tmp_path: Path, monkeypatch: py
             convert_prompt(make(tmp_path), tmp_path / "out.safetensors", base=GOLDEN / "gpt2")
 
 
+@pytest.mark.parametrize("template", ["{prompt:2}{text}", "{prompt:9}{text}", "{prompt:2}{text}{prompt:1}"])
+def test_a_template_that_places_another_number_of_tokens_is_refused(template: str, tmp_path: Path) -> None:
+    np.save(tmp_path / "x.npy", np.ones((4, 16), np.float32))
+    with pytest.raises(EdgePromptError, match="virtual tokens, and the prompt has 4"):
+        convert_prompt(tmp_path / "x.npy", tmp_path / "out.safetensors", base=BASE, template=template)
+    assert not (tmp_path / "out.safetensors").exists()
+
+
 def test_folders_inside_are_named(tmp_path: Path) -> None:
     adapter(tmp_path / "checkpoint-500")
     with pytest.raises(EdgePromptError, match=r"its folders do: .*checkpoint-500"):

@@ -174,6 +174,13 @@ CASES: dict[str, tuple[Make, type[EdgePromptError], str]] = {
     "npy: truncated": (lambda d: written(d / "x.npy", b"\x93NUMPY\x01\x00\xff\xff"), SourceError, "no readable .npy"),
     "npy: NaN": (lambda d: npy(d / "x.npy", NAN), SourceError, "NaN or infinity"),
     "npy: complex": (lambda d: npy(d / "x.npy", ROWS.astype(np.complex64)), SourceError, "float tensor"),
+    "npy: token ids": (lambda d: npy(d / "x.npy", np.ones((4, 16), int)), SourceError, "ids of tokens are no prompt"),
+    "npy: flags": (lambda d: npy(d / "x.npy", ROWS > 0), SourceError, "holds bool"),
+    "npy: two arrays": (
+        lambda d: written(npy(d / "x.npy", ROWS), (d / "x.npy").read_bytes() * 2),
+        SourceError,
+        "behind its array",
+    ),
     "npy: other width": (lambda d: npy(d / "x.npy", ROWS[:, :8]), BaseMismatchError, "8 values"),
     "npy: rank 4": (lambda d: npy(d / "x.npy", ROWS[None, None]), SourceError, "no known prompt format"),
     "t5x: token ids": (

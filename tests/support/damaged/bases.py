@@ -133,6 +133,17 @@ def file(name: str, content: str | bytes, kind: str = "llama", **options: Any) -
     return damaged(write, kind, **options)
 
 
+def file_with(change: Callable[[str], str], name: str = "config.json") -> Callable[[Path], Path]:
+    """A case with a file's text changed."""
+
+    def rewrite(folder: Path) -> None:
+        before = (folder / name).read_text()
+        (folder / name).write_text(change(before))
+        assert (folder / name).read_text() != before
+
+    return damaged(rewrite)
+
+
 def sharded(change: Callable[[Path, dict[str, Any]], None]) -> Callable[[Path], Path]:
     """A case in shards; the change gets the folder and the index, which is written back."""
 
@@ -284,6 +295,13 @@ def _integers(held: Tensors) -> None:
     held[name] = (held[name] * 100).to(torch.int8)
 
 
+def _integer_head(held: Tensors) -> None:
+    import torch
+
+    name = "cls.predictions.transform.dense.weight"
+    held[name] = (held[name] * 100).to(torch.int8)
+
+
 def _zeros(held: Tensors) -> None:
     held["model.layers.1.mlp.up_proj.weight"].zero_()
 
@@ -374,6 +392,16 @@ CASES: dict[str, Damage] = {
     "a config that is a list": Damage(file("config.json", "[]"), "a JSON object is needed"),
     "GPTQ": Damage(config(quantization_config={"quant_method": "gptq", "bits": 4}), "quantised already .gptq"),
     "AWQ": Damage(config(quantization_config={"quant_method": "awq"}), "quantised already .awq"),
+    "two values of one key": Damage(
+        file_with(lambda text: text.replace("{", '{"rms_norm_eps": 0.1,', 1)), "two things of 'rms_norm_eps'"
+    ),
+    "a value that is no number": Damage(
+        file_with(lambda text: text.replace("1e-06", "NaN")), r"config\.json.*NaN is not allowed"
+    ),
+    "two values in generation_config": Damage(
+        file("generation_config.json", '{"eos_token_id": 0, "eos_token_id": 2}'), "two things of 'eos_token_id'"
+    ),
+    "an adapter beside the base": Damage(file("adapter_config.json", '{"peft_type": "LORA"}'), "would apply it: merge"),
     "code of its own": Damage(config(**CODE), "runs no code"),
     "code beside a known type": Damage(
         config(**{**CODE, "model_type": "llama"}), "brings code of its own .*transformers' own 'llama'", loads=True
@@ -381,6 +409,7 @@ CASES: dict[str, Damage] = {
     # safetensors
     "a wrong shape": Damage(tensors(_wrong_shape), r"other shapes .*model\.norm\.weight is \[31\]"),
     "integers without scales": Damage(tensors(_integers), "stored as I8"),
+    "integers in a head, encoder": Damage(tensors(_integer_head, "bert"), "transform.dense.weight .* stored as I8"),
     "NaN": Damage(tensors(lambda h: _scaled(h, "model.layers.0.mlp.up_proj.weight", float("nan"))), "NaN or infinity"),
     "NaN in BART's bias": Damage(
         tensors(lambda h: _scaled(h, "final_logits_bias", float("nan")), "bart"), "final_logits_bias.* holds NaN"
@@ -459,6 +488,18 @@ CASES: dict[str, Damage] = {
     ),
     "GGUF without a tokenizer": Damage(gguf(tokenizer=None), "has no tokenizer that can be read"),
     "GGUF with other rotary factors": Damage(gguf(extra=_rope_factors()), "rope_freqs"),
+    "GGUF with a scale of attention": Damage(gguf(fields={"attention.scale": 0.1}), r"attention\.scale = 0\.1"),
+    "GGUF with capped logits": Damage(gguf(fields={"final_logit_softcapping": 3.0}), "final_logit_softcapping = 3"),
+    "GGUF with a sliding window": Damage(gguf(fields={"attention.sliding_window": 8}), "sliding_window = 8"),
+    "GGUF with experts": Damage(gguf(fields={"expert_count": 8}), "expert_count = 8"),
+    "GGUF with part of the heads rotated": Damage(gguf(fields={"rope.dimension_count": 4}), "other shapes|dimension"),
+    "GGUF with scaled yarn": Damage(
+        gguf(fields={
+            "rope.scaling.type": "yarn", "rope.scaling.factor": 4.0, "rope.scaling.original_context_length": 16,
+            "rope.scaling.yarn_attn_factor": 2.0,
+        }),
+        r"yarn_attn_factor = 2\.0",
+    ),
     "GGUF with an unknown rope scaling": Damage(
         gguf(fields={"rope.scaling.type": "dynamic", "rope.scaling.factor": 4.0}), "scales rotary positions .dynamic"
     ),
