@@ -38,9 +38,9 @@ HARMLESS: Mapping[str, str] = {
 """Tensors that a checkpoint may hold though the model has no such parameter, and why that changes nothing."""
 
 _HEADS = re.compile(
-    r"^(classifier|score|qa_outputs|pre_classifier|classification_head|cls|lm_head|predictions|sop_classifier|pooler"
+    r"^(?:(?:classifier|score|qa_outputs|pre_classifier|classification_head|cls|lm_head|predictions|sop_classifier|pooler"
     r"|vocab_(transform|layer_norm|projector)|generator_(predictions|lm_head)|discriminator_predictions|head"
-    r"|lm_predictions|mask_predictions|seq_relationship|sequence_summary|multiple_choice_head|v_head|decoder)\."
+    r"|lm_predictions|mask_predictions|seq_relationship|sequence_summary|multiple_choice_head|v_head)\.|decoder\.(?:weight|bias)$)"
 )
 """Heads for other tasks than the base is loaded for; `lm_head` is one where the model has none."""
 

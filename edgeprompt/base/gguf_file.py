@@ -179,7 +179,7 @@ class GgufFile:
         if kind is None and factor not in (None, 1):
             kind = "linear"  # what llama.cpp takes it for
         frequencies = next((tensor for tensor in self.reader.tensors if tensor.name == "rope_freqs.weight"), None)
-        keys = ("rope.scaling.type", "rope.scaling.factor", "rope.scale_linear")
+        keys: tuple[str, ...] = ("rope.scaling.type", "rope.scaling.factor", "rope.scale_linear")
         if kind in (None, "none") and frequencies is None:
             return keys
         if config.model_type not in _LINEAR_ROPE or kind not in (None, "none", "linear", "yarn"):

@@ -375,6 +375,10 @@ CASES: dict[str, Damage] = {
         tensors(lambda held: {**held, "model.layers.0.mlp.extra.weight": held["model.norm.weight"].clone()}),
         r"holds 1 .*mlp\.extra",
     ),
+    "a decoder's tensor too many, T5": Damage(
+        tensors(lambda held: {**held, "decoder.block.0.layer.0.adapter.weight": held["shared.weight"].clone()}, "t5"),
+        r"holds 1 .*layer\.0\.adapter",
+    ),
     "a bias of the head too many": Damage(
         tensors(lambda held: {**held, "lm_head.bias": held["model.norm.weight"].clone()}), r"holds 1 .*lm_head\.bias"
     ),
