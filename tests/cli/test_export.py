@@ -3,6 +3,7 @@
 import json
 import os
 import resource
+import shutil
 import signal
 import time
 
@@ -45,8 +46,6 @@ def test_validate_refuses_another_base_and_a_changed_graph(
 ):
     out, _ = exported
     assert "was exported from" in refused("validate", out, "--against", tiny_gpt2_base)
-    import shutil
-
     copy = shutil.copytree(out, tmp_path / "copy")
     graph = next(copy.glob("*.onnx"))
     graph.write_bytes(graph.read_bytes() + b"\0")
@@ -60,6 +59,16 @@ def test_an_existing_output_is_kept_without_force(cli, refused, exported, tiny_l
     assert (out / "edgeprompt.json").read_bytes() == before
     assert cli("export", tiny_llama_base, "-o", out, "--precision", "int4", "--force").exit_code == 0
     assert os.listdir(out.parent) == ["package"]
+
+
+def test_a_graph_that_onnx_runtime_does_not_open_is_one_line(cli, tiny_llama_base, tmp_path):
+    base = shutil.copytree(tiny_llama_base, tmp_path / "base")
+    config = json.loads((base / "config.json").read_text())
+    (base / "config.json").write_text(json.dumps({**config, "rms_norm_eps": -0.5}))
+    result = cli("export", base, "-o", tmp_path / "out", "--precision", "fp32")
+    assert result.exit_code == 1
+    assert "error: ONNX Runtime does not open model.onnx:" in result.stderr.splitlines()[-1]
+    assert [path.name for path in tmp_path.iterdir()] == ["base"]
 
 
 def test_refusals_leave_nothing(refused, make_prompt, tiny_llama_base, smollm2_gguf, tmp_path):
