@@ -23,10 +23,11 @@ _LLAMA3 = {"low_freq_factor": 1.0, "high_freq_factor": 4.0, "original_max_positi
 
 _PLAIN = {
     "attention.key_length", "attention.value_length", "block_count", "context_length", "decoder_block_count",
-    "embedding_length", "feed_forward_length", "rope.freq_base", "rope.scaling.finetuned",
+    "embedding_length", "feed_forward_length", "pooling_type", "rope.freq_base", "rope.scaling.finetuned",
     "rope.scaling.original_context_length", "tensor_data_layout", "vocab_size",
 }  # fmt: skip
 """Keys of sizes, which the tensors show, and of bookkeeping."""
+_EPSILONS = {"attention.layer_norm_epsilon", "attention.layer_norm_rms_epsilon"}
 _GEMMA3_27B_LAYERS = 62
 
 
@@ -152,6 +153,8 @@ class GgufFile:
             taken.add("attention.sliding_window")
         architecture = str(self.reader.fields["general.architecture"].contents())
         taken |= {key for key, name in GGUF_CONFIG_MAPPING.get(architecture, {}).items() if name}
+        if taken & _EPSILONS and len({self.field(key) for key in _EPSILONS} - {None}) == 1:
+            taken |= _EPSILONS  # T5's files have the same under both names
         for full, entry in self.reader.fields.items():
             key, value = full.removeprefix(f"{architecture}."), entry.contents()
             if full == key or key in taken or value in (0, "none"):

@@ -94,6 +94,7 @@ def _fields(config: Any) -> dict[str, Any]:
             "attention.key_length": config.d_kv,
             "attention.head_count_kv": config.num_heads,
             "attention.relative_buckets_count": config.relative_attention_num_buckets,
+            "attention.layer_norm_rms_epsilon": config.layer_norm_epsilon,
         }
     return found
 
