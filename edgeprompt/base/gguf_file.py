@@ -153,13 +153,21 @@ class GgufFile:
             taken.add("attention.sliding_window")
         architecture = str(self.reader.fields["general.architecture"].contents())
         taken |= {key for key, name in GGUF_CONFIG_MAPPING.get(architecture, {}).items() if name}
-        if taken & _EPSILONS and len({self.field(key) for key in _EPSILONS} - {None}) == 1:
+        epsilons = {key: value for key in _EPSILONS if (value := self.field(key)) is not None}
+        if taken & epsilons.keys() and len(set(epsilons.values())) == 1:
             taken |= _EPSILONS  # T5's files have the same under both names
         for full, entry in self.reader.fields.items():
             key, value = full.removeprefix(f"{architecture}."), entry.contents()
-            if full == key or key in taken or value in (0, "none"):
+            if full == key or key in taken:
                 continue
-            if not ((value == 1 and ("scale" in key or "factor" in key)) or (key == "attention.causal" and value)):
+            usual = (
+                [1]
+                if key == "attention.causal"
+                else [0, "none", 1]
+                if "scale" in key or "factor" in key
+                else [0, "none"]
+            )
+            if value not in usual:
                 raise SourceError(
                     f"{self.name!r} says {key} = {value!r}, which cannot be kept for {config.model_type}; give the "
                     "safetensors model that it was made from"

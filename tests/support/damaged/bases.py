@@ -495,6 +495,7 @@ CASES: dict[str, Damage] = {
     "GGUF with a scale of attention": Damage(gguf(fields={"attention.scale": 0.1}), r"attention\.scale = 0\.1"),
     "GGUF with capped logits": Damage(gguf(fields={"final_logit_softcapping": 3.0}), "final_logit_softcapping = 3"),
     "GGUF with a sliding window": Damage(gguf(fields={"attention.sliding_window": 8}), "sliding_window = 8"),
+    "GGUF that attends both ways": Damage(gguf(fields={"attention.causal": 0}), "attention.causal = 0"),
     "GGUF with experts": Damage(gguf(fields={"expert_count": 8}), "expert_count = 8"),
     "GGUF with part of the heads rotated": Damage(gguf(fields={"rope.dimension_count": 4}), "other shapes|dimension"),
     "GGUF with scaled yarn": Damage(
