@@ -12,12 +12,7 @@ import onnxruntime as ort
 import torch
 
 from edgeprompt import names
-<<<<<<< HEAD
 from edgeprompt.errors import PackageError, ValidationError
-=======
-from edgeprompt.base.source import one_line
-from edgeprompt.errors import InferenceError, ValidationError
->>>>>>> 7eee2eb (A graph that ONNX Runtime does not open ends in one line, not a traceback)
 from edgeprompt.ort import processor
 from edgeprompt.ort.session import graph_inputs
 from edgeprompt.package.manifest import Manifest
@@ -43,19 +38,11 @@ class DecoderGraph:
         providers = [provider, "CPUExecutionProvider"] if provider else ["CPUExecutionProvider"]
         # As the runtime opens it: signed 8-bit weights saturate on x86 without VNNI otherwise.
         options.add_session_config_entry("session.x64quantprecision", "1" if processor.saturates() else "0")
-<<<<<<< HEAD
         file = manifest.graphs["model"].file
         try:
             self.session = ort.InferenceSession(folder / file, options, providers=providers)
         except Exception as error:  # onnxruntime's errors have no common base
             raise PackageError(f"ONNX Runtime cannot load {file}: {' '.join(str(error).split())[:300]}") from error
-=======
-        file = folder / manifest.graphs["model"].file
-        try:
-            self.session = ort.InferenceSession(file, options, providers=providers)
-        except Exception as error:  # ONNX Runtime raises kinds of its own
-            raise InferenceError(f"ONNX Runtime does not open {file.name}: {one_line(error)}") from error
->>>>>>> 7eee2eb (A graph that ONNX Runtime does not open ends in one line, not a traceback)
         self.outputs = [output.name for output in self.session.get_outputs()]
         self.inputs = {value.name: value.shape for value in graph_inputs(self.session)}
         self.manifest = manifest

@@ -115,14 +115,13 @@ def read_json(path: Path) -> dict[str, Any]:
     """A JSON object from a file of a base.
 
     Raises:
-        SourceError: no such file, a Git LFS pointer, no JSON object, NaN, or a key twice with two values.
+        SourceError: no such file, a Git LFS pointer, no JSON object, or a key twice with two values.
     """
     check_contents(path)
     try:
         data = json.loads(
             read_regular(path, _MAX_JSON).decode("utf-8"),
             object_pairs_hook=strict_json.consistent,
-            parse_constant=strict_json.no_constant,
             parse_int=strict_json.integer,
         )
     except OSError as error:

@@ -25,6 +25,9 @@ def loads(text: str | bytes) -> Any:
             raise ValueError(f"duplicate key {next(key for key in keys if keys.count(key) > 1)!r}")
         return dict(items)
 
+    def constant(name: str) -> Any:
+        raise ValueError(f"{name} is not allowed")
+
     def number(text: str) -> float:
         found = float(text)
         if not math.isfinite(found):
@@ -35,7 +38,7 @@ def loads(text: str | bytes) -> Any:
         return json.loads(
             text,
             object_pairs_hook=pairs,
-            parse_constant=no_constant,
+            parse_constant=constant,
             parse_float=number,
             parse_int=integer,
         )
@@ -54,15 +57,6 @@ def consistent(items: list[tuple[str, Any]]) -> dict[str, Any]:
     if twice is not None:
         raise ValueError(f"it says two things of {twice!r}")
     return found
-
-
-def no_constant(name: str) -> Any:
-    """Refuse NaN and Infinity (a `parse_constant` of `json.loads`).
-
-    Raises:
-        ValueError: always.
-    """
-    raise ValueError(f"{name} is not allowed")
 
 
 def integer(text: str) -> int:

@@ -67,7 +67,7 @@ def test_a_graph_that_onnx_runtime_does_not_open_is_one_line(cli, tiny_llama_bas
     (base / "config.json").write_text(json.dumps({**config, "rms_norm_eps": -0.5}))
     result = cli("export", base, "-o", tmp_path / "out", "--precision", "fp32")
     assert result.exit_code == 1
-    assert "error: ONNX Runtime does not open model.onnx:" in result.stderr.splitlines()[-1]
+    assert "error: ONNX Runtime cannot load model.onnx:" in result.stderr.splitlines()[-1]
     assert [path.name for path in tmp_path.iterdir()] == ["base"]
 
 

@@ -174,7 +174,7 @@ CASES: dict[str, tuple[Make, type[EdgePromptError], str]] = {
     "npy: truncated": (lambda d: written(d / "x.npy", b"\x93NUMPY\x01\x00\xff\xff"), SourceError, "no readable .npy"),
     "npy: NaN": (lambda d: npy(d / "x.npy", NAN), SourceError, "NaN or infinity"),
     "npy: complex": (lambda d: npy(d / "x.npy", ROWS.astype(np.complex64)), SourceError, "float tensor"),
-    "npy: token ids": (lambda d: npy(d / "x.npy", np.ones((4, 16), int)), SourceError, "ids of tokens are no prompt"),
+    "npy: token ids": (lambda d: npy(d / "x.npy", np.ones((4, 16), int)), SourceError, "floats are needed"),
     "npy: flags": (lambda d: npy(d / "x.npy", ROWS > 0), SourceError, "holds bool"),
     "npy: two arrays": (
         lambda d: written(npy(d / "x.npy", ROWS), (d / "x.npy").read_bytes() * 2),
