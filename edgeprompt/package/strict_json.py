@@ -53,7 +53,7 @@ def consistent(items: list[tuple[str, Any]]) -> dict[str, Any]:
         ValueError: it has a key with two values.
     """
     found = dict(items)
-    twice = next((key for key, value in items if value != found[key]), None)
+    twice = next((key for key, value in items if value is not found[key] and value != found[key]), None)
     if twice is not None:
         raise ValueError(f"it says two things of {twice!r}")
     return found
