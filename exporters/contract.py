@@ -18,7 +18,7 @@ PROVIDERS = ("cpu", "cuda")
 PROMPT_INPUTS = ("required", "optional")
 HUB_LAYOUT = "hub"
 LAYOUTS = ("edgeprompt", HUB_LAYOUT)
-CALIBRATED = ("int8",)
+CALIBRATED = ("int8", "int4")
 """Precisions of decoders that look at calibration texts."""
 WEB_PRECISIONS = ("int8", "fp32", "fp16")
 
@@ -66,6 +66,8 @@ class ExportOptions:
                 f"precision {self.precision!r} uses no calibration texts; leave them out, or take one of "
                 f"{', '.join(CALIBRATED)}"
             )
+        if self.calibration is not None and self.block_size != 32:
+            raise InputError(f"blocks of {self.block_size} are made without calibration texts; leave them out")
         if self.block_size != 32 and self.precision != "int4":
             raise InputError(f"block_size {self.block_size} is for int4 weights, and precision is {self.precision!r}")
         if self.precision == "gguf" and self.route == "onnx":

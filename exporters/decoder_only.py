@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -11,7 +12,7 @@ import onnx_ir as ir
 from edgeprompt import names
 from edgeprompt.base.geometry import geometry_of
 from edgeprompt.base.load import LoadedBase
-from edgeprompt.errors import ExportError, UnsupportedError
+from edgeprompt.errors import ExportError, InputError, UnsupportedError
 from edgeprompt.package.manifest import Manifest
 from edgeprompt.prompts.file import PromptFile
 from exporters.contract import CALIBRATED, BuiltGraphs, ExportOptions
@@ -19,11 +20,12 @@ from exporters.graft.fuse import drop_unused
 from exporters.graft.kept_logits import keep_logits
 from exporters.graft.rotary import compute_tables
 from exporters.graft.virtual_tokens import expose_hidden_states, graft_virtual_tokens
-from exporters.quantize.graph import quantize_graph
-from exporters.quantize.observe import observe
+from exporters.quantize.graph import BLOCK, FOUR_BITS, quantize_graph
+from exporters.quantize.observe import MOST_PARAMETERS, Observed, observe
 from exporters.validate.decoder import validate_decoder
 
 GRAPH = "model.onnx"
+_LOG = logging.getLogger("edgeprompt")
 
 
 def build(loaded: LoadedBase, options: ExportOptions, folder: Path, scratch: Path) -> BuiltGraphs:
@@ -74,7 +76,6 @@ def finish_graph(model: ir.Model, loaded: LoadedBase, options: ExportOptions, sc
     _name_shapes(model, geometry.num_key_value_heads, geometry.head_size)
     expose_hidden_states(model, geometry.hidden_size)
     keep_logits(model, geometry.vocab_size)
-    observed = observe(loaded, options.calibration) if options.precision in CALIBRATED else None
     model.meta["weights"] = quantize_graph(
         model,
         options.precision,
@@ -83,7 +84,7 @@ def finish_graph(model: ir.Model, loaded: LoadedBase, options: ExportOptions, sc
         stored=loaded.stored,
         scratch=scratch,
         target=options.target,
-        observed=observed,
+        observed=_observed(loaded, options),
     )
     compute_tables(model, loaded.model)
     graft_virtual_tokens(
@@ -93,6 +94,32 @@ def finish_graph(model: ir.Model, loaded: LoadedBase, options: ExportOptions, sc
         after_scale=hasattr(loaded.model.get_input_embeddings(), "embed_scale"),
         prompt_input=options.prompt_input,
     )
+
+
+def _observed(loaded: LoadedBase, options: ExportOptions) -> Observed | None:
+    """What calibration texts tell of the base; None: they are not looked at.
+
+    Raises:
+        InputError: the user gave some for nothing.
+    """
+    if options.precision not in CALIBRATED or options.block_size != BLOCK:
+        return None
+    if options.precision != "int4":
+        return observe(loaded, options.calibration)
+    table = loaded.model.get_input_embeddings().weight
+    matrices = {name for name, one in loaded.model.named_parameters() if one.dim() == 2 and one is not table}
+    parameters = sum(parameter.numel() for parameter in loaded.model.parameters())
+    if loaded.stored and all(loaded.stored.get(name) in FOUR_BITS for name in matrices):
+        why = f"{loaded.name!r} has 4 bits already"
+    elif parameters > MOST_PARAMETERS:
+        why = f"{loaded.name!r} has more than {MOST_PARAMETERS // 10**6} million parameters"
+        if options.calibration is None:
+            _LOG.warning("note: %s: int4 rounds its weights to the nearest, without calibration texts", why)
+    else:
+        return observe(loaded, options.calibration, closely=True)
+    if options.calibration is not None:
+        raise InputError(f"{why}: int4 rounds its weights to the nearest, without calibration texts; leave them out")
+    return None
 
 
 def save_graph(model: ir.Model, path: Path) -> None:

@@ -100,8 +100,8 @@ def export_model(
             base's config.json (decoders).
         data: Texts on which the package is compared with its base: a file or records as `tune` reads them, or lines of
             a `.txt` file. None: the texts shipped with edgeprompt.
-        calibration: Texts, as for `data`, that show which activations matter to a decoder's int8 weights. None: the
-            texts shipped with edgeprompt. No text may be in `data` too, which judges.
+        calibration: Texts, as for `data`, that show which activations matter to a decoder's int8 or int4 weights.
+            None: the texts shipped with edgeprompt. No text may be in `data` too, which judges.
         allow_quality_loss: Write the package even if it is further from its base than the limits allow
             (`exporters.validate.quality.LIMITS`); its manifest says "allowed".
         allow_other_weights: Put prompts into the package that were tuned for other weights, though these or its own are

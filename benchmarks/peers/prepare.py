@@ -40,19 +40,19 @@ def prepare(folder: Path, base: Base, *, threads: int) -> Path:
     folder.mkdir(parents=True, exist_ok=True)
     gguf, hf = base.file(folder), folder / "hf"
     if not hf.exists():
-        _save_hf(gguf, hf)
+        save_hf(gguf, hf)
     for name, how in base.packages.items():
         if not (folder / name).exists():
             _export(gguf, folder / name, how)
     for name, options in GENAI.items():
         if not (folder / name).exists():
-            _build_genai(hf, folder / name, options)
+            build_genai(hf, folder / name, options)
     path = folder / "work.json"
     path.write_text(json.dumps(_describe(folder, hf, gguf, base, threads), indent=1) + "\n", encoding="utf-8")
     return path
 
 
-def _save_hf(gguf: Path, out: Path) -> None:
+def save_hf(gguf: Path, out: Path) -> None:
     from edgeprompt.base.load import load_base
 
     base = load_base(gguf)
@@ -75,7 +75,7 @@ def _export(gguf: Path, out: Path, how: dict[str, Any]) -> None:
     export_model(gguf, out, **how)
 
 
-def _build_genai(hf: Path, out: Path, more: tuple[str, ...]) -> None:
+def build_genai(hf: Path, out: Path, more: tuple[str, ...]) -> None:
     """onnxruntime-genai's own int4 model, with the accuracy level that is fastest on processors; none if it fails."""
     scratch = out.with_name(f"{out.name}.partial")
     builder = [sys.executable, "-m", "onnxruntime_genai.models.builder"]

@@ -15,7 +15,6 @@ from benchmarks.peers.cores import APART
 
 ROOT = Path(__file__).resolve().parents[2]
 RESULTS = Path(__file__).resolve().parents[1] / "results"
-BEGIN, END = "<!-- benchmarks: begin -->", "<!-- benchmarks: end -->"
 GUESSING = 0.6
 """A peer whose labels agree less with those of PyTorch in fp32 does not do the work: of two labels, half are right."""
 OURS = ("edgeprompt", "edgeprompt-int4-128", "edgeprompt-int8")
@@ -265,14 +264,15 @@ def result_of(base: str) -> Path:
     return RESULTS / f"peers-{base}.json"
 
 
-def write_table(document: Path, table: str) -> None:
-    """Put a table between a document's markers."""
+def write_table(document: Path, table: str, name: str = "benchmarks") -> None:
+    """Put a table between a document's markers of that name."""
+    begin, end = f"<!-- {name}: begin -->", f"<!-- {name}: end -->"
     text = document.read_text(encoding="utf-8")
-    before, _, rest = text.partition(BEGIN)
-    _, found, after = rest.partition(END)
+    before, _, rest = text.partition(begin)
+    _, found, after = rest.partition(end)
     if not found:
-        raise SystemExit(f"{document.name} lacks the markers {BEGIN} and {END}")
-    document.write_text(f"{before}{BEGIN}\n\n{table}\n{END}{after}", encoding="utf-8")
+        raise SystemExit(f"{document.name} lacks the markers {begin} and {end}")
+    document.write_text(f"{before}{begin}\n\n{table}\n{end}{after}", encoding="utf-8")
 
 
 def main() -> None:

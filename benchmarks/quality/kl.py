@@ -1,12 +1,15 @@
 """How far each precision is from its base, beside llama.cpp on the same file: KL divergence, top-1, perplexity.
 
-    python -m benchmarks.quality.kl --llamacpp PYTHON [--bases smollm2,gemma3] [--sentences 400] [--table]
+    python -m benchmarks.quality.kl --llamacpp PYTHON [--floats FOLDER] [--bases smollm2,gemma3] [--table]
 
-PyTorch in float32 on the weights of the GGUF file is the reference. Two places of every sentence are predicted: its
-middle and its end. The sentences are those of the test sets in examples/data, filled up from the training set of the
-source task: no default was chosen by them. PYTHON is an interpreter that has xllamacpp. llama.cpp gives its 2,000 most
-likely tokens; the others count as one token there, which can only make its KL divergence look smaller, and share the
-rest evenly for its perplexity, which is rough. Writes benchmarks/results/kl.json; `--table` prints it.
+PyTorch in float32 on the weights of the GGUF file is the reference. `--floats` compares int4 of the same bases as
+floats (`float_bases.py`) with llama.cpp's Q4_K_M of them, made with its libraries in FOLDER (`llamacpp_quantize.py`),
+and with what ONNX Runtime GenAI's builder makes in int4 by default; the floats are the reference then. Two places of
+every sentence are predicted: its middle and its end. The sentences are those of the test sets in examples/data, filled
+up from the training set of the source task: no default was chosen by them. PYTHON is an interpreter that has xllamacpp.
+llama.cpp gives its 2,000 most likely tokens; the others count as one token there, which can only make its KL divergence
+look smaller, and share the rest evenly for its perplexity, which is rough. Writes benchmarks/results/kl.json and
+the table of docs/quantisation.md; `--table` only the latter.
 """
 
 from __future__ import annotations
@@ -18,21 +21,23 @@ import subprocess
 import sys
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import numpy as np
 import numpy.typing as npt
 
 from benchmarks.machine import describe, line
+from benchmarks.peers.table import write_table
+from benchmarks.quality.float_bases import float_base, genai_int4, q4_k_m
 
 ROOT = Path(__file__).resolve().parents[2]
 sys.path.insert(0, str(ROOT / "examples"))
-from models import GEMMA3, SMOLLM2, Model, model_file, package  # noqa: E402
+from models import GEMMA3, SMOLLM2, WORK, Model, edgeprompt, model_file, package  # noqa: E402
 
 OUT = ROOT / "benchmarks" / "results" / "kl.json"
 BASES = {"smollm2": SMOLLM2, "gemma3": GEMMA3}
 PRECISIONS = ("gguf", "int8", "int4")
-LLAMACPP = "llama.cpp, the file itself"
+LLAMACPP, Q4_K_M, GENAI = "llama.cpp, the file itself", "llama.cpp, Q4_K_M", "onnxruntime-genai, int4"
 MOST = 2000
 _AT_ONCE = 32
 _LEAST_TOKENS, _MOST_TOKENS = 6, 64
@@ -45,13 +50,14 @@ def main() -> None:
     """Measure, write the result, print the table."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--llamacpp", type=Path, metavar="PYTHON")
+    parser.add_argument("--floats", type=Path, metavar="FOLDER")
     parser.add_argument("--bases", default=",".join(BASES))
-    parser.add_argument("--precisions", default=",".join(PRECISIONS))
+    parser.add_argument("--precisions", default=",".join(PRECISIONS), help='"": the file itself is not compared.')
     parser.add_argument("--sentences", type=int, default=400)
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--out", type=Path, default=OUT)
     parser.add_argument("--add", action="store_true", help="Keep the result's other rows, of the same sentences.")
-    parser.add_argument("--table", action="store_true", help="Measure nothing, print the result.")
+    parser.add_argument("--table", action="store_true", help="Measure nothing, write the table.")
     given = parser.parse_args()
     if not given.table:
         result: dict[str, Any] = {"sentences": given.sentences, "bases": {}}
@@ -61,10 +67,17 @@ def main() -> None:
                 raise SystemExit(f"the result has {result['sentences']} sentences; give as many, or leave out --add")
         result["machine"] = describe()
         for name in given.bases.split(","):
-            found = measure(BASES[name], given.precisions.split(","), given.sentences, given.llamacpp, given.threads)
-            result["bases"][name] = {**result["bases"].get(name, {}), **found}
-            given.out.write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
-    print(table(json.loads(given.out.read_text("utf-8"))))
+            for kind, compared in sides(
+                BASES[name], [one for one in given.precisions.split(",") if one], given.llamacpp, given.floats
+            ):
+                found = measure(*compared, given.sentences, given.threads)
+                rows = result.setdefault(kind, {})
+                rows[name] = {**rows.get(name, {}), **found}
+                given.out.write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
+    found = table(json.loads(given.out.read_text("utf-8")))
+    print(found)
+    if given.out == OUT:
+        write_table(ROOT / "docs" / "quantisation.md", found, "kl")
 
 
 def sentences(count: int) -> list[str]:
@@ -77,10 +90,33 @@ def sentences(count: int) -> list[str]:
     return list(dict.fromkeys(texts))[:count]
 
 
+Compared = tuple[Path, dict[str, Path], dict[str, "Peer"]]
+"""The reference, our packages, and peers."""
+
+
+def sides(
+    model: Model, precisions: list[str], llamacpp: Path | None, floats: Path | None
+) -> Iterator[tuple[str, Compared]]:
+    """What is compared: "bases", the file as it is, and "floats"."""
+    packages = {name: package(name, model) for name in precisions}
+    peers: dict[str, Peer] = {LLAMACPP: _LlamaCpp(llamacpp, model_file(model))} if llamacpp is not None else {}
+    if packages or peers:
+        yield "bases", (model_file(model), packages, peers)
+    if floats is None:
+        return
+    base, ours = float_base(model), WORK / f"{model.name}-f16-int4"
+    if not ours.exists():
+        edgeprompt("export", base, "-o", ours, "--precision", "int4", "--allow-quality-loss")
+    peers = {Q4_K_M: _LlamaCpp(llamacpp, q4_k_m(model, floats))} if llamacpp is not None else {}
+    if (genai := genai_int4(model)) is not None:
+        peers[GENAI] = _GenAI(genai)
+    yield "floats", (base, {"int4": ours}, peers)
+
+
 def measure(
-    model: Model, precisions: list[str], count: int, llamacpp: Path | None, threads: int
+    reference: Path, packages: dict[str, Path], peers: dict[str, Peer], count: int, threads: int
 ) -> dict[str, dict[str, Any]]:
-    """Figures of every precision of one base, and of llama.cpp."""
+    """Figures of every package and peer."""
     import torch
 
     from edgeprompt.base.decoder_graph import DecoderGraph
@@ -89,15 +125,14 @@ def measure(
     from exporters.validate.reference import Question, ask
 
     torch.set_num_threads(threads)
-    packages = {name: open_package(package(name, model)) for name in precisions}
-    loaded = load_base(model_file(model))
+    loaded = load_base(reference)
     vocab = loaded.config.get_text_config().vocab_size
     texts = [np.array(loaded.tokenizer.encode(text)[:_MOST_TOKENS], np.int64) for text in sentences(count + 100)]
     texts = [ids for ids in texts if len(ids) >= _LEAST_TOKENS][:count]
-    graphs = {name: DecoderGraph(found.path, found.manifest) for name, found in packages.items()}
+    opened = {name: open_package(path) for name, path in packages.items()}
+    graphs = {name: DecoderGraph(found.path, found.manifest) for name, found in opened.items()}
     rows = np.zeros((1, loaded.config.get_text_config().hidden_size), np.float32)
-    tallies: dict[str, list[list[float]]] = {name: [] for name in (*precisions, LLAMACPP)}
-    peer = _Peer(llamacpp, model_file(model), threads) if llamacpp is not None else None
+    tallies: dict[str, list[list[float]]] = {name: [] for name in (*packages, *peers)}
     for start in range(0, len(texts), _AT_ONCE):
         part = texts[start : start + _AT_ONCE]
         said = ask(loaded.model, [Question(ids, [at - 1 for at in _places(ids)]) for ids in part], vocab)
@@ -106,21 +141,16 @@ def measure(
             for name, graph in graphs.items():
                 for at, want, got in zip(_places(ids), wanted, _logits(graph, ids, rows), strict=True):
                     tallies[name].append(_compare(want, _log_softmax(got[:vocab]), int(ids[at])))
-            if peer is not None:
+            for name, peer in peers.items():
                 for at, want in zip(_places(ids), wanted, strict=True):
-                    tallies[LLAMACPP].append(peer.compare(want, ids[:at], int(ids[at])))
-        print(f"{model.name}: {start + len(part)} of {len(texts)} sentences", file=sys.stderr, flush=True)
-    found: dict[str, dict[str, Any]] = {}
-    for name, tally in tallies.items():
-        if tally:
-            size = packages[name].path if name in packages else None
-            found[name] = {
-                **_figures(np.array(tally)),
-                "bytes": sum(file.stat().st_size for file in size.rglob("*") if file.is_file())
-                if size is not None
-                else model_file(model).stat().st_size,
-            }
-    return found
+                    tallies[name].append(peer.compare(want, ids[:at], int(ids[at])))
+        print(f"{reference.name}: {start + len(part)} of {len(texts)} sentences", file=sys.stderr, flush=True)
+    sizes = {**packages, **{name: peer.path for name, peer in peers.items()}}
+    return {name: {**_figures(np.array(tally)), "bytes": _size(sizes[name])} for name, tally in tallies.items()}
+
+
+def _size(path: Path) -> int:
+    return sum(file.stat().st_size for file in (path.rglob("*") if path.is_dir() else [path]) if file.is_file())
 
 
 def _places(ids: Ids) -> tuple[int, int]:
@@ -161,13 +191,40 @@ def _figures(tally: Floats) -> dict[str, Any]:
     }
 
 
-class _Peer:
+class Peer(Protocol):
+    """Somebody else's runtime on a file or folder."""
+
+    path: Path
+
+    def compare(self, want: Floats, ids: Ids, token: int) -> list[float]:
+        """As `_compare`, of the token behind `ids`."""
+        ...
+
+
+class _GenAI:
+    """ONNX Runtime GenAI."""
+
+    def __init__(self, path: Path) -> None:
+        import onnxruntime_genai
+
+        self.path, self._library = path, onnxruntime_genai
+        self._model = onnxruntime_genai.Model(str(path))
+
+    def compare(self, want: Floats, ids: Ids, token: int) -> list[float]:
+        generator = self._library.Generator(self._model, self._library.GeneratorParams(self._model))
+        generator.append_tokens(ids.astype(np.int32))
+        logits = np.asarray(generator.get_output("logits"))[0, -1]
+        return _compare(want, _log_softmax(logits[: len(want)]), token)
+
+
+class _LlamaCpp:
     """llama.cpp in a process of its own."""
 
-    def __init__(self, python: Path, gguf: Path, threads: int) -> None:
+    def __init__(self, python: Path, gguf: Path) -> None:
+        self.path = gguf
         script = Path(__file__).with_name("llamacpp_logits.py")
         self._process = subprocess.Popen(
-            [python, script, gguf, str(MOST), str(threads)],
+            [python, script, gguf, str(MOST), "2"],
             stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True,
         )  # fmt: skip
         self._read()
@@ -180,7 +237,7 @@ class _Peer:
         return json.loads(text)
 
     def compare(self, want: Floats, ids: Ids, token: int) -> list[float]:
-        """As `_compare`, over its most likely tokens and one that stands for all others."""
+        """Over its most likely tokens, and one that stands for all others."""
         assert self._process.stdin is not None
         self._process.stdin.write(json.dumps(ids.tolist()) + "\n")
         self._process.stdin.flush()
@@ -203,12 +260,14 @@ def table(result: dict[str, Any]) -> str:
         "| base | | MB | mean KL | median | 90th percentile | top-1 | perplexity (base) |",
         "| --- | --- | --- | --- | --- | --- | --- | --- |",
     ]
-    lines += [
-        f"| {base} | {name} | {row['bytes'] / 1e6:.0f} | {row['kl_mean']:.4f} | {row['kl_median']:.4f} "
-        f"| {row['kl_p90']:.4f} | {100 * row['top1']:.1f} % | {row['perplexity']:.2f} ({row['perplexity_base']:.2f}) |"
-        for base, rows in result["bases"].items()
-        for name, row in rows.items()
-    ]
+    for kind in ("bases", "floats"):
+        for base, rows in result.get(kind, {}).items():
+            lines += [
+                f"| {base}{' as floats' * (kind == 'floats')} | {name} | {row['bytes'] / 1e6:.0f} "
+                f"| {row['kl_mean']:.4f} | {row['kl_median']:.4f} | {row['kl_p90']:.4f} | {100 * row['top1']:.1f} % "
+                f"| {row['perplexity']:.2f} ({row['perplexity_base']:.2f}) |"
+                for name, row in rows.items()
+            ]
     return "\n".join([*lines, "", f"{result['sentences']} sentences, two places each. {line(result['machine'])}"])
 
 

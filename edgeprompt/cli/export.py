@@ -33,8 +33,8 @@ if TYPE_CHECKING:
 @click.option(
     "--calibration",
     metavar="DATA",
-    help="Texts as for --data that show which activations of a decoder matter (int8), instead of the shipped ones. "
-    "--data must hold others.",
+    help="Texts as for --data that show which activations of a decoder matter (int8, int4), instead of the shipped "
+    "ones. --data must hold others.",
 )
 @click.option(
     "--allow-quality-loss",

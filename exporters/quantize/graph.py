@@ -24,6 +24,7 @@ from edgeprompt.errors import ExportError
 from exporters.graft.fuse import drop_unused
 from exporters.graft.linears import Linear, WeightIndex, find_linears, initializer_tensor, is_constant
 from exporters.quantize.equalize import MOST_BLOCKS, Factors, divided, equalize
+from exporters.quantize.feedback import moments, quantize_affine_fed
 from exporters.quantize.observe import Observed, of_pieces
 from exporters.quantize.rows import quantize_rows
 from exporters.quantize.store import Store
@@ -35,6 +36,11 @@ TABLE_BLOCK = 64
 SIGNED_8, SIGNED_7 = 127, 63
 """Largest magnitudes of signed weights. AVX2 adds two products with 8-bit activations in 16 bits, where those of 7-bit
 weights always fit; 8-bit ones need ONNX Runtime's `session.x64quantprecision` there, which the runtime sets."""
+EIGHT_BITS = 0.13
+"""Share of the weights of an int4 graph's layers that have 8 bits, where it is known which matter most. A package has
+then about the bytes of llama.cpp's Q4_K_M."""
+WORTH_BITS = 1e-4
+"""KL divergence, in nats, that a matrix must lose with 4 bits to be one of them."""
 MIN_WEIGHTS = 4096
 """Smaller matrices stay in float: their bytes do not matter, their precision may."""
 
@@ -129,6 +135,9 @@ class _Quantizer:
         self.web = target == names.WEB
         self.graph, self.stored, self.store, self.observed = model.graph, stored, store, observed
         self.factors = Factors()
+        self.eight: set[ir.Node] = set()
+        """Layers of an int4 graph that have 8 bits."""
+        self._moments: tuple[torch.Tensor, torch.Tensor] | None = None
         self.precision, self.levels, self.block_size = precision, levels, block_size
         self.index = WeightIndex(torch_model)
         self.records: list[dict[str, Any]] = []
@@ -149,8 +158,11 @@ class _Quantizer:
                 self._store_half()
             return self.records
         linears = [linear for linear in find_linears(self.graph) if math.prod(linear.shape) >= MIN_WEIGHTS]
+        layers = [one for one in linears if head is None or one.node is not head.node]
         if self.precision == "int8" and self.observed is not None:
-            self.factors = self._equalized([one for one in linears if head is None or one.node is not head.node])
+            self.factors = self._equalized(layers)
+        if self.precision == "int4" and self.observed is not None and self.block_size == BLOCK:
+            self.eight = self._sensitive(layers, self.observed)
         for linear in linears:
             is_head = head is not None and linear.node is head.node
             if is_head and self.web:
@@ -176,12 +188,32 @@ class _Quantizer:
         share = 0.0 if self.web else MOST_BLOCKS
         return equalize(self.graph, linears, largest, self._initializer, levels=self.levels, most_blocks=share)
 
+    def _sensitive(self, linears: list[Linear], observed: Observed) -> set[ir.Node]:
+        """The layers that lose most with 4 bits for each of their weights, as far as `EIGHT_BITS` goes."""
+        losses: dict[ir.Node, float] = {}
+        for linear in linears:
+            weight = linear.weight()
+            pieces = self.index.pieces(weight)
+            inputs = observed.inputs_of(pieces)
+            if inputs is None or weight.shape[1] % BLOCK:
+                continue
+            blocks, offsets = quantize_affine(weight, block=BLOCK)
+            lost = blocks.dequantize() + offsets.repeat_interleave(BLOCK, dim=1) - weight
+            losses[linear.node] = observed.divergence((observed.gradients_of(pieces) * (inputs @ lost.T)).sum(1))
+        sizes = {linear.node: math.prod(linear.shape) for linear in linears}
+        left, found = EIGHT_BITS * sum(sizes.values()), set()
+        for node in sorted(losses, key=lambda one: -losses[one] / sizes[one]):
+            if losses[node] >= WORTH_BITS and sizes[node] <= left:
+                found.add(node)
+                left -= sizes[node]
+        return found
+
     def _linear(self, linear: Linear, is_head: bool) -> tuple[BlockWeights, ir.Value, ir.Value, ir.Value | None] | None:
         """Quantise one weight, which is read here and let go; what `_gather` needs where it has 8 bits."""
         weight = linear.weight()
         if self.precision == "int8" and not is_head and linear.node not in self.factors.blocks:
             self._dynamic(linear, weight)
-        elif self._four_bits(weight) and not is_head and weight.shape[1] % BLOCK == 0:
+        elif self._four_bits(weight) and not (is_head or linear.node in self.eight or weight.shape[1] % BLOCK):
             if self.block_size == BLOCK:
                 self._affine(linear, weight)
             else:
@@ -258,12 +290,26 @@ class _Quantizer:
         the offsets, quantised like weights, to the weight's columns.
         """
         columns = weight.shape[1]
-        blocks, offsets = quantize_affine(weight, block=BLOCK, exact_grid=self.precision == "gguf")
-        padded = torch.nn.functional.pad(offsets, (0, -offsets.shape[1] % BLOCK))
-        blocks = blocks.joined(quantize_blocks(padded, bits=4, block=BLOCK))
+        factor = self._factor_of(weight)
+        if factor is not None:
+            blocks, stored = quantize_affine_fed(weight, factor)
+        else:
+            blocks, offsets = quantize_affine(weight, block=BLOCK, exact_grid=self.precision == "gguf")
+            padded = torch.nn.functional.pad(offsets, (0, -offsets.shape[1] % BLOCK))
+            stored = quantize_blocks(padded, bits=4, block=BLOCK)
         value = linear.node.inputs[0]
         assert value is not None
-        self._matmul(linear, weight, blocks, self._with_block_sums(value, columns), BLOCK, offsets=padded.shape[1])
+        fed = self._with_block_sums(value, columns)
+        self._matmul(linear, weight, blocks.joined(stored), fed, BLOCK, offsets=stored.columns)
+
+    def _factor_of(self, weight: torch.Tensor) -> torch.Tensor | None:
+        """`moments` of a weight's inputs, computed once for layers in a row that are fed the same; None: not known."""
+        inputs = self.observed.inputs_of(self.index.pieces(weight)) if self.observed is not None else None
+        if inputs is None or self.precision != "int4":
+            return None
+        if self._moments is None or not torch.equal(self._moments[0], inputs):
+            self._moments = inputs, moments(inputs)
+        return self._moments[1]
 
     def _integer(self, linear: Linear, weight: torch.Tensor) -> None:
         """4 bits with integer zero points, in the largest blocks that the columns are whole blocks of."""

@@ -8,8 +8,6 @@ import pytest
 
 from benchmarks.peers.bases import BASES
 from benchmarks.peers.table import (
-    BEGIN,
-    END,
     FAITHFUL,
     FAST,
     IN_README,
@@ -89,7 +87,9 @@ def test_rounds_with_the_cores_apart_count_only_where_there_is_no_other(result: 
 
 def test_a_table_is_replaced_between_its_markers(result: dict[str, Any], tmp_path: Path):
     readme = tmp_path / "README.md"
-    readme.write_text(f"before\n{BEGIN}\nlast year\n{END}\nafter\n", encoding="utf-8")
+    readme.write_text(
+        "before\n<!-- benchmarks: begin -->\nlast year\n<!-- benchmarks: end -->\nafter\n", encoding="utf-8"
+    )
     for _ in range(2):
         write_table(readme, to_markdown(result))
     text = readme.read_text(encoding="utf-8")

@@ -116,8 +116,10 @@ def test_calibration_texts_that_nothing_would_use_are_refused(
     tiny_llama_base: Path, encoder_base: Callable[[str], Path], seq2seq_base: Callable[[str], Path], tmp_path: Path
 ) -> None:
     texts = _lines(tmp_path / "one.txt", ["Some words.", "More words."])
-    with pytest.raises(InputError, match="'int4' uses no calibration texts"):
-        export_model(tiny_llama_base, tmp_path / "package", precision="int4", calibration=texts)
+    with pytest.raises(InputError, match="'fp32' uses no calibration texts"):
+        export_model(tiny_llama_base, tmp_path / "package", precision="fp32", calibration=texts)
+    with pytest.raises(InputError, match="blocks of 64 are made without calibration texts"):
+        export_model(tiny_llama_base, tmp_path / "package", precision="int4", block_size=64, calibration=texts)
     for base in (encoder_base("BERT"), seq2seq_base("T5")):
         with pytest.raises(UnsupportedError, match="calibration is for decoders"):
             export_model(base, tmp_path / "package", precision="int8", calibration=texts)
