@@ -49,11 +49,8 @@ def genai_int4(model: Model) -> Path | None:
     if not folder.exists():
         save_hf(float_base(model), folder)
     if not out.exists():
-        try:
-            build_genai(folder, out, ())
-        except subprocess.CalledProcessError:
-            return None
-    return out
+        build_genai(folder, out, ())
+    return out if out.exists() else None
 
 
 def _write_floats(source: Path, out: Path) -> None:
