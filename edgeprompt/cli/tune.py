@@ -11,7 +11,16 @@ from edgeprompt import names
 from edgeprompt.cli import console
 from edgeprompt.errors import DataError
 from edgeprompt.package.files import read_regular
-from edgeprompt.tuning.options import ENCODERS, INITS, LOSSES, METHODS, PRECISIONS, Distillation, TuneOptions
+from edgeprompt.tuning.options import (
+    ENCODERS,
+    INITS,
+    LOSSES,
+    MAX_LENGTH,
+    METHODS,
+    PRECISIONS,
+    Distillation,
+    TuneOptions,
+)
 
 if TYPE_CHECKING:
     from edgeprompt.tuning import TuneResult
@@ -158,7 +167,11 @@ def _instruction(value: str | None) -> str | None:
 )
 @click.option("--seed", type=click.IntRange(0), default=0, show_default=True)
 @click.option(
-    "--max-length", type=click.IntRange(2), default=256, show_default=True, help="Tokens; longer texts are cut."
+    "--max-length",
+    type=click.IntRange(2),
+    default=MAX_LENGTH,
+    show_default=f"{MAX_LENGTH}, or what the base takes",
+    help="Tokens; longer texts are cut.",
 )
 @click.option("--mixed-precision", type=click.Choice(PRECISIONS), default="no", show_default=True)
 @click.option(

@@ -33,7 +33,7 @@ PROJECTED_RATE = 0.001
 """Learning rate of a prefix behind a projection."""
 HEAD_RATE = 0.005
 """Learning rate of a task head."""
-DEFAULT_STEPS = 200
+DEFAULT_STEPS, MAX_LENGTH = 200, 256
 EVAL_EXAMPLES = 256
 """Examples that evaluation looks at where there are enough."""
 _MOST_EVAL = 0.2
@@ -135,8 +135,9 @@ class TuneOptions:
     batch_size: int = 16
     learning_rate: float | None = None
     seed: int = 0
-    max_length: int = 256
-    """Most tokens of one example, virtual tokens and target included; longer texts are cut."""
+    max_length: int = MAX_LENGTH
+    """Most tokens of one example, virtual tokens and target included; longer texts are cut. A base that takes fewer
+    than the default has its own limit."""
     mixed_precision: str = "no"
     calibrate: bool = True
     """Try a contextual calibration of the verbalizer, and keep it where it helps on the eval data."""

@@ -20,7 +20,7 @@ from edgeprompt.tuning.encoder import EncoderPrompt
 from edgeprompt.tuning.encoding import RecordEncoder
 from edgeprompt.tuning.heads import AnswerSpan, HeadClassify, Tag
 from edgeprompt.tuning.objectives import Generate, Objective, WordClassify
-from edgeprompt.tuning.options import TuneOptions
+from edgeprompt.tuning.options import MAX_LENGTH, TuneOptions
 from edgeprompt.tuning.packages import PackageWeights
 from edgeprompt.tuning.plan import DataFacts, TaskPlan, make_plan
 from edgeprompt.tuning.prompted import Prompted
@@ -77,7 +77,10 @@ def prepare(base: Any, facts: DataFacts, options: TuneOptions, *, num_tasks: int
     geometry = geometry_of(loaded.config)
     tokenizer = read_tokenizer(loaded, geometry.vocab_size)
     if options.max_length > geometry.max_positions > 0:
-        raise InputError(f"max_length is {options.max_length}, {loaded.name} takes at most {geometry.max_positions}")
+        if options.max_length != MAX_LENGTH:
+            most = geometry.max_positions
+            raise InputError(f"max_length is {options.max_length}, {loaded.name} takes at most {most}")
+        options = replace(options, max_length=geometry.max_positions)
     soft = None
     if options.method != "head":
         soft = SoftPrompt(geometry, options, task_type=_TASK_TYPES[architecture], num_tasks=num_tasks)

@@ -6,6 +6,7 @@ import dataclasses
 import io
 import json
 import random
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -25,7 +26,7 @@ from edgeprompt.errors import (
 from edgeprompt.package.fingerprint import parse
 from edgeprompt.prompts.file import load_prompt
 from edgeprompt.tuning import TuneOptions, tune
-from edgeprompt.tuning.options import checkpoint_path
+from edgeprompt.tuning.options import MAX_LENGTH, checkpoint_path
 from edgeprompt.tuning.record import Recorder
 
 WORDS = {"animal": ["cat", "dog", "cow", "horse", "sheep"], "number": ["one", "two", "three", "four", "five"]}
@@ -234,6 +235,15 @@ def test_labels_and_words_come_from_the_data(tiny_llama_base: Path, tmp_path: Pa
     assert prompt.verbalizer == {"animal": (" animal",), "number": (" number",)}
     assert str(prompt.template) == "{prompt}{text}\nLabel:"
     assert prompt.training["examples"] == 6
+
+
+def test_a_base_that_takes_less_than_the_default_length_has_its_own(tiny_llama_base: Path, tmp_path: Path) -> None:
+    base = shutil.copytree(tiny_llama_base, tmp_path / "base")
+    config = json.loads((base / "config.json").read_text())
+    (base / "config.json").write_text(json.dumps({**config, "max_position_embeddings": 64}))
+    rows = [{**row, "text": f"{row['text']} " * 80} for row in toy_rows()]
+    done = tune(base, rows, output=tmp_path / "toy.safetensors", options=options(steps=1, max_length=MAX_LENGTH))
+    assert done.prompt.training["examples"]
 
 
 @pytest.mark.parametrize(
