@@ -387,7 +387,7 @@ class Runtime:
         """
         if isinstance(texts, str | Mapping):
             raise InputError("embed takes a list of texts; put the one text into a list")
-        if input_ids is not None and len(texts):
+        if input_ids is not None and any(texts):
             raise InputError("embed takes texts or input_ids; give one of them")
         if not isinstance(texts if input_ids is None else input_ids, Iterable):
             raise InputError("embed takes a list of texts, or input_ids: a list of the ids of each")

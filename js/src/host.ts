@@ -88,7 +88,7 @@ export class WorkerHost implements Host {
   }
 
   private fail(error: Error): void {
-    this.failure = error;
+    this.failure ??= error; // a worker that was ended may say so afterwards
     for (const pending of this.pending.values()) {
       pending.unlisten();
       pending.reject(error);
