@@ -9,6 +9,7 @@ from __future__ import annotations
 import hashlib
 import json
 import logging
+import mmap
 import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -25,10 +26,12 @@ _GRAPH, _DATA, _SIZES = "graph.onnx", "graph.onnx.data", "sizes.json"
 _CONFIG = {
     "session.optimized_model_external_initializers_file_name": _DATA,
     "session.optimized_model_external_initializers_min_size_in_bytes": "16384",
-    "session.save_external_prepacked_constant_initializers": "1",
 }
-"""ONNX Runtime's settings for writing an optimised graph with its packed weights. It opens the file of data once for
-every tensor that is not in the graph's file, so the small ones stay in that."""
+"""ONNX Runtime's settings for writing an optimised graph. It opens the file of data once for every tensor that is not
+in the graph's file, so the small ones stay in that."""
+_PACKED = "session.save_external_prepacked_constant_initializers"
+_EIGHT_BITS = b"\x0a\x04bits\x18\x08"
+"""The attribute `bits` = 8 of an operator in a graph's file."""
 
 SLOWER_FUSIONS = ["SkipLayerNormFusion", "BiasGeluFusion"]
 """Fusions that are switched off on the CPU, whose kernels for them are slower than for what they replace: at 2,048 rows
@@ -43,8 +46,18 @@ class GraphCache:
     off, how it is written and the processor: any other finds none. It is written whole or not at all.
     """
 
-    def __init__(self, folder: Path, graph: GraphFile) -> None:
-        settings = [*SLOWER_FUSIONS, *_CONFIG.values(), processor.describe()]
+    def __init__(self, folder: Path, graph: GraphFile, package: Path) -> None:
+        """Find its name.
+
+        Args:
+            folder: the cache folder.
+            graph: the graph, as the manifest has it.
+            package: the folder that holds it.
+        """
+        # ONNX Runtime 1.31 answers wrongly from packed weights of MatMulNBits with 8 bits that it wrote itself. Such a
+        # graph is kept optimised, and is packed at every start.
+        self._config = {**_CONFIG, _PACKED: "0" if _has_eight_bits(package / graph.file) else "1"}
+        settings = [*SLOWER_FUSIONS, *self._config.values(), processor.describe()]
         key = [graph.sha256, *sorted(graph.data.values()), *settings]
         self._folder = folder
         self._name = f"graph-{hashlib.sha256(json.dumps(key).encode()).hexdigest()[:40]}"
@@ -88,8 +101,16 @@ class GraphCache:
         """
         with atomic_folder(self._entry(ort_version), PACKED_GRAPH, force=True) as folder:
             options.optimized_model_filepath = str(folder / _GRAPH)
-            for name, value in _CONFIG.items():
+            for name, value in self._config.items():
                 options.add_session_config_entry(name, value)
             yield
             sizes = {name: (folder / name).stat().st_size for name in (_GRAPH, _DATA)}
             (folder / _SIZES).write_text(json.dumps(sizes), encoding="utf-8")
+
+
+def _has_eight_bits(graph: Path) -> bool:
+    try:
+        with graph.open("rb") as file, mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as content:
+            return content.find(_EIGHT_BITS) >= 0
+    except (OSError, ValueError):  # it is missing or empty, which opening it tells better
+        return True

@@ -70,7 +70,8 @@ class Sessions:
         caches: dict[str, GraphCache | None] = dict.fromkeys(graphs)
         weights: list[Path] = []
         for key, graph in graphs.items():
-            cache = None if options.cache_folder is None else GraphCache(Path(options.cache_folder), graph)
+            folder = options.cache_folder
+            cache = None if folder is None else GraphCache(Path(folder), graph, package.path)
             packed = None if cache is None else cache.newest_weights()
             weights += [packed] if packed is not None else [package.path / name for name in graph.data]
             caches[key] = cache

@@ -1,15 +1,21 @@
 from __future__ import annotations
 
+import functools
 import json
 import logging
 from pathlib import Path
 
+import numpy as np
+import onnx
+import onnxruntime
 import pytest
 
 import edgeprompt
 from edgeprompt import EngineOptions
 from edgeprompt.ort.graph_cache import GraphCache
+from edgeprompt.ort.session import _open_cached
 from edgeprompt.package.folder import open_package
+from edgeprompt.package.manifest import GraphFile
 
 TEXT = "Once upon a time"
 
@@ -64,9 +70,7 @@ def test_a_damaged_entry_is_made_again(
 def test_another_graph_or_version_finds_nothing(tiny_llama_package: Path, tmp_path: Path) -> None:
     answers(tiny_llama_package, tmp_path)
     graph = open_package(tiny_llama_package).manifest.graphs["model"]
-    import onnxruntime
-
-    cache = GraphCache(tmp_path, graph)
+    cache = GraphCache(tmp_path, graph, tiny_llama_package)
     found = cache.find(onnxruntime.__version__)
     assert found is not None
     assert cache.find("0.0.0") is None
@@ -78,7 +82,7 @@ def test_weights_that_go_while_one_looks_are_none(
 ) -> None:
     plain = answers(tiny_llama_package, tmp_path)
     found = entry(tmp_path) / "graph.onnx.data"
-    cache = GraphCache(tmp_path, open_package(tiny_llama_package).manifest.graphs["model"])
+    cache = GraphCache(tmp_path, open_package(tiny_llama_package).manifest.graphs["model"], tiny_llama_package)
     assert cache.newest_weights() == found
     monkeypatch.setattr(Path, "glob", lambda *_: iter([found.with_name("gone")]))
     assert cache.newest_weights() is None
@@ -89,3 +93,32 @@ def test_a_folder_that_cannot_be_written_is_not_needed(tiny_llama_package: Path,
     file = tmp_path / "file"
     file.write_text("not a folder")
     assert answers(tiny_llama_package, file / "cache") == answers(tiny_llama_package, None)
+
+
+def test_layers_of_eight_bits_answer_the_same_from_the_cache(tmp_path: Path) -> None:
+    """ONNX Runtime 1.31 reads packed weights of such layers back wrongly, so they are not kept packed."""
+    size, block = 128, 32
+    rng = np.random.default_rng(0)
+    nodes, tensors = [], []
+    for layer in range(3):
+        weights = rng.integers(0, 256, (size, size // block, block), np.uint8)
+        scales = rng.random((size, size // block), np.float32) / 500
+        names = [f"x{layer}", f"w{layer}", f"s{layer}"]
+        tensors += [onnx.numpy_helper.from_array(*one) for one in ((weights, names[1]), (scales, names[2]))]
+        attributes = {"K": size, "N": size, "bits": 8, "block_size": block, "accuracy_level": 4}
+        nodes.append(
+            onnx.helper.make_node("MatMulNBits", names, [f"x{layer + 1}"], domain="com.microsoft", **attributes)
+        )
+    value = functools.partial(onnx.helper.make_tensor_value_info, elem_type=onnx.TensorProto.FLOAT, shape=[2, size])
+    graph = onnx.helper.make_graph(nodes, "g", [value("x0")], [value("x3")], tensors)
+    opsets = [onnx.helper.make_opsetid("", 21), onnx.helper.make_opsetid("com.microsoft", 1)]
+    path = tmp_path / "model.onnx"
+    onnx.save(onnx.helper.make_model(graph, opset_imports=opsets, ir_version=10), path)
+    feeds = {"x0": rng.standard_normal((2, size), np.float32)}
+    cache = GraphCache(tmp_path / "cache", GraphFile(path.name, "0" * 64, {}), tmp_path)
+    plain, *cached = (
+        session.run(None, feeds)[0]
+        for session in (onnxruntime.InferenceSession(path), *(_open_cached(cache, path, 1, False) for _ in range(2)))
+    )
+    for found in cached:
+        np.testing.assert_array_equal(found, plain)
