@@ -22,11 +22,14 @@ from edgeprompt.package.outputs import PREFIX
 
 _LOG = logging.getLogger("edgeprompt")
 _KEY, _DIGEST = "key", "sha256"
+_FORMAT = "2"
+"""Files of the format before may hold what wrongly read weights computed (`edgeprompt.ort.graph_cache`)."""
 
 
 def facts_of(*, weights_hash: str, provider: str, dtype: str, ort_version: str) -> dict[str, str]:
     """What keys and values depend on beside the prompt and the text."""
     return {
+        "format": _FORMAT,
         "weights_hash": weights_hash,
         "provider": provider,
         "dtype": dtype,
