@@ -9,10 +9,10 @@ from __future__ import annotations
 import hashlib
 import json
 import logging
-import mmap
+import re
 import shutil
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -30,13 +30,20 @@ _CONFIG = {
 """ONNX Runtime's settings for writing an optimised graph. It opens the file of data once for every tensor that is not
 in the graph's file, so the small ones stay in that."""
 _PACKED = "session.save_external_prepacked_constant_initializers"
-_EIGHT_BITS = b"\x0a\x04bits\x18\x08"
-"""The attribute `bits` = 8 of an operator in a graph's file."""
+_OFFSET = re.compile(rb"\x0a\x06offset\x12.(\d+)", re.DOTALL)
+"""Where a tensor begins in the file of data, as a graph's file tells it."""
+_ALIGNMENT = 64
+"""Bytes at whose multiples ONNX Runtime's kernels expect packed weights. ONNX Runtime 1.31 writes tensors below 1 MiB
+one behind the other, and `MatMulNBits` answers wrongly, or NaN, where that leaves its weights between two multiples."""
 
 SLOWER_FUSIONS = ["SkipLayerNormFusion", "BiasGeluFusion"]
 """Fusions that are switched off on the CPU, whose kernels for them are slower than for what they replace: at 2,048 rows
 of 384, `SkipLayerNormalization` took 7.5 times as long as an addition and a layer norm, `BiasGelu` 1.6 times (ONNX
 Runtime 1.31, AVX-512)."""
+
+
+class _MisalignedError(Exception):
+    """Packed weights that would be read wrongly."""
 
 
 class GraphCache:
@@ -46,18 +53,8 @@ class GraphCache:
     off, how it is written and the processor: any other finds none. It is written whole or not at all.
     """
 
-    def __init__(self, folder: Path, graph: GraphFile, package: Path) -> None:
-        """Find its name.
-
-        Args:
-            folder: the cache folder.
-            graph: the graph, as the manifest has it.
-            package: the folder that holds it.
-        """
-        # ONNX Runtime 1.31 answers wrongly from packed weights of MatMulNBits with 8 bits that it wrote itself. Such a
-        # graph is kept optimised, and is packed at every start.
-        self._config = {**_CONFIG, _PACKED: "0" if _has_eight_bits(package / graph.file) else "1"}
-        settings = [*SLOWER_FUSIONS, *self._config.values(), processor.describe()]
+    def __init__(self, folder: Path, graph: GraphFile) -> None:
+        settings = [*SLOWER_FUSIONS, *_CONFIG.values(), f"aligned to {_ALIGNMENT}", processor.describe()]
         key = [graph.sha256, *sorted(graph.data.values()), *settings]
         self._folder = folder
         self._name = f"graph-{hashlib.sha256(json.dumps(key).encode()).hexdigest()[:40]}"
@@ -93,24 +90,21 @@ class GraphCache:
         shutil.rmtree(entry, ignore_errors=True)
 
     @contextmanager
-    def writing(self, ort_version: str, options: Any) -> Iterator[None]:
+    def writing(self, ort_version: str, options: Any, *, packed: bool) -> Iterator[None]:
         """While inside, the session that `options` open writes the entry; it appears at the end.
+
+        None appears where packed weights are not aligned. Write it with `packed` False then: every start packs them.
 
         Raises:
             OSError: the folder cannot be written.
         """
-        with atomic_folder(self._entry(ort_version), PACKED_GRAPH, force=True) as folder:
+        with suppress(_MisalignedError), atomic_folder(self._entry(ort_version), PACKED_GRAPH, force=True) as folder:
             options.optimized_model_filepath = str(folder / _GRAPH)
-            for name, value in self._config.items():
+            for name, value in {**_CONFIG, _PACKED: str(int(packed))}.items():
                 options.add_session_config_entry(name, value)
             yield
+            if packed and any(int(offset) % _ALIGNMENT for offset in _OFFSET.findall((folder / _GRAPH).read_bytes())):
+                raise _MisalignedError
+            (folder / _DATA).touch()  # none is written where all tensors are small
             sizes = {name: (folder / name).stat().st_size for name in (_GRAPH, _DATA)}
             (folder / _SIZES).write_text(json.dumps(sizes), encoding="utf-8")
-
-
-def _has_eight_bits(graph: Path) -> bool:
-    try:
-        with graph.open("rb") as file, mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as content:
-            return content.find(_EIGHT_BITS) >= 0
-    except (OSError, ValueError):  # it is missing or empty, which opening it tells better
-        return True

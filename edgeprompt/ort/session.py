@@ -70,8 +70,7 @@ class Sessions:
         caches: dict[str, GraphCache | None] = dict.fromkeys(graphs)
         weights: list[Path] = []
         for key, graph in graphs.items():
-            folder = options.cache_folder
-            cache = None if folder is None else GraphCache(Path(folder), graph, package.path)
+            cache = None if options.cache_folder is None else GraphCache(Path(options.cache_folder), graph)
             packed = None if cache is None else cache.newest_weights()
             weights += [packed] if packed is not None else [package.path / name for name in graph.data]
             caches[key] = cache
@@ -220,17 +219,22 @@ def _options(threads: int | None, spinning: bool) -> Any:
 
 
 def _open_cached(cache: GraphCache, path: str | os.PathLike[str], threads: int | None, spinning: bool) -> Any:
-    """A session on the packed graph, which is written first where there is none; None where neither can be done."""
+    """A session on the kept graph, which is written first where there is none; None where neither can be done."""
     ort = import_onnxruntime()
-    packed, options = cache.find(ort.__version__), _options(threads, spinning)
+    kept, session = cache.find(ort.__version__), None
     try:
-        if packed is not None:
+        if kept is not None:
+            options = _options(threads, spinning)
             options.graph_optimization_level = ort.GraphOptimizationLevel.ORT_DISABLE_ALL  # it is optimised
-            return ort.InferenceSession(str(packed), options, providers=[_PROVIDERS["cpu"]])
-        with cache.writing(ort.__version__, options):
-            return ort.InferenceSession(
-                str(path), options, providers=[_PROVIDERS["cpu"]], disabled_optimizers=SLOWER_FUSIONS
-            )
+            return ort.InferenceSession(str(kept), options, providers=[_PROVIDERS["cpu"]])
+        for packed in (True, False):
+            if cache.find(ort.__version__) is None:
+                options, session = _options(threads, spinning), None
+                with cache.writing(ort.__version__, options, packed=packed):
+                    session = ort.InferenceSession(
+                        str(path), options, providers=[_PROVIDERS["cpu"]], disabled_optimizers=SLOWER_FUSIONS
+                    )
+        return session
     except Exception as error:  # onnxruntime raises its own family without a common base
         cache.drop(ort.__version__, str(error).splitlines()[0])
         return None

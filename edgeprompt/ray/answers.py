@@ -234,8 +234,7 @@ def _is_packed(package: Package, engine: EngineOptions) -> bool:
     if choose_provider(engine.provider)[0] != "cpu":
         return True  # nothing is packed for others
     version = import_onnxruntime().__version__
-    folder, graphs = Path(engine.cache_folder or ""), package.manifest.graphs.values()
-    caches = [GraphCache(folder, graph, package.path) for graph in graphs]
+    caches = [GraphCache(Path(engine.cache_folder or ""), graph) for graph in package.manifest.graphs.values()]
     return all(cache.find(version) is not None for cache in caches)
 
 
