@@ -12,6 +12,7 @@ import onnx_ir as ir
 from edgeprompt import names
 from edgeprompt.base.geometry import geometry_of
 from edgeprompt.base.load import LoadedBase
+from edgeprompt.base.memory import Sizes, check_memory, to_observe
 from edgeprompt.errors import ExportError, InputError, UnsupportedError
 from edgeprompt.package.manifest import Manifest
 from edgeprompt.prompts.file import PromptFile
@@ -101,6 +102,7 @@ def _observed(loaded: LoadedBase, options: ExportOptions) -> Observed | None:
 
     Raises:
         InputError: the user gave some for nothing.
+        CapacityError: memory is too small to look at them.
     """
     if options.precision not in CALIBRATED or options.block_size != BLOCK:
         return None
@@ -116,6 +118,7 @@ def _observed(loaded: LoadedBase, options: ExportOptions) -> Observed | None:
         if options.calibration is None:
             _LOG.warning("note: %s: int4 rounds its weights to the nearest, without calibration texts", why)
     else:
+        check_memory(loaded.name, Sizes(parameters), to_observe)
         return observe(loaded, options.calibration, closely=True)
     if options.calibration is not None:
         raise InputError(f"{why}: int4 rounds its weights to the nearest, without calibration texts; leave them out")

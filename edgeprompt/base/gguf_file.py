@@ -157,16 +157,13 @@ class GgufFile:
         if taken & epsilons.keys() and len(set(epsilons.values())) == 1:
             taken |= _EPSILONS  # T5's files have the same under both names
         for full, entry in self.reader.fields.items():
-            key, value = full.removeprefix(f"{architecture}."), entry.contents()
+            key = full.removeprefix(f"{architecture}.")
             if full == key or key in taken:
                 continue
-            usual = (
-                [1]
-                if key == "attention.causal"
-                else [0, "none", 1]
-                if "scale" in key or "factor" in key
-                else [0, "none"]
-            )
+            value = entry.contents()
+            usual = [1] if key == "attention.causal" else [0, "none"]
+            if "scale" in key or "factor" in key:
+                usual.append(1)
             if value not in usual:
                 raise SourceError(
                     f"{self.name!r} says {key} = {value!r}, which cannot be kept for {config.model_type}; give the "

@@ -18,6 +18,9 @@ _ANSWERS = 0.4e9
 """Bytes of the logits that are compared."""
 _TRAINED = 2e9
 """Bytes of a few short texts' activations, which wait for the backward pass."""
+_OBSERVED = 10.4
+"""Bytes a parameter of a base whose matrices' inputs and gradients are kept over calibration texts (measured in all:
+2.1 GB for SmolLM2, 3.5 GB for Gemma 3 270M)."""
 _SERVED = {"fp32": 4.2, "fp16": 8.4, "int8": 2.2, "int4": 1.5, "gguf": 2.2}
 """Bytes a parameter of a package that ONNX Runtime has open: packed weights, and the file's own where it keeps them."""
 
@@ -45,6 +48,11 @@ def to_load(sizes: Sizes) -> float:
 def to_train(sizes: Sizes) -> float:
     """A base that stays in its files while a prompt is trained: a matrix at a time in float32, and activations."""
     return _PROCESS + _HELD * sizes.in_memory + 4.2 * sizes.largest + _TRAINED
+
+
+def to_observe(sizes: Sizes) -> float:
+    """A base that is loaded, while int4 looks at what its matrices are fed."""
+    return _OBSERVED * sizes.parameters
 
 
 def to_validate(precision: str) -> Need:

@@ -79,7 +79,7 @@ def observe(loaded: LoadedBase, data: Any = None, *, closely: bool = False) -> O
     Args:
         loaded: The base; its matrices may lie in their files.
         data: The user's texts, as `exporters.validate.quality.read_texts` takes them; None: the shipped ones.
-        closely: Keep inputs and gradients too.
+        closely: Keep inputs and gradients too, of the first `KEPT_TOKENS` tokens, and look at no more.
 
     Raises:
         DataError: `data` holds no text that the base can read.
@@ -95,16 +95,17 @@ def observe(loaded: LoadedBase, data: Any = None, *, closely: bool = False) -> O
     observed, kept = Observed(), 0
     random_tokens = torch.Generator().manual_seed(0)
     for batch in _batches(encoded, KEPT_AT_ONCE if closely else MOST_TOKENS):
+        if closely and kept >= KEPT_TOKENS:
+            break
         ids = torch.zeros(len(batch), max(map(len, batch)), dtype=torch.int64)
         mask = torch.zeros_like(ids)
         for row, text in enumerate(batch):
             ids[row, : len(text)], mask[row, : len(text)] = torch.from_numpy(text), 1
-        keep = closely and kept < KEPT_TOKENS
-        kept += int(mask.sum())
-        if keep:
+        if closely:
+            kept += int(mask.sum())
             observed.texts.append(mask.nonzero()[:, 0])
-        with _watched(loaded.model, observed, mask.bool(), keep=keep):
-            if keep:
+        with _watched(loaded.model, observed, mask.bool(), keep=closely):
+            if closely:
                 _draw(loaded.model, observed, ids, mask, random_tokens)
             else:
                 with torch.no_grad():

@@ -11,7 +11,7 @@ import torch
 
 from edgeprompt.base.blockwise import quantize_affine, quantize_blocks
 from edgeprompt.base.load import LoadedBase
-from edgeprompt.errors import InputError
+from edgeprompt.errors import CapacityError, InputError
 from exporters import decoder_only, export_model
 from exporters.quantize import graph as quantizer
 from exporters.quantize.feedback import moments, quantize_affine_fed
@@ -111,6 +111,15 @@ def test_a_large_base_is_not_observed(
     with caplog.at_level(logging.WARNING, "edgeprompt"):
         export_model(tiny_llama_base, tmp_path / "package", **options)
     assert "rounds its weights to the nearest" in caplog.text
+
+
+def test_too_little_memory_is_said_before_the_work(
+    tiny_llama_base: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(decoder_only, "to_observe", lambda _: 1e15)
+    with pytest.raises(CapacityError, match="needs about 1000000"):
+        export_model(tiny_llama_base, tmp_path / "package", precision="int4", allow_quality_loss=True)
+    assert not (tmp_path / "package").exists()
 
 
 def test_calibration_changes_int4(tiny_llama_base: Path, tmp_path: Path) -> None:
