@@ -16,11 +16,12 @@ from typing import TYPE_CHECKING, Any, cast
 
 from edgeprompt.base.load import LoadedBase, load_base
 from edgeprompt.base.memory import to_export
-from edgeprompt.errors import ExportError, InputError, UnsupportedError, ValidationError
+from edgeprompt.errors import CapacityError, ExportError, InputError, UnsupportedError, ValidationError
 from edgeprompt.package.files import atomic_folder, sha256_file
 from edgeprompt.package.outputs import PACKAGE, check_output
 from edgeprompt.prompts.file import PromptFile, load_prompt
-from exporters.contract import CALIBRATED, Progress
+from exporters.contract import Progress
+from exporters.decoder_only import why_uncalibrated
 from exporters.export import ExportReport, export_model, is_onnx_folder
 from exporters.validate.quality import check_calibrated, check_calibration
 
@@ -159,14 +160,15 @@ def export_best(
         for number, (precision, block_size) in enumerate(wanted):
             tell(f"export {precision}", number * step)
             found = Candidate(precision, block_size)
+            unused = calibration is None or why_uncalibrated(loaded, precision, block_size)
             try:
                 found.report = export_model(
                     loaded, scratch / str(number), precision=precision, block_size=block_size, route=route,
                     provider=provider, prompts=prompts, prompt_input=prompt_input,
-                    calibration=calibration if precision in CALIBRATED else None,
+                    calibration=None if unused else calibration,
                     allow_quality_loss=allow_quality_loss, allow_other_weights=True,
                 )  # fmt: skip
-            except (UnsupportedError, ValidationError, ExportError) as error:
+            except (CapacityError, UnsupportedError, ValidationError, ExportError) as error:
                 if precision == REFERENCE or isinstance(error.__cause__, OSError):
                     raise
                 found.failure = str(error)

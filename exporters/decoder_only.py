@@ -104,25 +104,37 @@ def _observed(loaded: LoadedBase, options: ExportOptions) -> Observed | None:
         InputError: the user gave some for nothing.
         CapacityError: memory is too small to look at them.
     """
-    if options.precision not in CALIBRATED or options.block_size != BLOCK:
+    why = why_uncalibrated(loaded, options.precision, options.block_size)
+    if why is None:
+        closely = options.precision == "int4"
+        if closely:
+            check_memory(loaded.name, Sizes(_parameters(loaded)), to_observe)
+        return observe(loaded, options.calibration, closely=closely)
+    if options.calibration is not None:
+        raise InputError(f"{why}, without calibration texts; leave them out")
+    if options.precision == "int4" and options.block_size == BLOCK and _parameters(loaded) > MOST_PARAMETERS:
+        _LOG.warning("note: %s, without calibration texts", why)
+    return None
+
+
+def why_uncalibrated(loaded: LoadedBase, precision: str, block_size: int) -> str | None:
+    """Why an export of a decoder looks at no calibration texts; None: it does."""
+    if precision not in CALIBRATED or block_size != BLOCK:
+        return f"{precision} in blocks of {block_size} is made of the weights alone"
+    if precision != "int4":
         return None
-    if options.precision != "int4":
-        return observe(loaded, options.calibration)
     table = loaded.model.get_input_embeddings().weight
     matrices = {name for name, one in loaded.model.named_parameters() if one.dim() == 2 and one is not table}
-    parameters = sum(parameter.numel() for parameter in loaded.model.parameters())
+    nearest = "int4 rounds its weights to the nearest"
     if loaded.stored and all(loaded.stored.get(name) in FOUR_BITS for name in matrices):
-        why = f"{loaded.name!r} has 4 bits already"
-    elif parameters > MOST_PARAMETERS:
-        why = f"{loaded.name!r} has more than {MOST_PARAMETERS // 10**6} million parameters"
-        if options.calibration is None:
-            _LOG.warning("note: %s: int4 rounds its weights to the nearest, without calibration texts", why)
-    else:
-        check_memory(loaded.name, Sizes(parameters), to_observe)
-        return observe(loaded, options.calibration, closely=True)
-    if options.calibration is not None:
-        raise InputError(f"{why}: int4 rounds its weights to the nearest, without calibration texts; leave them out")
+        return f"{loaded.name!r} has 4 bits already: {nearest}"
+    if _parameters(loaded) > MOST_PARAMETERS:
+        return f"{loaded.name!r} has more than {MOST_PARAMETERS // 10**6} million parameters: {nearest}"
     return None
+
+
+def _parameters(loaded: LoadedBase) -> int:
+    return sum(parameter.numel() for parameter in loaded.model.parameters())
 
 
 def save_graph(model: ir.Model, path: Path) -> None:

@@ -67,6 +67,17 @@ def test_the_quickest_within_the_bound_is_kept(tiny_llama_base, prompt, data, tm
         assert runtime.classify("good film", prompt="mood").label in WORDS
 
 
+def test_calibration_texts_are_given_to_those_that_use_them(tiny_llama_base, prompt, data, tmp_path):
+    texts = tmp_path / "calibration.txt"
+    texts.write_text("Some words.\nMore words.\n", "utf-8")
+    out = tmp_path / "package"
+    given = ("--precision", "auto", "--prompt", prompt, "--data", data, "--tolerance", "100", "--calibration", texts)
+    result = invoke(tiny_llama_base, "-o", out, *given)
+    assert result.exit_code == 0, result.stderr
+    choice = open_package(out).manifest.extra["precision_choice"]
+    assert [line["precision"] for line in choice["candidates"]] == [precision for precision, _ in CANDIDATES]
+
+
 def test_no_loss_is_no_choice_but_those_that_answer_as_fp32(tiny_llama_base, prompt, data, tmp_path):
     report = export_best(tiny_llama_base, tmp_path / "package", prompts=[prompt], data=data, tolerance=0)
     lines = report.manifest.extra["precision_choice"]["candidates"]
