@@ -31,6 +31,9 @@ interface Seq2SeqPrompt extends Loaded {
 interface Source {
   states: Matrix;
   cross: Record<string, OrtTensor>;
+  /** `cross` once for each sequence of the last step, which the next one likely needs again. */
+  wide: Record<string, OrtTensor>;
+  batch: number;
   length: number;
 }
 
@@ -210,11 +213,15 @@ export class Seq2SeqEngine implements Engine {
   }
 
   /** One token of each sequence; all read the same text. */
-  private async step(tokens: number[], state: DecoderState, { cross, length }: Source): Promise<Reached<DecoderState>> {
-    const [batch, total] = [tokens.length, state.length + 1];
+  private async step(tokens: number[], state: DecoderState, source: Source): Promise<Reached<DecoderState>> {
+    const [batch, total, length] = [tokens.length, state.length + 1, source.length];
+    if (source.batch !== batch) {
+      source.wide = batch === 1 ? source.cross : pickAll(this.decoder, source.cross, tokens.map(() => 0));
+      source.batch = batch;
+    }
     const feeds = {
       ...state.past,
-      ...(batch === 1 ? cross : pickAll(this.decoder, cross, tokens.map(() => 0))),
+      ...source.wide,
       [names.INPUT_IDS]: this.decoder.ints(tokens, [batch, 1]),
       [names.ATTENTION_MASK]: this.decoder.ints(Array<number>(batch * total).fill(1), [batch, total]),
       [names.ENCODER_ATTENTION_MASK]: this.decoder.ints(Array<number>(batch * length).fill(1), [batch, length]),
@@ -253,11 +260,8 @@ export class Seq2SeqEngine implements Engine {
       ...prefixTensors(encoder, deep, names.perLayer(size.numEncoderLayers, names.past), size.numAttentionHeads, size.headSize, kvDtype),
     };
     const found = await encoder.run(feeds, [names.ENCODER_HIDDEN_STATES, ...this.names.crossPresent]);
-    return {
-      states: matrixOf(found[names.ENCODER_HIDDEN_STATES]!),
-      cross: Object.fromEntries(this.names.crossPast.map((name, i) => [name, found[this.names.crossPresent[i]!]!])),
-      length: ids.length,
-    };
+    const cross = Object.fromEntries(this.names.crossPast.map((name, i) => [name, found[this.names.crossPresent[i]!]!]));
+    return { states: matrixOf(found[names.ENCODER_HIDDEN_STATES]!), cross, wide: cross, batch: 1, length: ids.length };
   }
 
   private async pooled(request: Request, prompt: Seq2SeqPrompt | null, pooling: string | null, context: Context): Promise<Float32Array> {
