@@ -43,7 +43,7 @@ def with_outliers(family: str, factor: float = 128.0) -> LoadedBase:
 
 
 def unequalised(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(decoder_only, "observe", lambda *_: Observed())
+    monkeypatch.setattr(decoder_only, "observe", lambda *_, **__: Observed())
 
 
 @pytest.mark.parametrize("family", ["llama", "gemma3_text"])
