@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import re
 from collections.abc import Sequence
+from dataclasses import replace
+from itertools import islice
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -13,6 +15,9 @@ from edgeprompt.cli import console, serving
 
 if TYPE_CHECKING:
     from edgeprompt.evaluation.requests import Questions
+
+_FIRST = 1024
+"""Records whose columns are taken for those of the input."""
 
 
 def answer_files(
@@ -41,6 +46,7 @@ def answer_files(
     from edgeprompt.ray.answers import import_ray
 
     import_ray()
+    from edgeprompt.evaluation.requests import check_columns
     from edgeprompt.ray.run import Job, run
 
     here = package.exists()  # else it is on the Hub
@@ -69,9 +75,11 @@ def answer_files(
         actors=sizes,
     )
     with serving.open_runtime(package, **session) as runtime:  # what is wrong is said before a cluster starts
-        serving.add_prompts(runtime, package, wanted, allow_base_mismatch=allow_base_mismatch)
+        given = serving.add_prompts(runtime, package, wanted, allow_base_mismatch=allow_base_mismatch)
         for folder in folders:
             runtime.add_folder(folder)
+        asked = replace(questions, prompts=tuple(given))
+        check_columns(asked, _columns(job.files[0]), runtime.describe, repr(str(job.files[0])))
     counted = [serving.count_records(path) for path in job.files]
     known = [count for count in counted if count is not None]
     report = run(job, total=sum(known) if len(known) == len(counted) else None)
@@ -80,6 +88,13 @@ def answer_files(
     if report.failed:
         left = "left out" if on_error == "skip" else "recorded"
         console.note(f"note: {report.failed} answers failed and were {left}; the first: {report.first}")
+
+
+def _columns(file: Path) -> list[str]:
+    """The columns of a file's first records."""
+    from edgeprompt.evaluation.formats import read_file
+
+    return [*dict.fromkeys(name for row in islice(read_file(file), _FIRST) for name in row)]
 
 
 def _sizes(actors: str | None) -> tuple[int, int | None] | None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import sys
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import replace
 from itertools import islice
 from pathlib import Path
@@ -156,7 +156,7 @@ def command(
     if not on_ray and (address or actors or id_column):
         raise click.UsageError("--address, --actors and --id-column need --engine ray")
 
-    from edgeprompt.evaluation.requests import Questions
+    from edgeprompt.evaluation.requests import Questions, check_columns
     from edgeprompt.package.outputs import check_output
     from edgeprompt.request import GenerationOptions
 
@@ -185,7 +185,8 @@ def command(
         serving.find_prompt(package, item)
     if missing := next((folder for folder in folders if not folder.is_dir()), None):
         raise InputError(f"no folder of prompts at {str(missing)!r}")
-    total = _count(source, out, as_json=as_json) if source else None
+    seen = _Seen(prompt_column)
+    total = _count(source, out, seen, as_json=as_json) if source else None
     rows = _rows(texts, source)
     form = Form(as_json=as_json, named=len(wanted) > 1 or bool(prompt_column), with_errors=on_error == "record")
     failures = _Failures(on_error)
@@ -194,6 +195,8 @@ def command(
         for folder in folders:
             runtime.add_folder(folder)
         questions = replace(questions, prompts=tuple(prompts))
+        if source:
+            check_columns(questions, seen.columns, runtime.describe, repr(str(source)), names=seen.names)
         single = len(texts) == 1 and len(prompts) <= 1
         if single and not out and not as_json and sys.stdout.isatty() and _generates(prompts):
             _, request = next(questions.of(next(rows), "row 1", runtime.describe))
@@ -213,7 +216,26 @@ def command(
         console.note(f"note: {failures.count} answers failed and were {left}; the first: {failures.first}")
 
 
-def _count(source: Path, out: Path | None, *, as_json: bool) -> int:
+class _Seen:
+    """The columns of an input, and the names of prompts in it."""
+
+    def __init__(self, prompt_column: str | None) -> None:
+        self._prompt_column = prompt_column
+        self.columns: dict[str, None] = {}
+        self.names: dict[str, None] = {}
+
+    def note(self, row: Mapping[str, Any]) -> None:
+        """Look at a record."""
+        from edgeprompt.evaluation.cells import text_of
+
+        if not row.keys() <= self.columns.keys():
+            self.columns |= dict.fromkeys(row)
+        if self._prompt_column and self._prompt_column in row:
+            with suppress(DataError):  # its own row says so
+                self.names[text_of(row, self._prompt_column, "")] = None
+
+
+def _count(source: Path, out: Path | None, seen: _Seen, *, as_json: bool) -> int:
     """How many records a file has. It is read to its end, so that what cannot be read or written is told before the
     work.
 
@@ -228,6 +250,7 @@ def _count(source: Path, out: Path | None, *, as_json: bool) -> int:
         first: Mapping[str, Any] = {}
         for count, row in enumerate(serving.read_texts(source), 1):
             first = first or row
+            seen.note(row)
             if suffix in (".csv", ".tsv") and not as_json and row.keys() != first.keys():
                 raise DataError(f"row {count} has other columns than the first ({', '.join(first)}); write .jsonl")
             yield row

@@ -25,6 +25,10 @@ _FLAG_ROW = re.compile(r"[01](?:[\s,;|]+[01])+")
 """A 0 or 1 for each label, in one cell."""
 _NUMPY = re.compile(r"(?:array|tensor)\(.*\)|\[[\s\d.+-]+\]", re.DOTALL)
 """An array as numpy or torch prints it: `[1 0 1]`, `array([1, 0, 1])`."""
+_PRINTED = re.compile(r"""b(?:'.*'|".*")|(?:np|numpy|torch|datetime|decimal)\.\w+\(.*\)|Decimal\(.*\)""", re.DOTALL)
+"""A value as Python prints it: `b'good'`, `np.str_('good')`."""
+_WIDTHLESS = re.compile("[\ufe00-\ufe0f]")
+"""Variation selectors: how a sign is drawn."""
 TAG_COLUMNS = ("tags", "ner_tags")
 """Where the tags of a text stand; the first that the data has."""
 
@@ -41,11 +45,20 @@ def text_of(record: Record, column: str, where: str) -> str:
         DataError: the cell is missing or empty (null), a list or an object, or holds NUL or half a surrogate pair.
     """
     value = value_of(record, column, where)
+    if isinstance(value, float) and not math.isfinite(value):
+        raise DataError(f"{where}: column {column!r} holds {value}, which is no text; leave the row out")
     if isinstance(value, (bool, int, float)):
-        return str(value)
+        return _digits(value, column, where)
     if not isinstance(value, str):
         raise DataError(f"{where}: column {column!r} holds a {type(value).__name__}, text is needed")
     return clean(value, f"{where}: column {column!r}")
+
+
+def _digits(value: float, column: str, where: str) -> str:
+    try:
+        return str(value)
+    except ValueError as error:  # Python writes integers of 4,300 digits at most
+        raise DataError(f"{where}: column {column!r} holds a number of too many digits") from error
 
 
 def clean(text: str, where: str) -> str:
@@ -107,6 +120,10 @@ def label_of(record: Record, column: str, where: str) -> str:
             f"{where}: label {label[:60]!r} reads like a 0 or 1 for each label; write the names of the labels that "
             "hold, with commas between them, and give --problem-type multi_label"
         )
+    if _PRINTED.fullmatch(label):
+        raise DataError(
+            f"{where}: label {label[:60]!r} is a value as Python prints it; write the name itself (decode bytes)"
+        )
     if _is_list(label):
         raise DataError(
             f"{where}: label {label[:60]!r} is a list written as text; use .jsonl with real lists, or labels with "
@@ -148,6 +165,11 @@ def labels_of(record: Record, column: str, where: str) -> list[str]:
     elif isinstance(value, str):
         if _is_list(value.strip()):
             return [label_of({column: value}, column, where)]  # which says what is wrong with it
+        if other := re.search("[;|]", value) if "," not in value else None:
+            raise DataError(
+                f"{where}: column {column!r} holds {value[:60]!r}, which reads like several labels with {other[0]!r} "
+                "between them; write commas, or a list in .jsonl"
+            )
         cells = [label.strip() for label in clean(value, where).split(",") if label.strip()]
         found = [label_of({column: label}, column, where) for label in cells]
     else:
@@ -167,12 +189,12 @@ def number_of(record: Record, column: str, where: str) -> float:
         DataError: no finite number.
     """
     value = value_of(record, column, where)
-    try:
-        number = math.nan if isinstance(value, bool) else float(value)
-    except (TypeError, ValueError):
+    try:  # Python reads 1_000 as 1000
+        number = math.nan if isinstance(value, bool) or "_" in str(value) else float(value)
+    except (TypeError, ValueError, OverflowError):
         number = math.nan
     if not math.isfinite(number):
-        raise DataError(f"{where}: {value!r} in column {column!r} is no finite number")
+        raise DataError(f"{where}: {repr(value)[:60]} in column {column!r} is no finite number")
     return number
 
 
@@ -188,7 +210,7 @@ def tagged_words(record: Record, where: str) -> tuple[list[str], list[str]]:
     tags = _list_of(record, tag_column, where)
     if len(words) != len(tags) or not words:
         raise DataError(f"{where} has {len(words)} tokens and {len(tags)} tags; each token needs one tag")
-    unnamed = next((tag for tag in tags if not isinstance(tag, str) or tag.isdigit()), None)
+    unnamed = next((tag for tag in tags if not isinstance(tag, str) or _NUMBER.fullmatch(tag)), None)
     if unnamed is not None:
         raise DataError(
             f"{where}: column {tag_column!r} holds {unnamed!r}, an id without a name; write the names, as B-PER"
@@ -243,6 +265,10 @@ def given_answer(record: Record, context: str, where: str) -> tuple[str, int]:
         answer, start = text_of(record, "answer", where), -1
     if not answer:
         return "", 0
+    if record.get("is_impossible") is True:
+        raise DataError(
+            f"{where} says that it has no answer (is_impossible), and gives {answer[:60]!r}; keep one of both"
+        )
     start = context.find(answer) if start < 0 else start
     if start < 0 or context[start : start + len(answer)] != answer:
         raise DataError(f"{where}: the answer {answer[:60]!r} does not stand in the context")
@@ -275,14 +301,19 @@ def _several(value: Any) -> list[Any]:
 
 
 def label_key(label: str) -> str:
-    """What labels that are meant to be the same have in common: Unicode form, white space, the value of a number, no
-    signs without width, "true" and "false" in small letters."""
+    """What labels that are meant to be the same have in common: Unicode form, white space, the exact value of a number,
+    no signs without width, "true" and "false" in small letters."""
     plain = " ".join(unicodedata.normalize("NFKC", label).split())
     if not plain.isascii():
-        plain = "".join(sign for sign in plain if unicodedata.category(sign) != "Cf")
+        plain = "".join(sign for sign in _WIDTHLESS.sub("", plain) if unicodedata.category(sign) != "Cf")
     if plain.lower() in ("true", "false"):
         return plain.lower()
-    return str(float(plain)) if _NUMBER.fullmatch(plain) else plain
+    if not _NUMBER.fullmatch(plain):
+        return plain
+    sign, digits = plain[0] == "-", unicodedata.normalize("NFKC", plain).lstrip("+-")
+    whole, _, fraction = digits.partition(".")
+    digits = f"{whole.lstrip('0') or '0'}.{fraction.rstrip('0')}"
+    return f"{'-' if sign and digits != '0.' else ''}{digits}"
 
 
 def known_label(label: str, known: Iterable[str]) -> str | None:

@@ -177,6 +177,7 @@ def _check_header(path: Path, header: Sequence[str]) -> None:
 
 def _quoted(path: Path, delimiter: str) -> Iterator[Record]:
     csv.field_size_limit(max(csv.field_size_limit(), _FIELD_LIMIT))
+    spaced = _is_spaced(path, delimiter)
     with _open(path, newline="") as file:
         taken: list[str] = []
 
@@ -189,18 +190,28 @@ def _quoted(path: Path, delimiter: str) -> Iterator[Record]:
             for cells in reader:
                 raw = "".join(taken)
                 taken.clear()
-                if any(map(_SPACED.fullmatch, cells)) and re.search(rf'(?:^|{delimiter}) +"', raw):
+                if not spaced and any(map(_SPACED.fullmatch, cells)) and re.search(rf'(?:^|{delimiter}) +"', raw):
                     raise DataError(
                         f"line {reader.line_num} of {str(path)!r} has a space in front of a quoted cell, so the quotes "
                         "would be part of its text; remove the space"
                     )
                 yield cells
 
-        reader = csv.reader(noted(), delimiter=delimiter, strict=True)
+        reader = csv.reader(noted(), delimiter=delimiter, strict=True, skipinitialspace=spaced)
         try:
             yield from _rows(path, checked(), lambda: reader.line_num)
         except csv.Error as error:
             raise DataError(f"line {reader.line_num} of {str(path)!r}: {error}") from error
+
+
+def _is_spaced(path: Path, delimiter: str) -> bool:
+    """Whether a file's writer put a space behind each comma, as its first line tells: it is no part of the cells."""
+    with _open(path, newline="") as file:
+        try:
+            header = next(csv.reader(file, delimiter=delimiter, strict=True), [])
+        except csv.Error:
+            return False
+    return len(header) > 1 and all(name.startswith(" ") for name in header[1:])
 
 
 def _csv(path: Path) -> Iterator[Record]:

@@ -68,8 +68,8 @@ def score(
         MissingDependencyError: the metric's library is not installed.
 
     Words are what stands between spaces; a script without spaces (Chinese, Japanese, Thai ...) is compared letter by
-    letter, and `Score.tokenizer` says so. Mean metrics have the standard error of a mean; those of the whole set (macro
-    F1, BLEU) that of a bootstrap over 200 resamples with a fixed seed.
+    letter, and `Score.tokenizer` says so. Texts without words are compared as they are. Mean metrics have the standard
+    error of a mean; those of the whole set (macro F1, BLEU) that of a bootstrap over 200 resamples with a fixed seed.
     """
     if metric not in METRICS:
         raise InputError(f"metric {metric!r} is not one of {', '.join(METRICS)}")
@@ -113,7 +113,7 @@ def _per_example(metric: str, labels: bool, spans: bool) -> Callable[[Any, Any],
     if metric == "rouge":
         return _rouge()
     if metric == "f1":
-        return _word_f1
+        return _word_f1 if spans else _text_f1
     if spans:
         return lambda guess, truth: float(squad_words(guess) == squad_words(truth))
     return lambda guess, truth: float(_plain(guess) == _plain(truth))
@@ -174,7 +174,13 @@ def _rouge() -> Callable[[str, str], float]:
             return words_of(text)
 
     scorer = _library("rouge_score.rouge_scorer", "rouge-score").RougeScorer(["rougeL"], tokenizer=Words())
-    return lambda guess, truth: float(scorer.score(truth, guess)["rougeL"].fmeasure)
+
+    def compare(guess: str, truth: str) -> float:
+        if not words_of(guess) and not words_of(truth):  # punctuation alone
+            return float(_plain(guess) == _plain(truth))
+        return float(scorer.score(truth, guess)["rougeL"].fmeasure)
+
+    return compare
 
 
 def _word_f1(guess: str, truth: str) -> float:
@@ -184,6 +190,13 @@ def _word_f1(guess: str, truth: str) -> float:
         return float(guessed == true)
     common = sum((Counter(guessed) & Counter(true)).values())
     return 2 * common / (len(guessed) + len(true))
+
+
+def _text_f1(guess: str, truth: str) -> float:
+    """As `_word_f1`; texts without any word (punctuation, an article) are compared as they are."""
+    if not squad_words(guess) and not squad_words(truth):
+        return float(_plain(guess) == _plain(truth))
+    return _word_f1(guess, truth)
 
 
 def _label_table(predictions: Sequence[Any], references: Sequence[Any]) -> dict[str, LabelScore]:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from itertools import islice
 from typing import TYPE_CHECKING, Any, TypeVar
@@ -89,6 +89,60 @@ class Questions:
             text = fields["text"] if pick is None else fields
             request = Request(text=text, prompt=pick, options=self.options, chat=self.chat, truncate=self.truncate)
             yield " ".join(fields.values()), request
+
+
+def check_columns(
+    questions: Questions,
+    columns: Collection[str],
+    find: Callable[[str], PromptFile],
+    source: str,
+    *,
+    names: Collection[str] | None = None,
+) -> None:
+    """Refuse what would fail for every record: a column that none has, or prompts' names of which none is known.
+
+    Args:
+        questions: what is asked.
+        columns: what some record has.
+        find: a prompt by name.
+        source: what to call the data in messages.
+        names: all that the column of prompts' names holds; None: not known.
+
+    Raises:
+        DataError: names the column.
+    """
+    from edgeprompt.prompts.encoder_text import located_slot
+
+    has = f"{source} has no column %r%s; it has: {', '.join(columns) or 'none'}"
+    asked: dict[str, PromptFile] = {name: find(name) for name in questions.prompts}
+    column = questions.prompt_column
+    if column:
+        if column not in columns:
+            raise DataError(has % (column, " (the names of prompts)"))
+        if names is None:
+            return
+        if not questions.folders:
+            asked = {name: prompt for name, prompt in asked.items() if name in names}
+        wrong = ""
+        for wanted in names if questions.folders and not asked else ():
+            try:
+                asked = {wanted: find(wanted)}
+                break
+            except EdgePromptError as error:
+                wrong = wrong or f"; the first: {error}"
+        if names and not asked:
+            held = ", ".join(map(repr, islice(names, 3)))
+            known = f"; given with --prompt: {', '.join(questions.prompts)}" if questions.prompts else wrong
+            raise DataError(f"column {column!r} of {source} names no prompt that there is: it holds {held}{known}")
+        if questions.folders:
+            return
+    each: Iterable[tuple[str | None, PromptFile | None]] = asked.items() or ((None, None),)
+    for name, prompt in each:
+        tagged = located_slot(prompt.template) if prompt and prompt.task == "tag" and "tokens" in columns else None
+        for slot in prompt.template.slots if prompt else ("text",):
+            wanted = questions.text_column if slot == "text" else slot
+            if slot != tagged and wanted not in columns:
+                raise DataError(has % (wanted, f", which prompt {name!r} asks for" if name else ""))
 
 
 def answer(

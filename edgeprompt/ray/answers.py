@@ -102,9 +102,16 @@ class Answers:
         )
 
     def __call__(self, batch: Any) -> Any:
-        """The batch with its answers, both Arrow tables."""
+        """The batch with its answers, both Arrow tables.
+
+        Raises:
+            DataError: a column that is asked for is not there.
+        """
         import pyarrow
 
+        from edgeprompt.evaluation.requests import check_columns
+
+        check_columns(self._questions, batch.column_names, self._runtime.describe, "the data")
         records = batch.to_pylist()
         answers = [*self.answers(records, repr(records[:1]))]
         kept = batch.take(pyarrow.array([index for index, _ in answers], pyarrow.int64()))

@@ -27,6 +27,7 @@ from edgeprompt.tuning.soft_prompt import PREFIX_METHODS
 
 MAX_LABELS = 1000
 _NUMBER = re.compile(r"[+-]?\d+(\.\d+)?")
+_TRUTH = ("true", "false")
 _FRACTION = re.compile(r"[+-]?\d+\.\d*[1-9]\d*")
 
 
@@ -69,7 +70,7 @@ def inspect_data(data: DataSource, options: TuneOptions) -> DataFacts:
     if task == "generate" and options.verbalizer:
         raise InputError("a verbalizer is for --task classify; generation learns the target column")
     if task == "tag":
-        return DataFacts(task, _collect(data, lambda record, where: tagged_words(record, where)[1], options))
+        return DataFacts(task, _collect(data, lambda record, where: tagged_words(record, where)[1], options, None))
     if task == "qa":
         missing = False
         for number, record in enumerate(read_records(data, columns=["context"]), 1):
@@ -91,7 +92,7 @@ def inspect_data(data: DataSource, options: TuneOptions) -> DataFacts:
 
     if options.verbalizer:
         return DataFacts(task, tuple(options.verbalizer), problem)
-    return DataFacts(task, _collect(data, labels, options), problem)
+    return DataFacts(task, _collect(data, labels, options, column), problem)
 
 
 def make_plan(
@@ -184,26 +185,37 @@ def _place_prompt(template: Template, options: TuneOptions) -> Template:
 
 
 def _kind(label: object) -> str | None:
-    """Whether a label of a typed file is a number or a name; None: it could be either."""
-    if isinstance(label, (int, float)) and not isinstance(label, bool):
+    """Whether a label of a typed file is a number, a list, a name, or true or false; None: it could be several."""
+    if isinstance(label, bool):
+        return "truth value"
+    if isinstance(label, (int, float)):
         return "number"
-    return "name" if isinstance(label, str) and not _NUMBER.fullmatch(label.strip()) else None
+    if isinstance(label, (list, tuple)):
+        return "list"
+    either = not isinstance(label, str) or _NUMBER.fullmatch(label.strip()) or label.strip().lower() in _TRUTH
+    return None if either else "name"
 
 
-def _collect(data: DataSource, read: Callable[[Record, str], list[str]], options: TuneOptions) -> tuple[str, ...]:
-    """All labels of the data, sorted; two that differ in nothing that can be seen are refused."""
+def _collect(
+    data: DataSource, read: Callable[[Record, str], list[str]], options: TuneOptions, column: str | None
+) -> tuple[str, ...]:
+    """All labels of the data, sorted; two that differ in nothing that can be seen, or in case alone, are refused.
+
+    `column`: where labels stand whose types must agree; None: there is no such column.
+    """
     labels: dict[str, str] = {}
     kinds: dict[str, object] = {}
+    cases: dict[str, str] = {}
     for number, record in enumerate(read_records(data), 1):
         where = f"row {number} of {source_name(data)!r}"
-        value = record.get(options.label_column)
+        value = None if column is None else record.get(column)
         found = read(record, where)
-        if kind := _kind(value):
+        if (kind := _kind(value)) and (kind != "list" or options.problem_type is None):
             kinds.setdefault(kind, value)
         if other := next((name for name in kinds if kind and name != kind), None):
             raise DataError(
                 f"{where}: label {value!r} is a {kind}, and an earlier row has the {other} {kinds[other]!r}; write all "
-                "labels as names"
+                f"labels as {'lists' if 'list' in kinds else 'names'}"
             )
         for label in found:
             if options.problem_type is None and _FRACTION.fullmatch(label):
@@ -214,6 +226,11 @@ def _collect(data: DataSource, read: Callable[[Record, str], list[str]], options
             known = labels.setdefault(label_key(label), label)
             if known != label:
                 raise DataError(f"{where}: label {label!r} stands for what an earlier row calls {known!r}; write one")
+            if options.problem_type is None and (same := cases.setdefault(label.casefold(), label)) != label:
+                raise DataError(
+                    f"{where}: label {label!r} differs from {same!r} of an earlier row in case alone; write one, or "
+                    "give --problem-type if each is a class of its own"
+                )
         if len(labels) > MAX_LABELS:
             raise DataError(
                 f"column {options.label_column!r} of {source_name(data)!r} has more than {MAX_LABELS} labels; "

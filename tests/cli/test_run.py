@@ -86,7 +86,7 @@ def test_a_column_names_the_prompt_of_each_row(cli, tiny_llama_package, prompt_f
     result = cli(*common, *prompts)
     assert result.exit_code == 0, result.stderr
     assert [line.split("\t")[0] for line in result.stdout.splitlines()] == ["topic", "sentiment"]
-    file.write_text("body,task\nA fine film.,toppic\n")
+    file.write_text("body,task\nA fine film.,toppic\nA fine film.,topic\n")
     assert "row 1 names prompt 'toppic'; given with --prompt: sentiment, topic" in cli(*common, *prompts).stderr
 
 
@@ -170,7 +170,7 @@ def test_refusals(refused, make_prompt, tiny_llama_package, prompt_folder, tmp_p
     assert "stdin is empty" in refused("run", tiny_llama_package, stdin="")
     data = tmp_path / "data.csv"
     data.write_text("sentence\nhello\n")
-    assert "row 1 has no column 'text'; it has sentence" in refused("run", tiny_llama_package, "--input", data)
+    assert "has no column 'text'; it has: sentence" in refused("run", tiny_llama_package, "--input", data)
     data.write_bytes(b"text\n\xff\xfe\n")
     assert "is not UTF-8" in refused("run", tiny_llama_package, "--input", data)
     empty = tmp_path / "empty.jsonl"

@@ -226,3 +226,39 @@ def test_a_lone_carriage_return_in_a_cell_is_no_end_of_a_row(cli, command, tmp_p
     again = tmp_path / "again.jsonl"
     assert cli(*command, "--input", out, "--output", again).exit_code == 0
     assert [row["id"] for row in read(again)] == ["n0", "n1"]
+
+
+@pytest.mark.parametrize("on_error", ["stop", "skip", "record"])
+def test_a_column_that_no_record_has_is_told_before_the_answers(
+    refused, tiny_llama_package, command, prompt_folder, tmp_path, on_error
+):
+    records = [{"id": i, "body": "fine", "task": "sentiment", "other": "nothing"} for i in range(3)]
+    folder, out = ("--prompts", prompt_folder), tmp_path / "out.csv"
+    base = ["run", tiny_llama_package]
+    for suffix in ("jsonl", "csv", "parquet"):
+        source = write(tmp_path / f"in.{suffix}", records)
+        shared = ("--input", source, "--output", out, "--on-error", on_error)
+        body = ("--text-column", "body")
+        no_tsak = "has no column 'tsak' (the names of prompts)"
+        for given, says in (
+            ((*command, *shared), f"'{source}' has no column 'text', which prompt 'sentiment' asks for; it has: id"),
+            ((*base, *shared), f"'{source}' has no column 'text'; it has: id"),
+            (
+                (*base, *folder, *shared, *body, "--prompt-column", "tsak"),
+                "has no column 'tsak' (the names of prompts)",
+            ),
+            ((*command, *shared, *body, "--prompt-column", "tsak"), no_tsak),
+            ((*base, *folder, *shared, *body, "--prompt-column", "other"), "names no prompt that there is"),
+            ((*command, *shared, *body, "--prompt-column", "other"), "it holds 'nothing'; given with --prompt: sent"),
+        ):
+            assert says in refused(*given)
+            assert not out.exists()
+
+
+def test_one_name_that_is_a_prompt_is_enough(cli, tiny_llama_package, prompt_folder, tmp_path):
+    records = [{"text": "fine", "task": task} for task in ("nothing", "sentiment", "")]
+    source, out = write(tmp_path / "in.csv", records), tmp_path / "out.csv"
+    args = ("--input", source, "--output", out, "--on-error", "record", "--prompt-column", "task")
+    for given in (("--prompts", prompt_folder), ("--prompt", prompt_folder / "sentiment.safetensors")):
+        assert cli("run", tiny_llama_package, *given, *args).exit_code == 0
+        assert [bool(row["error"]) for row in read(out)] == [True, False, True]

@@ -164,3 +164,22 @@ def test_a_label_is_known_by_what_it_means() -> None:
 def test_all_of_squads_answers_are_right(answers, texts):
     assert given_answers({"context": "in 1066", "answers": answers}, "in 1066", "row 1") == texts
     assert given_answers({"context": "in 1066", "answer": "1066"}, "in 1066", "row 1") == ("1066",)
+
+
+def test_an_answer_to_a_question_that_has_none_is_refused() -> None:
+    record = {"answers": {"text": ["abc"], "answer_start": [0]}, "is_impossible": True}
+    with pytest.raises(DataError, match=r"row 1 says that it has no answer \(is_impossible\), and gives 'abc'"):
+        given_answer(record, "abc", "row 1")
+    assert given_answer({**record, "answers": {"text": [], "answer_start": []}}, "abc", "row 1") == ("", 0)
+
+
+def test_large_numbers_are_told_apart() -> None:
+    assert known_label(str(2**53), [str(2**53 + 1)]) is None
+    assert known_label("007.50", ["+7.5"]) == "+7.5"
+    assert known_label("\uff11", ["1"]) == "1"
+
+
+def test_ids_of_tags_with_a_fraction_or_a_sign_are_ids() -> None:
+    for tag in ("1.0", "-100"):
+        with pytest.raises(DataError, match="an id without a name"):
+            tagged_words({"tokens": ["a"], "tags": [tag]}, "row 1")

@@ -185,3 +185,10 @@ def test_features_that_are_none_name_nothing(tmp_path: Path, said: Any) -> None:
     table = pyarrow.table({"label": [1]}).replace_schema_metadata({"huggingface": json.dumps(said)})
     pyarrow.parquet.write_table(table, tmp_path / "d.parquet")
     assert list(read_records(tmp_path / "d.parquet")) == [{"label": 1}]
+
+
+def test_a_space_behind_every_comma_is_no_part_of_the_cells(tmp_path: Path) -> None:
+    path = written(tmp_path, 'label, text, id\npos, great, 1\nneg, "so, so",2\npos," kept", 3\n', "d.csv")
+    assert [record["text"] for record in read_records(path)] == ["great", "so, so", " kept"]
+    plain = written(tmp_path, "label,text\npos, great\n", "p.csv")
+    assert [record["text"] for record in read_records(plain)] == [" great"]

@@ -3,6 +3,8 @@
 import random
 
 import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 from edgeprompt.evaluation.metrics import score
 from edgeprompt.evaluation.words import bleu_tokenizer, squad_words, words_of
@@ -62,3 +64,58 @@ def test_latin_is_cut_as_before():
         assert words_of(text) == theirs.tokenize(text)
         bare = text.lower().translate(str.maketrans("", "", string.punctuation))
         assert squad_words(text) == re.sub(r"\b(a|an|the)\b", " ", bare).split()
+
+
+LETTERS = {
+    "thai": (0x0E01, 0x0E2F), "lao": (0x0E94, 0x0EA1), "khmer": (0x1780, 0x17B3), "burmese": (0x1000, 0x1021),
+    "tibetan": (0x0F40, 0x0F48), "balinese": (0x1B13, 0x1B34), "javanese": (0xA984, 0xA9B3),
+    "tai tham": (0x1A20, 0x1A53), "yi": (0xA000, 0xA48C), "han": (0x4E00, 0x9FFF), "hiragana": (0x3042, 0x3094),
+    "half-width kana": (0xFF71, 0xFF9D), "arabic": (0x0627, 0x063B),
+    "hebrew": (0x05D0, 0x05EB), "devanagari": (0x0915, 0x093A), "tamil": (0x0BAE, 0x0BBA),
+    "hangul": (0xAC00, 0xD7A3), "cyrillic": (0x0430, 0x0450), "ethiopic": (0x1200, 0x1207), "emoji": (0x1F600, 0x1F64F),
+    "latin": (0x61, 0x7B),
+}  # fmt: skip
+WITHOUT_SPACES = {
+    "thai", "lao", "khmer", "burmese", "tibetan", "balinese", "javanese", "tai tham", "yi", "han", "hiragana",
+    "half-width kana",
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("spans", [False, True])
+@given(st.data())
+@settings(max_examples=150, deadline=None)
+def test_a_text_is_one_against_itself_and_zero_against_other_letters(spans, data):
+    script = data.draw(st.sampled_from(sorted(LETTERS)))
+    first, last = LETTERS[script]
+    half = (first + last) // 2
+
+    def text(low, high):
+        return st.text(st.characters(min_codepoint=low, max_codepoint=high), min_size=2, max_size=8)
+
+    # No article is among the texts.
+    one, other = (
+        data.draw(text(*ends).filter(lambda t: t not in ("an", "a"))) for ends in ((first, half - 1), (half, last - 1))
+    )
+    mixed = f"{one} and 日本 {other}"
+    for metric in ("rouge", "f1"):
+        if spans and metric == "rouge":
+            continue
+        for whole in (one, mixed):
+            assert score(metric, [whole], [whole], spans=spans).value == pytest.approx(1.0)
+        assert score(metric, [other], [one], spans=spans).value == 0.0
+        found = score(metric, [one + other], [one], spans=spans)
+        if script in WITHOUT_SPACES:
+            assert 0.0 < found.value < 1.0
+            assert found.tokenizer == "words, and characters of scripts without spaces"
+
+
+def test_marks_are_no_letters_and_punctuation_is_compared_as_it_is():
+    # The two Khmer words share one mark, and no letter.
+    assert score("f1", ["ខ្មែរ"], ["ល្បែង"]).value == 0.0
+    assert squad_words("ថ្ងៃ") == ["ថ្", "ងៃ"]
+    assert words_of("👍🏽👨‍👩‍👧 ❤️ok") == ["👍🏽", "👨👩👧", "❤\ufe0f", "ok"]
+    for metric in ("rouge", "f1"):
+        assert score(metric, ["👍🔥"], ["👍🔥"]).value == 1.0
+        assert score(metric, ["?!", "...", ""], ["?!", "?!", "?!"]).value == pytest.approx(1 / 3)
+    assert score("rouge", ["👍"], ["👍🔥"]).value == pytest.approx(2 / 3)
+    assert score("f1", ["..."], ["the"], spans=True).value == 1.0  # as SQuAD's own evaluation

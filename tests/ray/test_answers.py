@@ -107,3 +107,11 @@ def test_the_cause_is_found_among_the_errors_around_it() -> None:
         fail()
     assert str(root_cause(caught.value)) == "this row has no column"
     assert root_cause(ValueError("no cause")) is None
+
+
+def test_a_column_that_the_data_has_not_ends_the_job(tiny_llama_package: Path, keywords: dict[str, Any]) -> None:
+    table = pyarrow.Table.from_pylist(make_records(3))
+    with pytest.raises(DataError, match="the data has no column 'tsak'"):
+        Answers(tiny_llama_package, **{**keywords, "prompt_column": "tsak"})(table)
+    with pytest.raises(DataError, match="the data has no column 'txet'"):
+        Answers(tiny_llama_package, **{**keywords, "folders": [], "prompt_column": None, "text_column": "txet"})(table)

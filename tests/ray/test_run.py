@@ -51,6 +51,9 @@ def test_what_a_cluster_cannot_do_is_said_before_it_starts(
     assert "no prompt file 'nothing'" in refused(*ray, "--prompt", "nothing")
     assert "no folder of prompts" in refused(*ray, "--prompts", tmp_path / "none", "--prompt-column", "task")
     assert "has files that end in" in refused(*plain[:-1], tiny_llama_package, "--output", out, "--engine", "ray")
+    folder = ("--prompts", tasks, "--prompt-column")
+    assert "has no column 'tsak' (the names of prompts)" in refused(*ray, *folder, "tsak")
+    assert "has no column 'txet'" in refused(*ray, "--text-column", "txet")
     out.mkdir()
     assert "exists already" in refused(*ray)
     assert sorted(path.name for path in tmp_path.iterdir()) == ["in.csv", "out"]

@@ -14,6 +14,7 @@ import edgeprompt
 from edgeprompt.errors import DataError, EdgePromptError
 from edgeprompt.evaluation.evaluate import Columns
 from edgeprompt.tuning import TuneOptions, tune
+from edgeprompt.tuning.plan import inspect_data
 
 SHORT = TuneOptions(num_virtual_tokens=2, steps=1, batch_size=4, max_length=64)
 FEW = [{"text": "a cat", "label": "animal"}, {"text": "one two", "label": "number"}] * 4
@@ -52,17 +53,54 @@ def test_a_bad_row_is_named(bases: Any, kind: str, wrong: dict[str, Any], messag
 
 @pytest.mark.parametrize(
     ("one", "other"),
-    [("new york", "new\u00a0york"), ("café", "cafe\u0301"), ("1", "1.0"), ("ok", "ok\u200b"), ("true", True)],
+    [("new york", "new\u00a0york"), ("café", "cafe\u0301"), ("1", "1.0"), ("ok", "ok\u200b"), ("true", "True")],
 )
 def test_labels_that_look_the_same_are_not_two_classes(bases: Any, one: str, other: Any, tmp_path: Path) -> None:
     with pytest.raises(DataError, match=r"row 10 of 'rows': label .* stands for what an earlier row calls"):
         tuned(bases["decoder"], [*FEW, {"text": "x", "label": one}, {"text": "x", "label": other}], tmp_path)
 
 
+@pytest.mark.parametrize(
+    ("labels", "message"),
+    [
+        ([True, 1, False, 0], "row 2 .*label 1 is a number, and an earlier row has the truth value True"),
+        ([True, "positive"], "row 2 .*label 'positive' is a name, and an earlier row has the truth value True"),
+        ([["war"], "war, art"], "row 2 .*label 'war, art' is a name, and an earlier row has the list .*as lists"),
+        (["Good", "bad", "good"], "row 3 .*'good' differs from 'Good' of an earlier row in case alone"),
+        (["b'good'", "b'bad'"], "row 1 .*a value as Python prints it"),
+        (["np.str_('good')", "bad"], "row 1 .*a value as Python prints it"),
+        (["ok \u2764", "ok \u2764\ufe0f"], "row 2 .*stands for what an earlier row calls"),
+        (["-0", "0"], "row 2 .*stands for what an earlier row calls"),
+        ([10**5000, 1], "row 1 .*too many digits"),
+    ],
+)
+def test_labels_whose_meaning_is_not_certain_are_refused(labels: list[Any], message: str) -> None:
+    with pytest.raises(DataError, match=message):
+        inspect_data([{"text": "a", "label": label} for label in labels], TuneOptions())
+
+
+def test_labels_that_differ_are_classes_of_their_own() -> None:
+    for labels in ([2**53, 2**53 + 1], ["true", "false", "mixed"], [True, "true "[:4].title(), False]):
+        found = inspect_data([{"text": "a", "label": label} for label in labels], TuneOptions())
+        assert set(found.labels) == {str(label) for label in labels}
+    rows = [{"text": "a", "label": label} for label in ("US", "us")]
+    assert inspect_data(rows, TuneOptions(problem_type="single_label")).labels == ("US", "us")
+    for text in ("war;art", "war|art"):
+        with pytest.raises(DataError, match=r"row 1 .*reads like several labels"):
+            inspect_data([{"text": "a", "label": text}], TuneOptions(problem_type="multi_label"))
+
+
 def test_numbers_with_fractions_are_classes_where_that_is_said(bases: Any, tmp_path: Path) -> None:
     rows = [{"text": f"text {number}", "label": str(0.5 + number % 2)} for number in range(8)]
     result = tuned(bases["encoder"], rows, tmp_path, problem_type="single_label")
     assert result.prompt.labels == ("0.5", "1.5")
+
+
+@pytest.mark.parametrize("column", ["text", "target"])
+def test_an_infinite_number_is_no_text(bases: Any, column: str, tmp_path: Path) -> None:
+    rows = [{"text": "a cat", "target": "x", **({column: float("inf")} if number == 4 else {})} for number in range(8)]
+    with pytest.raises(DataError, match=f"row 5 of .*'{column}' holds inf, which is no text"):
+        tuned(bases["decoder"], rows, tmp_path)
 
 
 @pytest.mark.parametrize("kind", ["decoder", "encoder-decoder"])
@@ -107,7 +145,7 @@ def test_ids_of_tags_become_their_names(bases: Any, tmp_path: Path) -> None:
 
 
 def test_numbers_that_are_none_are_refused_with_the_row(bases: Any, tmp_path: Path) -> None:
-    for wrong in (float("nan"), float("inf"), "nan", 1e300):
+    for wrong in (float("nan"), float("inf"), "nan", 1e300, 10**400, "1_000"):
         rows = [{"text": "a", "label": 1.5}] * 5 + [{"text": "b", "label": wrong}]
         with pytest.raises(DataError, match="row 6 of 'rows'"):
             tuned(bases["encoder"], rows, tmp_path, problem_type="regression")
