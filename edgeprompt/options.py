@@ -14,6 +14,7 @@ class EngineOptions:
 
     provider: str = "auto"
     threads: int | None = None
+    """Of one run. None: one per physical core; on the CPU fewer of them while other programs keep cores busy."""
     workers: int | None = None
     """Sequences that are computed side by side, each on one thread, instead of one on `threads` threads. Each takes
     longer, and more are computed per second. Workers share the weights."""

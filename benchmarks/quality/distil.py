@@ -1,12 +1,13 @@
 """What a 16-token prompt keeps of an instruction with eight solved examples.
 
-    python -m benchmarks.quality.distil [--task sentiment|source] [--seeds 5] [--texts 1000] [--steps 120] [--limit N]
+    python -m benchmarks.quality.distil [--base smollm2|gemma3] [--task sentiment|source] [--seeds 5] [--texts 1000]
+        [--steps 120] [--limit N]
 
 The instruction with the best of five draws of its examples (by the dev set) is the teacher, in full precision. Its
-distillates learn from texts without labels for the int4 package, one for each seed, and are served on it. Beside them:
-zero-shot and the instruction itself on that package, a prompt tuned with the texts' labels, and LoRA (r 8, PEFT, the
-same texts with labels and steps, in PyTorch float). Figures are on the test set; what exists under work/ is taken from
-there, so an interrupted run goes on.
+distillates, one for each seed, learn from texts without labels for a package of the base: int4, or Gemma's own blocks.
+That package serves them. Beside them: zero-shot and the instruction itself on that package, a prompt tuned with the
+texts' labels, and LoRA (r 8, PEFT, the same texts with labels and steps, in PyTorch float). Figures are on the test
+set; what exists under work/ is taken from there, so an interrupted run goes on.
 """
 
 from __future__ import annotations
@@ -19,6 +20,7 @@ import sys
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -33,9 +35,11 @@ from edgeprompt.tuning.answers import AnswerFile, LabelAnswer
 
 ROOT = Path(__file__).resolve().parents[2]
 sys.path[:0] = [str(ROOT / "examples")]
-from models import WORK, model_file, package  # noqa: E402
+from models import GEMMA3, SMOLLM2, WORK, model_file, package  # noqa: E402
 
 SHOTS = 8
+BASES = {"smollm2": (SMOLLM2, "int4"), "gemma3": (GEMMA3, "gguf")}
+"""Model, and the precision of the package that serves it: what its file holds needs 4 bits, or some 8."""
 TASKS: Mapping[str, dict[str, Any]] = {
     "sentiment": {
         "data": "movie",
@@ -60,9 +64,10 @@ class Benchmark:
 
     def __init__(self, task: str, options: argparse.Namespace) -> None:
         self.task, self.options, self.recipe = task, options, TASKS[task]
-        self.folder = WORK / "distil" / f"{task}-{options.texts}-{options.steps}"
+        self.model, self.precision = BASES[options.base]
+        self.folder = WORK / "distil" / f"{options.base}-{task}-{options.texts}-{options.steps}"
         self.folder.mkdir(parents=True, exist_ok=True)
-        self.package = package("int4")
+        self.package = package(self.precision, self.model)
         rows = list(read_records(WORK / "data" / f"{self.recipe['data']}.train.csv"))
         random.Random(0).shuffle(rows)
         self.pool, self.texts = rows[:240], rows[240 : 240 + options.texts]
@@ -102,7 +107,7 @@ class Benchmark:
         def make() -> list[int]:
             asked = replace(self.teacher(draw), answers=file)
             one = replace(self.base, steps=1, eval_split=0.0, package=None, distil=asked)
-            tune(model_file(), [{"text": row["text"]} for row in rows], output=prompt, options=one)
+            tune(model_file(self.model), [{"text": row["text"]} for row in rows], output=prompt, options=one)
             head = json.loads(file.read_text().splitlines()[0])
             signature = {key: value for key, value in head.items() if key not in ("format", "version")}
             answers = AnswerFile(file, signature).read(LabelAnswer, CHUNK)
@@ -130,7 +135,7 @@ class Benchmark:
         if not path.exists():
             asked = replace(self.teacher(draw), answers=self.folder / "texts.teacher.jsonl")
             options = replace(self.base, seed=seed, distil=asked)
-            tune(model_file(), [{"text": row["text"]} for row in self.texts], output=path, options=options)
+            tune(model_file(self.model), [{"text": row["text"]} for row in self.texts], output=path, options=options)
         return path
 
     def labelled(self, seed: int) -> Path:
@@ -139,8 +144,12 @@ class Benchmark:
         if not path.exists():
             template = "{prompt}" + self.recipe["instruction"].partition("\n\n")[2]
             options = replace(self.base, seed=seed, template=template)
-            tune(model_file(), list(self.texts), output=path, options=options)
+            tune(model_file(self.model), list(self.texts), output=path, options=options)
         return path
+
+    def served_labelled(self, seed: int) -> list[int]:
+        """What the package says with such a prompt."""
+        return self.served(load_prompt(self.labelled(seed)))
 
     def lora(self, seed: int) -> list[int]:
         """What LoRA says of the test set, in PyTorch float."""
@@ -156,7 +165,7 @@ class Benchmark:
         from edgeprompt.tuning.teacher import FixedPrompt
 
         torch.manual_seed(seed)
-        loaded = load_base(model_file())
+        loaded = load_base(model_file(self.model))
         geometry = geometry_of(loaded.config)
         config = LoraConfig(r=8, lora_alpha=16, target_modules=["q_proj", "v_proj"])
         inject_adapter_in_model(config, loaded.model)
@@ -209,23 +218,22 @@ class Benchmark:
         paths = [self.student(seed, best) for seed in seeds]
         about = load_prompt(paths[0]).distilled_from
         student = load_prompt(paths[0])
-        rows["zero-shot, int4"] = [self.kept("zero", lambda: self.served(hard_prompt(student, "", name="zero")))]
+        zero = hard_prompt(student, "", name="zero")
+        rows[f"zero-shot, {self.precision}"] = [self.kept("zero", partial(self.served, zero))]
         if self.options.served_instruction:
             teaching = replace(hard_prompt(student, "", name="hard"), template=Template.parse(about["template"]))
-            rows["instruction, int4"] = [self.kept("hard", lambda: self.served(teaching))]
-        rows["distillate, int4"] = [
-            self.kept(f"served-student-{seed}", lambda path=path: self.served(load_prompt(path)))  # type: ignore[misc]
+            rows[f"instruction, {self.precision}"] = [self.kept("hard", partial(self.served, teaching))]
+        rows[f"distillate, {self.precision}"] = [
+            self.kept(f"served-student-{seed}", partial(self.served, load_prompt(path)))
             for seed, path in zip(seeds, paths, strict=True)
         ]
         if self.options.labelled:
-            rows["tuned with labels, int4"] = [
-                self.kept(f"served-labelled-{seed}", lambda seed=seed: self.served(load_prompt(self.labelled(seed))))  # type: ignore[misc]
-                for seed in seeds
+            rows[f"tuned with labels, {self.precision}"] = [
+                self.kept(f"served-labelled-{seed}", partial(self.served_labelled, seed)) for seed in seeds
             ]
         if self.options.lora:
             rows["LoRA r 8 with labels, float"] = [
-                self.kept(f"lora-{seed}", lambda seed=seed: self.lora(seed))
-                for seed in seeds  # type: ignore[misc]
+                self.kept(f"lora-{seed}", partial(self.lora, seed)) for seed in seeds
             ]
         table = {}
         for name, runs in rows.items():
@@ -254,6 +262,7 @@ def spread(values: Sequence[float]) -> str:
 def main() -> None:
     """Run what is missing, write the result, print the table."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--base", choices=BASES, default="smollm2")
     parser.add_argument("--task", choices=TASKS, default="sentiment")
     parser.add_argument("--seeds", type=int, default=5)
     parser.add_argument("--texts", type=int, default=1000)
@@ -263,13 +272,14 @@ def main() -> None:
     parser.add_argument("--limit", type=int, help="test sentences (a random part)")
     for name in ("lora", "labelled", "served-instruction"):
         parser.add_argument(f"--no-{name}", dest=name.replace("-", "_"), action="store_false")
-    parser.add_argument("--out", type=Path, help="default: benchmarks/results/distil-TASK.json")
+    parser.add_argument("--out", type=Path, help="default: benchmarks/results/distil-BASE-TASK.json")
     options = parser.parse_args()
     machine = describe()
     found = {"machine": machine, **Benchmark(options.task, options).run()}
-    out = options.out or ROOT / "benchmarks" / "results" / f"distil-{options.task}.json"
+    out = options.out or ROOT / "benchmarks" / "results" / f"distil-{options.base}-{options.task}.json"
     out.write_text(json.dumps(found, indent=1) + "\n")
-    print(f"| {options.task}, n = {found['n']} | accuracy | agreement with the teacher |\n| --- | --- | --- |")
+    what = f"{options.base}, {options.task}, n = {found['n']}"
+    print(f"| {what} | accuracy | agreement with the teacher |\n| --- | --- | --- |")
     for name, row in found["rows"].items():
         print(f"| {name} | {spread(row['accuracy'])} | {spread(row['agreement'])} |")
     print(f"\n{found['instruction_tokens']} tokens against {found['num_virtual_tokens']}; {found['first_token']}")

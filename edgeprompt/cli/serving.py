@@ -64,7 +64,12 @@ def session_options(command: F) -> F:
             help="Check tokens that the answer may copy from the text several at a time (decoders): faster where it "
             "copies, restores or quotes.",
         ),
-        click.option("--threads", type=click.IntRange(min=1), help="intra_op_num_threads of the session."),
+        click.option(
+            "--threads",
+            type=click.IntRange(min=1),
+            help="intra_op_num_threads of the session. Default: one per physical core, and fewer while "
+            "other programs keep cores busy.",
+        ),
         click.option("--provider", type=click.Choice(("auto", "cpu", "cuda")), default="auto", show_default=True),
         click.option(
             "--allow-other-weights",

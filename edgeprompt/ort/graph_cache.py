@@ -23,6 +23,8 @@ from edgeprompt.package.outputs import PACKED_GRAPH
 
 _LOG = logging.getLogger("edgeprompt")
 _GRAPH, _DATA, _SIZES = "graph.onnx", "graph.onnx.data", "sizes.json"
+_MAPPED = "packed"
+"""An empty file beside packed weights."""
 _CONFIG = {
     "session.optimized_model_external_initializers_file_name": _DATA,
     "session.optimized_model_external_initializers_min_size_in_bytes": "16384",
@@ -80,6 +82,11 @@ class GraphCache:
             return None
         return entry / _GRAPH if found == sizes else None
 
+    def is_packed(self) -> bool:
+        """Whether the entry that was written last holds packed weights, which sessions map."""
+        weights = self.newest_weights()
+        return weights is not None and (weights.parent / _MAPPED).exists()
+
     def drop(self, ort_version: str, reason: str) -> None:
         """Remove an entry that does not load; where none could be written, say so."""
         entry = self._entry(ort_version)
@@ -105,6 +112,8 @@ class GraphCache:
             yield
             if packed and any(int(offset) % _ALIGNMENT for offset in _OFFSET.findall((folder / _GRAPH).read_bytes())):
                 raise _MisalignedError
+            if packed:
+                (folder / _MAPPED).touch()
             (folder / _DATA).touch()  # none is written where all tensors are small
             sizes = {name: (folder / name).stat().st_size for name in (_GRAPH, _DATA)}
             (folder / _SIZES).write_text(json.dumps(sizes), encoding="utf-8")

@@ -1,13 +1,25 @@
-"""What decides how ONNX Runtime multiplies integers here: the processor's name and instructions."""
+"""What decides how ONNX Runtime multiplies integers here, and on how many threads."""
 
 from __future__ import annotations
 
+import os
 import platform
 from functools import cache
 from pathlib import Path
 
 CPUINFO = Path("/proc/cpuinfo")
+TOPOLOGY = Path("/sys/devices/system/cpu")
 _NAMED = ("model name", "flags", "features", "cpu part")
+
+
+@cache
+def cores() -> int:
+    """Physical cores, which is what ONNX Runtime takes one thread for by default."""
+    siblings = TOPOLOGY.glob("cpu[0-9]*/topology/thread_siblings_list")
+    try:
+        return len({file.read_text("ascii") for file in siblings}) or os.cpu_count() or 1
+    except OSError:
+        return os.cpu_count() or 1
 
 
 @cache

@@ -6,15 +6,17 @@ import ctypes
 import os
 import time
 from concurrent.futures import Future, ThreadPoolExecutor, wait
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 from edgeprompt.errors import InputError, MissingDependencyError, PackageError, ProviderError
 from edgeprompt.options import EngineOptions
 from edgeprompt.ort import processor
+from edgeprompt.ort.free_memory import free_memory
 from edgeprompt.ort.graph_cache import SLOWER_FUSIONS, GraphCache
 from edgeprompt.ort.read_ahead import read_ahead
+from edgeprompt.ort.threads import AdaptiveThreads
 from edgeprompt.package.folder import Package
 
 _PROVIDERS = {
@@ -43,6 +45,10 @@ HEAD_START = 0.02
 """Seconds that sessions have before a tokenizer is read beside them: ONNX Runtime keeps Python's lock while it reads a
 graph's file and lets go of it while it makes the session; the tokenizers library keeps it all the time."""
 
+SHARE_OF_FREE = 0.25
+"""Share of the free memory that weights may take once more, for a session on fewer threads. Packed ones that a cache
+folder keeps are mapped, and take none."""
+
 SPIN_MICROSECONDS = 1000
 """How long idle threads spin between operators and steps before they sleep. ONNX Runtime's default is some tens of
 milliseconds, for which a core is busy after every answer and while a session opens."""
@@ -55,6 +61,8 @@ class Session:
     ort: Any
     provider: str
     device: str
+    adaptive: AdaptiveThreads | None = None
+    """Sessions of the graph on fewer threads, where nobody said how many."""
 
 
 class Sessions:
@@ -99,7 +107,9 @@ class Sessions:
         """
         for future in self._found.values():
             if future.done() and future.exception() is None:
-                ctypes.pythonapi.Py_IncRef(ctypes.py_object(future.result().ort))
+                found = future.result()
+                for ort in [found.ort] if found.adaptive is None else found.adaptive.sessions:
+                    ctypes.pythonapi.Py_IncRef(ctypes.py_object(ort))
         libc = ctypes.CDLL(None)
         if hasattr(libc, "on_exit") and hasattr(libc, "fcloseall"):
             libc.on_exit(libc._exit, None)
@@ -111,10 +121,21 @@ class Sessions:
 
 
 def _open_graph(package: Package, key: str, options: EngineOptions, cache: GraphCache | None) -> Session:
+    path, spinning = package.graph(key), options.spinning
     threads = options.threads if options.workers is None else 1
-    return open_session(
-        package.graph(key), provider=options.provider, threads=threads, spinning=options.spinning, cache=cache
-    )
+    found = open_session(path, provider=options.provider, threads=threads, spinning=spinning, cache=cache)
+    cores = processor.cores()
+    if threads is not None or found.provider != "cpu" or cores < 2:
+        return found
+    weights = sum((package.path / name).stat().st_size for name in package.manifest.graphs[key].data)
+
+    def fewer(count: int) -> Any:
+        free = free_memory()
+        if free is not None and weights > free * SHARE_OF_FREE and not (cache is not None and cache.is_packed()):
+            return None
+        return open_session(path, provider="cpu", threads=count, spinning=spinning, cache=cache).ort
+
+    return replace(found, adaptive=AdaptiveThreads(found.ort, cores, fewer))
 
 
 def graph_inputs(session: Any) -> list[Any]:

@@ -92,7 +92,7 @@ def _other_files(folder: Path, known: set[str], whose: str) -> str | None:
 
 
 def _packed_graph(path: Path) -> str | None:
-    return _other_files(path, {"graph.onnx", "graph.onnx.data", "sizes.json"}, "a packed graph's")
+    return _other_files(path, {"graph.onnx", "graph.onnx.data", "sizes.json", "packed"}, "a packed graph's")
 
 
 def _safetensors_metadata(path: Path) -> dict[str, Any]:

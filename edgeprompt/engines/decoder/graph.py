@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, Literal, Protocol
@@ -133,7 +134,7 @@ class _Graph:
     """What both ways share: names, types and the small inputs."""
 
     def __init__(self, session: Session, shape: KVShape, *, hidden_size: int, max_rows: int, budget: int) -> None:
-        self._session, self._ort = session, session.ort
+        self._ort, self._adaptive = session.ort, session.adaptive
         self._shape, self._max_rows, self._budget = shape, max_rows, budget
         inputs = {value.name: value for value in graph_inputs(self._ort)}
         outputs = {value.name: value for value in self._ort.get_outputs()}
@@ -245,7 +246,7 @@ class SharedGraph(_Graph):
             found = np.empty((1, 1 if self._states_last_only else count, self._no_rows.shape[1]), self._states_type)
             self._bind_output(binding, names.HIDDEN_STATES, found)
         self._cache.extend(row, past, past + count)
-        self._ort.run_with_iobinding(binding)
+        self._run(binding, ("prefill", count.bit_length()), count)
         if states is not None and found is not None:
             states.append(found[0].astype(np.float32, copy=False))
         last: Logits = logits[0, -1].astype(np.float32, copy=False)
@@ -270,7 +271,7 @@ class SharedGraph(_Graph):
         step.ids[0] = ids
         step.positions[0] = np.arange(length, length + len(ids))
         np.less(self._count[: step.mask.shape[1]], length + len(ids), out=step.mask[0], casting="unsafe")
-        self._ort.run_with_iobinding(step.binding)
+        self._run(step.binding, ("ahead", len(ids)), 1)
         logits: Logits = step.logits[0].astype(np.float32, copy=False)
         return logits
 
@@ -280,8 +281,17 @@ class SharedGraph(_Graph):
         step.ids[:, 0] = ids
         step.positions[:, 0] = lengths
         np.less_equal(self._count[: step.mask.shape[1]], step.positions, out=step.mask, casting="unsafe")
-        self._ort.run_with_iobinding(step.binding)
+        self._run(step.binding, ("step", count), 1)
         return self._logits[:count, 0].astype(np.float32, copy=False)
+
+    def _run(self, binding: Any, kind: tuple[str, int], units: int) -> None:
+        """Run, and go on with the session whose threads pay now: the cache belongs to none."""
+        began = time.perf_counter(), time.process_time()
+        self._ort.run_with_iobinding(binding)
+        if self._adaptive is not None and (ort := self._adaptive.ran(kind, units, began)) is not self._ort:
+            self._ort = ort
+            self._prefills.clear()
+            self._steps.clear()
 
     def _bound_step(self, row: int, count: int, tokens: int, total: int) -> _Step:
         """The step of these rows and tokens, with a mask for `total` positions."""
@@ -556,7 +566,11 @@ class GrowingGraph(_Graph):
         for block, name, present in self._blocks:
             binding.bind_ortvalue_input(name, values[block])
             binding.bind_output(present, self._device)
+        began = time.perf_counter(), time.process_time()
         self._ort.run_with_iobinding(binding)
+        if self._adaptive is not None:
+            kind = ("prefill", ids.size.bit_length()) if len(rows) == 1 else ("step", len(rows))
+            self._ort = self._adaptive.ran(kind, ids.size, began)
         found = binding.get_outputs()
         grown = found[len(heads) :]
         self._rows.update((row, _Grown(grown, place, starts[place])) for place, row in enumerate(rows))

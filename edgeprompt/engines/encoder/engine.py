@@ -40,7 +40,7 @@ class EncoderEngine(Engine):
         session = sessions["model"]
         self._manifest, self._tokenizer = package.manifest, package.tokenizer
         self.provider = session.provider
-        self._graph = EncoderGraph.open(session.ort, package.manifest)
+        self._graph = EncoderGraph.open(session, package.manifest)
         self.derived = PrefixCache(TENSOR_BUDGET if options.prefix_budget is None else options.prefix_budget)
         lanes = [EncoderLane(self._graph) for _ in range(options.workers or 1)]
         self.scheduler = Scheduler(lanes, max_queue=options.max_queue)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from collections import deque
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -12,7 +13,8 @@ import numpy.typing as npt
 
 from edgeprompt.engines.encoder.batch import Row, make_feeds, split_batches
 from edgeprompt.engines.scheduler import Job
-from edgeprompt.ort.session import graph_inputs, import_onnxruntime
+from edgeprompt.ort.session import Session, graph_inputs, import_onnxruntime
+from edgeprompt.ort.threads import AdaptiveThreads
 from edgeprompt.package.manifest import Manifest
 
 PIECE = 1024
@@ -50,34 +52,41 @@ class EncoderJob(Job):
         return self.read(*self.found)
 
 
-@dataclass(frozen=True)
+@dataclass
 class EncoderGraph:
-    """An open graph. Safe from any thread."""
+    """An open graph. Safe from any thread, except where the number of its own threads adapts."""
 
-    session: Any
+    ort: Any
+    """ONNX Runtime's session for the next run."""
+    adaptive: AdaptiveThreads | None
     manifest: Manifest
     inputs: frozenset[str]
     outputs: frozenset[str]
     run_options: Any
 
     @staticmethod
-    def open(session: Any, manifest: Manifest) -> EncoderGraph:
-        """Take ONNX Runtime's session."""
+    def open(session: Session, manifest: Manifest) -> EncoderGraph:
+        """Take the graph's session."""
         options = import_onnxruntime().RunOptions()
         # Logits over the vocabulary cost as much as a layer; they are computed only where a row asks for them.
         options.only_execute_path_to_fetches = True
         return EncoderGraph(
-            session,
+            session.ort,
+            session.adaptive,
             manifest,
-            frozenset(value.name for value in graph_inputs(session)),
-            frozenset(value.name for value in session.get_outputs()),
+            frozenset(value.name for value in graph_inputs(session.ort)),
+            frozenset(value.name for value in session.ort.get_outputs()),
             options,
         )
 
     def run(self, rows: Sequence[Row], wanted: Sequence[str]) -> list[Outputs]:
         """Outputs of every row of one batch."""
         feeds = make_feeds(rows, self.manifest, self.inputs)
-        found = self.session.run(wanted, feeds, self.run_options)
+        began = time.perf_counter(), time.process_time()
+        found = self.ort.run(wanted, feeds, self.run_options)
+        if self.adaptive is not None:
+            tokens = len(rows) * max(row.length for row in rows)
+            self.ort = self.adaptive.ran(("batch", tokens.bit_length()), tokens, began)
         return [dict(zip(wanted, (value[at] for value in found), strict=True)) for at in range(len(rows))]
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -119,7 +120,7 @@ def joined(states: Sequence[DecoderState]) -> DecoderState:
 
 
 class Seq2SeqGraphs:
-    """Encoder and decoder sessions. Stateless between calls, so any number of threads may use it."""
+    """Encoder and decoder sessions. Any number of threads may use it, except where the number of its own adapts."""
 
     def __init__(self, package: Package, sessions: Sessions) -> None:
         self._geometry = package.manifest.geometry
@@ -129,9 +130,10 @@ class Seq2SeqGraphs:
         self._pad = package.manifest.tokens.pad or 0
         encoder, decoder = sessions["encoder"], sessions["decoder"]
         self._encoder, self._decoder = encoder.ort, decoder.ort
+        self._encoder_threads, self._decoder_threads = encoder.adaptive, decoder.adaptive
         self.provider = encoder.provider
-        inputs = {value.name for value in self._encoder.get_inputs()}
-        self._decoder_inputs = {value.name for value in self._decoder.get_inputs()}
+        inputs = {value.name for value in encoder.ort.get_inputs()}
+        self._decoder_inputs = {value.name for value in decoder.ort.get_inputs()}
         self.masks_past = names.ATTENTION_MASK in self._decoder_inputs
         """Whether rows with prefixes of different length may decode together (Optimum's decoders have no mask)."""
         self.has_encoder_prefix = names.past(0, "key") in inputs
@@ -170,7 +172,11 @@ class Seq2SeqGraphs:
                 for index, part in enumerate(PARTS)
             }
             mask = np.concatenate([front, mask], axis=1)
-        states, *cross = self._encoder.run(self._encoder_outputs, {**feeds, names.ATTENTION_MASK: mask})
+        feeds[names.ATTENTION_MASK] = mask
+        began = time.perf_counter(), time.process_time()
+        states, *cross = self._encoder.run(self._encoder_outputs, feeds)
+        if self._encoder_threads is not None:
+            self._encoder = self._encoder_threads.ran(("encode", ids.size.bit_length()), ids.size, began)
         return Source(states, mask, tuple(cross))
 
     def begin(self, source: Source, prefixes: Sequence[Array | None]) -> DecoderState:
@@ -197,7 +203,10 @@ class Seq2SeqGraphs:
             **dict(zip(self._cross_names, state.cross, strict=True)),
         }
         known = {name: value for name, value in feeds.items() if name in self._decoder_inputs}
+        began = time.perf_counter(), time.process_time()
         logits, *state.past = self._decoder.run(self._decoder_outputs, known)
+        if self._decoder_threads is not None:
+            self._decoder = self._decoder_threads.ran(("step", len(ids)), 1, began)
         state.mask = mask
         found: npt.NDArray[np.float32] = logits[:, -1].astype(np.float32, copy=False)
         return found
