@@ -113,14 +113,15 @@ class Lines:
         else:
             parts.append(f"{self._done:.0%}")
         parts += [self._note] if self._note else []
-        parts.append(f"{_clock(now - self._began)} so far")
+        parts.append(f"{clock(now - self._began)} so far")
         if self._total and made:
             left = spent / made * (self._total - self._done) - (now - self._changed)
-            parts += [f"about {_clock(left)} left"] if left > 0 else []  # a stage that takes longer than those before
+            parts += [f"about {clock(left)} left"] if left > 0 else []  # a stage that takes longer than those before
         return f"{self._title}: {', '.join(parts)}"
 
 
-def _clock(seconds: float) -> str:
+def clock(seconds: float) -> str:
+    """Minutes and seconds, with hours where there are some."""
     minutes, rest = divmod(round(seconds), 60)
     hours, minutes = divmod(minutes, 60)
     return f"{hours}:{minutes:02}:{rest:02}" if hours else f"{minutes}:{rest:02}"

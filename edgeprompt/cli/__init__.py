@@ -21,6 +21,9 @@ from edgeprompt.errors import EdgePromptError, MissingDependencyError
 
 COMMANDS = ("tune", "export", "convert", "run", "eval", "bench", "serve", "push", "inspect", "validate")
 
+_AGAIN_S = 0.01
+"""After a signal whose exception was lost, so long until it is sent again."""
+
 
 class _Failed(click.ClickException):
     """The work failed: one line on stderr, exit code 1 (of a signal 128 and its number)."""
@@ -44,6 +47,7 @@ class _Stopped(SystemExit):
 
     def __init__(self, number: int) -> None:
         super().__init__(128 + number)
+        self.number = number
         self.name = signal.Signals(number).name
 
 
@@ -123,16 +127,38 @@ def _terminable() -> Iterator[None]:
             raise _Interrupted
         raise _Stopped(number)
 
+    def lost(unraisable: Any) -> None:
+        """What is raised while an object is deleted is lost, also what `stop` raised: the signal comes once more."""
+        if not isinstance(unraisable.exc_value, (_Interrupted, _Stopped)):
+            usual_lost(unraisable)
+            return
+        for known in before:
+            signal.signal(known, stop)
+        number = getattr(unraisable.exc_value, "number", signal.SIGINT)
+        again = threading.Timer(_AGAIN_S, _send_to_main, [number])
+        again.daemon = True
+        again.start()
+
     usual = dict.fromkeys(("SIGTERM", "SIGHUP"), signal.SIG_DFL) | {"SIGINT": signal.default_int_handler}
     for name, handler in usual.items():
         number = getattr(signal, name, None)  # Windows has no SIGHUP
         if number is not None and signal.getsignal(number) is handler:  # not where it is ignored (nohup)
             before[number] = signal.signal(number, stop)
+    usual_lost, sys.unraisablehook = sys.unraisablehook, lost
     try:
         yield
     finally:
+        sys.unraisablehook = usual_lost
         for number, handler in before.items():
             signal.signal(number, handler)
+
+
+def _send_to_main(number: int) -> None:
+    """Send a signal to the main thread, which wakes it where it waits."""
+    if hasattr(signal, "pthread_kill"):
+        signal.pthread_kill(threading.main_thread().ident or 0, number)
+    else:
+        signal.raise_signal(number)
 
 
 @click.group(cls=_Commands, context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 100})

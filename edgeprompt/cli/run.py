@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import sys
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import replace
 from itertools import islice
@@ -136,6 +136,8 @@ def command(
 
     The answer to one TEXT is printed as it is, and streamed to a terminal. Several answers are printed one per line.
     """
+    if str(source) == "-":
+        raise InputError("--input '-' is no file; pipe lines into stdin, without --input")
     if texts and source:
         raise click.UsageError("give TEXT or --input, not both")
     if resume and not (source and out):
@@ -186,8 +188,12 @@ def command(
     if missing := next((folder for folder in folders if not folder.is_dir()), None):
         raise InputError(f"no folder of prompts at {str(missing)!r}")
     seen = _Seen(prompt_column)
-    total = _count(source, out, seen, as_json=as_json) if source else None
-    rows = _rows(texts, source)
+    keep_broken = on_error != "stop"
+    shared_columns: tuple[str, ...] = ()
+    total = None
+    if source:
+        total, shared_columns = _count(source, out, seen, as_json=as_json, keep_broken=keep_broken)
+    rows = _rows(texts, source, shared_columns, keep_broken=keep_broken)
     form = Form(as_json=as_json, named=len(wanted) > 1 or bool(prompt_column), with_errors=on_error == "record")
     failures = _Failures(on_error)
     with serving.open_runtime(package, **session) as runtime:
@@ -235,23 +241,31 @@ class _Seen:
                 self.names[text_of(row, self._prompt_column, "")] = None
 
 
-def _count(source: Path, out: Path | None, seen: _Seen, *, as_json: bool) -> int:
-    """How many records a file has. It is read to its end, so that what cannot be read or written is told before the
-    work.
+def _count(
+    source: Path, out: Path | None, seen: _Seen, *, as_json: bool, keep_broken: bool
+) -> tuple[int, tuple[str, ...]]:
+    """How many records a file has, and the columns that each must have in the output; none where they may differ.
+
+    The file is read to its end, so that what cannot be read or written is told before the work.
 
     Raises:
         DataError: a line is no record, or one that the output has no place for.
     """
+    from edgeprompt.evaluation.formats import BrokenRecord
+
     count = 0
+    first: Mapping[str, Any] = {}
     suffix = out.suffix.lower() if out else ""
+    same = suffix in (".csv", ".tsv") and not as_json
 
     def rows() -> Iterator[Mapping[str, Any]]:
-        nonlocal count
-        first: Mapping[str, Any] = {}
-        for count, row in enumerate(serving.read_texts(source), 1):
+        nonlocal count, first
+        for count, row in enumerate(serving.read_texts(source, keep_broken=keep_broken), 1):
+            if isinstance(row, BrokenRecord):
+                continue
             first = first or row
             seen.note(row)
-            if suffix in (".csv", ".tsv") and not as_json and row.keys() != first.keys():
+            if same and row.keys() != first.keys():
                 raise DataError(f"row {count} has other columns than the first ({', '.join(first)}); write .jsonl")
             yield row
 
@@ -260,14 +274,22 @@ def _count(source: Path, out: Path | None, seen: _Seen, *, as_json: bool) -> int
     else:
         for _ in rows():
             pass
-    return count
+    return count, tuple(first) if same else ()
 
 
-def _rows(texts: tuple[str, ...], source: Path | None) -> Iterator[Mapping[str, Any]]:
-    from edgeprompt.evaluation.formats import read_lines
+def _rows(
+    texts: tuple[str, ...], source: Path | None, columns: Sequence[str], *, keep_broken: bool
+) -> Iterator[Mapping[str, Any]]:
+    """What to answer; a line that is no record has the columns of the others."""
+    from edgeprompt.evaluation.formats import BrokenRecord, read_lines
+
+    def filled(row: Mapping[str, Any]) -> Mapping[str, Any]:
+        if isinstance(row, BrokenRecord):
+            row.update(dict.fromkeys(columns))
+        return row
 
     if source:
-        return serving.read_texts(source)
+        return map(filled, serving.read_texts(source, keep_broken=keep_broken))
     if texts:
         return ({"text": text} for text in texts)
     return read_lines(sys.stdin.buffer, "stdin")

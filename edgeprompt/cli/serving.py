@@ -168,8 +168,9 @@ def _note_weights(prompt: PromptFile, manifest: Manifest) -> None:
         console.note(f"note: prompt {prompt.name!r} was tuned for {other}, this package is {manifest.precision}")
 
 
-def read_texts(source: Path) -> Iterator[Mapping[str, Any]]:
-    """Records of a data file; of a .txt file the lines, as `text`."""
+def read_texts(source: Path, *, keep_broken: bool = False) -> Iterator[Mapping[str, Any]]:
+    """Records of a data file; of a .txt file the lines, as `text`. With `keep_broken`, a line of a .jsonl file that is
+    no record is a `BrokenRecord`."""
     from edgeprompt.evaluation.data import read_records
     from edgeprompt.evaluation.formats import read_lines
 
@@ -178,7 +179,7 @@ def read_texts(source: Path) -> Iterator[Mapping[str, Any]]:
         with source.open("rb") as file:
             yield from read_lines(file, str(source))
     else:
-        yield from read_records(source)
+        yield from read_records(source, keep_broken=keep_broken)
 
 
 def check_text(source: Path) -> None:

@@ -20,7 +20,7 @@ from edgeprompt.decoding.detokenizer import Detokenizer, TextPiece
 from edgeprompt.decoding.drafts import MOST, PromptLookup
 from edgeprompt.decoding.processors import Processors
 from edgeprompt.decoding.sampling import Sampler, Sampling
-from edgeprompt.errors import InputError
+from edgeprompt.errors import InferenceError, InputError
 from edgeprompt.prompts.verbalizer import Node, Verbalizer, word_tree
 from edgeprompt.request import Classification, Clock, Generation
 
@@ -270,7 +270,12 @@ class Generate(OneSequence):
                 new = slice(self._said, len(self._ids))
                 piece = TextPiece(piece, self._ids[new], self._logprobs[new], self._top[new])
                 self._said = len(self._ids)
-            self._on_text(piece)
+            try:
+                self._on_text(piece)
+            except Exception:
+                raise
+            except BaseException as error:  # SystemExit and such would end the thread that serves all requests
+                raise InferenceError(f"on_text raised {error!r}") from error
 
     def _end(self, reason: str) -> int | None:
         self._reason = reason

@@ -6,6 +6,7 @@ late, take from the queue what there is room for, compute one step. Jobs join an
 
 from __future__ import annotations
 
+import logging
 import threading
 import time
 import weakref
@@ -22,6 +23,7 @@ from edgeprompt.errors import (
     RequestTimeoutError,
 )
 
+_LOG = logging.getLogger("edgeprompt")
 LOOK_EVERY = 0.02
 """Seconds; a long queue is not searched at every step."""
 
@@ -44,6 +46,21 @@ class Job(Future[Any]):
         with self._condition:
             self._cancel_asked = self._cancel_asked or not self._ending
             return self._cancel_asked and not self._ending
+
+    def add_done_callback(self, fn: Callable[[Any], object]) -> None:
+        """As `Future.add_done_callback`; what a callback raises on the scheduler's thread is logged, SystemExit too."""
+
+        def called(job: Any) -> None:
+            try:
+                fn(job)
+            except Exception:
+                raise  # the standard library logs it
+            except BaseException as error:
+                if threading.current_thread() is threading.main_thread():
+                    raise
+                _LOG.exception("a callback of a request raised %r", error)
+
+        super().add_done_callback(called)
 
     def why_stop(self, now: float) -> EdgePromptError | None:
         """Why the job must stop at `now` (`time.monotonic`), or None."""

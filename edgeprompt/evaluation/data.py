@@ -17,18 +17,19 @@ DataSource: TypeAlias = str | os.PathLike[str] | Sequence[Record]
 """A file, a dataset id (`name` or `name:split`, split "train" without one), or records in memory."""
 
 
-def read_records(source: DataSource, *, columns: Sequence[str] = ()) -> Iterator[Record]:
+def read_records(source: DataSource, *, columns: Sequence[str] = (), keep_broken: bool = False) -> Iterator[Record]:
     """Stream the records of `source`, holding one (parquet: one batch) at a time.
 
     Args:
         source: what to read.
         columns: columns that every record must have.
+        keep_broken: as `edgeprompt.evaluation.formats.read_file`.
 
     Raises:
         DataError: nothing there, unreadable, empty, or a record lacks a column; the message names what is there.
     """
     count = 0
-    for count, record in enumerate(_open(source), 1):
+    for count, record in enumerate(_open(source, keep_broken), 1):
         if not isinstance(record, Mapping):
             raise DataError(
                 f"row {count} of {source_name(source)!r} is a {type(record).__name__}, not a mapping of columns"
@@ -67,12 +68,12 @@ def data_hash(source: DataSource) -> str:
     return "sha256:" + hashlib.sha256(str(source).encode()).hexdigest()
 
 
-def _open(source: DataSource) -> Iterator[Record]:
+def _open(source: DataSource, keep_broken: bool) -> Iterator[Record]:
     if not isinstance(source, (str, os.PathLike)):
         return with_names(source, getattr(source, "features", None))
     path = Path(source)
     if path.is_file():
-        return read_file(path)
+        return read_file(path, keep_broken=keep_broken)
     if path.is_dir():
         raise DataError(f"data {str(path)!r} is a folder; give one file ({', '.join(READERS)}) or a dataset id")
     if path.exists():

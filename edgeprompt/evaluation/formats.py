@@ -19,6 +19,16 @@ from edgeprompt.package import strict_json
 
 Record: TypeAlias = Mapping[str, Any]
 
+
+class BrokenRecord(dict[str, Any]):
+    """A line of a `.jsonl` file that is no record; it may have the columns of the others, without values."""
+
+    def __init__(self, error: str) -> None:
+        """`error`: why, with the line's number."""
+        super().__init__()
+        self.error = error
+
+
 _FIELD_LIMIT = 1 << 27
 _BOMS = (
     (codecs.BOM_UTF8, "utf-8-sig"),
@@ -28,6 +38,9 @@ _BOMS = (
     (codecs.BOM_UTF16_BE, "utf-16"),
 )
 _SPACED = re.compile(r'\s+".*"\s*', re.DOTALL)
+_NO_UTF8 = re.compile("[\udc80-\udcff]")
+_GZIP = b"\x1f\x8b"
+_COMPRESSED = (".gz", ".bz2", ".xz", ".zst", ".zip")
 _NUMBER = re.compile(r"[+-]?\d+(\.\d+)?([eE][+-]?\d+)?")
 
 
@@ -57,24 +70,35 @@ def _encoding(start: bytes) -> str:
     return next((name for mark, name in _BOMS if start.startswith(mark)), "utf-8")
 
 
-def _open(path: Path, newline: str | None = None) -> IO[str]:
-    """Open a text file; `newline` None reads "\\r\\n" and "\\r" as "\\n" too."""
+def _open(path: Path, newline: str | None = None, *, escape: bool = False) -> IO[str]:
+    """Open a text file; `newline` None reads "\\r\\n" and "\\r" as "\\n" too; with `escape`, bytes that are no UTF-8
+    become halves of surrogate pairs."""
     with path.open("rb") as file:
-        encoding = _encoding(file.read(4))
-    return path.open(encoding=encoding, newline=newline)
+        start = file.read(4)
+    if start.startswith(_GZIP):
+        raise DataError(f"data file {str(path)!r} is compressed with gzip; decompress it first")
+    encoding = _encoding(start)
+    escaped = escape and encoding.startswith("utf-8")
+    return path.open(encoding=encoding, newline=newline, errors="surrogateescape" if escaped else None)
 
 
-def read_file(path: Path) -> Iterator[Record]:
+def read_file(path: Path, *, keep_broken: bool = False) -> Iterator[Record]:
     """The records of a file, by its suffix.
+
+    Args:
+        path: the file.
+        keep_broken: a line of a `.jsonl` file that is no record becomes a `BrokenRecord`, not an error.
 
     Raises:
         DataError: unknown suffix, unreadable, or broken; the message names the line.
     """
-    reader = READERS.get(path.suffix.lower())
+    suffix = path.suffix.lower()
+    reader = READERS.get(suffix)
     if reader is None:
-        raise DataError(f"data file {str(path)!r} ends in {path.suffix!r}; known: {', '.join(READERS)}")
+        more = "; decompress it first" if suffix in _COMPRESSED else ""
+        raise DataError(f"data file {str(path)!r} ends in {path.suffix!r}{more}; known: {', '.join(READERS)}")
     try:
-        yield from reader(path)
+        yield from _json_lines(path, keep_broken=True) if keep_broken and reader is _json_lines else reader(path)
     except UnicodeError as error:
         reason = f"{error.reason} at byte {error.start}" if isinstance(error, UnicodeDecodeError) else error
         raise DataError(f"data file {str(path)!r} is not UTF-8 text ({reason}); save it as UTF-8") from error
@@ -290,18 +314,29 @@ def _written(cells: Sequence[str], quotes: Callable[[str], bool]) -> str:
     return "\t".join(f'"{text}"' if quotes(cell) else cell for cell, text in doubled)
 
 
-def _json_lines(path: Path) -> Iterator[Record]:
-    with _open(path) as file:
+def _json_lines(path: Path, *, keep_broken: bool = False) -> Iterator[Record]:
+    with _open(path, escape=keep_broken) as file:
         for number, line in enumerate(file, 1):
             if not line.strip():
                 continue
             try:
-                record = strict_json.loads(line)
-            except ValueError as error:
-                raise DataError(f"line {number} of {str(path)!r} is no JSON: {error}") from error
-            if not isinstance(record, dict):
-                raise DataError(f"line {number} of {str(path)!r} is no JSON object but {type(record).__name__}")
-            yield record
+                yield _json_record(line, f"line {number} of {str(path)!r}")
+            except DataError as error:
+                if not keep_broken:
+                    raise
+                yield BrokenRecord(str(error))
+
+
+def _json_record(line: str, where: str) -> Record:
+    if (found := _NO_UTF8.search(line)) is not None:
+        raise DataError(f"{where} is not UTF-8 text (byte 0x{ord(found[0]) - 0xDC00:02x}); save it as UTF-8")
+    try:
+        record = strict_json.loads(line)
+    except ValueError as error:
+        raise DataError(f"{where} is no JSON: {error}") from error
+    if not isinstance(record, dict):
+        raise DataError(f"{where} is no JSON object but {type(record).__name__}")
+    return record
 
 
 def _parquet(path: Path) -> Iterator[Record]:

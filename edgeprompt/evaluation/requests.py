@@ -8,6 +8,7 @@ from itertools import islice
 from typing import TYPE_CHECKING, Any, TypeVar
 
 from edgeprompt.errors import DataError, EdgePromptError
+from edgeprompt.evaluation.formats import BrokenRecord
 from edgeprompt.evaluation.rows import Answered
 from edgeprompt.request import GenerationOptions, Request
 
@@ -73,11 +74,13 @@ class Questions:
             find: a prompt by name.
 
         Raises:
-            DataError: a column is missing, or names no prompt.
+            DataError: a column is missing, or names no prompt, or the line is no record.
             PromptNotFoundError: no folder holds the prompt.
         """
         from edgeprompt.evaluation.cells import text_of
 
+        if isinstance(record, BrokenRecord):
+            raise DataError(record.error)
         chosen: tuple[str | None, ...] = self.prompts or (None,)
         if self.prompt_column:
             name = text_of(record, self.prompt_column, where)

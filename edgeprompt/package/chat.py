@@ -38,8 +38,6 @@ def render_chat(
     """
     turns = [_message(message) for message in messages]
     template = _compile(source)
-    import jinja2
-
     try:
         return str(
             template.render(
@@ -52,7 +50,7 @@ def render_chat(
         )
     except _RefusedError as error:
         raise InputError(f"the chat template rejects the conversation: {error}") from error
-    except (jinja2.TemplateError, TypeError, ValueError, KeyError, AttributeError, ArithmeticError) as error:
+    except Exception as error:  # what a template calls may raise anything: a macro that calls itself, for one
         raise PackageError(f"the chat template fails: {type(error).__name__}: {error}") from error
 
 
@@ -132,5 +130,5 @@ def _compile(source: str) -> Any:
     }
     try:
         return environment.from_string(source)
-    except jinja2.TemplateError as error:
+    except (jinja2.TemplateError, RecursionError) as error:
         raise PackageError(f"the chat template is broken: {error}") from error

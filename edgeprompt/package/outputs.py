@@ -231,6 +231,8 @@ def check_output(
     Raises:
         InputError: the path holds something that is not replaced, is a source or holds one, or cannot be written.
     """
+    if str(path) == "-":
+        raise InputError("output '-' is no path; leave out the option to write to stdout, or give another path")
     shown, target = f"output {str(path)!r}", Path(os.path.realpath(path))
     read = [Path(source) for source in sources if isinstance(source, (str, os.PathLike))]
     for source in read:

@@ -150,9 +150,18 @@ class Tokenizer:
     @cached_property
     def _chat_template(self) -> str:
         file = self._folder / names.CHAT_TEMPLATE
-        source = read_regular(file, MAX_BYTES).decode() if file.exists() else self._config.get("chat_template")
+        try:
+            source = read_regular(file, MAX_BYTES).decode() if file.exists() else self._config.get("chat_template")
+        except (OSError, UnicodeDecodeError) as error:
+            raise PackageError(f"cannot read the chat template {str(file)!r}: {error}") from error
         if isinstance(source, list):  # older configs: several by name
-            source = next((one.get("template") for one in source if one.get("name") == "default"), None)
+            by_name = {str(one.get("name")): one.get("template") for one in source if isinstance(one, Mapping)}
+            if by_name and "default" not in by_name:
+                raise UnsupportedError(
+                    f"the package has chat templates named {', '.join(sorted(by_name))}, and none named default, which "
+                    "chat uses; leave out chat"
+                )
+            source = by_name.get("default")
         if not isinstance(source, str):
             raise UnsupportedError("the package has no chat template; leave out chat")
         return source

@@ -11,8 +11,10 @@ from typing import Any
 
 import torch
 
+from edgeprompt import progress
 from edgeprompt.evaluation.data import read_records
 from edgeprompt.evaluation.metrics import score
+from edgeprompt.progress import Update
 from edgeprompt.tuning.answers import TextAnswer
 from edgeprompt.tuning.distilled import DistilClassify
 from edgeprompt.tuning.prepare import Run
@@ -28,8 +30,9 @@ _TIMED = 15
 
 
 @torch.no_grad()
-def figures_of(run: Run, found: RunData, taught: Taught, loop: Any) -> dict[str, Any]:
-    """How closely the student follows its teacher on the held-out texts, on every package's weights."""
+def figures_of(run: Run, found: RunData, taught: Taught, loop: Any, *, show: bool) -> dict[str, Any]:
+    """How closely the student follows its teacher on the held-out texts, on every package's weights; `show` progress
+    on stderr."""
     if not found.eval_batches:
         return {}
     model = run.objective.model
@@ -39,8 +42,10 @@ def figures_of(run: Run, found: RunData, taught: Taught, loop: Any) -> dict[str,
         run.weights.use(turn)
         with loop.accelerator.autocast():
             shared = model.shared()
-            is_label = run.plan.task == "classify"
-            one = _labelled(run, found, shared) if is_label else _written(run, found, taught, shared)
+            shown = show and loop.accelerator.is_main_process
+            with progress.show("comparing", 1.0, wanted=shown) as tell:
+                is_label = run.plan.task == "classify"
+                one = _labelled(run, found, shared, tell) if is_label else _written(run, found, taught, shared, tell)
         if len(run.weights) > 1:
             one = {"package": run.weights.packages[turn].path.name, **one}
         made.append(one)
@@ -48,14 +53,15 @@ def figures_of(run: Run, found: RunData, taught: Taught, loop: Any) -> dict[str,
     return made[0] if len(made) == 1 else {"on": made}
 
 
-def _labelled(run: Run, found: RunData, shared: Any) -> dict[str, Any]:
+def _labelled(run: Run, found: RunData, shared: Any, tell: Update) -> dict[str, Any]:
     student, teacher, labels = [], [], []
     assert isinstance(run.objective, DistilClassify)
-    for batch in found.eval_batches:
+    for number, batch in enumerate(found.eval_batches, 1):
         scores, said, given = run.objective.compare([found.eval_examples[index] for index in batch], shared)
         student += scores.argmax(-1).tolist()
         teacher += said.argmax(-1).tolist()
         labels += given.tolist()
+        tell(number / len(found.eval_batches), "")
     figures: dict[str, Any] = {"agreement": _share([int(a == b) for a, b in zip(student, teacher, strict=True)])}
     often, times = Counter(teacher).most_common(1)[0]
     figures["teacher_says_most"] = {"label": run.objective.labels[often], "share": round(times / len(teacher), 4)}
@@ -74,7 +80,7 @@ def _share(values: Sequence[float]) -> dict[str, Any]:
     return {"value": round(mean, 4), "standard_error": round(math.sqrt(spread / count), 4), "n": count}
 
 
-def _written(run: Run, found: RunData, taught: Taught, shared: Any) -> dict[str, Any]:
+def _written(run: Run, found: RunData, taught: Taught, shared: Any, tell: Update) -> dict[str, Any]:
     right, count = [], []
     for batch in found.eval_batches:
         for index in batch:
@@ -92,9 +98,10 @@ def _written(run: Run, found: RunData, taught: Taught, shared: Any) -> dict[str,
             texts[index] = answer.text.strip()
     ends = replace(taught.ends, eos=run.tokens.eos, temperature=0.0, stop=())
     student = []
-    for index in wanted:
+    for number, index in enumerate(wanted, 1):
         (answer,) = write_answers(run.model, run.tokenizer, [found.eval_examples[index].ids], shared, ends)
         student.append(answer.text.strip())
+        tell(number / len(wanted), "")
     figures: dict[str, Any] = {"token_agreement": tokens}
     with suppress(ImportError):  # rouge is optional
         rouge = score("rouge", student, [texts[index] for index in wanted])

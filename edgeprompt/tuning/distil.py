@@ -27,6 +27,7 @@ from edgeprompt.tuning.instruction import (
     SHOTS,
     make_instruction,
 )
+from edgeprompt.tuning.objectives import texts_at_once
 from edgeprompt.tuning.options import Distillation, TuneOptions
 from edgeprompt.tuning.prepare import Run, prepare, read_tokenizer
 from edgeprompt.tuning.question import Question, ask
@@ -80,8 +81,8 @@ def distil(base: Any, data: DataSource, path: Path, options: TuneOptions, *, pro
             resume(run, loop, options.resume)
         done = loop.run(show=progress)
         with loop.kept():
-            prompt = prompt_file(run, loop, done, path, found)
-            figures = figures_of(run, found, taught, loop)
+            prompt = prompt_file(run, loop, done, path, found, show=progress)
+            figures = figures_of(run, found, taught, loop, show=progress)
     with loop.kept():
         checks = closeness(run, found)
         most = (figures.get("on") or [figures])[0].get("teacher_says_most")
@@ -245,7 +246,8 @@ def _read_data(run: Run, question: Question, taught: Taught) -> RunData:
     else:
         indices, held = split(examples.groups, options.eval_share(len(examples)), options.seed)
     held = sample(held, options.eval_limit, options.seed)
-    batches = list(sorted_batches(held, examples.lengths, options.batch_size * _EVAL_BATCHES))
+    size = texts_at_once(objective, options.batch_size * _EVAL_BATCHES)
+    batches = list(sorted_batches(held, examples.lengths, size))
     return RunData(question.texts, examples, indices, examples, batches, first)
 
 

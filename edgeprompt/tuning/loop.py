@@ -7,7 +7,7 @@ import math
 import signal
 import threading
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -111,6 +111,8 @@ class Loop:
         self.progress = Progress()
         self._evaluated = 1.0
         """Answers that the last evaluation compared."""
+        self._tell: Callable[[int, int], None] = lambda done, total: None
+        """Called with how many batches of an evaluation are done, and how many there are."""
         self._random = torch.get_rng_state()
         """Random state before the step that is under way."""
 
@@ -125,6 +127,7 @@ class Loop:
         main = self.accelerator.is_main_process
         log = self._options.log if main else None
         with Recorder(log, total=self._steps, start=progress.step, progress=show and main) as recorder:
+            self._tell = recorder.evaluating
             try:
                 while True:
                     self._random = torch.get_rng_state()
@@ -138,8 +141,8 @@ class Loop:
             except (KeyboardInterrupt, SystemExit) as error:
                 self.save(self._checkpoint)
                 raise self._stopped(error) from error
-        with self.kept():
-            self._choose()
+            with self.kept():
+                self._choose()
         return progress
 
     @contextmanager
@@ -266,13 +269,18 @@ class Loop:
         model, accelerator = self._objective.model, self.accelerator
         model.eval()
         sums = torch.zeros(3, dtype=torch.float64)
-        for turn in range(max(1, len(self._weights))):
+        mine = self._eval_batches[accelerator.process_index :: accelerator.num_processes]
+        turns, done = max(1, len(self._weights)), 0
+        self._tell(0, turns * len(mine))
+        for turn in range(turns):
             self._weights.use(turn)
             with accelerator.autocast():
                 shared = self._objective.model.shared()
-                for batch in self._eval_batches[accelerator.process_index :: accelerator.num_processes]:
+                for batch in mine:
                     outcome = self._objective.measure([self._eval_examples[index] for index in batch], shared)
                     sums += torch.tensor([float(outcome.loss), outcome.correct, outcome.count], dtype=torch.float64)
+                    done += 1
+                    self._tell(done, turns * len(mine))
         loss, correct, count = accelerator.reduce(sums.float().to(accelerator.device), "sum").tolist()
         if not math.isfinite(loss):
             why = self._why_not_finite(self._options.rate)

@@ -178,7 +178,7 @@ def tune_tasks(
             objective=_Tasks({task: run.objective for task, run in runs.items()}, task_column),
             options=options,
         )
-        found = read_data(whole, data)
+        found = read_data(whole, data, show=progress)
         loop, batches = make_loop(whole, found, path)
         if options.resume is not None:
             loop.resume(options.resume)
@@ -187,7 +187,8 @@ def tune_tasks(
         with loop.kept():
             for index, (task, run) in enumerate(runs.items()):
                 run.model.soft.task = index
-                prompt = prompt_file(run, loop, done, targets[task], read_data(run, sources[task]))
+                mine = read_data(run, sources[task])
+                prompt = prompt_file(run, loop, done, targets[task], mine, show=progress)
                 results[task] = TuneResult(
                     path=targets[task],
                     prompt=replace(prompt, name=task),

@@ -24,6 +24,8 @@ from edgeprompt.tuning.verbalizer import LabelWords
 GOLDEN_TOKENS = 8
 _ROWS = 64
 """Up to so many texts continued by label words are one batch; of more, each text is computed once."""
+_CONTINUED = 1024
+"""About so many continuations by label words are one evaluation batch, so that progress is heard of."""
 _PART_BYTES = 256 << 20
 """About how much memory the label words that are computed at once behind a text may take."""
 
@@ -130,9 +132,13 @@ class WordClassify:
         first, states = self._model.begin(texts, shared)
         found = []
         for text, logits, state in zip(texts, first, states, strict=True):
-            size = max(1, _PART_BYTES // self._model.bytes_of(len(text), self.words.longest))
-            found.append(self.words.scores_behind(logits, partial(self._model.go_on, state), size))
+            parts = self.words.parts(_PART_BYTES, partial(self._model.bytes_of, len(text)))
+            found.append(self.words.scores_behind(logits, partial(self._model.go_on, state), parts))
         return torch.cat(found)
+
+    def at_once(self, most: int) -> int:
+        """How many texts are one evaluation batch, at most `most`: fewer where there are many label words."""
+        return max(1, min(most, _CONTINUED // len(self.words.stems)))
 
     def measure(self, batch: Sequence[Example], shared: Any = None) -> Outcome:
         """Cross-entropy over the labels, and how many of the best-scored labels are right."""
@@ -154,6 +160,11 @@ class WordClassify:
     def head(self) -> tuple[Head | None, Mapping[str, Array]]:
         """None: the output layer over the vocabulary is the head."""
         return None, {}
+
+
+def texts_at_once(objective: Objective, most: int) -> int:
+    """How many texts are one evaluation batch, at most `most`."""
+    return objective.at_once(most) if isinstance(objective, WordClassify) else most
 
 
 class Generate:

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import IO, Any
 
 from edgeprompt.errors import MissingDependencyError
-from edgeprompt.progress import Update, show
+from edgeprompt.progress import Update, clock, show
 from edgeprompt.tuning.files import METRICS_FILE
 
 
@@ -29,6 +29,9 @@ class Recorder:
         self._shown = show("tuning", total, start=start, unit="steps", wanted=progress)
         self._update: Update
         self._best = ""
+        self._step = start
+        self._evaluation = 0.0
+        """When the evaluation that is under way began."""
 
     def __enter__(self) -> Recorder:
         self._update = self._shown.__enter__()
@@ -44,7 +47,17 @@ class Recorder:
     def step(self, step: int, figures: Mapping[str, float]) -> None:
         """Record one training step (counted from 1)."""
         self._write(step, figures)
+        self._step = step
         self._update(step, f"loss {figures['loss']:.3f}{self._best}")
+
+    def evaluating(self, done: int, total: int) -> None:
+        """Show how far an evaluation is: `done` of `total` batches, 0 where it begins."""
+        now = time.monotonic()
+        if not done:
+            self._evaluation = now
+            return
+        left = clock((now - self._evaluation) / done * (total - done))
+        self._update(self._step, f"evaluation {done / total:.0%} done, {left} left of it{self._best}")
 
     def evaluation(self, step: int, figures: Mapping[str, float], note: str) -> None:
         """Record an evaluation; `note` is what the progress shows of it."""

@@ -12,16 +12,17 @@ from typing import Any
 import numpy as np
 import torch
 
-from edgeprompt import names
+from edgeprompt import names, progress
 from edgeprompt.errors import BaseMismatchError, InputError, TuningError
 from edgeprompt.evaluation.data import DataSource, data_hash, read_records, source_name
 from edgeprompt.package.manifest import Base
+from edgeprompt.progress import Update
 from edgeprompt.prompts.file import PromptFile, TunedFor, load_prompt
 from edgeprompt.prompts.weights import TUNED_QUALITY, nearest
 from edgeprompt.tuning.calibration import choose_calibration
 from edgeprompt.tuning.examples import BatchPlan, Example, Examples, few_shot, sample, sorted_batches, split
 from edgeprompt.tuning.loop import Loop, Progress
-from edgeprompt.tuning.objectives import WordClassify
+from edgeprompt.tuning.objectives import WordClassify, texts_at_once
 from edgeprompt.tuning.options import DEFAULT_STEPS, checkpoint_path
 from edgeprompt.tuning.prepare import Run
 
@@ -65,13 +66,13 @@ class RunData:
     notes: tuple[str, ...] = ()
 
 
-def read_data(run: Run, data: DataSource) -> RunData:
-    """Tokenise the data, and divide it into training and evaluation."""
+def read_data(run: Run, data: DataSource, *, show: bool = False) -> RunData:
+    """Tokenise the data, and divide it into training and evaluation; `show` progress on stderr."""
     options = run.options
-    examples, fields = _encode(run, data)
+    examples, fields = _encode(run, data, show=show)
     notes = []
     if options.eval_data is not None:
-        eval_examples, fields = _encode(run, options.eval_data)
+        eval_examples, fields = _encode(run, options.eval_data, show=show)
         indices, held = np.arange(len(examples)), np.arange(len(eval_examples))
     else:
         eval_examples = examples
@@ -84,22 +85,25 @@ def read_data(run: Run, data: DataSource) -> RunData:
             raise InputError("--shots counts examples per class; it is for --task classify")
         indices = few_shot(indices, examples.groups, options.shots, options.seed)
     held = sample(held, options.eval_limit, options.seed)
-    batches = list(sorted_batches(held, eval_examples.lengths, options.batch_size * _EVAL_BATCHES))
+    size = texts_at_once(run.objective, options.batch_size * _EVAL_BATCHES)
+    batches = list(sorted_batches(held, eval_examples.lengths, size))
     return RunData(data, examples, indices, eval_examples, batches, fields, tuple(notes))
 
 
-def _encode(run: Run, data: DataSource) -> tuple[Examples, dict[str, str]]:
+def _encode(run: Run, data: DataSource, *, show: bool) -> tuple[Examples, dict[str, str]]:
     """All records of `data` as examples, and the fields of the first."""
     first: dict[str, str] = {}
 
-    def encoded() -> Iterator[Example]:
+    def encoded(tell: Update) -> Iterator[Example]:
         for number, record in enumerate(read_records(data), 1):
             where = f"row {number} of {source_name(data)!r}"
             if not first:
                 first.update(run.objective.fields(record, where))
             yield run.objective.encode(record, where)
+            tell(number, "")
 
-    return Examples(encoded()), first
+    with progress.show("reading", None, unit="rows", wanted=show) as tell:
+        return Examples(encoded(tell)), first
 
 
 def make_loop(run: Run, data: RunData, path: Path) -> tuple[Loop, BatchPlan]:
@@ -171,8 +175,8 @@ def resume(run: Run, loop: Loop, path: Path) -> None:
     soft.start_from(torch.from_numpy(tensor.copy()).float().to(loop.accelerator.device))
 
 
-def prompt_file(run: Run, loop: Loop, progress: Progress, path: Path, data: RunData) -> PromptFile:
-    """The best prompt as a prompt file."""
+def prompt_file(run: Run, loop: Loop, done: Progress, path: Path, data: RunData, *, show: bool = False) -> PromptFile:
+    """The best prompt as a prompt file; `show` progress of its calibration on stderr."""
     options, objective, plan, packages = run.options, run.objective, run.plan, run.weights.packages
     objective.model.eval()
     run.weights.use(0)
@@ -180,7 +184,10 @@ def prompt_file(run: Run, loop: Loop, progress: Progress, path: Path, data: RunD
     with torch.no_grad(), loop.accelerator.autocast():
         shared = objective.model.shared()
         if isinstance(objective, WordClassify) and options.calibrate and data.eval_batches:
-            calibration = choose_calibration(objective, data.eval_examples, data.eval_batches, shared)
+            batches = data.eval_batches
+            shown = show and loop.accelerator.is_main_process
+            with progress.show("calibrating", len(batches), unit="batches", wanted=shown) as tell:
+                calibration = choose_calibration(objective, data.eval_examples, batches, shared, tell)
         golden = objective.golden(data.fields, shared, calibration)
     soft = objective.model.soft
     array = soft.array() if soft is not None else None
@@ -208,10 +215,10 @@ def prompt_file(run: Run, loop: Loop, progress: Progress, path: Path, data: RunD
         training={
             "data": data_hash(data.source),
             "examples": len(data.indices),
-            "steps": progress.step,
-            "best_step": progress.best_step,
-            **({"averaged_steps": progress.averaged} if progress.keeps_average else {}),
-            "metric": {f"eval_{name}": value for name, value in progress.best.items()},
+            "steps": done.step,
+            "best_step": done.best_step,
+            **({"averaged_steps": done.averaged} if done.keeps_average else {}),
+            "metric": {f"eval_{name}": value for name, value in done.best.items()},
             "eval_examples": sum(len(batch) for batch in data.eval_batches),
             "seed": options.seed,
             "learning_rate": options.rate,

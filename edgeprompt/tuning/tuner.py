@@ -65,14 +65,14 @@ def tune(
         run = prepare(base, facts, options)
         if options.adapter is not None and run.plan.has_head:
             raise UnsupportedError("a prompt with a head of its own is no PEFT adapter; leave out --adapter")
-        found = read_data(run, data)
+        found = read_data(run, data, show=progress)
         check_packages(run, found)
         loop, batches = make_loop(run, found, path)
         if options.resume is not None:
             resume(run, loop, options.resume)
         done = loop.run(show=progress)
         with loop.kept():
-            prompt = prompt_file(run, loop, done, path, found)
+            prompt = prompt_file(run, loop, done, path, found, show=progress)
     with loop.kept():
         checks = closeness(run, found)
         if loop.accelerator.is_main_process:

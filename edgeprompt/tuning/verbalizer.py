@@ -11,6 +11,9 @@ from torch.utils.checkpoint import checkpoint
 
 from edgeprompt.prompts.verbalizer import Verbalizer
 
+_LEAST_ROWS, _PADDING = 128, 1.5
+"""From so many rows on, a part ends where the next stem is longer by this factor than its first."""
+
 
 class LabelWords:
     """Which rows and positions a batch must compute to score the label words, and the scores from their logits.
@@ -23,9 +26,9 @@ class LabelWords:
         """`verbalizer`: labels and the token ids of their words."""
         words = verbalizer.words
         starts = {word[:-1] for word in words}
-        self.stems: list[tuple[int, ...]] = sorted(
-            stem for stem in starts if not any(other != stem and other[: len(stem)] == stem for other in starts)
-        )
+        shorter = {start[:length] for start in starts for length in range(len(start))}
+        # By length, so that rows computed together need little padding.
+        self.stems: list[tuple[int, ...]] = sorted(starts - shorter, key=lambda stem: (len(stem), stem))
         self.longest = max(map(len, self.stems))
         self.num_labels = len(verbalizer.labels)
         places = [0]
@@ -40,8 +43,12 @@ class LabelWords:
         self._present = torch.zeros(len(words), longest, dtype=torch.bool)
         self._owner = torch.tensor(verbalizer.owner)
         self._aggregation = verbalizer.aggregation
+        rows: dict[tuple[int, ...], int] = {}
+        for row, stem in enumerate(self.stems):
+            for length in range(len(stem) + 1):
+                rows.setdefault(stem[:length], row)
         for index, word in enumerate(words):
-            row = next(row for row, stem in enumerate(self.stems) if stem[: len(word) - 1] == word[:-1])
+            row = rows[word[:-1]]
             self._stem[index] = row
             for offset, token in enumerate(word):
                 self._position[index, offset] = places[row] + offset
@@ -52,10 +59,30 @@ class LabelWords:
         """Label scores float32 [batch_size, num_labels] from logits [batch_size, num_positions, vocab_size]."""
         return self._joined(self._log_probabilities(logits, self._position, slice(None)))
 
+    def parts(self, most: int, bytes_of: Callable[[int], int]) -> list[tuple[int, int]]:
+        """Ranges of stems to compute at once: (start, end), end excluded.
+
+        Args:
+            most: Bytes that a range may take, unless it is a single stem.
+            bytes_of: Bytes that one row takes, from its number of tokens.
+        """
+        found, start = [], 0
+        for end in range(1, len(self.stems) + 1):
+            length = len(self.stems[end]) if end < len(self.stems) else 0
+            count = end - start
+            padded = count >= _LEAST_ROWS and length > _PADDING * len(self.stems[start])
+            if end == len(self.stems) or padded or (count + 1) * bytes_of(length) > most:
+                found.append((start, end))
+                start = end
+        return found
+
     def scores_behind(
-        self, first: torch.Tensor, go_on: Callable[[Sequence[Sequence[int]]], torch.Tensor], size: int
+        self,
+        first: torch.Tensor,
+        go_on: Callable[[Sequence[Sequence[int]]], torch.Tensor],
+        ranges: Sequence[tuple[int, int]],
     ) -> torch.Tensor:
-        """Label scores float32 [1, num_labels] of one text, `size` stems at a time.
+        """Label scores float32 [1, num_labels] of one text, some stems at a time.
 
         With gradients, what is computed behind the text is not kept but computed again on the way back, so that memory
         holds one part.
@@ -63,11 +90,10 @@ class LabelWords:
         Args:
             first: logits [vocab_size] behind the text.
             go_on: logits [count, vocab_size] behind every token of the stems that it is given.
-            size: how many stems to give it at once.
+            ranges: which stems to give it at once, see `parts`.
         """
         parts, order = [], []
-        for start in range(0, len(self.stems), size):
-            end = min(start + size, len(self.stems))
+        for start, end in ranges:
             mine = self._behind(start, end)
             order.append(mine)
             part = partial(self._words_behind, first, go_on, start, end, mine)

@@ -107,7 +107,7 @@ def test_a_column_that_later_rows_have_is_not_lost(cli, refused, command, tmp_pa
 @pytest.mark.parametrize(
     ("name", "text", "made", "says"),
     [
-        ("in.jsonl", '{"text": "a"}\n{"text": "b"}\n{"te\n', "out.jsonl", "line 3"),
+        ("in.jsonl", '{"text": "a"}\n{"text": "b", "id": 1}\n{"te\n', "out.csv", "row 2 has other columns"),
         ("in.csv", "id,text\n1,a\n2\n", "out.csv", "line 3"),
         ("in.jsonl", '{"text": "a"}\n{"text": "b", "id": 1}\n', "out.csv", "row 2 has other columns"),
         ("in.jsonl", '{"text": "a", "id": 1}\n{"text": "b", "id": [1]}\n', "out.parquet", "the columns are no table"),
@@ -120,6 +120,59 @@ def test_what_ends_a_run_is_told_before_it(refused, command, tmp_path, monkeypat
     args = (*command, "--input", source, "--output", tmp_path / made, "--on-error", "skip")
     assert says in refused(*args)
     assert [path.name for path in tmp_path.iterdir()] == [name]
+
+
+def test_a_line_that_is_no_record_is_what_on_error_says(cli, refused, command, tmp_path):
+    source = tmp_path / "in.jsonl"
+    lines = [
+        b'{"te',
+        b'{"id": "n1", "text": "fine"}',
+        b"[1]",
+        b"",
+        b'{"id": "n2", "text": "\xff"}',
+        b'{"id": "n3", "text": "so"}',
+    ]
+    source.write_bytes(b"\n".join(lines))
+    args = (*command, "--input", source, "--output")
+    assert "is not UTF-8 text" in refused(*args, tmp_path / "stop.jsonl")
+    skipped = cli(*args, tmp_path / "skip.csv", "--on-error", "skip", "--resume")
+    assert skipped.exit_code == 0, skipped.stderr
+    assert "note: 3 answers failed and were left out; the first: row 1: line 1 of " in skipped.stderr
+    assert [row["id"] for row in read(tmp_path / "skip.csv")] == ["n1", "n3"]
+    for suffix in ("csv", "tsv", "jsonl", "parquet"):
+        result = cli(*args, tmp_path / f"record.{suffix}", "--on-error", "record")
+        assert result.exit_code == 0, result.stderr
+        found = read(tmp_path / f"record.{suffix}")
+        assert [row.get("id") or None for row in found] == [None, "n1", None, None, "n3"]
+        said = [row["error"] or "" for row in found]
+        assert [bool(one) for one in said] == [True, False, True, True, False]
+        assert "line 1 of " in said[0]
+        assert "line 3 of " in said[2]
+        assert "no JSON object but list" in said[2]
+        assert "line 5 of " in said[3]
+        assert "is not UTF-8 text (byte 0xff)" in said[3]
+
+
+@pytest.mark.parametrize(
+    ("name", "data", "says"),
+    [
+        ("in.csv.gz", b"\x1f\x8b", "ends in '.gz'; decompress it first"),
+        ("in.csv", b"\x1f\x8b\x08\x00", "is compressed with gzip; decompress it first"),
+        ("in.jsonl", b"\x1f\x8b\x08\x00", "is compressed with gzip; decompress it first"),
+    ],
+)
+def test_compressed_data_is_told(refused, command, tmp_path, name, data, says):
+    source = tmp_path / name
+    source.write_bytes(data)
+    assert says in refused(*command, "--input", source)
+
+
+def test_a_dash_is_no_file(refused, command, tmp_path, monkeypatch):
+    source = write(tmp_path / "in.csv", rows(2))
+    monkeypatch.chdir(tmp_path)
+    assert "leave out the option to write to stdout" in refused(*command, "--input", source, "--output", "-")
+    assert "pipe lines into stdin, without --input" in refused(*command, "--input", "-")
+    assert [path.name for path in tmp_path.iterdir()] == [source.name]
 
 
 def test_a_folder_of_prompts_that_is_not_there_is_told_before_the_work(refused, command, tmp_path, monkeypatch):

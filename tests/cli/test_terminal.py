@@ -132,3 +132,25 @@ def test_ctrl_c_inside_exec_is_an_ordinary_end():
         "    sys.exit(1)\n"
     )
     assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 1
+
+
+@pytest.mark.parametrize(("name", "code"), [("SIGINT", 1), ("SIGTERM", 143), ("SIGHUP", 129)])
+def test_a_signal_while_an_object_is_deleted_is_heard(name, code):
+    """Python prints and forgets what is raised there; regex's objects, of which torch makes many, have a `__del__`."""
+    program = (
+        "import signal, sys, time\n"
+        "from edgeprompt.cli import _Stopped, _terminable\n"
+        "class Object:\n"
+        "    def __del__(self):\n"
+        f"        signal.raise_signal(signal.{name})\n"
+        "signal.signal(signal.SIGINT, signal.default_int_handler)\n"
+        "try:\n"
+        "    with _terminable():\n"
+        "        Object()\n"
+        "        time.sleep(30)\n"
+        "        print('went on')\n"
+        "except KeyboardInterrupt:\n"
+        "    sys.exit(1)\n"
+    )
+    done = subprocess.run([sys.executable, "-c", program], check=False, capture_output=True, text=True)
+    assert (done.returncode, done.stdout, done.stderr) == (code, "", "")

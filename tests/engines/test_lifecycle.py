@@ -360,3 +360,22 @@ def test_interpreter_exit_with_requests_in_flight(architecture: str, package_of:
         capture_output=True, text=True, timeout=60, check=False,
     )  # fmt: skip
     assert (done.returncode, done.stdout, done.stderr) == (0, "leaving\n", "")
+
+
+@pytest.mark.parametrize("raised", [SystemExit, KeyboardInterrupt, GeneratorExit])
+def test_what_a_callback_raises_ends_no_thread(load: Open, raised: type[BaseException]) -> None:
+    def listener(*_: Any) -> None:
+        raise raised("mine")
+
+    runtime = load()
+    generates = runtime.manifest.architecture != "encoder-only"
+    request = Request("a text", task="generate" if generates else "embed")
+    if generates:
+        with pytest.raises(edgeprompt.InferenceError, match=r"on_text raised .*mine"):
+            runtime.submit(request, listener).result(20)
+    job = runtime.submit(request)
+    job.add_done_callback(listener)
+    beside = runtime.submit(request)
+    job.result(20)
+    beside.result(20)
+    runtime.submit(request).result(20)

@@ -1,6 +1,7 @@
 # ruff: noqa: E501  (templates as they are published)
 """Chat templates render as transformers renders them."""
 
+import json
 import shutil
 
 import pytest
@@ -91,12 +92,31 @@ def test_a_string_is_a_users_turn(tokenizers):
 @pytest.mark.parametrize(
     ("source", "error"),
     [("{% if %}", "is broken"), ("{{ 1 / 0 }}", "fails"), ("{{ messages.__class__.__mro__ }}", "fails"),
-     ("{% set ns = namespace(_x=1) %}", "fails"), ("{{ messages[9].content.x }}", "fails")],
+     ("{% set ns = namespace(_x=1) %}", "fails"), ("{{ messages[9].content.x }}", "fails"),
+     ("{% macro f() %}{{ f() }}{% endmacro %}{{ f() }}", "fails"), ("{{ 'a'.encode('nope') }}", "fails"),
+     ("{{ " + "(" * 5000 + "1" + ")" * 5000 + " }}", "is broken")],
 )  # fmt: skip
 def test_a_broken_template_is_one_line(tokenizers, source, error):
     ours, _ = tokenizers(source)
     with pytest.raises(PackageError, match=f"the chat template {error}"):
         ours.chat(USER)
+
+
+def test_a_template_file_that_is_no_text_is_one_line(tokenizers, tmp_path):
+    ours, _ = tokenizers("{{ messages[0].content }}")
+    (tmp_path / "chat_template.jinja").write_bytes(b"\xff")
+    with pytest.raises(PackageError, match=r"cannot read the chat template .*chat_template.jinja"):
+        ours.chat(USER)
+
+
+def test_named_templates_without_a_default_are_told(tokenizers, tmp_path):
+    tokenizers("x")
+    (tmp_path / "chat_template.jinja").unlink()
+    config = json.loads((tmp_path / "tokenizer_config.json").read_text())
+    named = [{"name": "tool_use", "template": "T"}, "broken", {"name": "rag", "template": "R"}]
+    (tmp_path / "tokenizer_config.json").write_text(json.dumps({**config, "chat_template": named}))
+    with pytest.raises(UnsupportedError, match="chat templates named rag, tool_use, and none named default"):
+        Tokenizer(tmp_path).chat(USER)
 
 
 @pytest.mark.parametrize(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -9,11 +10,12 @@ from typing import Any
 import pytest
 import torch
 
+from edgeprompt import progress
 from edgeprompt.base.geometry import geometry_of
 from edgeprompt.base.load import load_base
 from edgeprompt.names import DECODER_ONLY
 from edgeprompt.prompts.verbalizer import Verbalizer
-from edgeprompt.tuning import TuneOptions, objectives
+from edgeprompt.tuning import TuneOptions, objectives, tune
 from edgeprompt.tuning.causal import CausalPrompt
 from edgeprompt.tuning.objectives import WordClassify
 from edgeprompt.tuning.seq2seq import Seq2SeqPrompt
@@ -119,3 +121,29 @@ def test_a_thousand_labels_compute_a_text_once_and_hold_a_part(
     assert gradients
     assert begun == [len(TEXTS)]
     assert 1 < max(asked) <= 100
+
+
+def test_an_evaluation_with_many_labels_is_heard_of(
+    tiny_llama_base: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(progress, "FIRST_S", 0.0)
+    monkeypatch.setattr(progress, "LONGEST_S", 0.0)
+    names = [f"{one} or the other of {two}" for one in "abcdefghij" for two in "abcdefghij"]
+    rows = [{"text": f"text {index}", "label": names[index % 100]} for index in range(300)]
+    tune(tiny_llama_base, rows, output=tmp_path / "p.safetensors", options=TuneOptions(steps=1, num_virtual_tokens=2))
+    told = capsys.readouterr().err
+    for part in ("tuning: ", r"evaluation \d+% done, 0:\d\d left of it", "calibrating: ", r"reading: \d+ rows"):
+        assert re.search(part, told), (part, told)
+
+
+def test_stems_of_like_length_are_computed_together() -> None:
+    letters = torch.randint(10, 20, (500, 30), generator=torch.Generator().manual_seed(0)).tolist()
+    words = tuple(tuple(word[: 2 + index % 29]) for index, word in enumerate(letters))
+    found = LabelWords(Verbalizer(tuple(map(str, range(500))), words, tuple(range(500))))
+    parts = found.parts(1 << 40, lambda length: length)
+    assert [start for start, _ in parts[1:]] == [end for _, end in parts[:-1]]
+    assert (parts[0][0], parts[-1][1]) == (0, len(found.stems))
+    computed = sum((end - start) * len(found.stems[end - 1]) for start, end in parts)
+    assert computed <= 1.3 * sum(map(len, found.stems))  # as one rectangle it is twice that
+    assert [end - start for start, end in found.parts(300, lambda length: 100)][:2] == [3, 3]
+    assert [end - start for start, end in found.parts(1, lambda length: 100)] == [1] * len(found.stems)
