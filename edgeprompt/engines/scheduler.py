@@ -18,12 +18,17 @@ from typing import Any, Protocol
 from edgeprompt.errors import (
     EdgePromptError,
     InferenceError,
+    InputError,
     QueueFullError,
     RequestCancelledError,
     RequestTimeoutError,
 )
 
 _LOG = logging.getLogger("edgeprompt")
+_WAITS = (
+    "a callback of a request waits for the runtime on the thread that computes, which would never end; hand the work "
+    "to another thread, or use submit and its callbacks"
+)
 LOOK_EVERY = 0.02
 """Seconds; a long queue is not searched at every step."""
 
@@ -40,6 +45,30 @@ class Job(Future[Any]):
         self.deadline = None if timeout is None else time.monotonic() + timeout
         self.answer = answer
         self._cancel_asked = self._ending = False
+        self.threads: Sequence[threading.Thread] = ()
+        """Those that compute it."""
+
+    def result(self, timeout: float | None = None) -> Any:
+        """As `Future.result`.
+
+        Raises:
+            InputError: called on the thread that computes, which would wait for itself.
+        """
+        self._check_thread()
+        return super().result(timeout)
+
+    def exception(self, timeout: float | None = None) -> BaseException | None:
+        """As `Future.exception`.
+
+        Raises:
+            InputError: as `result`.
+        """
+        self._check_thread()
+        return super().exception(timeout)
+
+    def _check_thread(self) -> None:
+        if threading.current_thread() in self.threads and not self.done():
+            raise InputError(_WAITS)
 
     def cancel(self) -> bool:
         """Ask for cancellation, which takes effect before the next step; False if the job is done."""
@@ -148,8 +177,13 @@ class Scheduler:
         Raises:
             QueueFullError: the queue is full.
             RequestCancelledError: the runtime is closed.
+            InputError: the thread that computes would wait for itself (`wait`).
         """
         todo = sorted(jobs, key=self._order) if self._order else list(jobs)
+        if wait and threading.current_thread() in self._threads:
+            raise InputError(_WAITS)
+        for job in todo:
+            job.threads = self._threads
         self._submitted.update(todo)
         with self._changed:
             while wait and todo and not self._closed and self._waiting and not self._has_room(todo):

@@ -379,3 +379,26 @@ def test_what_a_callback_raises_ends_no_thread(load: Open, raised: type[BaseExce
     job.result(20)
     beside.result(20)
     runtime.submit(request).result(20)
+
+
+def test_a_callback_that_waits_for_the_runtime_is_told(load: Open, monkeypatch: pytest.MonkeyPatch) -> None:
+    runtime = load()
+    begun, go = hold(runtime, monkeypatch)
+    generates = runtime.manifest.architecture != "encoder-only"
+    request = Request("a text", task="generate" if generates else "embed")
+    told: list[str] = []
+
+    def listener(*_: Any) -> None:
+        for ask in (lambda: runtime.run([request]), lambda: runtime.submit(request).result(20)):
+            with pytest.raises(InputError) as caught:
+                ask()
+            told.append(str(caught.value))
+
+    job = runtime.submit(request)
+    job.add_done_callback(listener)
+    assert begun.wait(20)
+    go.set()
+    job.result(20)
+    runtime.submit(request).result(20)
+    assert len(told) == 2
+    assert all("waits for the runtime on the thread that computes" in one for one in told)
