@@ -216,7 +216,11 @@ def _to_parquet(lines: Path) -> Path:
     texts = [f.with_type(pyarrow.string()) if pyarrow.types.is_null(f.type) else f for f in schema]
     schema = pyarrow.schema(texts)
     target = lines.with_name(lines.name + ".parquet")
-    with parquet.ParquetWriter(target, schema) as writer:
-        for some in batches(rows(), 1024):
-            writer.write_table(pyarrow.Table.from_pylist(some, schema=schema))
+    try:
+        with parquet.ParquetWriter(target, schema) as writer:
+            for some in batches(rows(), 1024):
+                writer.write_table(pyarrow.Table.from_pylist(some, schema=schema))
+    except BaseException:  # a signal too
+        target.unlink(missing_ok=True)
+        raise
     return target

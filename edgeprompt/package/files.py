@@ -170,15 +170,11 @@ def _swap(temporary: Path, target: Path) -> None:
     old = aside / target.name
     try:
         target.replace(old)
-        try:
-            temporary.replace(target)
-        except OSError:
+        temporary.replace(target)
+    finally:  # also where a signal comes between the two
+        if old.exists() and not target.exists():
             old.replace(target)
-            raise
-        shutil.rmtree(old, ignore_errors=True)
-    finally:
-        with suppress(OSError):
-            aside.rmdir()
+        shutil.rmtree(aside, ignore_errors=True)
 
 
 @contextmanager

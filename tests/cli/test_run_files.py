@@ -315,3 +315,22 @@ def test_one_name_that_is_a_prompt_is_enough(cli, tiny_llama_package, prompt_fol
     for given in (("--prompts", prompt_folder), ("--prompt", prompt_folder / "sentiment.safetensors")):
         assert cli("run", tiny_llama_package, *given, *args).exit_code == 0
         assert [bool(row["error"]) for row in read(out)] == [True, False, True]
+
+
+@pytest.mark.parametrize("resume", [False, True])
+def test_an_interrupted_parquet_file_leaves_nothing(cli, command, tmp_path, monkeypatch, resume):
+    import pyarrow.parquet
+
+    source, out = write(tmp_path / "in.csv", rows(4)), tmp_path / "out.parquet"
+
+    def stopped(*_args, **_keywords):
+        raise SystemExit(143)
+
+    args = (*command, "--input", source, "--output", out, *(["--resume"] if resume else []))
+    with monkeypatch.context() as patch:
+        patch.setattr(pyarrow.parquet.ParquetWriter, "write_table", stopped)
+        assert cli(*args).exit_code == 143
+    left = {path.name for path in tmp_path.iterdir()} - {source.name}
+    assert left == ({"out.parquet.part", "out.parquet.part.json"} if resume else set())
+    assert cli(*args).exit_code == 0
+    assert len(read(out)) == 4

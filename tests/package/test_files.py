@@ -140,3 +140,30 @@ def test_what_is_swapped_between_the_look_and_the_opening_is_refused(
     monkeypatch.setattr(os, "open", swap)
     with pytest.raises(OSError, match="it is a pipe"):
         read_regular(path, 5)
+
+
+@pytest.mark.parametrize("moment", [1, 2])
+def test_a_signal_while_an_old_folder_is_replaced_keeps_a_whole_one(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, moment: int
+) -> None:
+    target = tmp_path / "package"
+    for version in ("old", "new"):
+        calls: list[Path] = []
+        real = Path.replace
+
+        def replace(self: Path, to: Any, *, calls: list[Path] = calls, real: Any = real, version: str = version) -> Any:
+            found = real(self, to)
+            calls.append(self)
+            if version == "new" and len(calls) == moment:
+                raise SystemExit(143)
+            return found
+
+        monkeypatch.setattr(Path, "replace", replace)
+        try:
+            with atomic_folder(target, PACKED_GRAPH, force=True) as folder:
+                (folder / "sizes.json").write_text(version)
+        except SystemExit:
+            assert version == "new"
+        monkeypatch.undo()
+    assert [path.name for path in tmp_path.iterdir()] == ["package"]
+    assert (target / "sizes.json").read_text() == ("old" if moment == 1 else "new")
