@@ -130,14 +130,16 @@ def export_best(
         progress: Called with a stage's name and the fraction done.
 
     Raises:
-        InputError: no prompt, prompts of several tasks, a base of graphs, which has its precision already, or a text
-            that is in `calibration` and in `data`.
+        InputError: no prompt, a tolerance that is no number, prompts of several tasks, a base of graphs, which has its
+            precision already, or a text that is in `calibration` and in `data`.
         DataError: a record lacks what the prompts need.
         ExportError: fp32 cannot be exported, or a file cannot be written; nothing was left behind.
     """
     from edgeprompt.bench.device import describe_device
 
     tell = progress or (lambda stage, fraction: None)
+    if not 0 <= tolerance < float("inf"):
+        raise InputError(f"tolerance is {tolerance}; it must be a number of at least 0")
     if not isinstance(base, LoadedBase) and (route == "onnx" or is_onnx_folder(base)):
         raise InputError("graphs that others exported have their precision already; leave out --precision auto")
     sources = (base, data, *prompts)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import codecs
 import io
 import json
+import math
 import os
 import sys
 import warnings
@@ -18,6 +19,17 @@ from edgeprompt import progress
 from edgeprompt.errors import InputError
 
 T = TypeVar("T")
+
+
+class Number(click.FloatRange):
+    """A number in a range; `nan` and `inf`, which no comparison catches, are refused."""
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> Any:
+        """As `FloatRange`."""
+        found = super().convert(value, param, ctx)
+        if not math.isfinite(found):
+            self.fail(f"{found} is no finite number.", param, ctx)
+        return found
 
 
 def note(text: str) -> None:

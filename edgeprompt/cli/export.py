@@ -43,7 +43,7 @@ if TYPE_CHECKING:
 )
 @click.option(
     "--tolerance",
-    type=click.FloatRange(min=0),
+    type=console.Number(min=0),
     default=1.0,
     show_default=True,
     help="For --precision auto: most points of the metric that a prompt may lose against fp32.",

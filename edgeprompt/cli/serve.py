@@ -38,14 +38,14 @@ KEY_VARIABLE = "EDGEPROMPT_API_KEY"
 @click.option("--allow-unauthenticated", is_flag=True, help="Need no key, whatever --host is.")
 @click.option(
     "--grace",
-    type=click.FloatRange(min=0),
+    type=console.Number(min=0),
     default=30.0,
     show_default=True,
     help="Seconds that requests in flight have after SIGTERM, before they are cancelled.",
 )
 @click.option(
     "--timeout",
-    type=click.FloatRange(min=0, min_open=True),
+    type=console.Number(min=0, min_open=True),
     default=600.0,
     show_default=True,
     help="Seconds that a request may take, queueing included.",

@@ -120,14 +120,14 @@ def _instruction(value: str | None) -> str | None:
 )
 @click.option(
     "--label-weight",
-    type=click.FloatRange(0, 1),
+    type=console.Number(0, 1),
     default=0.5,
     show_default=True,
     help="With --distil and --label-column: the share of cross-entropy where a text has a label.",
 )
 @click.option(
     "--temperature",
-    type=click.FloatRange(0),
+    type=console.Number(0),
     default=0.0,
     show_default=True,
     help="With --distil: samples the teacher's text; 0 is greedy.",
@@ -151,7 +151,7 @@ def _instruction(value: str | None) -> str | None:
 @click.option("--eval", "eval_data", metavar="DATA", help="Data that chooses the best prompt.")
 @click.option(
     "--eval-split",
-    type=float,
+    type=console.Number(0, 1, max_open=True),
     help="Without --eval: fraction of DATA kept for evaluation. Default: 256 examples, at most a fifth.",
 )
 @click.option(
@@ -160,10 +160,10 @@ def _instruction(value: str | None) -> str | None:
     help="Training examples per class. With --distil: solved examples for the teacher.",
 )
 @click.option("--steps", type=click.IntRange(1), help="Training steps. Default: 200, unless --epochs is given.")
-@click.option("--epochs", type=click.FloatRange(0, min_open=True))
+@click.option("--epochs", type=console.Number(0, min_open=True))
 @click.option("--batch-size", type=click.IntRange(1), default=16, show_default=True)
 @click.option(
-    "--lr", "learning_rate", type=click.FloatRange(0, min_open=True), help="Learning rate. Default: by the method."
+    "--lr", "learning_rate", type=console.Number(0, min_open=True), help="Learning rate. Default: by the method."
 )
 @click.option("--seed", type=click.IntRange(0), default=0, show_default=True)
 @click.option(

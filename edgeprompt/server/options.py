@@ -42,7 +42,7 @@ class ServerOptions:
         for name in ("max_body", "max_text", "max_inputs", "max_streams", "max_connections"):
             if getattr(self, name) < 1:
                 raise InputError(f"{name} is {getattr(self, name)}; it must be at least 1")
-        if not self.timeout > 0 or not self.grace >= 0:
+        if not 0 < self.timeout < float("inf") or not 0 <= self.grace < float("inf"):
             raise InputError(
                 f"timeout is {self.timeout} and grace {self.grace}; they must be seconds, above and from 0"
             )

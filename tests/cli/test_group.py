@@ -1,5 +1,7 @@
 """The group: commands, usage errors, errors as one line."""
 
+import pytest
+
 import edgeprompt
 from edgeprompt.cli import COMMANDS
 
@@ -29,6 +31,25 @@ def test_usage_errors_exit_with_2(cli, tmp_path):
         assert result.exit_code == 2
         assert result.stdout == ""
         assert "Usage:" in result.stderr
+
+
+@pytest.mark.parametrize("value", ["nan", "inf"])
+@pytest.mark.parametrize(
+    ("command", "option"),
+    [
+        (("run", "package", "text"), "--temperature"),
+        (("serve", "package"), "--grace"),
+        (("serve", "package"), "--timeout"),
+        (("tune", "base", "data", "-o", "a.safetensors"), "--lr"),
+        (("tune", "base", "data", "-o", "a.safetensors"), "--epochs"),
+        (("tune", "base", "data", "-o", "a.safetensors"), "--temperature"),
+        (("export", "base", "-o", "package"), "--tolerance"),
+    ],
+)
+def test_numbers_are_finite(cli, command, option, value):
+    result = cli(*command, option, value)
+    assert result.exit_code == 2
+    assert f"Invalid value for '{option}': {value} is no finite number." in result.stderr
 
 
 def test_what_the_system_refuses_is_one_line(refused, tiny_llama_package, tmp_path):
