@@ -63,9 +63,13 @@ class Table:
                 )
         elif journal is not None:
             self._note(0)
-        if size and not part.exists():
-            raise InputError(f"{str(part)!r} is gone; remove {part.name + '.json'!r} to begin anew")
-        self._file: IO[bytes] = part.open("r+b" if size else "w+b")
+        if size and (not part.exists() or part.stat().st_size < size):
+            what = "is shorter than its journal says" if part.exists() else "is gone"
+            raise InputError(f"{str(part)!r} {what}; remove {part.name + '.json'!r} to begin anew")
+        self._file: IO[bytes] = part.open("r+b" if size else "ab")  # "w" would empty a file that another run writes
+        if journal is not None and not _locked(self._file):
+            self._file.close()
+            raise InputError(f"another run writes {str(part)!r}; wait for its end, or give another --output")
         self._file.truncate(size)  # answers behind the journal may be half written
         self._file.seek(size)
 
@@ -121,6 +125,21 @@ class Table:
     def close(self) -> None:
         """Close the file as it is."""
         self._file.close()
+
+
+def _locked(file: IO[bytes]) -> bool:
+    """Lock a file for as long as it is open; False where another process has it. Without `fcntl` nothing is locked."""
+    try:
+        import fcntl
+    except ImportError:
+        return True
+    try:
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return False
+    except OSError:  # a file system without locks
+        return True
+    return True
 
 
 def _half_pair(error: UnicodeEncodeError) -> InputError:

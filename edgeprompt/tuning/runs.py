@@ -28,6 +28,8 @@ from edgeprompt.tuning.prepare import Run
 
 _EVAL_BATCHES = 2
 """Evaluation batches are this many times the training batch: no gradients to keep."""
+_TOLD = 64
+"""Records between two words on how many were read."""
 _CLOSENESS_TEXTS = 8
 _LEAST_AGREEMENT, _MOST_DIFFERENCE = 0.5, 0.1
 """Of next tokens, and of logits as a share of their scale: where both are missed, the package is of other weights."""
@@ -100,7 +102,8 @@ def _encode(run: Run, data: DataSource, *, show: bool) -> tuple[Examples, dict[s
             if not first:
                 first.update(run.objective.fields(record, where))
             yield run.objective.encode(record, where)
-            tell(number, "")
+            if number % _TOLD == 0:
+                tell(number, "")
 
     with progress.show("reading", None, unit="rows", wanted=show) as tell:
         return Examples(encoded(tell)), first

@@ -334,3 +334,39 @@ def test_an_interrupted_parquet_file_leaves_nothing(cli, command, tmp_path, monk
     assert left == ({"out.parquet.part", "out.parquet.part.json"} if resume else set())
     assert cli(*args).exit_code == 0
     assert len(read(out)) == 4
+
+
+def begun(cli, command, source, out, monkeypatch):
+    """The files of a run that was stopped behind its first 64 records."""
+    from edgeprompt.cli.output import Table
+
+    plain = Table.write
+
+    def write(self, *args):
+        plain(self, *args)
+        raise SystemExit(143)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Table, "write", write)
+        assert cli(*command, "--input", source, "--output", out, "--resume").exit_code == 143
+    return out.with_name(out.name + ".part")
+
+
+def test_a_part_that_lost_its_end_is_not_filled_with_zeros(cli, refused, command, tmp_path, monkeypatch):
+    source, out = write(tmp_path / "in.csv", rows(80)), tmp_path / "out.csv"
+    part = begun(cli, command, source, out, monkeypatch)
+    part.write_bytes(part.read_bytes()[:-100])
+    assert "is shorter than its journal says" in refused(*command, "--input", source, "--output", out, "--resume")
+
+
+def test_two_runs_do_not_write_one_file(cli, refused, command, tmp_path, monkeypatch):
+    import fcntl
+
+    source, out = write(tmp_path / "in.csv", rows(80)), tmp_path / "out.csv"
+    part = begun(cli, command, source, out, monkeypatch)
+    args = (*command, "--input", source, "--output", out, "--resume")
+    with part.open("rb") as other:
+        fcntl.flock(other, fcntl.LOCK_EX)
+        assert "another run writes" in refused(*args)
+    assert cli(*args).exit_code == 0
+    assert len(read(out)) == 80
