@@ -5,6 +5,7 @@ from __future__ import annotations
 import gc
 import math
 from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -27,6 +28,7 @@ from edgeprompt.tuning.instruction import (
     SHOTS,
     make_instruction,
 )
+from edgeprompt.tuning.loop import stopped
 from edgeprompt.tuning.objectives import texts_at_once
 from edgeprompt.tuning.options import Distillation, TuneOptions
 from edgeprompt.tuning.prepare import Run, prepare, read_tokenizer
@@ -64,21 +66,22 @@ def distil(base: Any, data: DataSource, path: Path, options: TuneOptions, *, pro
             check_tokenizers(base, asked.teacher)
         loaded = load_reader(base if own else asked.teacher)
         taught = teach(loaded, question, path, options, asked, progress=progress)
-        if not own:
-            del loaded
-            gc.collect()
-            loaded = load_reader(base)
-        options = _student_options(loaded, question, taught, options, asked)
-        torch.manual_seed(options.seed)
-        run = prepare(loaded, question.facts, options)
-        objective, calls = _objective(run, taught, asked)
-        run = replace(run, objective=objective)
-        _start_from_instruction(run, taught)
-        found = _read_data(run, question, taught)
-        check_packages(run, found)
-        loop, batches = make_loop(run, found, path)
-        if options.resume is not None:
-            resume(run, loop, options.resume)
+        with _kept(taught.answers.path):
+            if not own:
+                del loaded
+                gc.collect()
+                loaded = load_reader(base)
+            options = _student_options(loaded, question, taught, options, asked)
+            torch.manual_seed(options.seed)
+            run = prepare(loaded, question.facts, options)
+            objective, calls = _objective(run, taught, asked)
+            run = replace(run, objective=objective)
+            _start_from_instruction(run, taught)
+            found = _read_data(run, question, taught)
+            check_packages(run, found)
+            loop, batches = make_loop(run, found, path)
+            if options.resume is not None:
+                resume(run, loop, options.resume)
         done = loop.run(show=progress)
         with loop.kept():
             prompt = prompt_file(run, loop, done, path, found, show=progress)
@@ -129,6 +132,16 @@ def distil(base: Any, data: DataSource, path: Path, options: TuneOptions, *, pro
         checks={"distilled": shown, **checks},
         notes=(f"learned: {calls}", *taught.notes, *found.notes, *notes),
     )
+
+
+@contextmanager
+def _kept(answers: Path) -> Iterator[None]:
+    """Say where the teacher's answers lie, where a signal comes before the first step."""
+    try:
+        yield
+    except (KeyboardInterrupt, SystemExit) as error:
+        where = f"before the first step; {str(answers)!r} keeps the teacher's answers, and the same command goes on"
+        raise stopped(error, where) from error
 
 
 def _student_options(

@@ -108,6 +108,28 @@ def test_a_signal_behind_the_last_step_names_the_checkpoint(
     assert not out.exists()
 
 
+def test_a_signal_behind_the_teachers_answers_names_them(tiny_llama_base: Path, data: Path, tmp_path: Path) -> None:
+    code = (
+        "import os, signal\n"
+        "import edgeprompt.tuning.distil as owner\n"
+        "owner._read_data = lambda *_: os.kill(os.getpid(), signal.SIGTERM)\n"
+        "from edgeprompt.cli import main\n"
+        "main()\n"
+    )
+    out = tmp_path / "p.safetensors"
+    args = ["tune", tiny_llama_base, data, "-o", out, *WORDS, "--distil", "Cat or number? {text}\nIt is"]
+    env = {**os.environ, "PYTHONPATH": os.pathsep.join(filter(None, sys.path))}
+    done = subprocess.run(
+        [sys.executable, "-c", code, *map(str, args)], env=env, capture_output=True, text=True, check=False
+    )
+    assert done.returncode == 143, done.stderr
+    kept = out.with_suffix(".teacher.jsonl")
+    assert (
+        f"before the first step; {str(kept)!r} keeps the teacher's answers, and the same command goes on" in done.stderr
+    )
+    assert kept.is_file()
+
+
 def test_a_run_that_was_stopped_goes_on_to_the_same_bytes(tiny_llama_base: Path, data: Path, tmp_path: Path) -> None:
     from edgeprompt.tuning import TuneOptions, tune
 
