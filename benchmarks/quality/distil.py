@@ -3,7 +3,8 @@
     python -m benchmarks.quality.distil [--base smollm2|gemma3] [--task sentiment|source] [--seeds 5] [--texts 1000]
         [--steps 120] [--limit N]
 
-The instruction with the best of five draws of its examples (by the dev set) is the teacher, in full precision. Its
+The instruction with the best of five draws of its examples (by the dev set) is the teacher, in full precision, and
+balanced over the texts without labels (`--balance-teacher` of `tune`). Its
 distillates, one for each seed, learn from texts without labels for a package of the base: int4, or Gemma's own blocks.
 That package serves them. Beside them: zero-shot and the instruction itself on that package, a prompt tuned with the
 texts' labels, and LoRA (r 8, PEFT, the same texts with labels and steps, in PyTorch float). Figures are on the test
@@ -28,7 +29,7 @@ from benchmarks.machine import describe, line
 from edgeprompt import load, load_prompt
 from edgeprompt.evaluation.data import read_records
 from edgeprompt.prompts.file import PromptFile
-from edgeprompt.prompts.hard_prompt import hard_prompt
+from edgeprompt.prompts.hard_prompt import hard_prompt, teacher_prompt
 from edgeprompt.prompts.template import Template
 from edgeprompt.tuning import Distillation, TuneOptions, tune
 from edgeprompt.tuning.answers import AnswerFile, LabelAnswer
@@ -65,7 +66,11 @@ class Benchmark:
     def __init__(self, task: str, options: argparse.Namespace) -> None:
         self.task, self.options, self.recipe = task, options, TASKS[task]
         self.model, self.precision = BASES[options.base]
-        self.folder = WORK / "distil" / f"{options.base}-{task}-{options.texts}-{options.steps}"
+        self.folder = (
+            WORK
+            / "distil"
+            / f"{options.base}-{task}-{options.texts}-{options.steps}{'' if options.balance else '-plain'}"
+        )
         self.folder.mkdir(parents=True, exist_ok=True)
         self.package = package(self.precision, self.model)
         rows = list(read_records(WORK / "data" / f"{self.recipe['data']}.train.csv"))
@@ -97,24 +102,35 @@ class Benchmark:
 
     def teacher(self, draw: int) -> Distillation:
         """The instruction with one draw of its examples."""
-        return Distillation(self.recipe["instruction"], shots=SHOTS, shots_from=self.pool, shots_seed=draw)
+        return Distillation(
+            self.recipe["instruction"],
+            shots=SHOTS,
+            shots_from=self.pool,
+            shots_seed=draw,
+            balance=self.options.balance,
+        )
 
-    def said(self, name: str, rows: Sequence[Mapping[str, Any]], draw: int) -> list[int]:
-        """What the teacher says of rows, as label indices; one step of a student brings it about."""
+    def said(self, name: str, rows: Sequence[Mapping[str, Any]], draw: int) -> list[list[float]]:
+        """The teacher's log-probabilities [rows, labels]; one step of a student brings them about."""
         file = self.folder / f"{name}-{draw}.teacher.jsonl"
         prompt = self.folder / f"{name}-{draw}.safetensors"
 
-        def make() -> list[int]:
+        def make() -> list[list[float]]:
             asked = replace(self.teacher(draw), answers=file)
             one = replace(self.base, steps=1, eval_split=0.0, package=None, distil=asked)
             tune(model_file(self.model), [{"text": row["text"]} for row in rows], output=prompt, options=one)
             head = json.loads(file.read_text().splitlines()[0])
             signature = {key: value for key, value in head.items() if key not in ("format", "version")}
             answers = AnswerFile(file, signature).read(LabelAnswer, CHUNK)
-            return [int(answer.logprobs.argmax()) for answer in answers if isinstance(answer, LabelAnswer)]
+            return [answer.logprobs.tolist() for answer in answers if isinstance(answer, LabelAnswer)]
 
-        found: list[int] = self.kept(f"{name}-{draw}", make)
+        found: list[list[float]] = self.kept(f"{name}-{draw}", make)
         return found
+
+    def chosen(self, said: Sequence[Sequence[float]], others: Sequence[Sequence[float]]) -> list[int]:
+        """Label indices, where the teacher is balanced over the texts that `others` are answers to."""
+        mean = [statistics.mean(column) if self.options.balance else 0.0 for column in zip(*others, strict=True)]
+        return [max(range(len(row)), key=lambda label: row[label] - mean[label]) for row in said]
 
     def right(self, said: Sequence[int], rows: Sequence[Mapping[str, Any]]) -> list[int]:
         """Which answers are right."""
@@ -133,7 +149,7 @@ class Benchmark:
         """A distillate."""
         path = self.folder / f"student-{seed}.safetensors"
         if not path.exists():
-            asked = replace(self.teacher(draw), answers=self.folder / "texts.teacher.jsonl")
+            asked = replace(self.teacher(draw), answers=self.folder / f"texts-{draw}.teacher.jsonl")
             options = replace(self.base, seed=seed, distil=asked)
             tune(model_file(self.model), [{"text": row["text"]} for row in self.texts], output=path, options=options)
         return path
@@ -207,13 +223,17 @@ class Benchmark:
 
     def run(self) -> dict[str, Any]:
         """All figures."""
-        draws = {
-            draw: statistics.mean(self.right(self.said("dev", self.dev, draw), self.dev))
-            for draw in range(self.options.draws)
-        }
+        draws: dict[int, float] = {}
+        for draw in range(self.options.draws):
+            said = self.said("dev", self.dev, draw)
+            draws[draw] = statistics.mean(self.right(self.chosen(said, said), self.dev))
         best = max(draws, key=lambda draw: draws[draw])
-        teacher = self.said("test", self.test, best)
+        on_test, on_texts = self.said("test", self.test, best), self.said("texts", self.texts, best)
+        teacher = self.chosen(on_test, on_texts)
         rows: dict[str, list[list[int]]] = {"teacher (instruction, float)": [teacher]}
+        if self.options.balance:
+            plain = [max(range(len(row)), key=row.__getitem__) for row in on_test]
+            rows["teacher, not balanced"] = [plain]
         seeds = range(self.options.seeds)
         paths = [self.student(seed, best) for seed in seeds]
         about = load_prompt(paths[0]).distilled_from
@@ -221,7 +241,7 @@ class Benchmark:
         zero = hard_prompt(student, "", name="zero")
         rows[f"zero-shot, {self.precision}"] = [self.kept("zero", partial(self.served, zero))]
         if self.options.served_instruction:
-            teaching = replace(hard_prompt(student, "", name="hard"), template=Template.parse(about["template"]))
+            teaching = teacher_prompt(student, name="hard")
             rows[f"instruction, {self.precision}"] = [self.kept("hard", partial(self.served, teaching))]
         rows[f"distillate, {self.precision}"] = [
             self.kept(f"served-student-{seed}", partial(self.served, load_prompt(path)))
@@ -270,7 +290,7 @@ def main() -> None:
     parser.add_argument("--draws", type=int, default=5, help="draws of the examples, of which dev chooses one")
     parser.add_argument("--dev", type=int, default=256, help="dev sentences that choose the draw")
     parser.add_argument("--limit", type=int, help="test sentences (a random part)")
-    for name in ("lora", "labelled", "served-instruction"):
+    for name in ("balance", "lora", "labelled", "served-instruction"):
         parser.add_argument(f"--no-{name}", dest=name.replace("-", "_"), action="store_false")
     parser.add_argument("--out", type=Path, help="default: benchmarks/results/distil-BASE-TASK.json")
     options = parser.parse_args()

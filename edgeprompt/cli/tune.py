@@ -105,6 +105,12 @@ def _instruction(value: str | None) -> str | None:
 @click.option(
     "--shots-seed", type=click.IntRange(0), help="Seed for drawing the --shots examples. Without it, --seed is used."
 )
+@click.option(
+    "--balance-teacher",
+    is_flag=True,
+    help="Take what the teacher prefers whatever the text out of its answers. For labels that are about equally "
+    "common.",
+)
 @click.option("--teacher", metavar="BASE", help="Another base that reads the instruction, instead of BASE.")
 @click.option(
     "--teacher-prompt",
@@ -225,6 +231,7 @@ def _with_teacher(context: click.Context, values: dict[str, Any]) -> dict[str, A
         "distil": "instruction", "chat": "chat", "shots_from": "shots_from", "shots_seed": "shots_seed",
         "teacher": "teacher", "teacher_prompt": "teacher_prompt", "distil_loss": "loss", "label_weight": "label_weight",
         "temperature": "temperature", "max_new_tokens": "max_new_tokens", "stop": "stop", "teacher_answers": "answers",
+        "balance_teacher": "balance",
     }  # fmt: skip
     given = {name for name in names if context.get_parameter_source(name) is click.core.ParameterSource.COMMANDLINE}
     asked = {new: values.pop(old) for old, new in names.items()}

@@ -53,6 +53,7 @@ def teacher_prompt(prompt: PromptFile, *, name: str) -> PromptFile:
         hard_prompt(prompt, "", name=name),
         template=Template.parse(str(source["template"])),
         add_special_tokens=bool(source.get("add_special_tokens", True)),
+        calibration=tuple(map(float, source.get("calibration", ()))),
     )
 
 

@@ -30,6 +30,11 @@ class LabelAnswer:
 
     logprobs: npt.NDArray[np.float32]
 
+    def without(self, calibration: Sequence[float]) -> LabelAnswer:
+        """The answer with a value subtracted from each label's score."""
+        scores = self.logprobs - np.asarray(calibration, np.float32)
+        return LabelAnswer(scores - np.logaddexp.reduce(scores))
+
     def to_json(self) -> Any:
         """As it stands in the file."""
         return _packed(self.logprobs)

@@ -14,7 +14,7 @@ import numpy as np
 import torch
 
 from edgeprompt import names
-from edgeprompt.errors import BaseMismatchError
+from edgeprompt.errors import BaseMismatchError, InputError
 from edgeprompt.evaluation.data import DataSource, read_records, source_name
 from edgeprompt.prompts.file import save_prompt
 from edgeprompt.prompts.template import Slot, Template
@@ -40,7 +40,7 @@ from edgeprompt.tuning.teacher import CHUNK
 _EVAL_BATCHES = 2
 _ONE_SIDED = 0.9
 """Share of one label among a teacher's answers from which on a note says so."""
-_UNSHOWN = ("template", "prompt", "fingerprint", "add_special_tokens")
+_UNSHOWN = ("template", "prompt", "fingerprint", "add_special_tokens", "calibration")
 """What the file says of the teacher and the terminal does not."""
 _INITS = ("text", "sampled", "clustered")
 """Starts from the instruction, where no other text is given."""
@@ -50,7 +50,7 @@ def distil(base: Any, data: DataSource, path: Path, options: TuneOptions, *, pro
     """Train a soft prompt that answers as a teacher does, and write it; see `edgeprompt.tuning.tune`.
 
     Raises:
-        InputError: the instruction has no place for the text, or exceeds the context.
+        InputError: the instruction has no place for the text, or exceeds the context; or free text is to be balanced.
         DataError: a text is empty.
         BaseMismatchError: the teacher's prompt is of another base, or tokenizers differ where they must not.
         UnsupportedError: a base or a task that cannot be distilled.
@@ -59,6 +59,8 @@ def distil(base: Any, data: DataSource, path: Path, options: TuneOptions, *, pro
     asked = options.distil
     assert asked is not None
     question = ask(data, options, asked)
+    if asked.balance and question.facts.task != "classify":
+        raise InputError("--balance-teacher is for labels, and the teacher answers in free text; leave it out")
     with torch.random.fork_rng():
         torch.manual_seed(options.seed)
         own = asked.teacher is None
@@ -77,7 +79,8 @@ def distil(base: Any, data: DataSource, path: Path, options: TuneOptions, *, pro
             objective, calls = _objective(run, taught, asked)
             run = replace(run, objective=objective)
             _start_from_instruction(run, taught)
-            found = _read_data(run, question, taught)
+            balance = _balance(run, taught, asked)
+            found = _read_data(run, question, taught, balance)
             check_packages(run, found)
             loop, batches = make_loop(run, found, path)
             if options.resume is not None:
@@ -94,6 +97,7 @@ def distil(base: Any, data: DataSource, path: Path, options: TuneOptions, *, pro
             notes.append(
                 f"the teacher says {most['label']!r} of {most['share']:.0%} of the held-out texts, so agreement shows "
                 "little; try another instruction, or other examples (--shots-seed)"
+                + ("" if balance else ", or --balance-teacher where labels are about equally common")
             )
         prompt = replace(prompt, generation={**_generation(question, taught, asked), **prompt.generation})
         about = {
@@ -102,6 +106,7 @@ def distil(base: Any, data: DataSource, path: Path, options: TuneOptions, *, pro
             "texts": len(found.indices),
             "instruction_tokens": taught.tokens,
             "num_virtual_tokens": prompt.num_virtual_tokens,
+            **({"calibration": list(balance)} if balance else {}),
             **figures,
         }
         if taught.hard is not None and run.weights.packages:
@@ -237,8 +242,19 @@ def clustered_rows(rows: Any, count: int, seed: int, rounds: int = 20) -> Any:
     return np.ascontiguousarray(centres[np.argsort(places, kind="stable")], np.float32)
 
 
-def _read_data(run: Run, question: Question, taught: Taught) -> RunData:
-    """The texts as examples, each with what the teacher said."""
+def _balance(run: Run, taught: Taught, asked: Distillation) -> tuple[float, ...]:
+    """Each label's mean log-probability over the teacher's answers; none where the teacher stays as it is."""
+    if not asked.balance:
+        return ()
+    total, count = np.zeros(len(run.plan.verbalizer)), 0
+    for answer in taught.answers.read(LabelAnswer, CHUNK):
+        total, count = total + answer.logprobs, count + 1
+    mean = total / count
+    return tuple(round(float(value), 6) for value in mean - mean.mean())
+
+
+def _read_data(run: Run, question: Question, taught: Taught, balance: tuple[float, ...]) -> RunData:
+    """The texts as examples, each with what the teacher said; `balance` is subtracted from its labels' scores."""
     options, objective = run.options, run.objective
     assert isinstance(objective, (DistilClassify, DistilGenerate, DistilText))
     encode: Any = objective.encode_answered
@@ -246,7 +262,9 @@ def _read_data(run: Run, question: Question, taught: Taught) -> RunData:
     first: dict[str, str] = {}
 
     def encoded() -> Iterator[Any]:
-        answers = taught.answers.read(kind, CHUNK)
+        answers: Iterator[Any] = taught.answers.read(kind, CHUNK)
+        if balance:
+            answers = (one.without(balance) for one in answers)
         for number, (record, answer) in enumerate(zip(read_records(question.texts), answers, strict=True), 1):
             where = f"row {number} of {source_name(question.texts)!r}"
             if not first:

@@ -71,6 +71,9 @@ class Distillation:
     """Texts that end the teacher's answer; none: the empty line where there are solved examples."""
     answers: Path | None = None
     """File that keeps the teacher's answers; None: beside the output."""
+    balance: bool = False
+    """Subtract from every label's log-probability its mean over all texts: a teacher that prefers a label whatever the
+    text then answers by what differs between texts. For labels that are about equally common."""
 
     def __post_init__(self) -> None:
         """Refuse what no run could use.

@@ -154,7 +154,11 @@ def test_an_instruction_becomes_a_prompt(
         texts = unlabelled(32)
         verbalizer = {"animal": (words[0],), "number": (words[1],)}
         asked = options(
-            distil={"instruction": "Which are these? {text}"}, verbalizer=verbalizer, eval_data=texts, **changes
+            distil={"instruction": "Which are these? {text}"},
+            verbalizer=verbalizer,
+            eval_data=texts,
+            steps=80,
+            **changes,
         )
         result = tune(base, texts, output=tmp_path / f"{base.name}.safetensors", options=asked)
         labels = [int(answer.logprobs.argmax()) for answer in answers_of(result.path, asked, LabelAnswer)[:32]]
@@ -318,6 +322,39 @@ def test_labels_are_mixed_in_where_there_are_some(tiny_llama_base: Path, tmp_pat
     with pytest.raises(DataError, match=r"row 8 .*label 'plant' has no verbalizer word"):
         tune(tiny_llama_base, rows, output=tmp_path / "q.safetensors", options=asked)
     assert not (tmp_path / "q.safetensors").exists()
+
+
+def test_a_balanced_teacher(tiny_llama_base: Path, tiny_t5: Path, tmp_path: Path) -> None:
+    """A label that is preferred whatever the text is given back: what differs between texts decides."""
+    for base in (tiny_llama_base, tiny_t5):
+        texts, path = unlabelled(48), tmp_path / f"{base.name}.safetensors"
+        asked = options(
+            distil={"balance": True, "instruction": "Which are these? {text}"},
+            verbalizer={"animal": (" a",), "number": (" t",)},
+            eval_data=texts,
+            steps=80,
+        )
+        found = tune(base, texts, output=path, options=asked).prompt
+        raw = np.stack([answer.logprobs for answer in answers_of(path, asked, LabelAnswer)])
+        assert len(raw) == 96  # as the teacher said it: the same file serves runs that do not balance
+        plain, mean = raw.argmax(1), raw.mean(0)
+        balanced = (raw[48:] - mean).argmax(1)
+        if base is tiny_t5:  # one-sided
+            assert plain.mean() == 1.0
+        assert 0.3 < balanced.mean() < 0.7
+        most = found.distilled_from["teacher_says_most"]
+        assert most["share"] == pytest.approx(max(balanced.mean(), 1 - balanced.mean()), abs=1e-4)
+        assert found.distilled_from["calibration"] == pytest.approx((mean - mean.mean()).tolist(), abs=1e-5)
+        read = load_prompt(path)
+        assert teacher_prompt(read, name="t").calibration == tuple(found.distilled_from["calibration"])
+        assert not read.calibration
+        assert found.distilled_from["agreement"]["value"] >= 0.7
+
+
+def test_only_labels_are_balanced(tiny_llama_base: Path, tmp_path: Path) -> None:
+    with pytest.raises(InputError, match="--balance-teacher is for labels"):
+        tune(tiny_llama_base, unlabelled(8), output=tmp_path / "p.safetensors", options=written(balance=True))
+    assert not list(tmp_path.iterdir())
 
 
 @pytest.mark.parametrize(
