@@ -18,6 +18,7 @@ from edgeprompt.base import accounting
 from edgeprompt.base.geometry import geometry_of
 from edgeprompt.base.load import LoadedBase, load_base
 from edgeprompt.base.memory import to_export, to_validate
+from edgeprompt.base.source import find_local
 from edgeprompt.base.tokenizer_files import check_tokenizer_files
 from edgeprompt.errors import BaseMismatchError, ExportError, InputError, OtherWeightsError, ValidationError
 from edgeprompt.package.files import atomic_folder
@@ -188,6 +189,10 @@ def validate_package(
     """
     tell = progress or _silent
     package = open_package(path)
+    check_calibration(None, data)
+    if not isinstance(against, LoadedBase):
+        find_local(against)
+    files = _load_prompts(prompts)
     tell("files", 0.0)
     package.verify()
     tell("load", 0.1)
@@ -204,7 +209,6 @@ def validate_package(
             f"{base.name!r} has {base.brief}{base.apart(manifest.base)}"
         )
     _tell_weaker(manifest.base, base)
-    files = _load_prompts(prompts)
     for prompt in files.values():
         prompt.check_base(manifest)
     tell("compare", 0.3)

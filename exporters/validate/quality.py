@@ -221,16 +221,24 @@ def check_calibrated(calibration: Any, loaded: LoadedBase) -> None:
 
 
 def check_calibration(calibration: Any, data: Any) -> None:
-    """Refuse to judge a package by the texts that it is made with.
+    """Read the files of texts before the work, and refuse to judge a package by the texts that it is made with.
 
     Raises:
-        InputError: a text is in both; what cannot be read twice (a pipe) is not looked at.
-        DataError: one of them has no text.
+        InputError: a text is in both.
+        DataError: one of them is missing, or has no text.
     """
-    given = [one for one in (calibration, data) if isinstance(one, str | os.PathLike)]
-    if len(given) < 2 or not all(os.path.isfile(one) for one in given):
+    from edgeprompt.evaluation.formats import READERS
+
+    given = [
+        one
+        for one in (calibration, data)
+        if isinstance(one, str | os.PathLike)  # else rows in memory
+        and (os.path.exists(one) or os.path.splitext(one)[1].lower() in (".txt", *READERS))  # else a dataset's id
+    ]
+    found = [read_texts(one) for one in given]
+    if len(found) < 2:
         return
-    (name, texts), (other, judging) = read_texts(calibration), read_texts(data)
+    (name, texts), (other, judging) = found
     if both := set(texts) & set(judging):
         raise InputError(
             f"{len(both)} texts of calibration {name!r} are in data {other!r} too: a package is judged by other texts "

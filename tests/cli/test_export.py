@@ -121,3 +121,14 @@ def test_a_full_disk_leaves_nothing(spawn, tiny_llama_base, tmp_path):
     assert len(lines) == 1
     assert lines[0].startswith("error: ")
     assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize("option", ["--data", "--calibration"])
+def test_a_wrong_path_of_texts_is_told_before_the_work(refused, tiny_llama_base, tmp_path, monkeypatch, option):
+    monkeypatch.setattr("exporters.export.load_base", lambda *_, **__: pytest.fail("the base was loaded"))
+    out, missing = tmp_path / "package", tmp_path / "no.csv"
+    args = ("export", tiny_llama_base, "-o", out, "--precision", "int8")
+    assert f"no data file at {str(missing)!r}" in refused(*args, option, missing)
+    empty = tmp_path / "empty.txt"
+    empty.write_text("")
+    assert "holds no text" in refused(*args, option, empty)

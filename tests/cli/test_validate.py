@@ -3,6 +3,8 @@
 import dataclasses
 import json
 
+import pytest
+
 import edgeprompt
 from edgeprompt import save_prompt
 from edgeprompt.prompts.file import Golden
@@ -26,3 +28,15 @@ def test_golden_examples_are_asked(cli, refused, tiny_llama_package, tiny_llama_
     assert json.loads(result.stdout)["golden"] == {found.label: 0.0}
     says = refused("validate", tiny_llama_package, "--against", tiny_llama_base, "--prompt", wrong)
     assert f"answers its golden example with {found.label!r}" in says
+
+
+@pytest.mark.parametrize("wrong", ["--data", "--prompt", "--against"])
+def test_a_wrong_path_is_told_before_the_work(
+    refused, tiny_llama_package, tiny_llama_base, tmp_path, monkeypatch, wrong
+):
+    from edgeprompt.package.folder import Package
+
+    monkeypatch.setattr(Package, "verify", lambda self: pytest.fail("the package was read"))
+    missing = tmp_path / {"--data": "no.csv", "--prompt": "no.safetensors", "--against": "no"}[wrong]
+    base = () if wrong == "--against" else ("--against", tiny_llama_base)
+    assert str(missing) in refused("validate", tiny_llama_package, *base, wrong, missing)
