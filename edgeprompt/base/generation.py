@@ -66,10 +66,11 @@ def generation_of(config: Any, generation_config: Any, architecture: str) -> tup
         value = find(name)
         if value is None or value == NUMBERS.get(name, 0 if name in COUNTS else []):
             continue
-        if name in TOKEN_LISTS:
-            value = [token for token in ([value] if isinstance(value, int) else list(value)) if token != -1]
-        elif name in TOKEN_SEQUENCES:
-            value = [list(sequence) for sequence in value]
+        # What is of another kind stays as it is, and is refused below.
+        if name in TOKEN_LISTS and isinstance(value, (int, list, tuple)):
+            value = [token for token in ([value] if isinstance(value, int) else value) if token != -1]
+        elif name in TOKEN_SEQUENCES and isinstance(value, (list, tuple)):
+            value = [list(sequence) if isinstance(sequence, tuple) else sequence for sequence in value]
         found[name] = value
     if architecture == names.ENCODER_DECODER:
         found |= {name: value for name, usual in BEAMS.items() if (value := find(name)) not in (None, usual)}

@@ -7,6 +7,7 @@ import logging
 import os
 import shutil
 import signal
+import socket
 import threading
 import time
 from collections.abc import Iterator
@@ -24,6 +25,8 @@ from edgeprompt.ray.answers import BATCH, answer, cpus_of, import_ray, pool, roo
 SUFFIXES = (".parquet", ".csv", ".tsv", ".jsonl")
 _SHARE = 0.25
 """Processor cores that reading and writing take beside the actors."""
+_CONNECT_S = 10
+"""Seconds until a cluster that does not answer counts as none."""
 _FIRST = 1024
 """Records whose columns are those of a parquet output."""
 
@@ -288,13 +291,15 @@ def _cluster(ray: Any, job: Job) -> Iterator[None]:
         try:
             with _own_signals():
                 if not job.here:
+                    _check_address(job.address or os.environ["RAY_ADDRESS"])
                     ray.init(address=job.address, **quiet)
                 else:
                     os.environ.setdefault("RAY_BACKEND_LOG_LEVEL", "fatal")
                     # Two more for what Ray runs beside the actors: reading, writing, and passing over what is done.
                     ray.init(address="local", num_cpus=_cores() + 2, include_dashboard=False, **quiet)
         except (ConnectionError, ValueError, RuntimeError) as error:
-            raise InputError(f"no Ray cluster at {job.address!r}: {_line(error)}") from error
+            where = job.address or os.environ.get("RAY_ADDRESS")
+            raise InputError(f"no Ray cluster at {where!r}: {_line(error)}") from error
     try:
         least = job.sizes[0] * cpus_of(engine) + (1 if job.resume else 0) + 2 * _SHARE
         found = ray.cluster_resources().get("CPU", 0)
@@ -304,6 +309,21 @@ def _cluster(ray: Any, job: Job) -> Iterator[None]:
     finally:
         if begun:
             ray.shutdown()
+
+
+def _check_address(address: str) -> None:
+    """Ask whether anybody listens at HOST:PORT, since Ray would try for minutes; other forms are Ray's to look at.
+
+    Raises:
+        ConnectionError: nobody does.
+    """
+    host, _, port = address.removeprefix("ray://").rpartition(":")
+    if not host or not port.isdigit() or "://" in host:
+        return
+    try:
+        socket.create_connection((host.strip("[]"), int(port)), timeout=_CONNECT_S).close()
+    except (OSError, OverflowError) as error:
+        raise ConnectionError(getattr(error, "strerror", None) or str(error)) from error
 
 
 @contextmanager

@@ -61,6 +61,7 @@ def test_what_is_not_carried_out_is_told():
     [
         {"suppress_tokens": ["a"]}, {"forced_bos_token_id": 32000}, {"forced_eos_token_id": [2, 40000]},
         {"repetition_penalty": float("nan")}, {"repetition_penalty": float("inf")}, {"min_length": -3},
+        {"bad_words_ids": 5}, {"bad_words_ids": [5]}, {"suppress_tokens": 1.5}, {"forced_eos_token_id": {"a": 1}},
     ],
 )  # fmt: skip
 def test_nonsense_is_refused(field):

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import signal
+import socket
 import subprocess
 import sys
 import time
@@ -54,6 +55,11 @@ def test_what_a_cluster_cannot_do_is_said_before_it_starts(
     folder = ("--prompts", tasks, "--prompt-column")
     assert "has no column 'tsak' (the names of prompts)" in refused(*ray, *folder, "tsak")
     assert "has no column 'txet'" in refused(*ray, "--text-column", "txet")
+    with socket.socket() as closed:  # bound, and nobody listens
+        closed.bind(("127.0.0.1", 0))
+        address = f"127.0.0.1:{closed.getsockname()[1]}"
+        assert f"no Ray cluster at {address!r}: Connection refused" in refused(*ray, "--address", address)
+    assert "no Ray cluster at 'ray://nowhere.invalid:1': " in refused(*ray, "--address", "ray://nowhere.invalid:1")
     out.mkdir()
     assert "exists already" in refused(*ray)
     assert sorted(path.name for path in tmp_path.iterdir()) == ["in.csv", "out"]
