@@ -44,7 +44,7 @@ def _numbers(ctx: click.Context, param: click.Parameter, value: str | None) -> t
     show_default=True,
     help="Lengths of the text.",
 )
-@click.option("--new-tokens", type=click.IntRange(min=2), default=64, show_default=True)
+@click.option("--new-tokens", type=console.Whole(min=2), default=64, show_default=True)
 @click.option(
     "--batch", callback=_numbers, metavar="N,N,...", default="1,4", show_default=True, help="Sequences in one call."
 )
@@ -60,8 +60,8 @@ def _numbers(ctx: click.Context, param: click.Parameter, value: str | None) -> t
     "--threads", callback=_numbers, metavar="N,N,...", help="intra_op_num_threads. Default: one per physical core."
 )
 @click.option("--provider", default="auto", show_default=True, metavar="NAME,...", help="cpu, cuda, auto.")
-@click.option("--repetitions", type=click.IntRange(min=1), default=5, show_default=True)
-@click.option("--warmup", type=click.IntRange(min=0), default=1, show_default=True)
+@click.option("--repetitions", type=console.Whole(min=1), default=5, show_default=True)
+@click.option("--warmup", type=console.Whole(min=0), default=1, show_default=True)
 @click.option("--format", "kind", type=click.Choice(FORMATS), default="md", show_default=True)
 @click.option(
     "-o", "--output", metavar="FILE", type=click.Path(path_type=Path), help="Write to this file instead of stdout."

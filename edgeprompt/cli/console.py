@@ -32,6 +32,17 @@ class Number(click.FloatRange):
         return found
 
 
+class Whole(click.IntRange):
+    """A whole number in a range; none that is larger than any count can be."""
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> Any:
+        """As `IntRange`."""
+        found = super().convert(value, param, ctx)
+        if found > sys.maxsize:
+            self.fail(f"{found} is larger than {sys.maxsize}.", param, ctx)
+        return found
+
+
 def note(text: str) -> None:
     """One line on stderr."""
     click.echo(text, err=True)

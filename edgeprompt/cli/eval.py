@@ -38,7 +38,7 @@ METRICS = ("accuracy", "f1", "exact-match", "rouge", "bleu", "mae")
 @click.option(
     "--target-column", default="target", show_default=True, help="Column with the reference text (generate, qa)."
 )
-@click.option("--limit", type=click.IntRange(min=1), help="Evaluate only this many records, the first ones.")
+@click.option("--limit", type=console.Whole(min=1), help="Evaluate only this many records, the first ones.")
 @click.option("--zero-shot", is_flag=True, help="Compare with no prompt, with the same template and label words.")
 @click.option(
     "--hard-prompt",
@@ -53,15 +53,15 @@ METRICS = ("accuracy", "f1", "exact-match", "rouge", "bleu", "mae")
     help="Compare with the instruction that the soft prompt was distilled from.",
 )
 @click.option(
-    "--shots", type=click.IntRange(min=1), help="Compare with this many solved examples in place of the soft prompt."
+    "--shots", type=console.Whole(min=1), help="Compare with this many solved examples in place of the soft prompt."
 )
 @click.option(
     "--shots-from", metavar="DATA", help="Data from which --shots draws its examples; use other data than DATA."
 )
 @click.option(
-    "--seed", type=click.IntRange(min=0), default=0, show_default=True, help="Seed for drawing the --shots examples."
+    "--seed", type=console.Whole(min=0), default=0, show_default=True, help="Seed for drawing the --shots examples."
 )
-@click.option("--max-new-tokens", type=click.IntRange(min=1))
+@click.option("--max-new-tokens", type=console.Whole(min=1))
 @serving.runtime_options
 @click.option("--json", "as_json", is_flag=True, help="Print one JSON object per line.")
 def command(

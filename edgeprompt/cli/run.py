@@ -87,12 +87,12 @@ if TYPE_CHECKING:
     "--id-column",
     help="Ray, with --resume: a column whose values are all different. Without it: the file and the place in it.",
 )
-@click.option("--max-new-tokens", type=click.IntRange(min=1))
+@click.option("--max-new-tokens", type=console.Whole(min=1))
 @click.option("--temperature", type=console.Number(min=0), help="0 is greedy.")
-@click.option("--top-k", type=click.IntRange(min=1))
+@click.option("--top-k", type=console.Whole(min=1))
 @click.option("--top-p", type=console.Number(min=0, max=1, min_open=True))
-@click.option("--seed", type=click.IntRange(min=0))
-@click.option("--num-beams", type=click.IntRange(min=1), default=1, help="Beam search (encoder-decoders).")
+@click.option("--seed", type=console.Whole(min=0))
+@click.option("--num-beams", type=console.Whole(min=1), default=1, help="Beam search (encoder-decoders).")
 @click.option(
     "--stop",
     multiple=True,

@@ -25,7 +25,7 @@ KEY_VARIABLE = "EDGEPROMPT_API_KEY"
     "runs. May be repeated.",
 )
 @click.option("--host", default="127.0.0.1", show_default=True, help="Address. All but loopback need a key.")
-@click.option("--port", type=click.IntRange(0, 65535), default=8080, show_default=True, help="0: any free port.")
+@click.option("--port", type=console.Whole(0, 65535), default=8080, show_default=True, help="0: any free port.")
 @click.option(
     "--api-key",
     "keys",
@@ -50,14 +50,12 @@ KEY_VARIABLE = "EDGEPROMPT_API_KEY"
     show_default=True,
     help="Seconds that a request may take, queueing included.",
 )
-@click.option("--max-queue", type=click.IntRange(min=1), default=1024, show_default=True, help="Most waiting requests.")
-@click.option("--max-streams", type=click.IntRange(min=1), default=64, show_default=True, help="Most open streams.")
-@click.option("--max-connections", type=click.IntRange(min=1), default=512, show_default=True)
-@click.option("--max-body", type=click.IntRange(min=1), default=4 << 20, show_default=True, help="Bytes of a request.")
-@click.option(
-    "--max-text", type=click.IntRange(min=1), default=100_000, show_default=True, help="Characters of a text."
-)
-@click.option("--max-inputs", type=click.IntRange(min=1), default=256, show_default=True, help="Texts of a request.")
+@click.option("--max-queue", type=console.Whole(min=1), default=1024, show_default=True, help="Most waiting requests.")
+@click.option("--max-streams", type=console.Whole(min=1), default=64, show_default=True, help="Most open streams.")
+@click.option("--max-connections", type=console.Whole(min=1), default=512, show_default=True)
+@click.option("--max-body", type=console.Whole(min=1), default=4 << 20, show_default=True, help="Bytes of a request.")
+@click.option("--max-text", type=console.Whole(min=1), default=100_000, show_default=True, help="Characters of a text.")
+@click.option("--max-inputs", type=console.Whole(min=1), default=256, show_default=True, help="Texts of a request.")
 @click.option("--log-texts", is_flag=True, help="Also log the texts of requests and answers.")
 @serving.session_options
 def command(

@@ -54,7 +54,7 @@ def session_options(command: F) -> F:
             "--workers",
             "--lanes",
             "workers",
-            type=click.IntRange(min=1),
+            type=console.Whole(min=1),
             help="Compute this many sequences side by side, each on one thread, instead of one on --threads. "
             "More answers per second. --lanes is the old name.",
         ),
@@ -66,7 +66,7 @@ def session_options(command: F) -> F:
         ),
         click.option(
             "--threads",
-            type=click.IntRange(min=1),
+            type=console.Whole(min=1),
             help="intra_op_num_threads of the session. Default: one per physical core, and fewer while "
             "other programs keep cores busy.",
         ),

@@ -77,7 +77,7 @@ def _instruction(value: str | None) -> str | None:
     type=click.Choice(names.PROBLEM_TYPES),
     help="For classification with a head. Default: multi_label where labels are lists, else single_label.",
 )
-@click.option("--virtual-tokens", "num_virtual_tokens", type=click.IntRange(1), default=16, show_default=True)
+@click.option("--virtual-tokens", "num_virtual_tokens", type=console.Whole(1), default=16, show_default=True)
 @click.option(
     "--init", type=click.Choice(INITS), default="text", show_default=True, help="Initial value of the prompt."
 )
@@ -103,7 +103,7 @@ def _instruction(value: str | None) -> str | None:
 @click.option("--chat", is_flag=True, help="Put the instruction into the base's chat template.")
 @click.option("--shots-from", metavar="DATA", help="Where --distil takes --shots solved examples from.")
 @click.option(
-    "--shots-seed", type=click.IntRange(0), help="Seed for drawing the --shots examples. Without it, --seed is used."
+    "--shots-seed", type=console.Whole(0), help="Seed for drawing the --shots examples. Without it, --seed is used."
 )
 @click.option(
     "--balance-teacher",
@@ -140,7 +140,7 @@ def _instruction(value: str | None) -> str | None:
 )
 @click.option(
     "--max-new-tokens",
-    type=click.IntRange(1),
+    type=console.Whole(1),
     default=64,
     show_default=True,
     help="With --distil: of an answer in free text.",
@@ -162,19 +162,19 @@ def _instruction(value: str | None) -> str | None:
 )
 @click.option(
     "--shots",
-    type=click.IntRange(1),
+    type=console.Whole(1),
     help="Training examples per class. With --distil: solved examples for the teacher.",
 )
-@click.option("--steps", type=click.IntRange(1), help="Training steps. Default: 200, unless --epochs is given.")
+@click.option("--steps", type=console.Whole(1), help="Training steps. Default: 200, unless --epochs is given.")
 @click.option("--epochs", type=console.Number(0, min_open=True))
-@click.option("--batch-size", type=click.IntRange(1), default=16, show_default=True)
+@click.option("--batch-size", type=console.Whole(1), default=16, show_default=True)
 @click.option(
     "--lr", "learning_rate", type=console.Number(0, min_open=True), help="Learning rate. Default: by the method."
 )
-@click.option("--seed", type=click.IntRange(0), default=0, show_default=True)
+@click.option("--seed", type=console.Whole(0), default=0, show_default=True)
 @click.option(
     "--max-length",
-    type=click.IntRange(2),
+    type=console.Whole(2),
     default=MAX_LENGTH,
     show_default=f"{MAX_LENGTH}, or what the base takes",
     help="Tokens; longer texts are cut.",

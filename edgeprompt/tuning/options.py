@@ -97,6 +97,12 @@ class Distillation:
             raise InputError(f"loss is {self.loss!r}, allowed: {', '.join(LOSSES)}")
 
 
+MOST_RATE = 1_000_000
+"""Beyond it the optimizer's own numbers overflow."""
+MOST_SEED = 2**32 - 1
+"""What random numbers of every library take."""
+
+
 @dataclass(frozen=True)
 class TuneOptions:
     """How to tune one prompt; None leaves the choice to the data and the method."""
@@ -182,6 +188,10 @@ class TuneOptions:
             value = getattr(self, name)
             if value is not None and not least <= value < float("inf"):
                 raise InputError(f"{name} is {value}, it must be a number of at least {least}")
+        for name, most in (("learning_rate", MOST_RATE), ("seed", MOST_SEED)):
+            value = getattr(self, name)
+            if value is not None and value > most:
+                raise InputError(f"{name} is {value}, it must be at most {most}")
         if self.distil is None and self.init in ("sampled", "clustered"):
             raise InputError(f"init {self.init!r} is for --distil; allowed: {', '.join(INITS[:4])}")
         if self.steps and self.epochs:

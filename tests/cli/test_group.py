@@ -65,3 +65,20 @@ def test_a_missing_library_is_one_line_with_the_install_command(spawn, tiny_llam
     assert out == ""
     (line,) = error.splitlines()
     assert line.startswith("error: this needs 'torch', which is not installed: pip install 'edgeprompt[")
+
+
+@pytest.mark.parametrize(
+    ("command", "option"),
+    [
+        (("eval", "package", "data", "--prompt", "p"), "--limit"),
+        (("eval", "package", "data", "--prompt", "p"), "--seed"),
+        (("run", "package", "text"), "--top-k"),
+        (("tune", "base", "data", "-o", "a.safetensors"), "--seed"),
+        (("serve", "package"), "--max-queue"),
+        (("bench", "package"), "--repetitions"),
+    ],
+)
+def test_counts_are_no_larger_than_a_count_can_be(cli, command, option):
+    result = cli(*command, option, 2**70)
+    assert result.exit_code == 2
+    assert f"Invalid value for '{option}': {2**70} is larger than" in result.stderr

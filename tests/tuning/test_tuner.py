@@ -304,6 +304,8 @@ def test_other_bad_input(tiny_llama_base: Path, tmp_path: Path) -> None:
         ({"learning_rate": float("inf")}, "learning_rate is inf"),
         ({"steps": 3, "epochs": 2}, "steps or epochs"),
         ({"eval_split": 1.0}, "eval_split is 1.0"),
+        ({"learning_rate": 1e38}, "learning_rate is 1e.38, it must be at most 1000000"),
+        ({"seed": 2**70}, "seed is 1180591620717411303424, it must be at most"),
         ({"verbalizer": {"a": ()}}, "no word for label 'a'"),
         ({"init": "magic"}, "init is 'magic', allowed: text, vocab, labels, random"),
     ],
