@@ -109,6 +109,8 @@ def convert_prompt(
     kind = _target(Path(output), target)
     sources = [source] if isinstance(source, (str, os.PathLike)) else list(source)
     check_output(output, _output_kind(kind, Path(output)), force=force, sources=(base, *sources))
+    if kv_dtype != "float32" and kind != "kv":
+        raise InputError(f"kv_dtype {kv_dtype!r} is for keys and values (--to kv); leave it out")
     options = ReadOptions(template, tuple(labels), bool(verbalizer))
     if base is not None and not isinstance(base, BaseFacts):
         _check_sources([_local(one) for one in sources], source_format, options)
@@ -120,6 +122,11 @@ def convert_prompt(
     source_formats: list[str] = []
     for path in map(_local, sources):
         if _is_prompt_file(path):
+            if source_format != "auto" or task_index is not None:
+                wrong = f"--from {source_format}" if source_format != "auto" else "--task-index"
+                raise InputError(
+                    f"{str(path)!r} is a prompt file, which holds one prompt of edgeprompt; leave out {wrong}"
+                )
             prompts.append(_reread(load_prompt(path), facts, template, verbalizer, labels))
             source_formats.append("edgeprompt")
             continue
