@@ -17,6 +17,8 @@ _MAX_HEADER = 100_000_000
 MAPPED = ("F32", "F16", "BF16")
 """Types that computing takes as they are, from the file."""
 _FLOATS = ("F64", *MAPPED)
+_TRANSPOSED = {"tf": "TensorFlow", "flax": "Flax"}
+"""What transformers writes into files of other libraries."""
 
 
 def read_checkpoint(folder: Path) -> dict[str, Any]:
@@ -141,6 +143,12 @@ def _safetensors(file: Path) -> dict[str, Any]:
 
     try:
         opened: Any = safe_open(file, framework="pt")
+        written = (opened.metadata() or {}).get("format")
+        if written in _TRANSPOSED:
+            raise SourceError(
+                f"{str(file)!r} was written by {_TRANSPOSED[written]} (format {written!r}), which stores matrices the other "
+                "way around; save the model again with transformers in PyTorch"
+            )
         return {name: opened.get_slice(name) for name in list(opened.keys())}
     except (SafetensorError, OSError, ValueError) as error:
         raise SourceError(

@@ -30,6 +30,8 @@ _BY_LENGTH = ("dynamic", "yarn", "longrope")
 _KNOWN = "edgeprompt_known_values"
 """Attribute of a model whose config came from a file that tells some values alone."""
 _LAYER = re.compile(r"\.(\d+)\.")
+_SINUSOIDS = 0.005
+"""Most that rounding to bfloat16 changes a sine."""
 BUFFER = "buffer:"
 """In front of the names of buffers, which formats 1 and 2 leave out."""
 _HARMLESS_BUFFER = re.compile(
@@ -267,6 +269,7 @@ def _covered(model: Any, vocab_size: int) -> Iterator[tuple[str, Any]]:
         for module in model.modules()
         if "Sinusoidal" in type(module).__name__
         for value in module.parameters()
+        if _is_computed(value.detach())
     }
     seen = set(computed)
     for name, value in parameters.items():
@@ -275,6 +278,20 @@ def _covered(model: Any, vocab_size: int) -> Iterator[tuple[str, Any]]:
         seen.add(id(value))
         cut = any(value is table for table in tables)
         yield name, value.detach()[:vocab_size] if cut else value.detach()
+
+
+def _is_computed(table: Any) -> bool:
+    """Whether a table of positions holds Marian's and Pegasus' sinusoids, as any float type rounds them.
+
+    Files may lack it, so it is left out then; a file with another table has a parameter like others.
+    """
+    import torch
+
+    rows, width = table.shape
+    columns = torch.arange(width, dtype=torch.float64)
+    angles = torch.arange(rows, dtype=torch.float64)[:, None] / 10000 ** (2 * (columns // 2) / width)
+    sinusoids = torch.cat([angles[:, 0::2].sin(), angles[:, 1::2].cos()], dim=1)
+    return bool((table.double().cpu() - sinusoids).abs().max() <= _SINUSOIDS)
 
 
 def _masked_head(model: Any) -> dict[str, str]:

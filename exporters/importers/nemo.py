@@ -5,17 +5,20 @@ from __future__ import annotations
 import re
 import tarfile
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 from edgeprompt.errors import SourceError, UnsupportedError
 from exporters.importers.base_weights import EMBEDDING, check_copy
+from exporters.importers.configs import MAX_BYTES, check_nemo, read_yaml, yaml_beside
 from exporters.importers.foreign import BaseFacts, ForeignPrompt, ReadOptions, as_rows, prompt_name
 from exporters.importers.reading import PICKLES, Contents, check_file, read_checkpoint
 
 WEIGHTS = "model_weights.ckpt"
+CONFIG = "model_config.yaml"
 MAX_ARCHIVE = 4 << 30
 MAX_MEMBERS = 10_000
 
@@ -38,7 +41,7 @@ def recognises(source: Path, contents: Contents) -> bool:
 
 def read(source: Path, base: BaseFacts | None, options: ReadOptions) -> list[ForeignPrompt]:
     """One prompt per task of the table."""
-    with _weights(source) as file:
+    with _weights(source) as (file, config):
         checkpoint = read_checkpoint(file, lambda name: bool(_TASK.search(name) or _TABLE.search(name)))
         notes = check_copy(
             checkpoint, base, lambda name: EMBEDDING if _WORDS.search(name) else None, "NeMo", padded=True
@@ -58,8 +61,16 @@ def read(source: Path, base: BaseFacts | None, options: ReadOptions) -> list[For
         raise SourceError(f"{source.name} has several tables without a task: {', '.join(sorted(tables))}")
     # The encoder made the table; the base is frozen, and `word_embeddings` a copy of its own.
     replace(checkpoint, file=source).account(lambda name: bool(_ENCODER.search(name) or _BASE.search(name)), "NeMo")
-    where = "NeMo's task template, which says where virtual tokens stand: give --template (default: all in front)"
-    dropped = () if options.template else (where,)
+    shapes = {task: tables[name].shape for task, name in tasks.items()}
+    templates: Mapping[str, str] = {}
+    if config is not None and all(map(len, shapes.values())):
+        templates = check_nemo(config[0], shapes, any(map(_TASK.search, tables)), base, config[1])
+
+    def lost(task: str) -> tuple[str, ...]:
+        given = f" {templates[task][:200]!r}" if task in templates else ""
+        where = f"NeMo's task template{given}, which says where virtual tokens stand: give --template"
+        return () if options.template else (f"{where} (default: all in front)",)
+
     return [
         ForeignPrompt(
             task,
@@ -67,7 +78,7 @@ def read(source: Path, base: BaseFacts | None, options: ReadOptions) -> list[For
             prompt_embeddings=as_rows(tables[name], name, base),
             source={"format": "nemo", "task": task},
             found=(f"task {task!r}: {list(tables[name].shape)}",),
-            dropped=dropped,
+            dropped=lost(task),
             notes=notes,
         )
         for task, name in tasks.items()
@@ -75,14 +86,15 @@ def read(source: Path, base: BaseFacts | None, options: ReadOptions) -> list[For
 
 
 @contextmanager
-def _weights(source: Path) -> Iterator[Path]:
-    """The checkpoint's file; from an archive only that member is read, and never written to where it says."""
+def _weights(source: Path) -> Iterator[tuple[Path, tuple[Mapping[str, Any], str] | None]]:
+    """The checkpoint's file and its config; from an archive only these are read, and never written to where it says."""
     if source.suffix in (*PICKLES, ".safetensors"):
-        yield source
+        yield source, yaml_beside(source, CONFIG) if source.name == WEIGHTS else None
         return
     check_file(source)
     with tempfile.TemporaryDirectory() as scratch:
         target = Path(scratch) / WEIGHTS
+        config = None
         try:
             with tarfile.open(source, "r:*") as archive:
                 for count, member in enumerate(archive):
@@ -91,13 +103,18 @@ def _weights(source: Path) -> Iterator[Path]:
                             f"{source.name} unpacks to more than {MAX_MEMBERS} members or {MAX_ARCHIVE} bytes, too "
                             "many for a prompt"
                         )
-                    if not member.isfile() or Path(member.name).name != WEIGHTS:
+                    if not member.isfile() or Path(member.name).name not in (WEIGHTS, CONFIG):
                         continue
                     content = archive.extractfile(member)
+                    if content is not None and Path(member.name).name == CONFIG:
+                        where = f"{source.name}:{CONFIG}"
+                        if member.size > MAX_BYTES:
+                            raise SourceError(f"{where} has {member.size} bytes, too many for a config")
+                        config = read_yaml(content.read(), where), where
+                        continue
                     with target.open("wb") as file:
                         while content and (piece := content.read(1 << 20)):
                             file.write(piece)
-                    break
         except (tarfile.TarError, OSError, EOFError, ValueError) as error:
             if isinstance(error, SourceError):
                 raise
@@ -107,6 +124,6 @@ def _weights(source: Path) -> Iterator[Path]:
         if not target.exists():
             raise SourceError(f"{source.name} has no {WEIGHTS}; it is no NeMo prompt archive")
         try:
-            yield target
+            yield target, config
         except (SourceError, UnsupportedError) as error:  # which name the temporary file
             raise type(error)(str(error).replace(str(target), f"{source}:{WEIGHTS}")) from error

@@ -16,6 +16,7 @@ from edgeprompt.errors import SourceError, UnsupportedError
 from edgeprompt.prompts.file import Head, HeadStep
 from edgeprompt.prompts.verbalizer import ids_alone, ids_behind, text_before_words
 from exporters.importers.base_weights import EMBEDDING, LEFT_OUT, check_copy
+from exporters.importers.configs import check_openprompt
 from exporters.importers.foreign import (
     Array,
     BaseFacts,
@@ -82,6 +83,7 @@ def read(source: Path, base: BaseFacts | None, options: ReadOptions) -> list[For
     if mixed:
         raise SourceError(f"{source.name} holds {kind} and {', '.join(mixed)}, which are of different templates")
     checkpoint.account(lambda name: bool(_BASE.search(name)), "OpenPrompt")
+    check_openprompt(source, kind, parts, base)
     prompt = replace(prompt, notes=(*prompt.notes, *check_copy(checkpoint, base, _name_in_base, "OpenPrompt")))
     template = read_template(options.template, base)
     if "new_embedding.weight" in parts:

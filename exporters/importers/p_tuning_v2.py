@@ -10,10 +10,11 @@ from typing import Any
 
 import numpy as np
 
-from edgeprompt.errors import SourceError, UnsupportedError
+from edgeprompt.errors import BaseMismatchError, SourceError, UnsupportedError
 from edgeprompt.prompts.file import Head, HeadStep
 from exporters.heads import PROBLEMS
 from exporters.importers.base_weights import LEFT_OUT, check_copy
+from exporters.importers.configs import check_base_sizes, check_count
 from exporters.importers.foreign import (
     Array,
     BaseFacts,
@@ -27,6 +28,7 @@ from exporters.importers.foreign import (
 from exporters.importers.reading import PICKLES, Contents, is_there, peek, read_checkpoint, read_json
 
 WEIGHTS = ("model.safetensors", "pytorch_model.bin")
+CONFIG = "config.json"
 
 _PREFIX = re.compile(r"(?:^|\.)prefix_encoder\.(embedding\.weight|trans\.[02]\.(?:weight|bias)|weight)$")
 _HEAD = re.compile(r"^(classifier|qa_outputs)\.(weight|bias)$")
@@ -69,7 +71,14 @@ def read(source: Path, base: BaseFacts | None, options: ReadOptions) -> list[For
     rows, projected = _projected(parts, file.name)
     config = _config(file)
     _check_config(config, len(rows), projected, file.name)
+    if projected:
+        check_count(config.get("prefix_hidden_size"), len(parts["trans.0.weight"]), CONFIG, "prefix_hidden_size")
     facts = need_base(base, "a P-Tuning v2 checkpoint", "its rows say nothing of layers and heads")
+    check_base_sizes(config, facts, CONFIG)
+    if config.get("model_type") not in (None, facts.model_type):
+        raise BaseMismatchError(
+            f"{CONFIG} says model_type {config['model_type']!r}; base {facts.base.name} is {facts.model_type!r}"
+        )
     layers, heads = prefix_sizes(facts)
     prompt = ForeignPrompt(
         prompt_name(source),
@@ -109,7 +118,7 @@ def _projected(parts: Mapping[str, Array], file: str) -> tuple[Array, bool]:
 
 def _config(file: Path) -> dict[str, Any]:
     """The config that the trainer writes beside the weights; empty where there is none."""
-    beside = file.with_name("config.json")
+    beside = file.with_name(CONFIG)
     return read_json(beside) if is_there(beside) else {}
 
 

@@ -23,6 +23,8 @@ Ids = npt.NDArray[np.int64]
 TOLERANCE = {"fp32": 1e-3, "fp16": 3e-2}
 """Largest difference allowed, as a share of the values' largest magnitude. Quantised graphs must correlate
 (`exporters.validate.quality.LEAST_CORRELATION`)."""
+_LEAST_SCALE = 0.01
+"""Of a comparison, as a share of the largest of its output: what lies below is rounding."""
 TIE = 1e-4
 """Two tokens nearer to each other than this share of the logits' scale: rounding may decide either way."""
 
@@ -96,7 +98,8 @@ def prove(subject: Subject, loaded: LoadedBase, folder: Path, manifest: Manifest
         subject.predictions, loaded.tokenizer, manifest, data, foresee=getattr(subject, "foresee", None)
     )
     if manifest.precision not in TOLERANCE:
-        measured["quality"]["least_correlation"] = round(min(min(t.correlations) for t in tallies.values()), 4)
+        every = [one for tally in tallies.values() for one in tally.correlations]
+        measured["quality"]["least_correlation"] = round(float(np.min(every)), 4)  # NaN stays
     return measured
 
 
@@ -105,29 +108,40 @@ class Tally:
     """Differences collected over the comparisons of one output."""
 
     differences: list[Floats] = field(default_factory=list)
-    scale: float = 0.0
+    scales: list[float] = field(default_factory=list)
     agree: list[bool] = field(default_factory=list)
     correlations: list[float] = field(default_factory=list)
 
     def add(self, got: Floats, want: Floats) -> None:
-        """Compare one array with PyTorch's."""
+        """Compare one array with PyTorch's.
+
+        Raises:
+            ValidationError: they have different shapes.
+        """
+        if got.shape != want.shape:
+            raise ValidationError(f"an output has shape {list(got.shape)}, PyTorch's {list(want.shape)}")
         self.differences.append(np.abs(got - want))
-        self.scale = max(self.scale, float(np.abs(want).max()))
+        self.scales.append(float(np.abs(want).max()))
         if want.ndim == 1:
             self.agree.append(is_tie(got, want))
         self.correlations.append(correlation(got, want))
+
+    @property
+    def scale(self) -> float:
+        """Largest magnitude of PyTorch's values."""
+        return float(np.max(self.scales))
 
     def report(self) -> dict[str, Any]:
         """The figures, rounded."""
         logits = len(self.agree) == len(self.differences)
         return {
             "comparisons": len(self.differences),
-            "max_difference": round(max(float(d.max()) for d in self.differences), 6),
+            "max_difference": round(float(np.max([d.max() for d in self.differences])), 6),
             "mean_difference": round(float(np.mean([d.mean() for d in self.differences])), 6),
             "logit_scale" if logits else "scale": round(self.scale, 4),
             **({"top1_agreement": round(float(np.mean(self.agree)), 4)} if logits else {}),
             "mean_correlation": round(float(np.mean(self.correlations)), 5),
-            "least_correlation": round(min(self.correlations), 5),
+            "least_correlation": round(float(np.min(self.correlations)), 5),
         }
 
 
@@ -138,17 +152,20 @@ def correlation(got: Floats, want: Floats) -> float:
 
 
 def _judge(what: str, tally: Tally, precision: str) -> None:
-    worst = max(float(d.max()) for d in tally.differences)
     head, _, name = what.partition(".")
     where = f"outputs with prompt {name!r}" if head == "prompts" else what or "logits"
     tolerance = TOLERANCE.get(precision)
-    if not np.isfinite(worst):
-        raise ValidationError(f"{precision} {where} hold NaN or infinity")
-    if tolerance is not None and not worst <= tolerance * tally.scale:
-        raise ValidationError(
-            f"{precision} {where} differ from PyTorch's by {worst:.3g}, allowed {tolerance * tally.scale:.3g} "
-            f"({tolerance:g} of their scale {tally.scale:.3g})"
-        )
+    for difference, own in zip(tally.differences, tally.scales, strict=True):
+        worst = float(difference.max())
+        if not np.isfinite(worst):
+            raise ValidationError(f"{precision} {where} hold NaN or infinity")
+        # By its own scale: a comparison of small values must not hide behind one of large ones.
+        scale = max(own, _LEAST_SCALE * tally.scale)
+        if tolerance is not None and not worst <= tolerance * scale:
+            raise ValidationError(
+                f"{precision} {where} differ from PyTorch's by {worst:.3g}, allowed {tolerance * scale:.3g} "
+                f"({tolerance:g} of their scale {scale:.3g})"
+            )
 
 
 def is_tie(got: Floats, want: Floats) -> bool:

@@ -5,7 +5,8 @@ from pathlib import Path
 
 import pytest
 import torch
-from transformers import AutoConfig, AutoModel, AutoModelForCausalLM
+from safetensors.torch import load_file, save_file
+from transformers import AutoConfig, AutoModel, AutoModelForCausalLM, AutoModelForSeq2SeqLM
 
 from edgeprompt.base.fingerprint import Digest, base_fingerprint, config_facts, fingerprint_of, sampled_rows
 from edgeprompt.base.geometry import geometry_of
@@ -322,3 +323,30 @@ def test_the_counts_in_the_docs():
     counts = [int(one) for one in rows if one.isdigit()]
     assert sum(counts) == len(base_changes.CASES)
     assert f"{len(KINDS) * 4 + 1} cases" in text
+
+
+@pytest.mark.parametrize("kind", ["pegasus", "marian"])
+@pytest.mark.parametrize("side", ["encoder", "decoder"])
+def test_a_changed_table_of_sinusoids_is_another_base(kind, side, tmp_path):
+    """It was taken for computed whatever the file held; a file without it, or with it in bfloat16, is the same base."""
+    torch.manual_seed(0)
+    sizes = {"d_model": 32, "encoder_layers": 1, "decoder_layers": 1, "encoder_attention_heads": 4, "vocab_size": 300,
+             "decoder_attention_heads": 4, "encoder_ffn_dim": 32, "decoder_ffn_dim": 32, "max_position_embeddings": 32,
+             "pad_token_id": 1, "eos_token_id": 0, "decoder_vocab_size": 300, "decoder_start_token_id": 1}  # fmt: skip
+    model = AutoModelForSeq2SeqLM.from_config(AutoConfig.for_model(kind, **sizes))
+    model.save_pretrained(tmp_path)
+    plain, file = load_base(tmp_path).base, tmp_path / "model.safetensors"
+    held = {name: value for name, value in load_file(file).items() if "embed_positions" not in name}
+    tables = {
+        f"model.{one}.embed_positions.weight": getattr(model.model, one).embed_positions.weight.detach().clone()
+        for one in ("encoder", "decoder")
+    }
+    for given in ({}, {name: table.bfloat16() for name, table in tables.items()}):
+        save_file({**held, **given}, file, metadata={"format": "pt"})
+        assert load_base(tmp_path).base.matches(plain)
+    tables[f"model.{side}.embed_positions.weight"][3:6] *= 1.1
+    save_file({**held, **tables}, file, metadata={"format": "pt"})
+    changed = load_base(tmp_path)
+    loaded = getattr(changed.model.model, side).embed_positions.weight
+    assert torch.equal(loaded, tables[f"model.{side}.embed_positions.weight"]), "the file's table is what computes"
+    assert not changed.base.matches(plain)

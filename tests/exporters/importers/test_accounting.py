@@ -24,6 +24,7 @@ from exporters import convert_prompt
 from exporters.importers.base_facts import read_base_facts
 from exporters.importers.foreign import BaseFacts
 from exporters.importers.openprompt_template import read_template
+from tests.exporters.importers.test_configs import CASES as CONFIGS
 from tests.exporters.importers.test_hostile import BASE, BERT, CASES, ROWS, T5, adapter, npy, saved
 from tests.support.damaged import bases as bases_damaged
 
@@ -392,7 +393,7 @@ def test_the_counts_in_the_docs() -> None:
         for line in text.splitlines()
         if line.startswith("|") and line.split("|")[2].strip().isdigit()
     ]
-    assert counts == [len(cases) for cases in (bases_damaged.CASES, CASES, DAMAGED, ADAPTERS, FROZEN)]
+    assert counts == [len(cases) for cases in (bases_damaged.CASES, CASES, DAMAGED, ADAPTERS, CONFIGS, FROZEN)]
     assert f"{sum(case.loads for case in bases_damaged.CASES.values())} of the cases load with a note" in text
     assert f"{len(WRAPPINGS)} wrappings of {len(WRAPPED)} checkpoints" in " ".join(text.split())
 

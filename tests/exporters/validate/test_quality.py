@@ -1,6 +1,7 @@
 """The gate: broken weights are refused, whatever the precision and architecture, and so is a package that says too
 little of what its base says."""
 
+import contextlib
 import csv
 import dataclasses
 import json
@@ -14,6 +15,7 @@ import pytest
 import torch
 from click.testing import CliRunner
 
+from edgeprompt.base.decoder_graph import DecoderGraph
 from edgeprompt.base.families import find_family
 from edgeprompt.base.load import LoadedBase, load_base
 from edgeprompt.cli import main
@@ -21,7 +23,7 @@ from edgeprompt.errors import DataError, ValidationError
 from edgeprompt.package.folder import open_package
 from exporters import export_model, validate_package
 from exporters.package import hash_graphs
-from exporters.validate import quality
+from exporters.validate import core, decoder, encoder, onnx_base, quality, seq2seq
 from exporters.validate.quality import (
     Prediction,
     gate,
@@ -30,6 +32,7 @@ from exporters.validate.quality import (
     measure_quality,
     shipped_texts,
     warning,
+    with_quality,
 )
 
 ROOT = Path(__file__).parents[3]
@@ -240,3 +243,77 @@ def test_what_lies_near_zero_beside_a_large_weight_is_rounded_to_it(block_size, 
         wrong = broken(out, tmp_path / how, records_of(out)[at], how)
         with pytest.raises(ValidationError):
             validate_package(wrong, against=loaded)
+
+
+def nan_inside(got):
+    got.flat[got.size // 2] = np.nan
+
+
+def small_noise(got):
+    got += np.float32(0.05 * got.std()) * np.random.default_rng(0).standard_normal(got.shape).astype(np.float32)
+
+
+WRONG = {
+    "NaN": nan_inside,
+    "infinite": lambda got: got.fill(np.inf),
+    "nothing": lambda got: got.fill(0),
+    "another sign": lambda got: np.negative(got, out=got),
+    "another place": lambda got: got.__setitem__(slice(None), np.roll(got, 1, axis=-1)),
+    "a little noise": small_noise,
+}
+
+
+SUBJECTS = {
+    "decoder": lambda loaded, package: decoder._Decoder(loaded, DecoderGraph(package.path, package.manifest), ()),
+    "encoder": lambda loaded, package: encoder._Encoder(loaded, package.path, package.manifest, ()),
+    "encoder-decoder": lambda loaded, package: seq2seq._Seq2Seq(loaded, package, ()),
+}
+
+
+class Replayed:
+    def __init__(self, comparisons):
+        self.comparisons = lambda: iter(comparisons)
+        self.predictions = None
+
+
+@pytest.mark.parametrize("precision", ["fp32", "int8"])
+@pytest.mark.parametrize("grafted", [False, True], ids=["own routes", "onnx route"])
+@pytest.mark.parametrize("architecture", SUBJECTS)
+def test_each_broken_comparison_is_refused(packages, monkeypatch, architecture, grafted, precision):
+    """Whichever of all comparisons it is, with any of these faults; a NaN behind the first one used to pass."""
+    loaded, path = packages(architecture, precision)
+    package = open_package(path)
+    subject = (
+        onnx_base._Grafted(loaded, path, package.manifest, ()) if grafted else SUBJECTS[architecture](loaded, package)
+    )
+    seen = list(subject.comparisons())
+    assert len(seen) >= 4
+    monkeypatch.setattr(core, "check_weights", lambda *_: {})
+    monkeypatch.setattr(core, "measure_quality", lambda *_, **__: {})
+
+    def judge(comparisons):
+        measured = core.prove(Replayed(comparisons), loaded, path, package.manifest)
+        return with_quality(package.manifest, measured, allow=False).quality_gate
+
+    assert judge(seen) == "passed"
+    for at, one in enumerate(seen):
+        for how, spoil in WRONG.items():
+            got = one.got.copy()
+            spoil(got)
+            if how == "a little noise" and precision != "fp32":
+                continue
+            passed = ""
+            with contextlib.suppress(ValidationError):
+                passed = judge([*seen[:at], dataclasses.replace(one, got=got), *seen[at + 1 :]])
+            assert not passed, f"comparison {at} of {len(seen)} ({one.what!r}): {how}"
+
+
+def test_a_comparison_of_small_values_does_not_hide_behind_one_of_large_ones():
+    tally = core.Tally()
+    large, small = np.full(8, 1000, np.float32), np.linspace(-20, 20, 8, dtype=np.float32)
+    tally.add(large, large)
+    tally.add(small * np.float32(0.98), small)
+    with pytest.raises(ValidationError, match=r"differ from PyTorch's by 0\.4"):
+        core._judge("", tally, "fp32")
+    with pytest.raises(ValidationError, match=r"has shape \[8\], PyTorch's \[1\]"):
+        tally.add(large, large[:1])

@@ -330,6 +330,18 @@ def _unlisted(files: list[Path], index: dict[str, Any]) -> None:
 
 CODE = {"auto_map": {"AutoConfig": "configuration.C", "AutoModelForCausalLM": "modeling.M"}, "model_type": "mine"}
 
+
+def _written_by(tool: str) -> Callable[[Path], None]:
+    """Give a file another format, as transformers writes it for TensorFlow and Flax."""
+
+    def rewrite(folder: Path) -> None:
+        from safetensors.torch import load_file, save_file
+
+        save_file(load_file(folder / WEIGHTS), folder / WEIGHTS, metadata={"format": tool})
+
+    return rewrite
+
+
 CASES: dict[str, Damage] = {
     # Names
     "a tensor renamed": Damage(renamed("model.norm.", "model.final."), r"lacks 1 .*model\.norm\.weight.*holds 1"),
@@ -411,6 +423,8 @@ CASES: dict[str, Damage] = {
     "a wrong shape": Damage(tensors(_wrong_shape), r"other shapes .*model\.norm\.weight is \[31\]"),
     "integers without scales": Damage(tensors(_integers), "stored as I8"),
     "integers in a head, encoder": Damage(tensors(_integer_head, "bert"), "transform.dense.weight .* stored as I8"),
+    "of TensorFlow": Damage(damaged(_written_by("tf")), "was written by TensorFlow .*other way around"),
+    "of Flax": Damage(damaged(_written_by("flax"), "bert"), "was written by Flax .*other way around"),
     "NaN": Damage(tensors(lambda h: _scaled(h, "model.layers.0.mlp.up_proj.weight", float("nan"))), "NaN or infinity"),
     "NaN in BART's bias": Damage(
         tensors(lambda h: _scaled(h, "final_logits_bias", float("nan")), "bart"), "final_logits_bias.* holds NaN"
