@@ -23,6 +23,8 @@ _WRAPPERS = re.compile(
 _LEADS = ("base_model.model.", "base_model.", "model.", "net.")
 """What PEFT and trainers put in front of all names."""
 _UNMERGED = re.compile(r"\.(lora_[AB]|lora_embedding_[AB]|base_layer|lora_magnitude_vector)\b")
+_SMALL = 1 << 16
+"""Values of a tensor that are compared whole."""
 _LAYER = re.compile(r"(?:^|\.)(?:layers?|h|block|blocks|blk)\.(\d+)\.")
 
 HARMLESS: Mapping[str, str] = {
@@ -237,6 +239,52 @@ def check_loaded(info: Mapping[str, Any], model: Any, given: str, *, unused: Col
         raise SourceError(_complaint(given, type(model).__name__, missing, strange))
     if heads:
         tell(f"{given!r} holds a head for another task, which is left out: {_some(heads)}")
+
+
+def check_kept(model: Any, tensors: Mapping[str, Any], given: str) -> None:
+    """Refuse a file with a tensor whose values the model does not have: one that it ties to another, or a second one.
+
+    transformers ties what its classes tie, and drops what a file has in the place of a tied tensor without a word. Of
+    large tensors some rows are compared.
+
+    Args:
+        model: The model.
+        tensors: Stored tensors by the model's names.
+        given: The base as the user named it.
+
+    Raises:
+        SourceError: names the tensor.
+    """
+    import torch
+
+    state, prefix = model.state_dict(), f"{model.base_model_prefix}."
+    for name, stored in tensors.items():
+        if not is_float(stored):
+            continue
+        kept = next((state[key] for key in (name, prefix + name, name.removeprefix(prefix)) if key in state), None)
+        if kept is None and not name.endswith("final_logits_bias"):
+            continue  # `check_loaded` has its word on it
+        if kept is None:
+            same = not bool(torch.as_tensor(stored[...]).any())
+        elif shape_of(stored) != tuple(kept.shape):
+            continue
+        else:
+            parts = ((torch.as_tensor(stored[rows]), kept[rows].cpu()) for rows in _samples(kept))
+            # NaN is `check_values`' to tell.
+            same = all(torch.equal(one.to(other.dtype).nan_to_num(), other.nan_to_num()) for one, other in parts)
+        if not same:
+            raise SourceError(
+                f"{given!r} holds {name} with values of its own, and {type(model).__name__} has others there: it "
+                "shares that tensor with another one, or the file has it twice; save the model again as it computes"
+            )
+
+
+def _samples(tensor: Any) -> list[Any]:
+    """What to compare of a tensor: all of a small one, else some rows."""
+    if tensor.dim() == 0 or tensor.numel() <= _SMALL:
+        return [...]
+    rows = len(tensor)
+    return [slice(start, start + 1) for start in sorted({rows * part // 7 for part in range(7)} | {rows - 1})]
 
 
 def check_made(model: Any, given: str) -> None:

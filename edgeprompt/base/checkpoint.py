@@ -144,10 +144,10 @@ def _safetensors(file: Path) -> dict[str, Any]:
     try:
         opened: Any = safe_open(file, framework="pt")
         written = (opened.metadata() or {}).get("format")
-        if written in _TRANSPOSED:
+        if tool := _TRANSPOSED.get(written or ""):
             raise SourceError(
-                f"{str(file)!r} was written by {_TRANSPOSED[written]} (format {written!r}), which stores matrices the other "
-                "way around; save the model again with transformers in PyTorch"
+                f"{str(file)!r} is of {tool} (format {written!r}), which stores matrices the other way around: "
+                "save the model again with transformers in PyTorch"
             )
         return {name: opened.get_slice(name) for name in list(opened.keys())}
     except (SafetensorError, OSError, ValueError) as error:

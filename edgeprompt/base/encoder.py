@@ -33,6 +33,7 @@ def read_encoder(config: Any, tensors: Mapping[str, Any], given: str) -> Any:
         info["missing_keys"] = set(info["missing_keys"]) - pooler
     model = _with_head(base, renamed, given, unused) if _has_head(config) else base
     accounting.check_loaded(info, base, given, unused=unused)
+    accounting.check_kept(model, renamed, given)
     return model
 
 

@@ -159,6 +159,8 @@ def _load_folder(source: Source, need: memory.Need, mapped: bool) -> tuple[Any, 
 def _read_model(
     config: Any, tensors: Mapping[str, Any], source: Source, family: Any, raw: Mapping[str, Any], mapped: bool
 ) -> Any:
+    import torch
+
     model_class = _model_class(config, family)
     renamed = accounting.match(tensors, config, model_class, source.given)
     if family.architecture == names.ENCODER_DECODER and family.untied(raw):
@@ -171,6 +173,15 @@ def _read_model(
                 )
     model, info = accounting.load(model_class, config, renamed, source.given, mapped=mapped)
     accounting.check_loaded(info, model, source.given)
+    accounting.check_kept(model, renamed, source.given)
+    if family.architecture == names.ENCODER_DECODER:
+        shared: Any = model.get_input_embeddings().weight
+        table = getattr(model.get_encoder(), "embed_tokens", None)
+        if table is not None and not torch.equal(table.weight, shared):
+            raise SourceError(
+                f"{source.given!r} holds an embedding of the encoder's own beside the shared one, and its family has "
+                "one for both; save the model again as it computes"
+            )
     if (bias := "final_logits_bias") in model.state_dict() and bias not in renamed:
         accounting.tell(f"{source.given!r} has no {bias}, so its head is taken to have none (zeros)")
     return model

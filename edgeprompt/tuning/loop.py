@@ -115,6 +115,8 @@ class Loop:
         """Called with how many batches of an evaluation are done, and how many there are."""
         self._random = torch.get_rng_state()
         """Random state before the step that is under way."""
+        self._changed = False
+        """Whether a step of this process changed the prompt."""
 
     def run(self, *, show: bool) -> Progress:
         """Train until the last step, or until evaluation stops getting better.
@@ -123,7 +125,7 @@ class Loop:
             TuningError: the loss is not finite, or Ctrl-C or a signal stopped the run (a checkpoint is written first).
         """
         every = self._options.eval_steps or max(1, math.ceil(self._steps / 5))
-        progress = self.progress
+        progress, began = self.progress, self.progress.step
         main = self.accelerator.is_main_process
         log = self._options.log if main else None
         with Recorder(log, total=self._steps, start=progress.step, progress=show and main) as recorder:
@@ -141,6 +143,10 @@ class Loop:
             except (KeyboardInterrupt, SystemExit) as error:
                 self.save(self._checkpoint)
                 raise self._stopped(error) from error
+            if progress.step > began and not self._changed:
+                raise TuningError(
+                    "no step changed the prompt: every gradient exceeded float16; use --mixed-precision bf16 or no"
+                )
             with self.kept():
                 self._choose()
         return progress
@@ -192,11 +198,11 @@ class Loop:
             mean = progress.average.setdefault(name, torch.zeros_like(value, device="cpu", requires_grad=False))
             mean += (value.detach().cpu() - mean) / progress.averaged
 
-    def _why_not_finite(self, rate: float) -> str:
+    def _why_not_finite(self, rate: float, *, gradient: bool = False) -> str:
         """What is wrong where a loss is not finite, and what to do about it."""
         if self._options.mixed_precision == "fp16":
             return "float16 ends at 65504, which this base exceeds; use --mixed-precision bf16 or no"
-        if not self.progress.step:
+        if not self.progress.step and not gradient:
             return "nothing was trained yet: the base's own weights give it, or the prompt that the run started as"
         return f"try a lower --lr than {rate:g}"
 
@@ -225,17 +231,21 @@ class Loop:
         if not math.isfinite(shown):
             raise TuningError(f"the loss is {shown} at step {step + 1}; {self._why_not_finite(rate)}")
         self.accelerator.backward(loss)
-        norm = self.accelerator.clip_grad_norm_(list(self.parameters.values()), _CLIP)
+        norm = float(self.accelerator.clip_grad_norm_(list(self.parameters.values()), _CLIP))
+        scaled = self.accelerator.scaler is not None  # which leaves out a step whose gradient overflows float16
+        if not math.isfinite(norm) and not scaled:
+            raise TuningError(f"the gradient is {norm} at step {step + 1}; {self._why_not_finite(rate, gradient=True)}")
         seconds = time.perf_counter() - started
         with uninterrupted():  # half an update would be neither this step nor the next
             self._optimizer.step()
+            self._changed |= not (scaled and self.accelerator.optimizer_step_was_skipped)
             self.progress.step += 1
             self.progress.seconds += seconds
             self._average()
         return {
             "loss": shown,
             "learning_rate": rate,
-            "gradient_norm": float(norm),
+            "gradient_norm": norm,
             "examples_per_second": len(indices) / seconds,
         }
 

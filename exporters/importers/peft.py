@@ -197,13 +197,16 @@ def _check_sizes(config: Mapping[str, Any], rows: Array, base: BaseFacts | None,
         return
     if width is not None and rows.shape[1] != width:
         raise SourceError(f"{_ROWS} is {list(rows.shape)}; {CONFIG} says token_dim {width}")
-    if base is None or base.architecture == names.ENCODER_DECODER:
+    if base is None:
         return
     sizes = base.geometry
-    for name, allowed in (
-        ("num_layers", (sizes.num_layers,)),
-        ("num_attention_heads", (sizes.num_attention_heads, sizes.num_key_value_heads)),
-    ):
+    allowed_sizes: dict[str, tuple[int, ...]] = {}
+    if base.architecture == names.ENCODER_DECODER:  # PEFT counts the layers of one of both
+        allowed_sizes["num_layers"] = (sizes.num_layers, sizes.num_encoder_layers)
+    else:
+        allowed_sizes["num_layers"] = (sizes.num_layers,)
+        allowed_sizes["num_attention_heads"] = (sizes.num_attention_heads, sizes.num_key_value_heads)
+    for name, allowed in allowed_sizes.items():
         if name in said and said[name] not in allowed:
             raise BaseMismatchError(f"{CONFIG} says {name} {said[name]}; base {base.base.name} has {allowed[0]}")
 

@@ -146,7 +146,10 @@ class Tally:
 
 
 def correlation(got: Floats, want: Floats) -> float:
-    """Pearson's; where one side does not vary (the logits of a token whose embedding is zero): 1 if both do not."""
+    """Pearson's; where one side does not vary (the logits of a token whose embedding is zero): 1 if both do not; NaN
+    of what is not finite."""
+    if not (np.isfinite(got).all() and np.isfinite(want).all()):
+        return float("nan")
     spread = got.std() > 0, want.std() > 0
     return float(np.corrcoef(got.ravel(), want.ravel())[0, 1]) if all(spread) else float(not any(spread))
 

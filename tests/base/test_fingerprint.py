@@ -341,7 +341,8 @@ def test_a_changed_table_of_sinusoids_is_another_base(kind, side, tmp_path):
         f"model.{one}.embed_positions.weight": getattr(model.model, one).embed_positions.weight.detach().clone()
         for one in ("encoder", "decoder")
     }
-    for given in ({}, {name: table.bfloat16() for name, table in tables.items()}):
+    half = {name: table.bfloat16() for name, table in tables.items()}
+    for given in (half, {}) if kind == "marian" else (half,):  # transformers wants them in a file of Pegasus
         save_file({**held, **given}, file, metadata={"format": "pt"})
         assert load_base(tmp_path).base.matches(plain)
     tables[f"model.{side}.embed_positions.weight"][3:6] *= 1.1

@@ -227,6 +227,65 @@ def test_half_precision_trains(tiny_llama_base: Path, tmp_path: Path) -> None:
     assert result.prompt.prompt_embeddings.dtype == np.float32
 
 
+def test_values_that_float16_does_not_hold_are_told(tiny_llama_base: Path, tmp_path: Path) -> None:
+    from safetensors.torch import load_file, save_file
+
+    base = tmp_path / "large"
+    shutil.copytree(tiny_llama_base, base)
+    tensors = load_file(base / "model.safetensors")
+    for name in tensors:
+        if "mlp" in name:
+            tensors[name] *= 2000
+    save_file(tensors, base / "model.safetensors", metadata={"format": "pt"})
+    out = tmp_path / "out" / "toy.safetensors"
+    with pytest.raises(TuningError, match="float16 ends at 65504, which this base exceeds"):
+        tune(base, toy_rows(), output=out, options=options(mixed_precision="fp16", steps=2))
+    assert not out.exists()
+
+
+@pytest.mark.parametrize("steps", [1, 2])
+def test_a_gradient_that_is_no_number_ends_the_run(
+    tiny_llama_base: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, steps: int
+) -> None:
+    """At the last step, whose prompt no loss looks at any more, too."""
+    from accelerate import Accelerator
+
+    plain, called = Accelerator.clip_grad_norm_, []
+
+    def spoilt(self: Any, parameters: Any, *more: Any) -> Any:
+        called.append(1)
+        if len(called) == steps:
+            for parameter in parameters:
+                parameter.grad.fill_(float("nan"))
+        return plain(self, parameters, *more)
+
+    monkeypatch.setattr(Accelerator, "clip_grad_norm_", spoilt)
+    out = tmp_path / "toy.safetensors"
+    with pytest.raises(TuningError, match=f"the gradient is nan at step {steps}; try a lower --lr") as caught:
+        tune(tiny_llama_base, toy_rows(), output=out, options=options(steps=steps, eval_split=0.0))
+    assert "\n" not in str(caught.value)
+    assert not out.exists()
+
+
+def test_a_run_that_changed_nothing_is_no_run(
+    tiny_llama_base: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Where float16 is scaled, a step whose gradient overflows is left out; all of them were, without a word."""
+    from accelerate import Accelerator
+
+    plain = Accelerator.clip_grad_norm_
+
+    def with_scaler(self: Any, *arguments: Any) -> Any:
+        self.scaler = object()
+        return plain(self, *arguments)
+
+    monkeypatch.setattr(Accelerator, "clip_grad_norm_", with_scaler)
+    monkeypatch.setattr(Accelerator, "optimizer_step_was_skipped", property(lambda self: True))
+    with pytest.raises(TuningError, match="no step changed the prompt"):
+        tune(tiny_llama_base, toy_rows(), output=tmp_path / "toy.safetensors", options=options(steps=1))
+    assert not (tmp_path / "toy.safetensors").exists()
+
+
 def test_labels_and_words_come_from_the_data(tiny_llama_base: Path, tmp_path: Path) -> None:
     data = tmp_path / "toy.jsonl"
     data.write_text("".join(json.dumps({"body": r["text"], "kind": r["label"]}) + "\n" for r in toy_rows()))

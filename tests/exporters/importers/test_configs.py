@@ -16,9 +16,11 @@ from edgeprompt.errors import BaseMismatchError, SourceError
 from edgeprompt.package.manifest import Base, Geometry
 from exporters import convert_prompt
 from exporters.importers.foreign import BaseFacts
+from tests.exporters.importers.test_hostile import adapter
 
 BASE = BaseFacts(Base("tiny", "sha256:1"), "decoder-only", "llama", Geometry(60, 16, 3, 4, 2, 4))
 BERT = BaseFacts(Base("tiny", "sha256:1"), "encoder-only", "bert", Geometry(60, 16, 3, 4, 4, 4))
+T5 = BaseFacts(Base("tiny", "sha256:1"), "encoder-decoder", "t5", Geometry(60, 16, 3, 4, 4, 4, 0, 2))
 Yaml = dict[str, Any]
 
 
@@ -201,6 +203,18 @@ CASES: dict[str, Case] = {
         "prefix_hidden_size 512, its tensors 6",
     ),
 }  # fmt: skip
+
+
+def test_an_adapter_for_another_number_of_layers_of_an_encoder_decoder_is_refused(tmp_path: Path) -> None:
+    for layers, fits in ((3, True), (2, True), (6, False)):
+        folder = tmp_path / str(layers)
+        config = {"num_layers": layers, "token_dim": 16, "task_type": "SEQ_2_SEQ_LM", "num_attention_heads": 4}
+        source = adapter(folder, config)
+        if fits:
+            convert_prompt(source, tmp_path / f"{layers}.safetensors", base=T5)
+            continue
+        with pytest.raises(BaseMismatchError, match="num_layers 6; base tiny has 3"):
+            convert_prompt(source, tmp_path / f"{layers}.safetensors", base=T5)
 
 
 @pytest.mark.parametrize("case", CASES)

@@ -331,6 +331,21 @@ def _unlisted(files: list[Path], index: dict[str, Any]) -> None:
 CODE = {"auto_map": {"AutoConfig": "configuration.C", "AutoModelForCausalLM": "modeling.M"}, "model_type": "mine"}
 
 
+_OWN = "with values of its own"
+
+
+def _beside(name: str, shape: tuple[int, ...], kind: str) -> Callable[[Path], Path]:
+    """A case with a tensor beside the one that the model shares, or has already."""
+
+    def more(held: Tensors) -> Tensors:
+        import torch
+
+        torch.manual_seed(1)
+        return {**held, name: torch.randn(shape)}
+
+    return tensors(more, kind)
+
+
 def _written_by(tool: str) -> Callable[[Path], None]:
     """Give a file another format, as transformers writes it for TensorFlow and Flax."""
 
@@ -423,8 +438,16 @@ CASES: dict[str, Damage] = {
     "a wrong shape": Damage(tensors(_wrong_shape), r"other shapes .*model\.norm\.weight is \[31\]"),
     "integers without scales": Damage(tensors(_integers), "stored as I8"),
     "integers in a head, encoder": Damage(tensors(_integer_head, "bert"), "transform.dense.weight .* stored as I8"),
-    "of TensorFlow": Damage(damaged(_written_by("tf")), "was written by TensorFlow .*other way around"),
-    "of Flax": Damage(damaged(_written_by("flax"), "bert"), "was written by Flax .*other way around"),
+    "a masked head of its own": Damage(_beside("cls.predictions.decoder.weight", (300, 32), "bert"), _OWN),
+    "two biases of a masked head": Damage(_beside("cls.predictions.decoder.bias", (300,), "bert"), _OWN),
+    "two heads of a decoder": Damage(_beside("model.lm_head.weight", (300, 32), "llama"), _OWN),
+    "two shared embeddings": Damage(_beside("shared.weight", (300, 32), "bart"), _OWN),
+    "an embedding of the encoder's own": Damage(
+        _beside("encoder.embed_tokens.weight", (300, 32), "t5"), "an embedding of the encoder's own|" + _OWN
+    ),
+    "a bias of logits that no decoder has": Damage(_beside("final_logits_bias", (1, 300), "llama"), _OWN),
+    "of TensorFlow": Damage(damaged(_written_by("tf")), "is of TensorFlow .*the other way around"),
+    "of Flax": Damage(damaged(_written_by("flax"), "bert"), "is of Flax .*the other way around"),
     "NaN": Damage(tensors(lambda h: _scaled(h, "model.layers.0.mlp.up_proj.weight", float("nan"))), "NaN or infinity"),
     "NaN in BART's bias": Damage(
         tensors(lambda h: _scaled(h, "final_logits_bias", float("nan")), "bart"), "final_logits_bias.* holds NaN"
