@@ -41,15 +41,16 @@ def ids_behind(encode: Encode, text: str, word: str) -> list[int]:
 
     The rule: encode text and word together; what follows the text's own ids is the word. Some tokenizers put a space
     in front of whatever they encode (Llama 2), so that a word encoded alone has tokens that no text contains. Where the
-    tokenizer joins the text's end with the word, or the end is not known, the first of `ANCHORS` that it does not join
-    stands for the text; where it joins all of them, the word is encoded alone.
+    tokenizer joins the text's end with the word, or the end is not known or has no tokens alone (a line break that is
+    cut off), the first of `ANCHORS` that it does not join stands in front of the text, or for it; where it joins all of
+    them, the word is encoded alone.
 
     Args:
         encode: text to ids, without special tokens.
         text: the end of the text; empty where it is not known.
         word: the word, a leading space included.
     """
-    for before in (text, *ANCHORS) if text else ANCHORS:
+    for before in (text, *(anchor + text for anchor in ANCHORS), *ANCHORS) if text else ANCHORS:
         start, whole = list(encode(before)), list(encode(before + word))
         if start and len(whole) > len(start) and whole[: len(start)] == start:
             return whole[len(start) :]

@@ -104,7 +104,7 @@ export function idsAlone(encode: (text: string) => number[], word: string): numb
 
 /** Ids of a word as it stands behind a text: some tokenizers put a space in front of whatever they encode. */
 export function idsBehind(encode: (text: string) => number[], text: string, word: string): number[] {
-  for (const before of text ? [text, ...ANCHORS] : ANCHORS) {
+  for (const before of text ? [text, ...ANCHORS.map((anchor) => anchor + text), ...ANCHORS] : ANCHORS) {
     const start = encode(before);
     const whole = encode(before + word);
     if (start.length && whole.length > start.length && start.every((id, i) => id === whole[i])) {

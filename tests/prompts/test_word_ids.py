@@ -53,7 +53,17 @@ def unigram(texts: list[str]) -> Tokenizer:
     return tokenizer
 
 
-KINDS: tuple[Callable[[list[str]], Tokenizer], ...] = (byte_level, prepended, unigram)
+def split_at_white_space(texts: list[str]) -> Tokenizer:
+    """As T5's and XLM-R's: white space at the ends is cut off, so a line break alone has no tokens."""
+    tokenizer = Tokenizer(models.Unigram())
+    tokenizer.pre_tokenizer = pre_tokenizers.Sequence([pre_tokenizers.WhitespaceSplit(), pre_tokenizers.Metaspace()])
+    tokenizer.train_from_iterator(
+        texts, trainers.UnigramTrainer(vocab_size=600, unk_token="<unk>", special_tokens=["<unk>"])
+    )
+    return tokenizer
+
+
+KINDS: tuple[Callable[[list[str]], Tokenizer], ...] = (byte_level, prepended, unigram, split_at_white_space)
 
 
 def encoder(tokenizer: Tokenizer) -> Callable[[str], list[int]]:
@@ -69,6 +79,13 @@ def test_a_word_has_the_tokens_of_the_whole_text(kind: Any, texts: list[str]) ->
             if whole[: len(text)] != text:
                 continue  # the tokenizer joins them, so the whole text has no tokens of the word alone
             assert text + ids_behind(encode, end, word) == whole, (end, word)
+
+
+def test_a_line_break_that_is_cut_off_still_parts_words(texts: list[str]) -> None:
+    """The word was taken for one that follows its text without a space."""
+    encode = encoder(split_at_white_space(texts))
+    for word in ("good", "news", " good"):
+        assert encode("A fine film.\n") + ids_behind(encode, "\n", word) == encode(f"A fine film.\n{word}")
 
 
 def test_a_word_encoded_alone_has_tokens_that_no_text_has(texts: list[str]) -> None:
