@@ -35,6 +35,7 @@ from edgeprompt.base.tokenizer_files import check_tokenizer_files
 from edgeprompt.errors import SourceError
 from edgeprompt.package.manifest import Base
 
+GENERATION_CONFIG = "generation_config.json"
 _EMBEDDINGS = ("shared.weight", "embed_tokens.weight")
 """Names that encoder-decoders store the embedding under; any of them gives it."""
 
@@ -146,14 +147,29 @@ def _load_folder(source: Source, need: memory.Need, mapped: bool) -> tuple[Any, 
         if mapped:
             tensors = map_checkpoint(source.folder, tensors)
         model = _read_model(config, tensors, source, family, raw, mapped)
-    if (source.folder / "generation_config.json").is_file() and hasattr(model, "generation_config"):
-        read_json(source.folder / "generation_config.json")
-        try:
-            model.generation_config = transformers.GenerationConfig.from_pretrained(source.folder)
-        except Exception as error:
-            raise SourceError(f"cannot read generation_config.json of {source.given!r}: {one_line(error)}") from error
+    if hasattr(model, "generation_config"):
+        model.generation_config = _generation_config(source)
     model.config._name_or_path = str(source.folder)
     return model, tokenizer, family
+
+
+def _generation_config(source: Source) -> Any:
+    """Of generation_config.json; where there is none, of the fields that older checkpoints have in config.json.
+
+    Raises:
+        SourceError: it cannot be read.
+    """
+    from transformers import GenerationConfig
+
+    own = (source.folder / GENERATION_CONFIG).is_file()
+    file = GENERATION_CONFIG if own else CONFIG
+    read_json(source.folder / file)
+    try:
+        return GenerationConfig.from_pretrained(source.folder, config_file_name=file, _from_model_config=not own)
+    except Exception as error:
+        raise SourceError(f"cannot read the generation config in {file} of {source.given!r}: {one_line(error)}") from (
+            error
+        )
 
 
 def _read_model(

@@ -4,10 +4,11 @@ import json
 import shutil
 
 import pytest
-from transformers import GenerationConfig, LlamaConfig
+from transformers import AutoModelForCausalLM, AutoModelForSeq2SeqLM, GenerationConfig, LlamaConfig
 
 from edgeprompt import names
 from edgeprompt.base.generation import _HARMLESS, _SAMPLING, _UNSUPPORTED, generation_of
+from edgeprompt.base.load import load_base
 from edgeprompt.errors import PackageError, SourceError
 from edgeprompt.package.folder import open_package
 from edgeprompt.package.generation import FIELDS, check_generation
@@ -37,6 +38,27 @@ def test_every_field_is_carried(tiny_llama_base, tmp_path):
     assert dict(manifest.generation) == CARRIED
     assert manifest.tokens.eos == (0, 2)
     assert "generation_notes" not in manifest.extra
+
+
+@pytest.mark.parametrize("kind", ["Llama", "GPT-2", "T5", "BART"])
+def test_fields_in_an_older_config_are_carried_where_there_is_no_other(
+    kind, tiny_llama_base, tiny_gpt2_base, seq2seq_base, tmp_path
+):
+    """transformers reads them from config.json then, and its config class drops them: so did the export."""
+    given = {"Llama": tiny_llama_base, "GPT-2": tiny_gpt2_base}.get(kind) or seq2seq_base(kind)
+    base = shutil.copytree(given, tmp_path / "base")
+    file, own = base / "config.json", base / "generation_config.json"
+    file.write_text(json.dumps({**json.loads(file.read_text()), **SAID}))
+
+    def carried():
+        loaded = load_base(base)
+        return generation_of(loaded.config, loaded.model.generation_config, loaded.family.architecture)[0]
+
+    assert carried().get("no_repeat_ngram_size") is None, "transformers asks generation_config.json alone where it is"
+    own.unlink()
+    model = (AutoModelForSeq2SeqLM if kind in ("T5", "BART") else AutoModelForCausalLM).from_pretrained(base)
+    assert {name: getattr(model.generation_config, name) for name in SAID} == SAID
+    assert carried() == CARRIED
 
 
 def test_what_changes_nothing_is_left_out():
