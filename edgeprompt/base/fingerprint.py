@@ -37,6 +37,8 @@ BUFFER = "buffer:"
 _HARMLESS_BUFFER = re.compile(
     r"(?:inv_freq|position_ids|token_type_ids|(?:masked_)?bias|positions\.weights?|cos|sin|_float_tensor)$"
 )
+_LOGITS_BIAS = "final_logits_bias"
+"""What BART and its relatives add to all logits."""
 _NO_FACT = re.compile(
     r"^_(?!sliding)|dropout|drop$|pdrop|layerdrop|^init|initializer|_token_id$|_token_ids$|^num_labels$|label|^output_"
     r"|^summary_|^classifier_|^problem_type$|^architectures$|version$|^dtype$|^torch_dtype$|^use_cache$|^return_dict$"
@@ -262,7 +264,10 @@ def _covered(model: Any, vocab_size: int) -> Iterator[tuple[str, Any]]:
         parameters |= {f"head.{name}": value for name, value in head.named_parameters()}
     buffers = dict(model.named_buffers())
     for name in model.state_dict():
-        if (value := buffers.get(name)) is not None and value.is_floating_point() and not _HARMLESS_BUFFER.search(name):
+        if (value := buffers.get(name)) is None or not value.is_floating_point():
+            continue
+        added = name.endswith(_LOGITS_BIAS) and bool(value.any())  # zero where a base has none
+        if added or not _HARMLESS_BUFFER.search(name):
             parameters[BUFFER + name] = value
     computed = {
         id(value)

@@ -351,3 +351,18 @@ def test_a_changed_table_of_sinusoids_is_another_base(kind, side, tmp_path):
     loaded = getattr(changed.model.model, side).embed_positions.weight
     assert torch.equal(loaded, tables[f"model.{side}.embed_positions.weight"]), "the file's table is what computes"
     assert not changed.base.matches(plain)
+
+
+def test_a_bias_of_all_logits_is_part_of_a_base():
+    """BART's and Marian's are added to every answer, and were left out; zeros are as none."""
+    plain, one, other = (copy.deepcopy(bases.model("bart")) for _ in range(3))
+    known = Base("known", base_fingerprint(plain))
+    torch.manual_seed(0)
+    one.final_logits_bias.normal_()
+    other.final_logits_bias.copy_(one.final_logits_bias * 1.05)
+    first, second = (Base("found", base_fingerprint(model)) for model in (one, other))
+    assert not first.matches(second)
+    assert first.matches(Base("half", base_fingerprint(copy.deepcopy(one).bfloat16())))
+    assert first.weaker(known) or not first.matches(known)
+    plain.final_logits_bias.zero_()
+    assert known.fingerprint == base_fingerprint(plain)
