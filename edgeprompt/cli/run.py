@@ -222,8 +222,12 @@ def command(
         console.note(f"note: {failures.count} answers failed and were {left}; the first: {failures.first}")
 
 
+_MOST_NAMES = 1000
+"""Different names of prompts that are looked at: a column of texts must not fill the memory."""
+
+
 class _Seen:
-    """The columns of an input, and the names of prompts in it."""
+    """The columns of an input, and the first names of prompts in it."""
 
     def __init__(self, prompt_column: str | None) -> None:
         self._prompt_column = prompt_column
@@ -236,9 +240,9 @@ class _Seen:
 
         if not row.keys() <= self.columns.keys():
             self.columns |= dict.fromkeys(row)
-        if self._prompt_column and self._prompt_column in row:
+        if self._prompt_column in row and len(self.names) < _MOST_NAMES:
             with suppress(DataError):  # its own row says so
-                self.names[text_of(row, self._prompt_column, "")] = None
+                self.names[text_of(row, str(self._prompt_column), "")] = None
 
 
 def _count(
