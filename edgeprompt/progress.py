@@ -152,7 +152,7 @@ def _bar(console: Any, unit: str) -> Progress:
 
     return Progress(
         TextColumn("{task.description}", markup=False),
-        BarColumn(),
+        BarColumn(bar_width=16),  # 80 columns have room for the note
         *((MofNCompleteColumn(), RateColumn()) if unit else (TaskProgressColumn(),)),
         TimeElapsedColumn(),
         TimeRemainingColumn(),

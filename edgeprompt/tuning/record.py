@@ -29,7 +29,7 @@ class Recorder:
         self._shown = show("tuning", total, start=start, unit="steps", wanted=progress)
         self._update: Update
         self._best = ""
-        self._step = start
+        self._step, self._note = start, ""
         self._evaluation = 0.0
         """When the evaluation that is under way began."""
 
@@ -47,8 +47,8 @@ class Recorder:
     def step(self, step: int, figures: Mapping[str, float]) -> None:
         """Record one training step (counted from 1)."""
         self._write(step, figures)
-        self._step = step
-        self._update(step, f"loss {figures['loss']:.3f}{self._best}")
+        self._step, self._note = step, f"loss {figures['loss']:.3f}{self._best}"
+        self._update(step, self._note)
 
     def evaluating(self, done: int, total: int) -> None:
         """Show how far an evaluation is: `done` of `total` batches, 0 where it begins."""
@@ -57,7 +57,8 @@ class Recorder:
             self._evaluation = now
             return
         left = clock((now - self._evaluation) / done * (total - done))
-        self._update(self._step, f"evaluation {done / total:.0%} done, {left} left of it{self._best}")
+        told = [f"evaluation {done / total:.0%}, {left} left"] if done < total else []
+        self._update(self._step, ", ".join([*told, *filter(None, [self._note])]))
 
     def evaluation(self, step: int, figures: Mapping[str, float], note: str) -> None:
         """Record an evaluation; `note` is what the progress shows of it."""
