@@ -20,6 +20,8 @@ STARVED = 0.9
 """Share of the processor time that its threads could have had, below which a graph shares its cores with others."""
 GAIN = 0.95
 """A number of threads is kept that takes less than this share of the time that the present one takes."""
+CHANGED = 0.1
+"""How far that share must fall below what it was before tries in vain for the next one to come at once."""
 FIRST_WAIT, LONGEST_WAIT = 0.5, 4.0
 """Seconds until the next try. A try that was in vain doubles them."""
 MOST_LOST = 0.03
@@ -70,6 +72,8 @@ class AdaptiveThreads:
         self._before: tuple[int, _Window] | None = None
         """While another number is tried: the level to go back to, and what runs took there."""
         self._wait, self._next = FIRST_WAIT, 0.0
+        self._share = 1.0
+        """The least share of their processor time that runs had before a try in vain."""
 
     @property
     def threads(self) -> int:
@@ -115,14 +119,18 @@ class AdaptiveThreads:
         self._window = _Window()
         if self._before is not None:
             self._end_try(window, now)
-        elif now >= self._next and (target := self._to_try(window)) is not None and self._is_open(target):
+        elif (target := self._to_try(window, now)) is not None and self._is_open(target):
             self._before, self._level = (self._level, window), target
 
-    def _to_try(self, window: _Window) -> int | None:
-        starved = window.cpu < STARVED * window.seconds * self.threads
-        if starved and self._level + 1 < len(self._levels):
+    def _share_of(self, window: _Window) -> float:
+        """Of the processor time that the present number of threads could have had, what runs got."""
+        return window.cpu / (window.seconds * self.threads)
+
+    def _to_try(self, window: _Window, now: float) -> int | None:
+        share, due = self._share_of(window), now >= self._next
+        if self._level + 1 < len(self._levels) and share < STARVED and (due or share < self._share - CHANGED):
             return self._level + 1
-        return self._level - 1 if self._level else None
+        return self._level - 1 if self._level and due else None
 
     def _end_try(self, window: _Window, now: float) -> None:
         assert self._before is not None
@@ -130,9 +138,11 @@ class AdaptiveThreads:
         ratio = window.compared(before)
         lost = 0.0
         if ratio is not None and ratio < GAIN:
-            self._wait = FIRST_WAIT
+            self._wait, self._share = FIRST_WAIT, 1.0
         else:
-            self._level, self._wait = level, min(2 * self._wait, LONGEST_WAIT)
+            self._level = level
+            self._share = min(self._share, self._share_of(before))
+            self._wait = min(2 * self._wait, LONGEST_WAIT)
             lost = window.seconds * (1 - 1 / (ratio or 1.0))
         self._next = now + max(self._wait, lost / MOST_LOST)
 
