@@ -109,7 +109,7 @@ def teach(
         asked.stop or ((SHOT_SEPARATOR,) if asked.shots and question.facts.task == "generate" else ()),
         asked.max_new_tokens,
         asked.temperature,
-        options.seed,
+        options.seed if asked.temperature else 0,  # runs that differ in it alone share answers that are not drawn
     )
     fingerprint = loaded.fingerprint
     about: dict[str, Any] = {"base": loaded.name, "fingerprint": fingerprint}

@@ -303,6 +303,9 @@ def test_answers_to_another_question_are_made_anew(tiny_llama_base: Path, tmp_pa
     again = tune(tiny_llama_base, unlabelled(16), output=output, options=options(steps=1))
     assert answers_path(output, TOY).read_bytes() == kept
     assert not any("made anew" in note for note in again.notes)
+    seeded = tune(tiny_llama_base, unlabelled(16), output=output, options=options(steps=1, seed=8))
+    assert answers_path(output, TOY).read_bytes() == kept  # nothing was drawn
+    assert not any("made anew" in note for note in seeded.notes)
     other = tune(
         tiny_llama_base, unlabelled(16), output=output, options=options(steps=1, distil={"instruction": "{text}!"})
     )
