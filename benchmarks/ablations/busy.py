@@ -20,6 +20,7 @@ import statistics
 import subprocess
 import sys
 import time
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -28,49 +29,52 @@ ALL, ONE, CHOSEN = "all threads", "one thread", "the number that is chosen"
 TEXT = "The harbour of the small town was quiet that morning, and"
 
 
-def decode(package: str, threads: int | None, cache: str) -> None:
-    """Decode without end; on each line that is read, count tokens for so many seconds and print how many."""
-    import edgeprompt
+def answer(tokens: Callable[[], Iterator[Any]]) -> None:
+    """Decode without end; on each line that is read, count tokens for so many seconds and print how many.
 
-    options = edgeprompt.EngineOptions(
-        provider="cpu", threads=threads, cache_folder=cache, allow_other_weights=True, reuse_texts=False
-    )
-    with edgeprompt.load(package, options=options) as runtime:
-        print("ready", flush=True)
-        for asked in sys.stdin:
-            before, seconds = map(float, asked.split())
-            start = time.perf_counter() + before
-            count, end = 0, start + seconds
-            while time.perf_counter() < end:
-                for _ in runtime.stream(TEXT, max_new_tokens=128, temperature=1.0, seed=1):
-                    now = time.perf_counter()
-                    count += start <= now < end
-                    if now >= end:
-                        break
-            print(count / seconds, flush=True)
-
-
-def decode_with_llamacpp(gguf: str, threads: int) -> None:
-    """The same with llama.cpp."""
-    import llama_cpp
-
-    model = llama_cpp.Llama(gguf, n_threads=threads, n_threads_batch=threads, n_ctx=512, verbose=False)
+    Args:
+        tokens: begins a text anew, and gives something for each token.
+    """
     print("ready", flush=True)
     for asked in sys.stdin:
         before, seconds = map(float, asked.split())
         start = time.perf_counter() + before
         count, end = 0, start + seconds
         while time.perf_counter() < end:
-            model.reset()
-            model.eval(model.tokenize(TEXT.encode()))
-            for _ in range(128):
+            for _ in tokens():
                 now = time.perf_counter()
+                count += start <= now < end
                 if now >= end:
                     break
-                token = model.sample(temp=0.0)
-                model.eval([token])
-                count += start <= now
         print(count / seconds, flush=True)
+
+
+def decode(package: str, threads: int | None, cache: str) -> None:
+    """Answer with edgeprompt."""
+    import edgeprompt
+
+    options = edgeprompt.EngineOptions(
+        provider="cpu", threads=threads, cache_folder=cache, allow_other_weights=True, reuse_texts=False
+    )
+    with edgeprompt.load(package, options=options) as runtime:
+        answer(lambda: runtime.stream(TEXT, max_new_tokens=128, temperature=1.0, seed=1))
+
+
+def decode_with_llamacpp(gguf: str, threads: int) -> None:
+    """Answer with llama.cpp, by its Python package's own steps."""
+    import llama_cpp
+
+    model = llama_cpp.Llama(gguf, n_threads=threads, n_threads_batch=threads, n_ctx=512, verbose=False)
+
+    def tokens() -> Iterator[int]:
+        model.reset()
+        model.eval(model.tokenize(TEXT.encode()))
+        for _ in range(128):
+            token = model.sample(temp=0.0)
+            model.eval([token])
+            yield token
+
+    answer(tokens)
 
 
 class Runner:

@@ -204,11 +204,11 @@ def _notes(result: dict[str, Any], rounds: int) -> list[str]:
     device, peers = result["device"], result["peers"]
     notes = [
         f"{result['model']}; {result['threads']} threads, one sequence at a time, 16-token prompt, "
-        f"{result['new_tokens']} new tokens, {result['snippets']} review snippets (each peer at its best batch size, "
-        "edgeprompt with a worker for each thread); "
-        f"{rounds} rounds in turn, every measurement in a process of its own; those during which the host had moved "
-        f"the cores apart were made again, {result.get('tries', 3)} times in all at most, and are left out where "
-        "a peer has others. "
+        f"{result['new_tokens']} new tokens. Of {result['snippets']} review snippets, each peer classifies as many at "
+        "once as suits it best; edgeprompt has a worker for each thread. "
+        f"{rounds} rounds in turn, every measurement in a process of its own. Each was tried "
+        f"{result.get('tries', 3)} times at most, until the host kept the cores together; where it never did, it is "
+        "left out if the peer has others. "
         f"{device['cpu']} ({', '.join(device['isa'])}), {result['time'][:10]}.",
         "",
     ]

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from edgeprompt import names
-from edgeprompt.errors import BaseMismatchError, SourceError
+from edgeprompt.errors import BaseMismatchError, MissingDependencyError, SourceError
 from edgeprompt.package.files import read_regular
 from exporters.importers.foreign import BaseFacts
 from exporters.importers.reading import is_there
@@ -35,8 +35,12 @@ def read_yaml(data: bytes, where: str) -> Mapping[str, Any]:
 
     Raises:
         SourceError: it is none.
+        MissingDependencyError: PyYAML is not installed.
     """
-    import yaml
+    try:
+        import yaml
+    except ImportError as error:
+        raise MissingDependencyError(f"{where} is a YAML file: pip install 'edgeprompt[export]'") from error
 
     try:
         found = yaml.safe_load(data)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import json
+import sys
 import tarfile
 from collections.abc import Callable
 from pathlib import Path
@@ -12,9 +13,10 @@ from typing import Any
 import pytest
 import torch
 
-from edgeprompt.errors import BaseMismatchError, SourceError
+from edgeprompt.errors import BaseMismatchError, MissingDependencyError, SourceError
 from edgeprompt.package.manifest import Base, Geometry
 from exporters import convert_prompt
+from exporters.importers.configs import read_yaml
 from exporters.importers.foreign import BaseFacts
 from tests.exporters.importers.test_hostile import adapter
 
@@ -256,3 +258,9 @@ def test_configs_that_agree_are_taken(tmp_path: Path) -> None:
         assert len(report.prompts) == 1
         if name == "nemo":
             assert any("'<|VIRTUAL_PROMPT_0|> {text}', which says where" in one for one in report.dropped)
+
+
+def test_without_pyyaml_the_extra_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "yaml", None)
+    with pytest.raises(MissingDependencyError, match=r"config.yaml is a YAML file: pip install 'edgeprompt\[export\]'"):
+        read_yaml(b"a: 1", "config.yaml")
