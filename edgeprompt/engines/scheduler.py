@@ -11,7 +11,7 @@ import threading
 import time
 import weakref
 from collections import deque
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from concurrent.futures import Future
 from typing import Any, Protocol
 
@@ -45,7 +45,7 @@ class Job(Future[Any]):
         self.deadline = None if timeout is None else time.monotonic() + timeout
         self.answer = answer
         self._cancel_asked = self._ending = False
-        self.threads: Sequence[threading.Thread] = ()
+        self.threads: Collection[threading.Thread] = ()
         """Those that compute it."""
 
     def result(self, timeout: float | None = None) -> Any:
@@ -166,7 +166,9 @@ class Scheduler:
         """When to look through the waiting jobs again for those that were cancelled or are late."""
         self._changed = threading.Condition()
         self._closed = False
-        self._threads: list[threading.Thread] = []
+        self._threads: dict[threading.Thread, Lane] = {}
+        self._served: list[Lane] = []
+        """Lanes that a thread has taken."""
 
     def submit(self, jobs: Sequence[Job], *, wait: bool = False) -> None:
         """Queue jobs, all at once.
@@ -224,8 +226,10 @@ class Scheduler:
             self._closed = True
             self._changed.notify_all()
         for thread in self._threads:
-            if thread is not threading.current_thread():
+            # One whose start a signal broke off is not alive, or finds the scheduler closed.
+            if thread is not threading.current_thread() and thread.is_alive():
                 thread.join()
+        self._fail_waiting("the runtime is closed")
 
     def abandon(self, error: EdgePromptError) -> None:
         """In a forked child, which has none of the threads: fail all jobs, and take no more."""
@@ -237,13 +241,20 @@ class Scheduler:
         return len(self._waiting) + len(jobs) <= self._max_queue
 
     def _start(self) -> None:
-        """Start the threads, with the first job."""
-        for lane in self._lanes[len(self._threads) :]:
+        """Start a thread for each lane that has none: with the first job, and where a signal broke that off."""
+        begun = [lane for thread, lane in self._threads.items() if thread.ident is not None]
+        for lane in self._lanes:
+            if lane in begun:
+                continue
             thread = threading.Thread(target=self._loop, args=(lane,), name="edgeprompt-scheduler", daemon=True)
-            self._threads.append(thread)
+            self._threads[thread] = lane
             thread.start()
 
     def _loop(self, lane: Lane) -> None:
+        with self._changed:
+            if lane in self._served:  # two threads were started for it, since a signal broke the first start off
+                return
+            self._served.append(lane)
         try:
             while self._await_work(lane):
                 lane.step()
@@ -292,7 +303,7 @@ class Scheduler:
             self._changed.notify_all()
         return dropped
 
-    def _fail_all(self, lane: Lane, reason: str) -> None:
+    def _fail_waiting(self, reason: str) -> None:
         with self._changed:
             self._closed = True
             left = [*self._waiting]
@@ -300,6 +311,9 @@ class Scheduler:
             self._changed.notify_all()
         for job in left:
             job.fail(RequestCancelledError(reason))
+
+    def _fail_all(self, lane: Lane, reason: str) -> None:
+        self._fail_waiting(reason)
         for job in lane.running:
             if not job.done():  # the lane may have stopped before it forgot one that ended
                 lane.drop(job, RequestCancelledError(reason))

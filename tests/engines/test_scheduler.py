@@ -327,3 +327,53 @@ def test_a_lane_that_breaks_behind_a_job_that_ended_leaves_nobody_waiting() -> N
             with pytest.raises(RequestCancelledError, match="injected"):
                 job.result(20)
         scheduler.close()
+
+
+@pytest.mark.parametrize("started", [False, True])
+def test_a_signal_while_the_first_thread_starts_breaks_nothing(started: bool) -> None:
+    class Lane:
+        running: list[Job] = []  # noqa: RUF012
+
+        def take(self, waiting: Any) -> bool:
+            self.running = [*waiting]
+            waiting.clear()
+            return True
+
+        def step(self) -> None:
+            for job in self.running:
+                job.finish()
+            self.running = []
+
+        def drop(self, job: Job, error: BaseException) -> None:
+            job.fail(error)
+
+        def idle(self) -> None:
+            pass
+
+    start = threading.Thread.start
+
+    def interrupted(thread: threading.Thread) -> None:
+        if started:
+            start(thread)
+        raise KeyboardInterrupt
+
+    def broken() -> tuple[Scheduler, Job]:
+        scheduler, job = Scheduler([Lane(), Lane()], max_queue=8), Job(None, lambda: "answer")
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(threading.Thread, "start", interrupted)
+            with pytest.raises(KeyboardInterrupt):
+                scheduler.submit([job])
+        return scheduler, job
+
+    scheduler, job = broken()
+    scheduler.close()
+    assert job.done()
+    if not started:
+        with pytest.raises(RequestCancelledError, match="closed"):
+            job.result()
+
+    scheduler, job = broken()
+    later = Job(None, lambda: "another")
+    scheduler.submit([later])
+    assert (job.result(20), later.result(20)) == ("answer", "another")
+    scheduler.close()

@@ -212,8 +212,10 @@ def test_the_log_names_requests_and_holds_no_texts(decoder: Running) -> None:
     decoder.post("/v1/completions", {"model": "story", "prompt": "a", text: 1})
     decoder.get(f"/v1/{text}")
     decoder.post("/v1/classify", BODY, headers={"X-Request-ID": 'bad" id\\'})
+    decoder.post("/v1/answer", {"model": "words"})
+    assert decoder.logged(endpoint="/v1/answer")["status"] == 400
     assert "private" not in decoder.written
-    (line,) = [one for one in decoder.log if one.get("id") == "mine-1"]
+    line = decoder.logged(id="mine-1")
     assert {name: line[name] for name in ("event", "endpoint", "model", "status")} == {
         "event": "request",
         "endpoint": "/v1/classify",
@@ -228,7 +230,7 @@ def test_the_log_names_requests_and_holds_no_texts(decoder: Running) -> None:
 def test_texts_are_logged_where_the_operator_asks(runtime: Runtime) -> None:
     with serving(runtime, log_texts=True) as server:
         server.post("/v1/completions", {"model": "story", "prompt": "a public sentence", "max_tokens": 3})
-        text = server.log[-1]["text"]
+        text = server.logged(endpoint="/v1/completions")["text"]
         assert text["asked"]["prompt"] == "a public sentence"
         assert text["answered"] == [runtime.generate("a public sentence", prompt="story", max_new_tokens=3).text]
 
@@ -241,8 +243,8 @@ def test_an_unforeseen_error_is_500_and_its_words_stay_out(runtime: Runtime, mon
         monkeypatch.setattr(runtime, "submit_all", broken)
         found = server.post("/v1/classify", BODY)
         assert (found.status_code, found.json()["error"]["code"]) == (500, "internal_error")
+        failed = server.logged(event="failed")
         assert "private" not in found.text + server.written
-        (failed,) = [one for one in server.log if one["event"] == "failed"]
         assert failed["causes"][0]["kind"] == "ZeroDivisionError"
         assert "broken" in failed["causes"][0]["at"][-1]
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import io
 import json
 import threading
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -39,6 +40,16 @@ class Running:
     def log(self) -> list[dict[str, Any]]:
         """The events so far."""
         return [json.loads(line) for line in self.written.splitlines()]
+
+    def logged(self, **fields: Any) -> dict[str, Any]:
+        """The last event that has these fields; it is written after the answer was sent, so it is waited for."""
+        end = time.monotonic() + 20
+        while True:
+            found = [one for one in self.log if fields.items() <= one.items()]
+            if found:
+                return found[-1]
+            assert time.monotonic() < end, f"no event with {fields}"
+            time.sleep(0.005)
 
     def post(self, path: str, body: Any, **options: Any) -> httpx.Response:
         """POST a JSON body, in ASCII: it may hold what UTF-8 cannot."""
