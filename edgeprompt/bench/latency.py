@@ -16,7 +16,8 @@ from edgeprompt.bench.device import usable_cores
 from edgeprompt.bench.energy import EnergyMeter
 from edgeprompt.bench.options import BenchOptions
 from edgeprompt.bench.report import Result
-from edgeprompt.bench.workload import another_like, instruction_of, text_of
+from edgeprompt.bench.reuse import Reuse
+from edgeprompt.bench.workload import another_like, headless, instruction_of, text_of
 from edgeprompt.errors import InputError, UnsupportedError
 from edgeprompt.options import EngineOptions
 from edgeprompt.package.folder import Package
@@ -91,6 +92,10 @@ class Latency:
         if self._cached:
             tell("prompt run again")
             yield from self._run_again(prompts)
+            tell("computed once")
+            yield from Reuse(
+                self._package, dataclasses.replace(self._settings, provider=self.provider), self._options
+            ).measure()
         workers = self._threads or usable_cores()
         if self.provider == "cpu" and workers > 1:
             tell("workers")
@@ -126,8 +131,9 @@ class Latency:
                 "latency_hard": (lambda text: self._embed(runtime, instruction + text), 0),
             }
         else:
-            runtime.add_prompt(hard_prompt(prompt, "", name=_NONE))
-            runtime.add_prompt(hard_prompt(prompt, instruction_of(prompt), name=_HARD))
+            bare = headless(prompt)
+            runtime.add_prompt(hard_prompt(bare, "", name=_NONE))
+            runtime.add_prompt(hard_prompt(bare, instruction_of(prompt), name=_HARD))
             asks = {
                 "ttft_cached" if self._cached else "ttft_prompt": (
                     self._asker(runtime, prompt.name),

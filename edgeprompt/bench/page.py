@@ -18,6 +18,10 @@ GROUPS = {
         *("ttft_cached", "ttft_rerun", "ttft_prompt", "ttft_none", "ttft_hard"),
         *("latency_prompt", "latency_none", "latency_hard"),
     ),
+    "Computed once": (
+        *("tasks_reused", "tasks_computed", "instruction_reused", "instruction_computed"),
+        *("chat_turn_2_reused", "chat_turn_2_computed", "chat_turn_10_reused", "chat_turn_10_computed"),
+    ),
     "Decoding": ("tpot", "itl", "decode", "decode_drafts", "drafted_tokens", "accepted_tokens", "energy"),
     "Throughput": ("prefill", "classify", "classify_workers", "embed", "embed_workers"),
     "Memory": ("peak_rss", "peak_rss_anonymous", "peak_rss_file", "prompt_disk", "prompt_resident"),

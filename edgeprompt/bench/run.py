@@ -49,7 +49,7 @@ def run_bench(
     with prompt_files(package, options.prompts) as prompts:
         for prompt in prompts.values():
             check_lengths(package, prompt, options)
-        total, done = 2 + len(settings) * (3 + 4 * len(prompts)), 0
+        total, done = 2 + len(settings) * (4 + 4 * len(prompts)), 0
 
         def tell(stage: str) -> None:
             nonlocal done

@@ -47,6 +47,13 @@ def instruction_of(prompt: PromptFile) -> str:
     return INSTRUCTION.format(labels=", ".join(labels)) if labels else PLAIN_INSTRUCTION
 
 
+def headless(prompt: PromptFile) -> PromptFile:
+    """The same rows for free text where a trained head answers: what the base itself is asked by."""
+    if prompt.head_spec is None:
+        return prompt
+    return dataclasses.replace(prompt, task="generate", labels=(), head={}, head_spec=None, calibration=())
+
+
 def synthetic_prompt(package: Package, *, name: str = "synthetic", seed: int = 0) -> PromptFile:
     """A random prompt that fits the package: label words for decoders, a linear head for encoders."""
     manifest = package.manifest

@@ -25,6 +25,7 @@ from edgeprompt.bench.workload import synthetic_prompt, text_of
 from edgeprompt.cli import main
 from edgeprompt.errors import InputError
 from edgeprompt.package.folder import open_package
+from edgeprompt.prompts.file import Head, HeadStep
 
 OPTIONS = BenchOptions(
     input_tokens=(8, 24), new_tokens=6, batch=(1, 3), tasks=(1, 5), threads=(1,), providers=("cpu",), repetitions=4
@@ -40,6 +41,8 @@ NS = {
     "ttft_hard",
     "tpot",
     "itl",
+    "tasks_reused",
+    "tasks_computed",
 }
 BYTES = {"peak_rss", "peak_rss_anonymous", "peak_rss_file", "prompt_disk", "prompt_resident"}
 MAY_BE_NOTHING = ("swap", "prompt_resident", "drafted_tokens", "accepted_tokens")
@@ -122,6 +125,27 @@ def test_without_a_prompt_a_random_one_is_measured(tiny_llama_package: Path):
     found = run_bench(tiny_llama_package, small)
     assert found.settings["prompts"] == ["synthetic"]
     assert len(of(found, "ttft_cached")[0].samples) == 1
+
+
+@pytest.mark.parametrize("rows", [True, False])
+def test_a_prompt_with_a_trained_head(rows: bool, tiny_llama_package: Path, tmp_path: Path):
+    prompt = synthetic_prompt(open_package(tiny_llama_package), name="head")
+    weight = np.random.default_rng(0).normal(size=(2, 64)).astype(np.float32)
+    prompt = dataclasses.replace(
+        prompt,
+        method=prompt.method if rows else "head",
+        prompt_embeddings=prompt.prompt_embeddings if rows else None,
+        template=prompt.template if rows else prompt.template.without_prompt(),
+        verbalizer={},
+        labels=("a", "b"),
+        head={"score.weight": weight},
+        head_spec=Head("last", (HeadStep("linear", "score"),)),
+    )
+    file = tmp_path / "head.safetensors"
+    edgeprompt.save_prompt(prompt, file)
+    options = dataclasses.replace(OPTIONS, prompts=(file,), input_tokens=(8,), repetitions=1, tasks=(1,), batch=(1,))
+    found = {result.test: result for result in run_bench(tiny_llama_package, options).results}
+    assert {"ttft_cached", "ttft_hard", "classify"} <= set(found)
 
 
 def test_json_round_trip(report: Report, tmp_path: Path):
