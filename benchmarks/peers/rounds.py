@@ -46,7 +46,7 @@ def run_rounds(
             _lines(start_worker(peer, python, work, "prepare"))
             ready.append((peer, python))
         except (RuntimeError, OSError, subprocess.SubprocessError) as error:
-            found[peer.name]["absent"] = str(error)
+            found[peer.name]["absent"] = _said(error, work)
             tell(f"{peer.name}: absent, {error}")
     ceiling: list[float] = []
     trips = [trip for _ in range(5) if (trip := round_trip()) is not None]
@@ -60,10 +60,15 @@ def run_rounds(
                     _undisturbed(partial(_measure, peer, python, work, quick), trips, tries)
                 )
             except (RuntimeError, subprocess.SubprocessError) as error:
-                found[peer.name]["absent"] = str(error)
+                found[peer.name]["absent"] = _said(error, work)
                 tell(f"{peer.name}: failed, {error}")
         ready = [(peer, python) for peer, python in ready if "absent" not in found[peer.name]]
         keep({"ceiling_bytes_per_second": ceiling, "peers": found})
+
+
+def _said(error: BaseException, work: Path) -> str:
+    """The error without the folder of this machine."""
+    return str(error).replace(f"{work.parent}/", "")
 
 
 def _undisturbed(measure: Callable[[], dict[str, Any]], trips: list[float], most: int) -> dict[str, Any]:

@@ -203,12 +203,11 @@ def _twin(other: str, name: str) -> bool:
 def _notes(result: dict[str, Any], rounds: int) -> list[str]:
     device, peers = result["device"], result["peers"]
     notes = [
-        f"{result['model']}; {result['threads']} threads, one sequence at a time, 16-token prompt, "
-        f"{result['new_tokens']} new tokens. Of {result['snippets']} review snippets, each peer classifies as many at "
+        f"{result['model']}. {result['threads']} threads, one sequence at a time, 16-token prompt, "
+        f"{result['new_tokens']} new tokens. Each peer classifies {result['snippets']} review snippets, as many at "
         "once as suits it best; edgeprompt has a worker for each thread. "
-        f"{rounds} rounds in turn, every measurement in a process of its own. Each was tried "
-        f"{result.get('tries', 3)} times at most, until the host kept the cores together; where it never did, it is "
-        "left out if the peer has others. "
+        f"{rounds} rounds in turn, every measurement in a process of its own. A measurement during which the host "
+        f"moved the cores apart was {_repeated(result.get('tries', 3))}; it is left out where the peer has others. "
         f"{device['cpu']} ({', '.join(device['isa'])}), {result['time'][:10]}.",
         "",
     ]
@@ -227,6 +226,10 @@ def _notes(result: dict[str, Any], rounds: int) -> list[str]:
     notes += [f"{peer['title']}: absent ({peer['absent']})" for peer in peers.values() if peer.get("absent")]
     notes += [f"{peer['title']}: {peer['note']}" for peer in peers.values() if peer.get("note")]
     return notes
+
+
+def _repeated(tries: int) -> str:
+    return f"made again, up to {tries} times" if tries > 1 else "not made again"
 
 
 def _agreement(peers: dict[str, Any]) -> dict[str, float]:
