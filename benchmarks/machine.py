@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import datetime
-from importlib.metadata import version
+from importlib.metadata import PackageNotFoundError, version
 from typing import Any
 
 from edgeprompt.bench.device import describe_device
@@ -17,8 +17,15 @@ def describe() -> dict[str, Any]:
     return {
         "day": datetime.datetime.now(datetime.UTC).date().isoformat(),
         **{key: device[key] for key in ("cpu", "isa", "cores", "os", "python", "edgeprompt")},
-        "versions": {name: version(name) for name in _LIBRARIES},
+        "versions": {name: found for name in _LIBRARIES if (found := _version(name))},
     }
+
+
+def _version(name: str) -> str | None:
+    try:
+        return version(name)
+    except PackageNotFoundError:
+        return None
 
 
 def line(machine: dict[str, Any]) -> str:
