@@ -29,7 +29,7 @@ from edgeprompt.prompts.file import PromptFile, load_prompt
 from edgeprompt.prompts.weights import ALLOWED, check_weights
 from exporters.contract import Exporter, ExportOptions, Progress
 from exporters.layout import arrange, check_layout
-from exporters.package import make_manifest, write_prompts, write_tokenizer
+from exporters.package import make_manifest, said_of, write_prompts, write_tokenizer
 from exporters.validate.core import check_positions
 from exporters.validate.quality import check_calibrated, check_calibration, with_quality
 
@@ -247,6 +247,7 @@ def _build(
     check_positions(geometry, loaded.name)
     check_layout(options, loaded)
     check_calibrated(options.calibration, loaded)
+    said = said_of(loaded)
     exporter = find_exporter(loaded.family.architecture)
     with _few_threads(loaded.model):
         tell("build", 0.2)
@@ -254,7 +255,7 @@ def _build(
             loaded.tokenizer, folder, scratch, vocab_size=geometry.vocab_size, base=loaded.name
         )
         built = arrange(exporter.build(loaded, options, folder, scratch), folder, options, loaded)
-        manifest = make_manifest(loaded, built, options, folder, fingerprint)
+        manifest = make_manifest(loaded, built, options, folder, fingerprint, said)
         for prompt in prompts.values():
             prompt.check_base(manifest)
         manifest.write(folder)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping
+from dataclasses import dataclass
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
@@ -15,7 +16,7 @@ from edgeprompt.base.load import LoadedBase
 from edgeprompt.base.tokenizer_files import check_vocabulary
 from edgeprompt.errors import SourceError
 from edgeprompt.package.files import fingerprint_tokenizer, sha256_file
-from edgeprompt.package.manifest import GraphFile, Manifest
+from edgeprompt.package.manifest import GraphFile, Manifest, Tokens
 from edgeprompt.prompts.file import PromptFile, save_prompt
 from exporters.contract import BuiltGraphs, ExportOptions
 from exporters.layout import data_files
@@ -62,18 +63,41 @@ def hash_tokenizer(folder: Path) -> str | None:
     return sha256_file(file) if file.exists() else None
 
 
-def make_manifest(
-    loaded: LoadedBase, built: BuiltGraphs, options: ExportOptions, folder: Path, tokenizer_fingerprint: str | None
-) -> Manifest:
-    """Describe the graphs that lie in `folder`."""
+@dataclass(frozen=True)
+class Said:
+    """What a base's configs say of its answers."""
+
+    tokens: Tokens
+    generation: dict[str, Any]
+    notes: list[str]
+
+
+def said_of(loaded: LoadedBase) -> Said:
+    """Special tokens and `generation_of` of a base.
+
+    Raises:
+        SourceError: a token is not in the vocabulary, or a field is not usable.
+    """
     written = getattr(loaded.model, "generation_config", None)
     generation, notes = generation_of(loaded.config, written, loaded.family.architecture)
+    return Said(tokens_of(loaded.config, written, loaded.tokenizer), generation, notes)
+
+
+def make_manifest(
+    loaded: LoadedBase,
+    built: BuiltGraphs,
+    options: ExportOptions,
+    folder: Path,
+    tokenizer_fingerprint: str | None,
+    said: Said,
+) -> Manifest:
+    """Describe the graphs that lie in `folder`."""
     return Manifest(
         architecture=loaded.family.architecture,
         model_type=loaded.config.model_type,
         base=loaded.base,
         geometry=geometry_of(loaded.config),
-        tokens=tokens_of(loaded.config, written, loaded.tokenizer),
+        tokens=said.tokens,
         precision=options.precision,
         route=built.route,
         graphs=hash_graphs(built.graphs, folder),
@@ -84,12 +108,12 @@ def make_manifest(
         kv_dtype=built.kv_dtype,
         pooling=built.pooling,
         kv_in_place=built.kv_in_place,
-        generation=generation,
+        generation=said.generation,
         versions=tool_versions(),
         extra={
             **built.extra,
             **({"base_revision": loaded.pinned} if loaded.pinned else {}),
-            **({"generation_notes": notes} if notes else {}),
+            **({"generation_notes": said.notes} if said.notes else {}),
             **({"block_size": options.block_size} if options.precision == "int4" else {}),
         },
     )

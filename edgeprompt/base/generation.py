@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 from edgeprompt import names
+from edgeprompt.base.geometry import text_config
 from edgeprompt.errors import SourceError
 from edgeprompt.package.generation import (
     BEAMS,
@@ -76,11 +77,11 @@ def generation_of(config: Any, generation_config: Any, architecture: str) -> tup
         found |= {name: value for name, usual in BEAMS.items() if (value := find(name)) not in (None, usual)}
     try:
         check_generation(found)
-        for name in ("forced_bos_token_id", "forced_eos_token_id"):
-            tokens = found.get(name, [])
-            for token in tokens if isinstance(tokens, list) else [tokens]:
-                if token >= config.vocab_size:
-                    raise ValueError(f"{name} is {token}, and the base has {config.vocab_size} tokens")
+        size = text_config(config).vocab_size
+        for name in (*TOKENS, *TOKEN_LISTS, *TOKEN_SEQUENCES):
+            for token in _flat(found.get(name, [])):
+                if token >= size:
+                    raise ValueError(f"{name} has {token}, and the base has {size} tokens")
     except ValueError as error:
         raise SourceError(f"the base's generation_config is not usable: {error}") from error
     notes = []
@@ -105,3 +106,7 @@ def generation_of(config: Any, generation_config: Any, architecture: str) -> tup
             f"do_sample{f' ({said})' if said else ''}: answers here are greedy unless a request asks to sample"
         )
     return found, notes
+
+
+def _flat(tokens: int | list[Any]) -> list[int]:
+    return [one for token in tokens for one in _flat(token)] if isinstance(tokens, list) else [tokens]

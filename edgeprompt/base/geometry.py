@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from typing import Any
 
 from optimum.utils import NormalizedConfigManager
@@ -10,6 +11,7 @@ from edgeprompt.base.rope import position_limit
 from edgeprompt.errors import SourceError
 from edgeprompt.package.manifest import Geometry, Tokens
 
+_LOG = logging.getLogger("edgeprompt")
 _NAMES = {
     "hidden_size": ("hidden_size", "d_model", "n_embd", "dim"),
     "num_layers": ("num_hidden_layers", "num_layers", "n_layer", "n_layers"),
@@ -20,6 +22,7 @@ _DECODER_NAMES = {
     "num_attention_heads": ("decoder_attention_heads",),
 }
 _POSITION_NAMES = ("max_position_embeddings", "n_positions", "n_ctx", "seq_length", "max_seq_len")
+_SEVERAL = ("eos_token_id", "forced_eos_token_id")
 _OFFSET_FAMILIES = ("roberta", "xlm-roberta", "camembert", "mpnet")
 
 
@@ -57,13 +60,31 @@ def geometry_of(config: Any) -> Geometry:
 
 
 def tokens_of(config: Any, generation_config: Any = None, tokenizer: Any = None) -> Tokens:
-    """Special token ids: the generation config's first, then the model's, then the tokenizer's."""
+    """Special token ids: the generation config's first, then the model's, then the tokenizer's.
+
+    A padding token of -1 is none. So is what only the config's class says, where the base has no such token.
+
+    Raises:
+        SourceError: one is no token of the base.
+    """
+    size = int(text_config(config).vocab_size)
+    sources = (("generation config", generation_config), ("config", config), ("tokenizer", tokenizer))
 
     def find(name: str) -> Any:
-        for source in (generation_config, config, tokenizer):
+        for where, source in sources:
             value = getattr(source, name, None)
-            if value is not None:
+            if value is None or (name == "pad_token_id" and value == -1):
+                continue
+            several = name in _SEVERAL and isinstance(value, (list, tuple))
+            wrong = [one for one in (value if several else [value]) if not _is_token(one, size)]
+            if not wrong:
                 return value
+            if source is not config or value != _usual(config, name):
+                raise SourceError(
+                    f"the base's {where} says {name} {value!r}, and {wrong[0]!r} is none of its {size} tokens; correct "
+                    "it there"
+                )
+            _LOG.warning("note: %s=%r is no token of this base, so it is taken to have none", name, value)
         return None
 
     eos, forced_eos = find("eos_token_id"), find("forced_eos_token_id")
@@ -76,6 +97,18 @@ def tokens_of(config: Any, generation_config: Any = None, tokenizer: Any = None)
         forced_bos=find("forced_bos_token_id"),
         forced_eos=None if isinstance(forced_eos, (list, tuple)) else forced_eos,  # `generation` holds several
     )
+
+
+def _is_token(value: Any, size: int) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool) and 0 <= value < size
+
+
+def _usual(config: Any, name: str) -> Any:
+    """The default of a config's class."""
+    try:
+        return getattr(type(config)(), name, None)
+    except Exception:  # a class that needs arguments has no defaults
+        return None
 
 
 def text_config(config: Any) -> Any:

@@ -83,6 +83,11 @@ const GENERATION_COUNTS = ["no_repeat_ngram_size", "min_length", "min_new_tokens
 const GENERATION_LISTS = ["suppress_tokens", "begin_suppress_tokens", "forced_eos_token_id"];
 export const GENERATION_FIELDS = ["repetition_penalty", "bad_words_ids", ...GENERATION_COUNTS, ...GENERATION_LISTS];
 const TOKENS = "bos eos pad mask decoder_start forced_bos forced_eos".split(" ");
+/** Special tokens that a graph reads: one beyond the vocabulary would be a row of a prompt. */
+const FED: Record<string, readonly string[]> = {
+  "encoder-only": ["pad", "mask"],
+  "encoder-decoder": ["pad", "bos", "decoder_start", "forced_bos", "forced_eos"],
+};
 
 /** snake_case to camelCase. */
 const camel = (name: string): string => name.replace(/_([a-z])/g, (_, letter: string) => letter.toUpperCase());
@@ -123,7 +128,7 @@ async function read(text: string | Uint8Array): Promise<Manifest> {
     modelType: check<string>(data["model_type"], "str", "base and model_type"),
     base: readBase(data["base"], "base", "base and model_type"),
     geometry,
-    tokens: readTokens(data["tokens"]),
+    tokens: readTokens(data["tokens"], FED[architecture] ?? [], geometry.vocabSize),
     precision: choice("precision", names.PRECISIONS, ""),
     route: choice("route", names.ROUTES, ""),
     graphs,
@@ -168,11 +173,14 @@ function readGeometry(data: unknown): Geometry {
   return values as unknown as Geometry;
 }
 
-function readTokens(data: unknown): Tokens {
+function readTokens(data: unknown, fed: readonly string[], size: number): Tokens {
   const found = checkKeys(data, "tokens", [], TOKENS);
   const id = (value: unknown, name: string): number => {
     const token = check<number>(value, "int", `tokens.${name}`);
     if (token < 0) throw new FormatError(`tokens.${name} is ${token}`);
+    if (token >= size && fed.includes(name)) {
+      throw new FormatError(`tokens.${name} is ${token}, and the base has ${size} tokens`);
+    }
     return token;
   };
   const values: Record<string, number | number[] | null> = {};
