@@ -23,10 +23,13 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks.machine import describe, line
-from benchmarks.sizes.checkpoints import SIZES, write_checkpoint
+from benchmarks.sizes.checkpoints import SIZES, architecture_of, write_checkpoint
+from edgeprompt import names
 
 ROOT = Path(__file__).resolve().parents[2]
 OUT = ROOT / "benchmarks" / "results" / "sizes.json"
+PRECISIONS = {names.DECODER_ONLY: "int4"}
+TEMPLATES = {names.DECODER_ONLY: "{prompt}{text}\nSentiment:", names.ENCODER_DECODER: "{prompt}{text}"}
 _OFTEN = 0.05
 
 
@@ -34,7 +37,7 @@ def main() -> None:
     """Measure the sizes asked for, one after another."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--sizes", default="llama-3.2-1b", help=f"Of {', '.join(SIZES)}; with commas.")
-    parser.add_argument("--precision", default="int4")
+    parser.add_argument("--precision", help="Default: int4; int8 of encoders and encoder-decoders.")
     parser.add_argument("--route", default="auto")
     parser.add_argument("--work", type=Path, help="Where checkpoints and packages lie meanwhile.")
     parser.add_argument("--keep", action="store_true", help="Leave checkpoints and packages there.")
@@ -51,9 +54,10 @@ def main() -> None:
             if not home.exists():
                 write_checkpoint(name, home)
             package = (given.work if given.keep and given.work else Path(scratch)) / f"{name}-package"
-            row = measure(home, package, given.precision, given.route)
+            kind = architecture_of(name)
+            row = measure(home, package, given.precision or PRECISIONS.get(kind, "int8"), given.route)
             if given.use:
-                row |= {"decode": decode(package), "tune": tune(home, Path(scratch))}
+                row |= {"decode": decode(package, kind), "tune": tune(home, Path(scratch), kind)}
             if not given.keep:
                 shutil.rmtree(home)
         row = {"label": given.label, "base": name, **row}
@@ -78,21 +82,22 @@ def measure(base: Path, package: Path, precision: str, route: str) -> dict[str, 
     }
 
 
-def decode(package: Path) -> dict[str, Any]:
-    """16 greedy tokens behind a short text."""
+def decode(package: Path, kind: str = names.DECODER_ONLY) -> dict[str, Any]:
+    """16 greedy tokens behind a short text; of an encoder, its embedding."""
     output, figures = _watch("run", package, "The film starts slowly, but", "--max-new-tokens", "16", "--json")
-    return {**figures, "tokens": len(json.loads(output.splitlines()[0])["token_ids"])}
+    answer = json.loads(output.splitlines()[0])
+    return {**figures, "tokens": 0 if kind == names.ENCODER_ONLY else len(answer["token_ids"])}
 
 
-def tune(base: Path, folder: Path) -> dict[str, Any]:
-    """One step of a prompt of 16 tokens on one text of two."""
+def tune(base: Path, folder: Path, kind: str = names.DECODER_ONLY) -> dict[str, Any]:
+    """One step of a prompt of 16 tokens on one text of two; of an encoder, with a head."""
     data, checked = folder / "train.csv", folder / "eval.csv"
     data.write_text("text,label\nA fine film.,good\nA dull film.,bad\n", encoding="utf-8")
     checked.write_text("text,label\nA warm film.,good\nA long film.,bad\n", encoding="utf-8")
+    words = ("--verbalizer", "good= good", "--verbalizer", "bad= bad", "--template", TEMPLATES.get(kind, ""))
     _, figures = _watch(
         "tune", base, data, "-o", folder / "prompt.safetensors", "--eval", checked, "--steps", "1", "--batch-size", "1",
-        "--virtual-tokens", "16", "--template", "{prompt}{text}\nSentiment:", "--verbalizer", "good= good",
-        "--verbalizer", "bad= bad",
+        "--virtual-tokens", "16", *(words if kind in TEMPLATES else ()),
     )  # fmt: skip
     return figures
 

@@ -16,6 +16,9 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
+from edgeprompt import names
+from edgeprompt.base.families import find_family
+
 SIZES: Mapping[str, Mapping[str, Any]] = {
     "smollm2-135m": {
         "model_type": "llama", "vocab_size": 49152, "hidden_size": 576, "intermediate_size": 1536,
@@ -72,11 +75,79 @@ SIZES: Mapping[str, Mapping[str, Any]] = {
         "num_hidden_layers": 32, "num_attention_heads": 32, "num_key_value_heads": 8,
         "max_position_embeddings": 8192, "rope_theta": 500000.0, "tie_word_embeddings": False,
     },
+    "gpt2": {
+        "model_type": "gpt2", "vocab_size": 50257, "n_embd": 768, "n_layer": 12, "n_head": 12, "n_positions": 1024,
+    },
+    "opt-125m": {
+        "model_type": "opt", "vocab_size": 50272, "hidden_size": 768, "ffn_dim": 3072, "num_hidden_layers": 12,
+        "num_attention_heads": 12, "max_position_embeddings": 2048, "word_embed_proj_dim": 768,
+    },
+    "pythia-160m": {
+        "model_type": "gpt_neox", "vocab_size": 50304, "hidden_size": 768, "intermediate_size": 3072,
+        "num_hidden_layers": 12, "num_attention_heads": 12, "max_position_embeddings": 2048, "rotary_pct": 0.25,
+        "use_parallel_residual": True, "tie_word_embeddings": False,
+    },
+    "bloom-560m": {
+        "model_type": "bloom", "vocab_size": 250880, "hidden_size": 1024, "n_layer": 24, "n_head": 16,
+    },
+    "qwen3-0.6b": {
+        "model_type": "qwen3", "vocab_size": 151936, "hidden_size": 1024, "intermediate_size": 3072,
+        "num_hidden_layers": 28, "num_attention_heads": 16, "num_key_value_heads": 8, "head_dim": 128,
+        "max_position_embeddings": 40960, "rope_theta": 1000000.0, "tie_word_embeddings": True,
+    },
+    "phi-3-mini": {
+        "model_type": "phi3", "vocab_size": 32064, "hidden_size": 3072, "intermediate_size": 8192,
+        "num_hidden_layers": 32, "num_attention_heads": 32, "num_key_value_heads": 32,
+        "max_position_embeddings": 4096, "original_max_position_embeddings": 4096, "rope_theta": 10000.0,
+        "sliding_window": 2047, "tie_word_embeddings": False,
+    },
+    "t5-base": {
+        "model_type": "t5", "vocab_size": 32128, "d_model": 768, "d_kv": 64, "d_ff": 3072, "num_layers": 12,
+        "num_heads": 12, "feed_forward_proj": "relu", "tie_word_embeddings": True,
+    },
+    "flan-t5-base": {
+        "model_type": "t5", "vocab_size": 32128, "d_model": 768, "d_kv": 64, "d_ff": 2048, "num_layers": 12,
+        "num_heads": 12, "feed_forward_proj": "gated-gelu", "tie_word_embeddings": False,
+    },
+    "bart-base": {
+        "model_type": "bart", "vocab_size": 50265, "d_model": 768, "encoder_layers": 6, "decoder_layers": 6,
+        "encoder_ffn_dim": 3072, "decoder_ffn_dim": 3072, "encoder_attention_heads": 12,
+        "decoder_attention_heads": 12, "max_position_embeddings": 1024,
+    },
+    "bert-base": {
+        "model_type": "bert", "vocab_size": 30522, "hidden_size": 768, "num_hidden_layers": 12,
+        "num_attention_heads": 12, "intermediate_size": 3072, "max_position_embeddings": 512,
+    },
+    "roberta-base": {
+        "model_type": "roberta", "vocab_size": 50265, "hidden_size": 768, "num_hidden_layers": 12,
+        "num_attention_heads": 12, "intermediate_size": 3072, "max_position_embeddings": 514, "type_vocab_size": 1,
+        "layer_norm_eps": 1e-5,
+    },
+    "modernbert-base": {
+        "model_type": "modernbert", "vocab_size": 50368, "hidden_size": 768, "num_hidden_layers": 22,
+        "num_attention_heads": 12, "intermediate_size": 1152, "max_position_embeddings": 8192, "local_attention": 128,
+    },
+    "deberta-v3-base": {
+        "model_type": "deberta-v2", "vocab_size": 128100, "hidden_size": 768, "num_hidden_layers": 12,
+        "num_attention_heads": 12, "intermediate_size": 3072, "max_position_embeddings": 512, "type_vocab_size": 0,
+        "relative_attention": True, "position_buckets": 256, "norm_rel_ebd": "layer_norm", "share_att_key": True,
+        "pos_att_type": ["p2c", "c2p"], "position_biased_input": False, "layer_norm_eps": 1e-7,
+    },
 }  # fmt: skip
 """Published configs, as far as they differ from what transformers takes for granted."""
 TEXTS = Path(__file__).resolve().parents[2] / "examples" / "data"
 DTYPES = {"bf16": "BF16", "fp16": "F16", "fp32": "F32"}
 _DEVIATION = 0.02
+_LAYERS = ("num_hidden_layers", "n_layer", "num_layers", "encoder_layers", "decoder_layers")
+_CLASSES = {
+    names.DECODER_ONLY: "AutoModelForCausalLM",
+    names.ENCODER_DECODER: "AutoModelForSeq2SeqLM",
+    names.ENCODER_ONLY: "AutoModelForMaskedLM",
+}
+_SPECIAL = {
+    "bos_token": "<s>", "cls_token": "<s>", "pad_token": "<pad>", "eos_token": "</s>", "sep_token": "</s>",
+    "mask_token": "<mask>",
+}  # fmt: skip
 
 
 def main() -> None:
@@ -124,11 +195,13 @@ def write_checkpoint(
     config = make_config(name, layers)
     config.dtype = {"bf16": "bfloat16", "fp16": "float16", "fp32": "float32"}[dtype]
     with torch.device("meta"):
-        model = transformers.AutoModelForCausalLM.from_config(config)
+        model = getattr(transformers, _CLASSES[architecture_of(name)]).from_config(config)
     config.architectures = [type(model).__name__]
     config.save_pretrained(folder)
-    _write_tokenizer(folder)
+    _write_tokenizer(folder, name)
     shapes = {key: tuple(value.shape) for key, value in model.named_parameters()}
+    if SIZES[name].get("tie_word_embeddings") is False and "lm_head.weight" not in shapes:
+        shapes["lm_head.weight"] = shapes["shared.weight"]  # transformers ties the two heads of every T5
     width = 4 if dtype == "fp32" else 2
     shards = list(_shards(shapes, width, shard_bytes))
     weight_map = {}
@@ -143,6 +216,11 @@ def write_checkpoint(
     return total
 
 
+def architecture_of(name: str) -> str:
+    """Of a name in `SIZES`: one of `edgeprompt.names.ARCHITECTURES`."""
+    return str(find_family(SIZES[name]["model_type"]).architecture)
+
+
 def make_config(name: str, layers: int | None = None) -> Any:
     """The transformers config of a name in `SIZES`."""
     from transformers import AutoConfig
@@ -150,8 +228,13 @@ def make_config(name: str, layers: int | None = None) -> Any:
     facts = dict(SIZES[name])
     kind = facts.pop("model_type")
     if layers is not None:
-        facts["num_hidden_layers"] = layers
-    return AutoConfig.for_model(kind, bos_token_id=0, eos_token_id=0, pad_token_id=0, **facts)
+        facts |= {key: layers for key in facts if key in _LAYERS}
+    tokens = dict.fromkeys(("bos_token_id", "eos_token_id", "pad_token_id"), 0)
+    if architecture_of(name) != names.DECODER_ONLY:
+        tokens = {"bos_token_id": 0, "cls_token_id": 0, "pad_token_id": 1, "eos_token_id": 2, "sep_token_id": 2}
+    if architecture_of(name) == names.ENCODER_DECODER:
+        tokens |= {"decoder_start_token_id": 1}
+    return AutoConfig.for_model(kind, **tokens, **facts)
 
 
 def _shards(shapes: Mapping[str, tuple[int, ...]], width: int, most: int) -> Iterator[list[str]]:
@@ -191,20 +274,27 @@ def _write_shard(file: Path, shapes: Mapping[str, tuple[int, ...]], dtype: str, 
                 out.write(values.to(kind).view(torch.uint8).numpy().tobytes())
 
 
-def _write_tokenizer(folder: Path) -> None:
+def _write_tokenizer(folder: Path, name: str) -> None:
     """Byte-level BPE of 8,000 pieces, trained on the example texts: as many tokens a text as real models have."""
-    from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+    from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
     from transformers import PreTrainedTokenizerFast
 
+    decoder = architecture_of(name) == names.DECODER_ONLY
+    special = {"bos_token": "<s>", "eos_token": "<s>"} if decoder else _SPECIAL
     tokenizer = Tokenizer(models.BPE())
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     tokenizer.decoder = decoders.ByteLevel()
     letters = pre_tokenizers.ByteLevel.alphabet()
     trainer = trainers.BpeTrainer(
-        vocab_size=8000, special_tokens=["<s>"], initial_alphabet=letters, show_progress=False
-    )
+        vocab_size=8000, special_tokens=[*dict.fromkeys(special.values())], initial_alphabet=letters,
+        show_progress=False,
+    )  # fmt: skip
     tokenizer.train_from_iterator((file.read_text("utf-8") for file in sorted(TEXTS.glob("*.train.csv"))), trainer)
-    PreTrainedTokenizerFast(tokenizer_object=tokenizer, bos_token="<s>", eos_token="<s>").save_pretrained(folder)
+    if not decoder:
+        tokenizer.post_processor = processors.TemplateProcessing(
+            single="<s> $A </s>", pair="<s> $A </s> $B </s>", special_tokens=[("<s>", 0), ("</s>", 2)]
+        )
+    PreTrainedTokenizerFast(tokenizer_object=tokenizer, **special).save_pretrained(folder)
 
 
 if __name__ == "__main__":

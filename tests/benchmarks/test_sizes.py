@@ -8,10 +8,13 @@ from pathlib import Path
 import pytest
 import torch
 
-from benchmarks.sizes.__main__ import decode, measure, table, tune
-from benchmarks.sizes.checkpoints import SIZES, make_config, write_checkpoint
+from benchmarks.sizes.__main__ import PRECISIONS, decode, measure, table, tune
+from benchmarks.sizes.checkpoints import SIZES, architecture_of, make_config, write_checkpoint
 from edgeprompt.base.families import known_families
 from edgeprompt.base.load import load_base
+
+TOO_WIDE = ("llama-3.2-3b", "qwen2.5-7b", "llama-3-8b")
+"""Whose family is there in another size."""
 
 
 def test_a_checkpoint_has_the_published_sizes_in_shards(tmp_path: Path) -> None:
@@ -27,7 +30,21 @@ def test_a_checkpoint_has_the_published_sizes_in_shards(tmp_path: Path) -> None:
 def test_every_size_is_of_a_family_that_exports() -> None:
     for name, facts in SIZES.items():
         assert facts["model_type"] in known_families()
-        assert make_config(name).num_hidden_layers == facts["num_hidden_layers"]
+        depth = next(
+            facts[key] for key in ("num_hidden_layers", "n_layer", "num_layers", "encoder_layers") if key in facts
+        )
+        assert make_config(name).num_hidden_layers == depth
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", [name for name in SIZES if name not in TOO_WIDE])
+def test_every_family_exports_decodes_and_tunes_at_its_true_width(name: str, tmp_path: Path) -> None:
+    kind = architecture_of(name)
+    write_checkpoint(name, tmp_path / "base", layers=2)
+    found = measure(tmp_path / "base", tmp_path / "package", PRECISIONS.get(kind, "int8"), "auto")
+    assert found["package_bytes"] < found["checkpoint_bytes"]
+    assert decode(tmp_path / "package", kind)["tokens"] <= 16
+    tune(tmp_path / "base", tmp_path, kind)
 
 
 @pytest.mark.slow
