@@ -30,6 +30,7 @@ function makeHost(worker: boolean | object): Host {
 /** While questions are open the thread keeps the process alive; else it does not. */
 function channelTo(thread: Worker): Channel {
   let open = 0;
+  let ending = false;
   return {
     post: (message) => {
       thread.postMessage(message);
@@ -37,13 +38,14 @@ function channelTo(thread: Worker): Channel {
     },
     listen: (onMessage, onFailure) => {
       thread.on("message", (message: { text?: string; progress?: unknown }) => {
-        if (message.text === undefined && !message.progress && --open === 0) thread.unref();
+        if (message.text === undefined && !message.progress && --open === 0 && !ending) thread.unref();
         onMessage(message);
       });
       thread.on("error", onFailure);
       thread.on("exit", (code) => onFailure(new Error(`it ended with code ${code}`)));
     },
     end: async () => {
+      ending = true; // an answer that comes late must not let the process end before the thread has
       await thread.terminate();
     },
   };
