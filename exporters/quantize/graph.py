@@ -142,6 +142,8 @@ class _Quantizer:
         self.precision, self.levels, self.block_size = precision, levels, block_size
         self.index = WeightIndex(torch_model)
         self.records: list[dict[str, Any]] = []
+        self._made: dict[str, tuple[ir.Value, ir.Value, ir.Value | None]] = {}
+        """Weight -> its codes, scales and zero points: layers may share a weight (ALBERT, DeBERTa's positions)."""
         self._sums: dict[ir.Value, ir.Value] = {}
         self._ones: dict[int, ir.Value] = {}
         self._positions = {node: at for at, node in enumerate(model.graph)}
@@ -356,12 +358,17 @@ class _Quantizer:
     def _matmul(
         self, linear: Linear, weight: torch.Tensor, blocks: BlockWeights, value: ir.Value, block: int, offsets: int = 0
     ) -> tuple[ir.Value, ir.Value, ir.Value | None]:
-        bits, stem = blocks.bits, linear.value.name
-        codes, scales, zeros = self._stored(str(stem), blocks)
+        bits, stem = blocks.bits, str(linear.value.name)
+        known = stem in self._made
+        codes, scales, zeros = self._made[stem] if known else self._stored(stem, blocks)
+        self._made[stem] = codes, scales, zeros
         inputs = [value, codes, scales, zeros]
         if linear.bias is not None:
             inputs += [None, linear.bias]
-        self._record(weight, codes, scales, zeros, "blocks", bits, columns=blocks.columns, block=block, offsets=offsets)
+        if not known:
+            self._record(
+                weight, codes, scales, zeros, "blocks", bits, columns=blocks.columns, block=block, offsets=offsets
+            )
         attributes = {"K": blocks.columns, "N": weight.shape[0], "bits": bits, "block_size": block}
         self._replace(linear.node, "MatMulNBits", inputs, {**attributes, "accuracy_level": 4})
         return codes, scales, zeros
@@ -400,6 +407,8 @@ class _Quantizer:
 
     def _columns(self, stem: str, weight: torch.Tensor, factors: ir.Value | None = None) -> tuple[ir.Value, ir.Value]:
         """Integers [columns, rows] and a scale for each row of a weight [rows, columns], perhaps times factors."""
+        if stem in self._made and factors is None:
+            return self._made[stem][:2]
         scaled = weight if factors is None else weight * initializer_tensor(factors)
         scale = scaled.abs().amax(1, keepdim=True).clamp(min=1e-12) / self.levels
         integers = torch.round(scaled / scale).to(torch.int8)
@@ -407,6 +416,7 @@ class _Quantizer:
         scales = self._initializer(f"{stem}_scales", scale.squeeze(1).numpy())
         named = None if factors is None else str(factors.name)
         self._record(weight, codes, scales, None, "columns", 8, columns=weight.shape[1], factors=named)
+        self._made[stem] = codes, scales, None
         return codes, scales
 
     def _gather_columns(self, embedding: ir.Node, codes: ir.Value, scales: ir.Value) -> None:

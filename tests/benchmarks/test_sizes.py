@@ -37,6 +37,7 @@ def test_every_size_is_of_a_family_that_exports() -> None:
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(3000)
 @pytest.mark.parametrize("name", [name for name in SIZES if name not in TOO_WIDE])
 def test_every_family_exports_decodes_and_tunes_at_its_true_width(name: str, tmp_path: Path) -> None:
     kind = architecture_of(name)
