@@ -25,7 +25,9 @@ class Base:
         facts = json.loads((Path(folder) / "edgeprompt.json").read_text())
         size, self.eos, dtype = facts["geometry"], set(facts["tokens"]["eos"]), facts["kv_dtype"]
         self.vocab_size, self.hidden_size = size["vocab_size"], size["hidden_size"]
-        self.session = ort.InferenceSession(Path(folder) / "model.onnx")
+        options = ort.SessionOptions()
+        options.add_session_config_entry("session.x64quantprecision", "1")  # int8 overflows on x86 without VNNI else
+        self.session = ort.InferenceSession(Path(folder) / "model.onnx", options)
         self.outputs = [value.name for value in self.session.get_outputs()]
         self.inputs = {value.name for value in self.session.get_inputs()}
         shape = (1, size["num_key_value_heads"], 0, size["head_size"])

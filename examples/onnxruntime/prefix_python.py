@@ -23,7 +23,9 @@ class Base:
     def __init__(self, folder):
         facts = json.loads((Path(folder) / "edgeprompt.json").read_text())
         self.eos, self.dtype = set(facts["tokens"]["eos"]), facts["kv_dtype"]
-        self.session = ort.InferenceSession(Path(folder) / "model.onnx")
+        options = ort.SessionOptions()
+        options.add_session_config_entry("session.x64quantprecision", "1")  # int8 overflows on x86 without VNNI else
+        self.session = ort.InferenceSession(Path(folder) / "model.onnx", options)
         self.outputs = [value.name for value in self.session.get_outputs()]
         self.inputs = {value.name for value in self.session.get_inputs()}
         self.no_rows = np.zeros((1, facts["geometry"]["hidden_size"]), np.float32)

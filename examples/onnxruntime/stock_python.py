@@ -23,7 +23,9 @@ class Base:
         facts = json.loads((Path(folder) / "edgeprompt.json").read_text())
         size, self.eos = facts["geometry"], set(facts["tokens"]["eos"])
         self.vocab_size = size["vocab_size"]
-        self.session = ort.InferenceSession(Path(folder) / "model.onnx")
+        options = ort.SessionOptions()
+        options.add_session_config_entry("session.x64quantprecision", "1")  # int8 overflows on x86 without VNNI else
+        self.session = ort.InferenceSession(Path(folder) / "model.onnx", options)
         self.outputs = [value.name for value in self.session.get_outputs()]
         shape = (1, size["num_key_value_heads"], 0, size["head_size"])
         inputs = {value.name for value in self.session.get_inputs()}

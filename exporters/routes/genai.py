@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import importlib.util
 import io
+import json
 import logging
 import os
 import sys
@@ -63,8 +64,19 @@ def build_graph(loaded: LoadedBase, options: ExportOptions, folder: Path, scratc
                 f"the genai builder cannot write {loaded.name!r} ({type(error).__name__}: {error}); use --route torch"
             ) from error
     if (home / GENAI_CONFIG).exists():
-        (home / GENAI_CONFIG).replace(folder / GENAI_CONFIG)
+        _write_config(home / GENAI_CONFIG, folder / GENAI_CONFIG, options.precision)
     return taken[0]
+
+
+def _write_config(source: Path, target: Path, precision: str) -> None:
+    """The builder's config; at int8 with the option that keeps 8-bit products from saturating on x86 without VNNI.
+
+    The runtime sets it itself. GenAI takes it from here.
+    """
+    config = json.loads(source.read_text("utf-8"))
+    if precision == "int8":
+        config["model"]["decoder"].setdefault("session_options", {})["session.x64quantprecision"] = "1"
+    target.write_text(json.dumps(config, indent=4) + "\n", encoding="utf-8")
 
 
 def suits(loaded: LoadedBase) -> bool:

@@ -16,7 +16,9 @@ import numpy as np
 import pytest
 import torch
 
+import edgeprompt
 from exporters import convert_prompt, export_model
+from tests.support.runtimes import QUIET
 
 EXAMPLES = Path(__file__).resolve().parents[2] / "examples/onnxruntime"
 VOCAB, NEW = 512, 12
@@ -115,6 +117,21 @@ def test_genai_runs_a_package_unchanged(tiny_llama_package: Path, tasks: Any) ->
     for file, told in tasks.values():
         for index, ids in enumerate(TEXTS):
             assert until_end(script.generate(model, VOCAB, [(0, ids)], [table(file)], NEW)[0]) == told[index]
+
+
+def test_genai_answers_at_int8_as_the_runtime_does(tiny_llama_base: Path, tmp_path: Path) -> None:
+    """On every processor: without VNNI, products of signed 8-bit weights are added in 16 bits unless ONNX Runtime is told."""
+    import onnxruntime_genai as og
+
+    package = export_model(tiny_llama_base, tmp_path / "int8", route="genai", precision="int8").path
+    config = json.loads((package / "genai_config.json").read_text())
+    assert config["model"]["decoder"]["session_options"]["session.x64quantprecision"] == "1"
+    script, model = example("genai_python"), og.Model(str(package))
+    rows = np.zeros((1, 64), np.float32)
+    with edgeprompt.load(package, options=QUIET) as runtime:
+        for ids in TEXTS:
+            want = list(runtime.generate(input_ids=ids, max_new_tokens=NEW).token_ids)
+            assert until_end(script.generate(model, VOCAB, [(None, ids)], [rows], NEW)[0]) == want
 
 
 def table(file: Path) -> Any:

@@ -40,7 +40,7 @@ std::string field(const std::string& json, const std::string& key, char end) {
 
 class Base {
  public:
-  explicit Base(const std::string& folder) : session_(env_, (folder + "/model.onnx").c_str(), Ort::SessionOptions()) {
+  explicit Base(const std::string& folder) : session_(env_, (folder + "/model.onnx").c_str(), options()) {
     std::ifstream file(folder + "/edgeprompt.json");
     const std::string json((std::istreambuf_iterator<char>(file)), {});
     vocab_size_ = std::stoll(field(json, "vocab_size", ','));
@@ -76,6 +76,12 @@ class Base {
   }
 
  private:
+  static Ort::SessionOptions options() {
+    Ort::SessionOptions options;
+    options.AddConfigEntry("session.x64quantprecision", "1");  // int8 overflows on x86 without VNNI else
+    return options;
+  }
+
   // Runs `ids` behind `before` positions, grows `past`, and gives the likeliest next token.
   int64_t run(const Ort::RunOptions& options, Ids ids, int64_t before, std::vector<Ort::Value>& past) {
     const auto length = static_cast<int64_t>(ids.size());

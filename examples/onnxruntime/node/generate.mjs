@@ -29,7 +29,9 @@ export class Base {
   static async load(folder) {
     const base = new Base();
     base.facts = JSON.parse(readFileSync(join(folder, "edgeprompt.json"), "utf8"));
-    base.session = await ort.InferenceSession.create(join(folder, base.facts.graphs.model.file));
+    base.session = await ort.InferenceSession.create(join(folder, base.facts.graphs.model.file), {
+      extra: { session: { x64quantprecision: "1" } }, // int8 overflows on x86 without VNNI else
+    });
     return base;
   }
 
