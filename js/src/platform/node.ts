@@ -99,10 +99,9 @@ async function open(
   });
 }
 
-/** Whether this processor adds products of 8-bit weights in 16 bits, which saturate (x86 without VNNI). */
+/** Whether products of 8-bit weights may be added in 16 bits, which saturate: x86 that is not known to have VNNI. */
 async function saturates(): Promise<boolean> {
-  if (process.arch !== "x64") return false;
-  const text = await readFile("/proc/cpuinfo", "utf8").catch(() => "");
-  const flags = /^flags\s*:(.*)$/m.exec(text)?.[1] ?? "";
-  return flags !== "" && !/\bavx(512)?_vnni\b/.test(flags);
+  if (process.arch !== "x64" && process.arch !== "ia32") return false;
+  const text = await readFile("/proc/cpuinfo", "utf8").catch(() => ""); // other systems than Linux do not say
+  return !/^flags\s*:.*\bavx(512)?_vnni\b/m.test(text);
 }
