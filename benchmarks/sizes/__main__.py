@@ -116,7 +116,9 @@ def _watch(*words: object) -> tuple[str, dict[str, Any]]:
         anonymous = max(anonymous, _anonymous(child.pid))
         time.sleep(_OFTEN)
     child.returncode = os.waitstatus_to_exitcode(status)
-    text = child.stdout.read() if child.stdout else ""
+    assert child.stdout is not None
+    with child.stdout as stdout:
+        text = stdout.read()
     if child.returncode:
         raise SystemExit(f"edgeprompt {words[0]} {words[1]} failed with {child.returncode}")
     return text, {
