@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -100,6 +101,8 @@ def prove(subject: Subject, loaded: LoadedBase, folder: Path, manifest: Manifest
     if manifest.precision not in TOLERANCE:
         every = [one for tally in tallies.values() for one in tally.correlations]
         measured["quality"]["least_correlation"] = round(float(np.min(every)), 4)  # NaN stays
+        spreads = [one for tally in tallies.values() for one in tally.spreads]
+        measured["quality"]["farthest_spread"] = round(max(spreads, key=lambda one: abs(math.log(one))), 4)
     return measured
 
 
@@ -111,6 +114,8 @@ class Tally:
     scales: list[float] = field(default_factory=list)
     agree: list[bool] = field(default_factory=list)
     correlations: list[float] = field(default_factory=list)
+    spreads: list[float] = field(default_factory=list)
+    """How far values lie apart, as a multiple of PyTorch's: what a correlation does not see."""
 
     def add(self, got: Floats, want: Floats) -> None:
         """Compare one array with PyTorch's.
@@ -125,6 +130,8 @@ class Tally:
         if want.ndim == 1:
             self.agree.append(is_tie(got, want))
         self.correlations.append(correlation(got, want))
+        tiny = 1e-12
+        self.spreads.append((float(got.std()) + tiny) / (float(want.std()) + tiny))
 
     @property
     def scale(self) -> float:

@@ -58,6 +58,9 @@ LIMITS = (
 LEAST_CORRELATION = 0.7
 """What every comparison of a quantised package, random prompt rows included, must keep with the base; a wrong graph
 lands near zero. It counts for bases that have learned nothing too."""
+MOST_SPREAD = 1.5
+"""How many times as far apart as the base's a comparison's values may lie, or the base's as they: a correlation says
+nothing of their scale."""
 
 
 @dataclass(frozen=True)
@@ -154,6 +157,9 @@ def gate(quality: Mapping[str, Any], manifest: Manifest, *, allow: bool) -> str:
     least = quality.get("least_correlation", 1.0)
     if not least >= LEAST_CORRELATION:
         broken = f"one comparison with PyTorch correlates by {least:.3f}, at least {LEAST_CORRELATION} is good enough"
+    spread = quality.get("farthest_spread", 1.0)
+    if not broken and not 1 / MOST_SPREAD <= spread <= MOST_SPREAD:
+        broken = f"values of one comparison lie {spread:.3g} times as far apart as PyTorch's"
     if not broken or allow:
         return "allowed" if broken else "passed"
     smaller = "--precision int8 (--precision gguf for a .gguf file)"

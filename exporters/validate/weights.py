@@ -6,6 +6,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import onnx_ir as ir
 import torch
 
@@ -13,6 +14,7 @@ from edgeprompt.base.dequantize import WEIGHTS, dequantize_record, read_factors,
 from edgeprompt.base.mapped import release
 from edgeprompt.errors import ValidationError
 from edgeprompt.package.manifest import Manifest
+from exporters.graft.linears import WeightIndex
 
 LIMITS = {4: (0.25, 0.8), 8: (0.04, 0.4)}
 """Bits -> largest error allowed of a matrix, and of each run of `RUN` weights of a row, relative to its own size."""
@@ -33,11 +35,12 @@ def check_weights(model: Any, folder: Path, manifest: Manifest) -> dict[str, Any
         ValidationError: a matrix, or a part of one, is not the base's.
     """
     records = manifest.extra.get(WEIGHTS) or []
+    rest = _Rest(model) if records else None
     parameters = dict(model.named_parameters())
     errors: dict[str, float] = {}
     for key, graph in manifest.graphs.items():
         mine = records.get(key, []) if isinstance(records, Mapping) else records
-        initializers = ir.load(folder / graph.file).graph.initializers if mine else {}
+        initializers = ir.load(folder / graph.file).graph.initializers if records else {}
         for record in mine:
             if record["codes"] in initializers:
                 errors[f"{record['codes']} ({key})"] = _compare(record, initializers, parameters)
@@ -45,8 +48,12 @@ def check_weights(model: Any, folder: Path, manifest: Manifest) -> dict[str, Any
                     stored = initializers[name].const_value if name else None
                     if isinstance(stored, ir.ExternalTensor):
                         stored.release()  # each maps the whole file
+        if rest is not None:
+            rest.find(initializers, mine)
     if not errors:
         return {}
+    if rest is not None:
+        rest.check()
     worst = max(errors, key=lambda name: errors[name])
     return {"matrices": len(errors), "largest_error": round(errors[worst], 5), "largest_error_in": worst}
 
@@ -121,3 +128,59 @@ def _wanted(
             yield row + start, part.float()
             release(part)
         row += rows
+
+
+class _Rest:
+    """Parameters that are not quantised: norms, biases, tables, small matrices. A package holds them as they are."""
+
+    def __init__(self, model: Any) -> None:
+        # Zeros are left out of a graph: adding them changes nothing.
+        self._left = {name: value.detach() for name, value in model.named_parameters() if bool(value.any())}
+        self._matrices = WeightIndex(model)
+
+    def find(self, initializers: Mapping[str, Any], records: Sequence[Mapping[str, Any]]) -> None:
+        """Take off what the initialisers of a graph hold, or its records say that they hold."""
+        for record in records:
+            if record["codes"] in initializers:
+                for name, _, _ in record["pieces"]:
+                    self._left.pop(name, None)
+        stored = [value.const_value for value in initializers.values() if value.const_value is not None]
+        for tensor in stored:
+            if tensor.dtype not in (ir.DataType.FLOAT, ir.DataType.FLOAT16) or tensor.size < 2:
+                continue
+            found = torch.from_numpy(np.array(tensor.numpy()))
+            if isinstance(tensor, ir.ExternalTensor):
+                tensor.release()
+            if found.dim() == 2:
+                self._take_matrices(found)
+            for name in [name for name, value in self._left.items() if _holds(found, value)]:
+                del self._left[name]
+
+    def _take_matrices(self, found: torch.Tensor) -> None:
+        for matrix in (found, found.T):
+            for name, _, _ in self._matrices.pieces(matrix.float()):
+                self._left.pop(name, None)
+
+    def check(self) -> None:
+        """Refuse a package that lacks one.
+
+        Raises:
+            ValidationError: names it.
+        """
+        if left := [name for name, value in self._left.items() if value.numel() > 1]:
+            more = f", nor of {len(left) - 1} others" if len(left) > 1 else ""
+            raise ValidationError(f"the package holds no copy of the base's {left[0]!r}{more}, which is not quantised")
+
+
+def _holds(found: torch.Tensor, value: torch.Tensor) -> bool:
+    """Whether an initialiser is a parameter, 1 more than it (Gemma's norms), or several that begin with it."""
+    count = value.numel()
+    if found.numel() < count or (found.numel() > count and (value.dim() > 1 or found.dim() > 1)):
+        return False
+    flat = found.reshape(-1)
+    for form in (value, value.float() + 1):
+        want = form.reshape(-1).to(found.dtype)
+        for at in (flat[: 1 + len(flat) - count] == want[0]).nonzero().ravel().tolist():
+            if torch.equal(flat[at : at + count], want):
+                return True
+    return False

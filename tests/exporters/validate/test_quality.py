@@ -34,6 +34,7 @@ from exporters.validate.quality import (
     warning,
     with_quality,
 )
+from tests.support.decoder_models import loaded_decoder
 
 ROOT = Path(__file__).parents[3]
 LOST = {"texts": 32, "kl_mean": 0.3, "kl_p90": 0.2, "kl_worst": 0.9, "top1": 0.7, "perplexity": 40.0,
@@ -110,6 +111,54 @@ def test_one_broken_matrix_is_refused(packages, tmp_path, architecture, precisio
             validate_package(wrong, against=loaded)
 
 
+@pytest.mark.parametrize("precision", ["int4", "int8"])
+@pytest.mark.parametrize("architecture", ["decoder", "encoder", "encoder-decoder"])
+def test_one_broken_parameter_that_is_not_quantised_is_refused(packages, tmp_path, architecture, precision):
+    """A bias that is lost, or a norm or table of twice its size, correlates well and costs little KL divergence."""
+    if architecture == "decoder":  # with norms and biases of values of their own
+        loaded = loaded_decoder("qwen2")
+        package = export_model(loaded, tmp_path / "package", precision=precision).path
+    else:
+        loaded, package = packages(architecture, precision)
+    manifest = open_package(package).manifest
+    quantised = {piece[0] for record in records_of(package) for piece in record["pieces"]}
+    with torch.no_grad():
+        rest = {name: value.numpy() for name, value in loaded.model.named_parameters() if name not in quantised}
+    assert any(value.ndim == 1 for value in rest.values())
+    changes = (
+        lambda a: a * 0,
+        lambda a: a * 2,
+        lambda a: np.where(np.arange(a.size).reshape(a.shape) < a.size / 4, 0, a),
+    )
+    broken = 0
+    for graph in manifest.graphs.values():
+        model = ir.load(package / graph.file)
+        for name, value in model.graph.initializers.items():
+            array = value.const_value.numpy()
+            mine = [
+                want
+                for want in rest.values()
+                if want.size == array.size and np.array_equal(want.ravel(), array.ravel())
+            ]
+            if len(mine) != 1:  # another copy is whole: tiny models have equal norms
+                continue
+            changed = changes[broken % 3](array).astype(array.dtype)
+            if np.array_equal(changed, array):
+                continue
+            out = shutil.copytree(package, tmp_path / str(broken))
+            again = ir.load(package / graph.file)
+            again.graph.initializers[name].const_value = ir.tensor(changed, name=name)
+            ir.save(again, out / graph.file, external_data=f"{graph.file}.data", size_threshold_bytes=1024)
+            graphs = hash_graphs({key: one.file for key, one in manifest.graphs.items()}, out)
+            dataclasses.replace(manifest, graphs=graphs).write(out)
+            with pytest.raises(ValidationError, match="holds no copy of the base's"):
+                validate_package(out, against=loaded)
+            broken += 1
+            if broken == 4:
+                return
+    assert broken
+
+
 @pytest.mark.parametrize("architecture", ["decoder", "encoder", "encoder-decoder"])
 @pytest.mark.parametrize("precision", ["int4", "int8"])
 def test_a_package_says_how_near_it_is(packages, architecture, precision):
@@ -162,6 +211,9 @@ def test_the_gate(tiny_llama_package):
     assert warning({**between, "kl_mean": 0.01, "kl_p90": 0.02, "kl_worst": 0.1}, manifest) is None
     with pytest.raises(ValidationError, match=r"correlates by 0\.140"):
         gate({**between, "least_correlation": 0.14, "perplexity_base": 500.0}, manifest, allow=False)
+    for spread in (0.5, 2.0):
+        with pytest.raises(ValidationError, match="times as far apart as PyTorch's"):
+            gate({**between, "farthest_spread": spread}, manifest, allow=False)
     # What knows nothing of the text has nothing there to lose.
     assert gate({**LOST, "perplexity_base": 500.0}, manifest, allow=False) == "passed"
 
