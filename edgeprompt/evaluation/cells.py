@@ -136,9 +136,14 @@ def target_of(record: Record, column: str, where: str) -> str:
     """The text that is to be generated.
 
     Raises:
-        DataError: as `text_of`, or the cell holds what programs write for nothing ("nan").
+        DataError: as `text_of`, or the cell is empty or holds what programs write for nothing ("nan").
     """
     target = text_of(record, column, where)
+    if not target.strip():
+        raise DataError(
+            f"{where} has nothing in column {column!r}, and an answer without a word is none; fill it in, or leave the "
+            "row out"
+        )
     if target.strip() in _NO_VALUE:
         raise DataError(
             f"{where}: column {column!r} holds {target.strip()!r}, which is how programs write a cell with nothing in "

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gc
+import logging
 import math
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
@@ -14,7 +15,7 @@ import numpy as np
 import torch
 
 from edgeprompt import names
-from edgeprompt.errors import BaseMismatchError, InputError
+from edgeprompt.errors import BaseMismatchError, DataError, InputError
 from edgeprompt.evaluation.data import DataSource, read_records, source_name
 from edgeprompt.prompts.file import save_prompt
 from edgeprompt.prompts.template import Slot, Template
@@ -37,6 +38,7 @@ from edgeprompt.tuning.runs import RunData, TuneResult, check_packages, closenes
 from edgeprompt.tuning.teach import Taught, check_tokenizers, load_reader, teach, text_of_bos
 from edgeprompt.tuning.teacher import CHUNK
 
+_LOG = logging.getLogger("edgeprompt")
 _EVAL_BATCHES = 2
 _ONE_SIDED = 0.9
 """Share of one label among a teacher's answers from which on a note says so."""
@@ -260,6 +262,7 @@ def _read_data(run: Run, question: Question, taught: Taught, balance: tuple[floa
     encode: Any = objective.encode_answered
     kind: Any = LabelAnswer if run.plan.task == "classify" else TextAnswer
     first: dict[str, str] = {}
+    silent: list[str] = []
 
     def encoded() -> Iterator[Any]:
         answers: Iterator[Any] = taught.answers.read(kind, CHUNK)
@@ -269,9 +272,18 @@ def _read_data(run: Run, question: Question, taught: Taught, balance: tuple[floa
             where = f"row {number} of {source_name(question.texts)!r}"
             if not first:
                 first.update(objective.fields(record, where))
+            if isinstance(answer, TextAnswer) and not answer.text.strip():
+                silent.append(where)
             yield encode(record, where, answer)
 
     examples = Examples(encoded())
+    if len(silent) == len(examples):
+        raise DataError("the teacher answers no text with a word; give another instruction, or another teacher")
+    if silent:
+        _LOG.warning(
+            "note: the teacher answered %d of %d texts without a word, the first %s; the student learns that too",
+            len(silent), len(examples), silent[0],
+        )  # fmt: skip
     if options.eval_data is not None:
         indices, held = np.arange(question.count), np.arange(question.count, question.total)
     else:

@@ -130,4 +130,4 @@ class DistilText(Generate):
 
     def encode_answered(self, record: Record, where: str, answer: TextAnswer) -> Example:
         """One record and what the teacher wrote to it."""
-        return self.encode({**record, self.encoder.options.target_column: answer.text}, where)
+        return self.encode_pair(record, where, answer.text)

@@ -192,8 +192,12 @@ class Generate:
 
     def encode(self, record: Record, where: str) -> Example:
         """One record; its target is the answer's token ids."""
+        return self.encode_pair(record, where, target_of(record, self.encoder.options.target_column, where))
+
+    def encode_pair(self, record: Record, where: str, answer: str) -> Example:
+        """One record and the answer to it."""
         options = self.encoder.options
-        target = self._target(target_of(record, options.target_column, where))
+        target = self._target(answer)
         if len(target) > options.max_length // 2:
             raise DataError(
                 f"{where}: the target takes {len(target)} tokens, at most half of max_length {options.max_length} "

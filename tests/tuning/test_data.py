@@ -110,6 +110,22 @@ def test_a_target_that_is_nothing_is_refused(bases: Any, kind: str, tmp_path: Pa
         tuned(bases[kind], rows, tmp_path)
 
 
+@pytest.mark.parametrize("kind", ["decoder", "encoder-decoder"])
+@pytest.mark.parametrize("suffix", ["csv", "jsonl"])
+@pytest.mark.parametrize("empty", ["", " \t "])
+def test_an_empty_target_is_refused(bases: Any, kind: str, suffix: str, empty: str, tmp_path: Path) -> None:
+    """It was learned: answer nothing."""
+    rows = [{"text": "a cat", "target": empty if number == 4 else "x"} for number in range(8)]
+    data = tmp_path / f"data.{suffix}"
+    if suffix == "csv":
+        data.write_text("text,target\n" + "".join(f"{row['text']},{row['target']}\n" for row in rows))
+    else:
+        data.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    with pytest.raises(DataError, match=r"row 5 of .* has nothing in column 'target'"):
+        tuned(bases[kind], data, tmp_path)
+    assert list(tmp_path.iterdir()) == [data]
+
+
 def test_multi_hot_labels_are_refused_and_named_ones_are_classes(bases: Any, tmp_path: Path) -> None:
     with pytest.raises(DataError, match=r"row 1 of 'rows': column 'label' holds .*write the names of the labels"):
         tuned(bases["encoder"], [{"text": "a", "label": [1, 0, 1]}] * 4, tmp_path)

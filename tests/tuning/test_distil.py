@@ -5,7 +5,9 @@ from __future__ import annotations
 import dataclasses
 import json
 import random
-from collections.abc import Callable
+import re
+import shutil
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -239,6 +241,25 @@ def test_another_tokenizer_learns_the_text(
     asked = options(steps=2, distil={"teacher": other_tokenizer})
     result = tune(tiny_llama_base, unlabelled(24), output=tmp_path / "r.safetensors", options=asked)
     assert "over the labels" in result.prompt.distilled_from["loss"]
+
+
+@pytest.mark.parametrize("loss", ["kl", "text"])
+def test_a_teacher_that_says_nothing_is_told(tiny_llama_base: Path, tmp_path: Path, caplog: Any, loss: str) -> None:
+    """The student learned to say nothing, without a word about it."""
+
+    def teacher(name: str, ends: Sequence[int]) -> Path:
+        folder = shutil.copytree(tiny_llama_base, tmp_path / name)
+        (folder / "generation_config.json").write_text(json.dumps({"eos_token_id": list(ends)}))
+        return folder
+
+    asked = written(teacher=teacher("silent", range(512)), loss=loss)
+    with pytest.raises(DataError, match="answers no text with a word"):
+        tune(tiny_llama_base, unlabelled(12), output=tmp_path / "p.safetensors", options=asked)
+    assert not (tmp_path / "p.safetensors").exists()
+    asked = written(teacher=teacher("terse", range(0, 512, 2)), loss=loss)
+    with caplog.at_level("WARNING", "edgeprompt"):
+        tune(tiny_llama_base, unlabelled(12), output=tmp_path / "q.safetensors", options=asked)
+    assert re.search(r"the teacher answered \d+ of 12 texts without a word, the first row \d+ of", caplog.text)
 
 
 @pytest.fixture(scope="module")
