@@ -102,7 +102,8 @@ def prove(subject: Subject, loaded: LoadedBase, folder: Path, manifest: Manifest
         every = [one for tally in tallies.values() for one in tally.correlations]
         measured["quality"]["least_correlation"] = round(float(np.min(every)), 4)  # NaN stays
         spreads = [one for tally in tallies.values() for one in tally.spreads]
-        measured["quality"]["farthest_spread"] = round(max(spreads, key=lambda one: abs(math.log(one))), 4)
+        farthest = max(spreads, key=lambda one: abs(math.log(one)))
+        measured["quality"]["farthest_spread"] = round(farthest, 4)
     return measured
 
 
