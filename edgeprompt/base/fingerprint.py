@@ -37,7 +37,7 @@ BUFFER = "buffer:"
 _HARMLESS_BUFFER = re.compile(
     r"(?:inv_freq|position_ids|token_type_ids|(?:masked_)?bias|positions\.weights?|cos|sin|_float_tensor)$"
 )
-_LOGITS_BIAS = "final_logits_bias"
+_LOGITS_BIAS = parts.LOGITS_BIAS
 """What BART and its relatives add to all logits."""
 _NO_FACT = re.compile(
     r"^_(?!sliding)|dropout|drop$|pdrop|layerdrop|^init|initializer|_token_id$|_token_ids$|^num_labels$|label|^output_"
@@ -79,7 +79,7 @@ def base_fingerprint(model: Any) -> str:
     first = fingerprint_of(config.model_type, geometry, sample)
     read = [(name, Digest(value, name)) for name, value in _covered(model, geometry.vocab_size)]
     known = getattr(model, _KNOWN, None)
-    facts = config_facts(config) | _masked_head(model)
+    facts = config_facts(config) | _masked_head(model) | _logits_bias(model)
     return joined_fingerprint(first, read, facts if known is None else facts | {parts.KNOWN: dict(known)})
 
 
@@ -300,12 +300,23 @@ def _is_computed(table: Any) -> bool:
 
 
 def _masked_head(model: Any) -> dict[str, str]:
-    """A hash of the signs of a masked language model's head, without the embedding that it shares."""
+    """A masked language model's head, without the embedding that it shares: a hash of its signs, and its sizes."""
     if not type(model).__name__.endswith("ForMaskedLM"):
         return {}
     inside = {id(value) for value in model.base_model.parameters()}
-    signs = sorted(Digest(value.detach()).signs for value in model.parameters() if id(value) not in inside)
-    return {parts.MASKED_HEAD: hashlib.sha256("\n".join(signs).encode()).hexdigest()[:16]}
+    read = [Digest(value.detach()) for value in model.parameters() if id(value) not in inside]
+    read.sort(key=lambda one: one.signs)
+    text = "\n".join(one.signs for one in read)
+    return {
+        parts.MASKED_HEAD: hashlib.sha256(text.encode()).hexdigest()[:16],
+        parts.MASKED_SIZES: parts.packed_sizes(np.array([one.entry for one in read], parts.ENTRY)),
+    }
+
+
+def _logits_bias(model: Any) -> dict[str, bool]:
+    """Whether a bias of all logits is not zero, where a base has one."""
+    found = [value for name, value in model.named_buffers() if name.endswith(_LOGITS_BIAS)]
+    return {parts.LOGITS_BIAS: any(bool(value.any()) for value in found)} if found else {}
 
 
 def _layer(name: str) -> str:

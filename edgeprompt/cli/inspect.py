@@ -104,11 +104,11 @@ def _package(path: Path) -> dict[str, Any]:
 
 def _weaker(base: Base) -> dict[str, Any]:
     """The config's values that a fingerprint holds, or a line for one of an older format."""
-    from edgeprompt.package.fingerprint import MASKED_HEAD, parse
+    from edgeprompt.package.fingerprint import OPTIONAL, parse
 
     if reason := base.weaker(base):
         return {"fingerprint_note": reason}
-    facts = {name: value for name, value in (parse(base.fingerprint).facts or {}).items() if name != MASKED_HEAD}
+    facts = {name: value for name, value in (parse(base.fingerprint).facts or {}).items() if name not in OPTIONAL}
     return {"base_config": facts} if facts else {}
 
 

@@ -35,6 +35,12 @@ KNOWN = "known_values"
 """Key of the facts of a base whose file tells some of its config alone (GGUF): name -> value of all that it tells."""
 MASKED_HEAD = "masked_head"
 """Key of the facts for the head of a masked language model; two bases are compared by it where both have one."""
+MASKED_SIZES = "masked_head_sizes"
+"""Key of the facts for the sizes and sums of that head: base64url of `ENTRY`s, in the order of their signs' hashes."""
+LOGITS_BIAS = "final_logits_bias"
+"""Key of the facts of a base that has such a bias: whether it is not zero."""
+OPTIONAL = (MASKED_HEAD, MASKED_SIZES, LOGITS_BIAS)
+"""Facts that are compared where both bases have them: heads may be left out, and older fingerprints lack some."""
 _NAMES_BYTES = 8
 OTHER = "their sizes or embeddings differ"
 """What `differences` says of two bases that have nothing in common."""
@@ -172,7 +178,11 @@ def _facts_apart(one: Fingerprint, other: Fingerprint) -> tuple[list[str], list[
     for name in sorted(a.keys() | b.keys()):
         # Facts leave defaults out, but some values of an object may be defaults: what is known has them.
         x, y = (mine.get(name, (side.known or {}).get(name)) for mine, side in ((a, one), (b, other)))
-        if x == y or (name == MASKED_HEAD and None in (x, y)):
+        if x == y or (name in OPTIONAL and None in (x, y)):
+            continue
+        if name == MASKED_SIZES:
+            if _sizes_apart(x, y):
+                differ.append(name)
             continue
         if any(side.known is not None and name not in side.known for side in (one, other)):
             unknown.append(f"{name} ({_shown(a.get(name))} against {_shown(b.get(name))})")
@@ -188,6 +198,20 @@ def flat(facts: Mapping[str, Any], above: str = "") -> Iterator[tuple[str, Any]]
             yield from flat(value, f"{above}{name}.")
         elif value is not None and (name, value) != ("rope_type", "default"):
             yield f"{above}{name}", value
+
+
+def packed_sizes(entries: Any) -> str:
+    """The value of `MASKED_SIZES`."""
+    return _encode(entries.tobytes())
+
+
+def _sizes_apart(one: object, other: object) -> bool:
+    import numpy as np
+
+    try:
+        return bool(_far(*(np.frombuffer(_decode(str(text)), ENTRY) for text in (one, other))))
+    except ValueError:  # of no fingerprint that was computed
+        return True
 
 
 def _far(one: Any, other: Any) -> int:

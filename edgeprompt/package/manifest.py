@@ -18,12 +18,6 @@ from edgeprompt.package.strict_json import check_keys, check_type
 FORMAT = "edgeprompt-package"
 VERSION = 1
 MAX_BYTES = 4 << 20
-_FED = {
-    names.ENCODER_ONLY: ("pad", "mask"),
-    names.ENCODER_DECODER: ("pad", "bos", "decoder_start", "forced_bos", "forced_eos"),
-}
-"""Special tokens that a graph reads: one beyond the vocabulary would be a row of a prompt. Others of older packages do
-no harm."""
 
 
 @dataclass(frozen=True)
@@ -231,13 +225,14 @@ def _checked(manifest: Manifest) -> Manifest:
     if set(manifest.graphs) != needed:
         raise ValueError(f"graphs are {sorted(manifest.graphs)}, needed: {sorted(needed)}")
     size = manifest.geometry.vocab_size
-    fed = _FED.get(manifest.architecture, ())
+    # A graph is fed them, and one beyond the vocabulary would be a row of a prompt; decoders are fed none.
+    limit = None if manifest.architecture == names.DECODER_ONLY else size
     for spec in dataclasses.fields(Tokens):
         value = getattr(manifest.tokens, spec.name)
         for token in value if spec.name == "eos" else (value,) if value is not None else ():
             if check_type(token, int, f"tokens.{spec.name}") < 0:
                 raise ValueError(f"tokens.{spec.name} is {token}")
-            if token >= size and spec.name in fed:
+            if limit is not None and token >= limit and spec.name != "eos":
                 raise ValueError(f"tokens.{spec.name} is {token}, and the base has {size} tokens")
     check_type(manifest.kv_in_place, bool, "kv_in_place")
     check_type(manifest.tokenizer_fingerprint, (str, type(None)), "tokenizer_fingerprint")

@@ -6,7 +6,8 @@
 const FORMAT_2 = "sha256-2:";
 const FORMAT_3 = "sha256-3:";
 const KNOWN = "known_values";
-const MASKED_HEAD = "masked_head";
+const MASKED_SIZES = "masked_head_sizes";
+const OPTIONAL = ["masked_head", "final_logits_bias"];
 const PROJECTIONS = 4;
 const NORM_STEPS = 1024;
 const PROJECTION_STEPS = 4096;
@@ -34,11 +35,13 @@ interface Fingerprint {
   known: Record<string, unknown> | null;
   names: string;
   sketch: Entry[];
+  /** Of the head of a masked language model. */
+  head: Entry[];
 }
 
 /** Read a fingerprint of any format; one of no known format is compared as a whole. */
 function parse(fingerprint: string): Fingerprint {
-  const found: Fingerprint = { first: fingerprint, signs: "", facts: null, known: null, names: "", sketch: [] };
+  const found: Fingerprint = { first: fingerprint, signs: "", facts: null, known: null, names: "", sketch: [], head: [] };
   if (fingerprint.startsWith(FORMAT_3)) {
     const parts = fingerprint.slice(FORMAT_3.length).split(".");
     try {
@@ -49,16 +52,14 @@ function parse(fingerprint: string): Fingerprint {
       const known = facts[KNOWN];
       if (known !== undefined && known !== null && !isObject(known)) return found;
       delete facts[KNOWN];
-      if (data.length < NAMES_BYTES || (data.length - NAMES_BYTES) % ENTRY_BYTES) return found;
-      const view = new DataView(data.buffer);
-      for (let at = NAMES_BYTES; at < data.length; at += ENTRY_BYTES) {
-        const sums = Array.from({ length: PROJECTIONS }, (_, one) => view.getInt16(at + 3 + 2 * one, true));
-        found.sketch.push({ kind: data[at]!, norm: view.getUint16(at + 1, true), sums });
-      }
+      if (MASKED_SIZES in facts) found.head = entries(decode(`${facts[MASKED_SIZES]}`));
+      delete facts[MASKED_SIZES];
+      if (data.length < NAMES_BYTES) return found;
+      found.sketch = entries(data, NAMES_BYTES);
       found.names = [...data.subarray(0, NAMES_BYTES)].join();
       return { ...found, signs: parts[0]!, first: parts[1]!, facts, known: known ?? null };
     } catch {
-      return { ...found, sketch: [] };
+      return found;
     }
   }
   if (fingerprint.startsWith(FORMAT_2)) {
@@ -81,10 +82,11 @@ export function difference(one: string, other: string): string | null {
   const [mine, theirs] = [flat(a.facts), flat(b.facts)];
   const facts = [...new Set([...mine.keys(), ...theirs.keys()])].sort().filter((name) => {
     const [x, y] = [mine.get(name) ?? own(a.known, name), theirs.get(name) ?? own(b.known, name)];
-    if (name === MASKED_HEAD && (x === undefined || y === undefined)) return false;
+    if (OPTIONAL.includes(name) && (x === undefined || y === undefined)) return false;
     const told = [a, b].every((side) => side.known === null || Object.hasOwn(side.known, name));
     return told && canonical(x) !== canonical(y);
   });
+  if (a.head.length && b.head.length && farParameters(a.head, b.head)) facts.push(MASKED_SIZES);
   if (facts.length) return `their configs differ: ${facts.join(", ")}`;
   const far = a.names === b.names ? farParameters(a.sketch, b.sketch) : 0;
   if (!far) return null;
@@ -94,6 +96,17 @@ export function difference(one: string, other: string): string | null {
 /** A fingerprint as people read it: format 3 has thousands of characters. */
 export function brief(fingerprint: string): string {
   return fingerprint.startsWith(FORMAT_3) ? `${fingerprint.slice(0, FORMAT_3.length + 16)}...` : fingerprint;
+}
+
+/** Parameters of a sketch; a last one that was cut is a RangeError. */
+function entries(data: Uint8Array, start = 0): Entry[] {
+  const view = new DataView(data.buffer);
+  const found: Entry[] = [];
+  for (let at = start; at < data.length; at += ENTRY_BYTES) {
+    const sums = Array.from({ length: PROJECTIONS }, (_, one) => view.getInt16(at + 3 + 2 * one, true));
+    found.push({ kind: data[at]!, norm: view.getUint16(at + 1, true), sums });
+  }
+  return found;
 }
 
 function farParameters(one: Entry[], other: Entry[]): number {

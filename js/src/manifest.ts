@@ -83,12 +83,6 @@ const GENERATION_COUNTS = ["no_repeat_ngram_size", "min_length", "min_new_tokens
 const GENERATION_LISTS = ["suppress_tokens", "begin_suppress_tokens", "forced_eos_token_id"];
 export const GENERATION_FIELDS = ["repetition_penalty", "bad_words_ids", ...GENERATION_COUNTS, ...GENERATION_LISTS];
 const TOKENS = "bos eos pad mask decoder_start forced_bos forced_eos".split(" ");
-/** Special tokens that a graph reads: one beyond the vocabulary would be a row of a prompt. */
-const FED: Record<string, readonly string[]> = {
-  "encoder-only": ["pad", "mask"],
-  "encoder-decoder": ["pad", "bos", "decoder_start", "forced_bos", "forced_eos"],
-};
-
 /** snake_case to camelCase. */
 const camel = (name: string): string => name.replace(/_([a-z])/g, (_, letter: string) => letter.toUpperCase());
 
@@ -128,7 +122,7 @@ async function read(text: string | Uint8Array): Promise<Manifest> {
     modelType: check<string>(data["model_type"], "str", "base and model_type"),
     base: readBase(data["base"], "base", "base and model_type"),
     geometry,
-    tokens: readTokens(data["tokens"], FED[architecture] ?? [], geometry.vocabSize),
+    tokens: readTokens(data["tokens"], architecture === "decoder-only" ? Infinity : geometry.vocabSize),
     precision: choice("precision", names.PRECISIONS, ""),
     route: choice("route", names.ROUTES, ""),
     graphs,
@@ -173,14 +167,12 @@ function readGeometry(data: unknown): Geometry {
   return values as unknown as Geometry;
 }
 
-function readTokens(data: unknown, fed: readonly string[], size: number): Tokens {
+/** `size`: of the vocabulary, where a graph reads special tokens: one beyond it would be a row of a prompt. */
+function readTokens(data: unknown, size: number): Tokens {
   const found = checkKeys(data, "tokens", [], TOKENS);
   const id = (value: unknown, name: string): number => {
     const token = check<number>(value, "int", `tokens.${name}`);
-    if (token < 0) throw new FormatError(`tokens.${name} is ${token}`);
-    if (token >= size && fed.includes(name)) {
-      throw new FormatError(`tokens.${name} is ${token}, and the base has ${size} tokens`);
-    }
+    if (token < 0 || (token >= size && name !== "eos")) throw new FormatError(`tokens.${name} is ${token}`);
     return token;
   };
   const values: Record<string, number | number[] | null> = {};

@@ -1,6 +1,8 @@
 """The base fingerprint: the same however a base is loaded, another for other weights, old ones still compared."""
 
+import base64
 import copy
+import json
 from pathlib import Path
 
 import pytest
@@ -11,7 +13,7 @@ from transformers import AutoConfig, AutoModel, AutoModelForCausalLM, AutoModelF
 from edgeprompt.base.fingerprint import Digest, base_fingerprint, config_facts, fingerprint_of, sampled_rows
 from edgeprompt.base.geometry import geometry_of
 from edgeprompt.base.load import load_base
-from edgeprompt.package.fingerprint import brief, rank
+from edgeprompt.package.fingerprint import FORMAT_3, brief, differences, parse, rank
 from edgeprompt.package.manifest import Base
 from tests.support import base_changes
 from tests.support.damaged import bases
@@ -287,6 +289,44 @@ def test_a_masked_head_that_was_trained_is_another_base(family, encoder_base):
     assert not Base("after", base_fingerprint(base.model)).matches(before)
 
 
+@pytest.mark.parametrize("family", ["BERT", "RoBERTa", "DistilBERT", "ELECTRA, small", "ALBERT", "ModernBERT"])
+def test_a_masked_head_that_was_scaled_is_another_base(family, encoder_base):
+    """Its signs are the same, which were all that counted."""
+    model = load_base(encoder_base(family)).model
+    before = Base("before", base_fingerprint(model))
+    for kind in (torch.float16, torch.bfloat16):
+        assert Base("rounded", base_fingerprint(copy.deepcopy(model).to(kind))).matches(before)
+    read = parse(before.fingerprint)
+    assert set(read.facts) >= {"masked_head", "masked_head_sizes"}
+    old = {name: value for name, value in read.facts.items() if name != "masked_head_sizes"}
+    inside = {id(value) for value in model.base_model.parameters()}
+    for value in model.parameters():
+        if id(value) in inside or not value.any():
+            continue
+        with torch.no_grad():
+            value *= 1.5
+            other = Base("scaled", base_fingerprint(model))
+            value /= 1.5
+        assert not other.matches(before)
+        assert "masked_head_sizes" in other.apart(before)
+        # As it was before sizes were noted: the signs are compared.
+        assert other.matches(Base("old", _with_facts(before.fingerprint, old)))
+
+
+def _with_facts(fingerprint, facts):
+    signs, first, _, sketch = fingerprint.removeprefix(FORMAT_3).split(".")
+    text = base64.urlsafe_b64encode(json.dumps(facts).encode()).decode().rstrip("=")
+    return f"{FORMAT_3}{signs}.{first}.{text}.{sketch}"
+
+
+@pytest.mark.parametrize("wrong", ["", "!", "AAAA", 3, True])
+def test_sizes_of_a_head_that_are_none_are_other_sizes(wrong, encoder_base):
+    one = base_fingerprint(load_base(encoder_base("BERT")).model)
+    other = _with_facts(one, {**parse(one).facts, "masked_head_sizes": wrong})
+    assert differences(one, other)
+    assert differences(other, one)
+
+
 @pytest.mark.parametrize("changes", [{"seed": 1}, {"vocab_size": 501}, {"num_hidden_layers": 3}])
 def test_another_base_has_another(changes):
     assert base_fingerprint(make(**changes)) != base_fingerprint(make())
@@ -363,6 +403,17 @@ def test_a_bias_of_all_logits_is_part_of_a_base():
     first, second = (Base("found", base_fingerprint(model)) for model in (one, other))
     assert not first.matches(second)
     assert first.matches(Base("half", base_fingerprint(copy.deepcopy(one).bfloat16())))
-    assert first.weaker(known) or not first.matches(known)
+    zero = copy.deepcopy(one)
+    zero.final_logits_bias.zero_()
+    without = Base("zero", base_fingerprint(zero))
+    assert "final_logits_bias" in first.apart(without)
+    assert not first.matches(without)
+    assert not without.matches(first)
+    # A fingerprint of before does not say whether there is one: as ever, a note.
+    facts = {name: value for name, value in parse(without.fingerprint).facts.items() if name != "final_logits_bias"}
+    old = Base("old", _with_facts(without.fingerprint, facts))
+    assert old.matches(without)
+    assert old.matches(first)
+    assert first.weaker(old)
     plain.final_logits_bias.zero_()
     assert known.fingerprint == base_fingerprint(plain)
