@@ -120,7 +120,7 @@ def test_genai_runs_a_package_unchanged(tiny_llama_package: Path, tasks: Any) ->
 
 
 def test_genai_answers_at_int8_as_the_runtime_does(tiny_llama_base: Path, tmp_path: Path) -> None:
-    """On every processor: without VNNI, products of signed 8-bit weights are added in 16 bits unless ONNX Runtime is told."""
+    """On every processor: without VNNI, products of 8-bit weights are added in 16 bits unless ONNX Runtime is told."""
     import onnxruntime_genai as og
 
     package = export_model(tiny_llama_base, tmp_path / "int8", route="genai", precision="int8").path
