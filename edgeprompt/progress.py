@@ -73,12 +73,8 @@ class Lines:
     def written(self) -> Iterator[None]:
         """Write lines to stderr while the work goes on."""
         thread = threading.Thread(target=self._run, name="edgeprompt-progress", daemon=True)
-        thread.start()
-        try:
+        with beside(thread, self._end):
             yield
-        finally:
-            self._end.set()
-            thread.join()
 
     def _run(self) -> None:
         while not self._end.wait(min(1.0, FIRST_S / 4)):
@@ -118,6 +114,24 @@ class Lines:
             left = spent / made * (self._total - self._done) - (now - self._changed)
             parts += [f"about {clock(left)} left"] if left > 0 else []  # a stage that takes longer than those before
         return f"{self._title}: {', '.join(parts)}"
+
+
+@contextmanager
+def beside(thread: threading.Thread, end: threading.Event, timeout: float | None = None) -> Iterator[None]:
+    """Run a thread until the block ends, also where a signal comes while it starts.
+
+    Args:
+        thread: not started yet.
+        end: tells it to end.
+        timeout: how long to wait for that; None: as long as it takes.
+    """
+    try:
+        thread.start()
+        yield
+    finally:
+        end.set()
+        with contextlib.suppress(RuntimeError):  # it had not begun
+            thread.join(timeout)
 
 
 def clock(seconds: float) -> str:

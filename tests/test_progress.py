@@ -1,8 +1,11 @@
 """Progress off a terminal: when a line comes, and what it says."""
 
+import threading
+
 import pytest
 
 from edgeprompt import progress
+from edgeprompt.bench.memory import PeakSplit
 from edgeprompt.progress import Lines
 
 
@@ -52,3 +55,24 @@ def test_stages_and_unknown_totals(monkeypatch):
     stages, rows = Lines("export", 1.0), Lines("run", None, unit="rows")
     assert after(stages, monkeypatch, 3700, 0.5, "build") == "export: 50%, build, 1:01:40 so far, about 1:01:40 left"
     assert after(rows, monkeypatch, 20, 3000) == "run: 3000 rows, 150 rows/s, 0:20 so far"
+
+
+class _Interrupted(threading.Thread):
+    """A thread that a signal reaches its starter of, once it runs."""
+
+    def start(self):
+        super().start()
+        raise KeyboardInterrupt
+
+
+@pytest.mark.parametrize("where", ["lines", "memory"])
+def test_a_signal_while_a_thread_starts_leaves_none_behind(where, monkeypatch):
+    """It went on: lines every few seconds, or a look at the memory every 5 ms, until the process ended."""
+    monkeypatch.setattr(threading, "Thread", _Interrupted)
+    before = set(threading.enumerate())
+    work = Lines("test", 10).written() if where == "lines" else PeakSplit()
+    with pytest.raises(KeyboardInterrupt), work:
+        pass
+    for thread in set(threading.enumerate()) - before:
+        thread.join(5)
+        assert not thread.is_alive()

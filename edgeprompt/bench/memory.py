@@ -40,7 +40,11 @@ class PeakSplit:
         self._thread = threading.Thread(target=self._watch, daemon=True)
 
     def __enter__(self) -> PeakSplit:
-        self._thread.start()
+        try:
+            self._thread.start()
+        except BaseException:  # a signal: nobody calls __exit__ then
+            self._stop.set()
+            raise
         return self
 
     def __exit__(

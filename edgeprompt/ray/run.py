@@ -404,12 +404,8 @@ def _progress(ray: Any, tally: Any, total: int | None, done: int) -> Iterator[No
 
     with progress.show("run", total, start=done, unit="rows") as update:
         thread = threading.Thread(target=ask, name="edgeprompt-ray-progress", daemon=True)
-        thread.start()
-        try:
+        with progress.beside(thread, ended, timeout=15):
             yield
-        finally:
-            ended.set()
-            thread.join(15)
 
 
 def _rows_of(ids: Path) -> int:
