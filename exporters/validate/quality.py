@@ -58,7 +58,7 @@ LIMITS = (
 LEAST_CORRELATION = 0.7
 """What every comparison of a quantised package, random prompt rows included, must keep with the base; a wrong graph
 lands near zero. It counts for bases that have learned nothing too."""
-MOST_SPREAD = 1.5
+MOST_SPREAD = 1.8
 """How many times as far apart as the base's a comparison's values may lie, or the base's as they: a correlation says
 nothing of their scale."""
 

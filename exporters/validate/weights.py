@@ -134,8 +134,7 @@ class _Rest:
     """Parameters that are not quantised: norms, biases, tables, small matrices. A package holds them as they are."""
 
     def __init__(self, model: Any) -> None:
-        # Zeros are left out of a graph: adding them changes nothing.
-        self._left = {name: value.detach() for name, value in model.named_parameters() if bool(value.any())}
+        self._left = {name: value.detach() for name, value in model.named_parameters()}
         self._matrices = WeightIndex(model)
 
     def find(self, initializers: Mapping[str, Any], records: Sequence[Mapping[str, Any]]) -> None:
@@ -167,7 +166,8 @@ class _Rest:
         Raises:
             ValidationError: names it.
         """
-        if left := [name for name, value in self._left.items() if value.numel() > 1]:
+        # Zeros are left out of a graph: adding them changes nothing.
+        if left := [name for name, value in self._left.items() if value.numel() > 1 and bool(value.any())]:
             more = f", nor of {len(left) - 1} others" if len(left) > 1 else ""
             raise ValidationError(f"the package holds no copy of the base's {left[0]!r}{more}, which is not quantised")
 
