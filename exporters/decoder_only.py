@@ -106,10 +106,10 @@ def _observed(loaded: LoadedBase, options: ExportOptions) -> Observed | None:
     """
     why = why_uncalibrated(loaded, options.precision, options.block_size)
     if why is None:
-        closely = options.precision == "int4"
+        closely = options.precision == "int4" or _parameters(loaded) <= MOST_PARAMETERS
         if closely:
             check_memory(loaded.name, Sizes(_parameters(loaded)), to_observe)
-        return observe(loaded, options.calibration, closely=closely)
+        return observe(loaded, options.calibration, closely=closely, virtual=options.precision == "int8")
     if options.calibration is not None:
         raise InputError(f"{why}, without calibration texts; leave them out")
     if options.precision == "int4" and options.block_size == BLOCK and _parameters(loaded) > MOST_PARAMETERS:

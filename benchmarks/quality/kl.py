@@ -65,14 +65,17 @@ def main() -> None:
             result = json.loads(given.out.read_text("utf-8"))
             if result["sentences"] != given.sentences:
                 raise SystemExit(f"the result has {result['sentences']} sentences; give as many, or leave out --add")
-        result["machine"] = describe()
+        machine = describe()
+        result.setdefault("machine", machine)
+        # Rows that are added on another machine say so; the table names them below.
+        where = {} if result["machine"] == machine else {"machine": machine}
         for name in given.bases.split(","):
             for kind, compared in sides(
                 BASES[name], [one for one in given.precisions.split(",") if one], given.llamacpp, given.floats
             ):
                 found = measure(*compared, given.sentences, given.threads)
                 rows = result.setdefault(kind, {})
-                rows[name] = {**rows.get(name, {}), **found}
+                rows[name] = {**rows.get(name, {}), **{key: {**row, **where} for key, row in found.items()}}
                 given.out.write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
     found = table(json.loads(given.out.read_text("utf-8")))
     print(found)
@@ -99,8 +102,10 @@ def sides(
 ) -> Iterator[tuple[str, Compared]]:
     """What is compared: "bases", the file as it is, and "floats"."""
     packages = {name: package(name, model) for name in precisions}
-    peers: dict[str, Peer] = {LLAMACPP: _LlamaCpp(llamacpp, model_file(model))} if llamacpp is not None else {}
-    if packages or peers:
+    peers: dict[str, Peer] = {}
+    if packages:
+        if llamacpp is not None:
+            peers[LLAMACPP] = _LlamaCpp(llamacpp, model_file(model))
         yield "bases", (model_file(model), packages, peers)
     if floats is None:
         return
@@ -268,7 +273,14 @@ def table(result: dict[str, Any]) -> str:
                 f"| {row['perplexity']:.2f} ({row['perplexity_base']:.2f}) |"
                 for name, row in rows.items()
             ]
-    return "\n".join([*lines, "", f"{result['sentences']} sentences, two places each. {line(result['machine'])}"])
+    lines += ["", f"{result['sentences']} sentences, two places each. {line(result['machine'])}"]
+    others: dict[str, list[str]] = {}
+    for kind in ("bases", "floats"):
+        for base, rows in result.get(kind, {}).items():
+            for name, row in rows.items():
+                if "machine" in row:
+                    others.setdefault(line(row["machine"]), []).append(f"{base} {name}")
+    return "\n".join([*lines, *(f"Other rows ({', '.join(rows)}): {where}" for where, rows in others.items())])
 
 
 if __name__ == "__main__":

@@ -167,18 +167,25 @@ def dequantize_record(
     zeros = _array(initializers, record["zero_points"], (rows,)) if record["zero_points"] else None
     if columns_first:
         middle = np.zeros_like(scales) if zeros is None else zeros.astype(np.float32)
-        found = torch.from_numpy(((codes.astype(np.float32) - middle) * scales).T)
-        factors = read_factors(record, initializers)
-        return found if factors is None else found / factors
+        return _without_factors(
+            torch.from_numpy(((codes.astype(np.float32) - middle) * scales).T), record, initializers
+        )
     if record["layout"] != "blocks":
         raise PackageError(f"unknown weight layout {record['layout']!r}; known: blocks, columns")
     blocks = unpack_blocks(codes, scales, zeros, columns=record["columns"], bits=record["bits"], block=record["block"])
     weight = blocks.dequantize()
     if not record["offsets"]:
-        return weight
+        return _without_factors(weight, record, initializers)
     columns = record["columns"] - record["offsets"]
     offsets = weight[:, columns : columns + columns // record["block"]]
     return weight[:, :columns] + offsets.repeat_interleave(record["block"], dim=1)
+
+
+def _without_factors(
+    weight: torch.Tensor, record: Mapping[str, Any], initializers: Mapping[str, ir.Value]
+) -> torch.Tensor:
+    factors = read_factors(record, initializers)
+    return weight if factors is None else weight / factors
 
 
 def read_scales(

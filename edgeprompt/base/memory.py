@@ -20,7 +20,7 @@ _TRAINED = 2e9
 """Bytes of a few short texts' activations, which wait for the backward pass."""
 _OBSERVED = 10.4
 """Bytes a parameter of a base whose matrices' inputs and gradients are kept over calibration texts (measured in all:
-2.1 GB for SmolLM2, 3.5 GB for Gemma 3 270M)."""
+2.2 GB for SmolLM2, 4.0 GB for Gemma 3 270M)."""
 _SERVED = {"fp32": 4.2, "fp16": 8.4, "int8": 2.2, "int4": 1.5, "gguf": 2.2}
 """Bytes a parameter of a package that ONNX Runtime has open: packed weights, and the file's own where it keeps them."""
 
@@ -51,7 +51,7 @@ def to_train(sizes: Sizes) -> float:
 
 
 def to_observe(sizes: Sizes) -> float:
-    """A base that is loaded, while int4 looks at what its matrices are fed."""
+    """A base that is loaded, while int4 or int8 looks at what its matrices are fed."""
     return _OBSERVED * sizes.parameters
 
 

@@ -6,8 +6,11 @@ or into the rows of the matrix whose product the input is. Both are constants, w
 opens a graph. Factors are powers of two, so no value is rounded by them, and what a package stores can be compared with
 its base's weights exactly.
 
-Where a few columns are so large that no factor helps, a layer gets scales for blocks of columns instead, of its input
-and of its weight. That is slower for many tokens, so few layers do.
+Where a base was observed closely, the factors are those that cost least (`exporters.quantize.cost`); elsewhere they
+follow from the largest values of a column.
+
+Where a few columns are so large that no factor helps, a layer gets scales for blocks of columns, of its input and of
+its weight. That is slower for many tokens, so few layers do.
 """
 
 from __future__ import annotations
@@ -21,6 +24,7 @@ import onnx_ir as ir
 import torch
 
 from exporters.graft.linears import Linear
+from exporters.quantize.cost import Cost
 
 SHARE = 0.65
 """How much of the outliers goes from activations to weights: 0 none, 1 all. Chosen by the KL divergence of SmolLM2
@@ -31,6 +35,9 @@ took in a far larger one would leave few steps to the others of its weights."""
 STANDS_OUT, MOST_BLOCKS = 32.0, 0.06
 """A layer whose largest column is so many times its median column gets blocks, the worst first, for this share of all
 weights at most. They are computed at about 0.6 of the others' speed."""
+WORTH_BLOCKS, MOST_WORTH = 1e-4, 0.035
+"""KL divergence, in nats, that blocks must save where costs are known, and the share of all weights that may have
+them there: those that save most for each weight."""
 LARGEST_ERROR = 0.03
 """Of a weight with its factors, relative to its size; factors are limited further where it would be larger."""
 _SCALE_AT = {
@@ -58,6 +65,20 @@ class Factors:
     """Layers that want scales for blocks of columns."""
 
 
+@dataclass
+class _Source:
+    """An input of layers, and what becomes of it."""
+
+    readers: list[Linear]
+    norm: ir.Node | None = None
+    """Whose scale is divided."""
+    before: Linear | None = None
+    """Whose rows are divided."""
+    exponents: torch.Tensor | None = None
+    saved: float | None = None
+    """What blocks would save, in nats; None: not known."""
+
+
 def equalize(
     graph: ir.Graph,
     linears: Sequence[Linear],
@@ -65,7 +86,9 @@ def equalize(
     constant: Constant,
     *,
     levels: int,
-    most_blocks: float = MOST_BLOCKS,
+    measure: Callable[[Sequence[Linear]], Cost | None] = lambda _: None,
+    block: Callable[[int], int] = lambda _: 0,
+    blocks: bool = True,
 ) -> Factors:
     """Divide the inputs of linear layers, in place, where that is free; their weights are left to the caller.
 
@@ -75,56 +98,85 @@ def equalize(
         largest: Largest magnitude of each column of a layer's input; layers that are missing stay as they are.
         constant: Makes an initialiser.
         levels: Largest magnitude of the integers that weights become.
-        most_blocks: Share of all weights that may want blocks.
+        measure: What integers cost layers that share an input; None: not known.
+        block: Size of the blocks that so many columns would get.
+        blocks: Whether layers may want blocks.
     """
     found = Factors()
-    by_source: dict[ir.Value, list[Linear]] = {}
-    for linear in linears:
-        source = linear.node.inputs[0]
-        assert source is not None
-        by_source.setdefault(source, []).append(linear)
-    by_source = {
-        source: readers for source, readers in by_source.items() if all(one.node in largest for one in readers)
-    }
-    found.blocks = _outliers(by_source, largest, most_blocks * sum(math.prod(linear.shape) for linear in linears))
-    nodes = {linear.node: linear for linear in linears if linear.node not in found.blocks}
-    for source, readers in by_source.items():
-        only = {use.node for use in source.uses()} == {reader.node for reader in readers}
-        if not only or source.is_graph_output() or readers[0].node in found.blocks:
+    nodes = {linear.node: linear for linear in linears}
+    sources = _sources(linears, largest, nodes)
+    for one in sources.values():
+        cost, columns = measure(one.readers), one.readers[0].shape[1]
+        if one.norm is not None or one.before is not None:
+            one.exponents = _exponents(largest[one.readers[0].node], one.readers, levels, cost)
+        size = block(columns)
+        if cost is not None and size and columns % size == 0:
+            exponents = torch.zeros(columns) if one.exponents is None else one.exponents
+            one.saved = cost.of(exponents) - cost.of(exponents, size)
+    if blocks:
+        found.blocks = _outliers(sources, largest, sum(math.prod(linear.shape) for linear in linears))
+    for source, one in sources.items():
+        in_blocks = one.readers[0].node in found.blocks
+        before = one.before
+        if one.exponents is None or not bool(one.exponents.any()) or (in_blocks and one.saved is None):
             continue
-        norm, before = source.producer(), _before(source, nodes)
-        at = _SCALE_AT.get(norm.op_type, ()) if norm is not None and source is norm.outputs[0] else ()
-        if not at and before is None:
+        if before is not None and before.node in found.blocks:
             continue
-        exponents = _exponents(largest[readers[0].node], readers, levels)
-        if not bool(exponents.any()):
-            continue
-        factors = constant(f"{source.name}_factors", torch.exp2(exponents).numpy())
-        found.columns |= {reader.node: factors for reader in readers}
+        factors = constant(f"{source.name}_factors", torch.exp2(one.exponents).numpy())
+        found.columns |= {reader.node: factors for reader in one.readers}
         if before is not None:
             found.rows[before.node] = factors
             continue
+        norm = one.norm
         assert norm is not None
-        for index in at:
+        for index in _SCALE_AT[norm.op_type]:
             if len(norm.inputs) > index and (scale := norm.inputs[index]) is not None:
                 norm.replace_input_with(index, divided(graph, norm, scale, factors))
     return found
 
 
+def _sources(
+    linears: Sequence[Linear], largest: Mapping[ir.Node, torch.Tensor], nodes: Mapping[ir.Node, Linear]
+) -> dict[ir.Value, _Source]:
+    """Inputs whose columns are known, and where factors of them could go."""
+    found: dict[ir.Value, _Source] = {}
+    for linear in linears:
+        source = linear.node.inputs[0]
+        assert source is not None
+        found.setdefault(source, _Source([])).readers.append(linear)
+    found = {source: one for source, one in found.items() if all(reader.node in largest for reader in one.readers)}
+    for source, one in found.items():
+        only = {use.node for use in source.uses()} == {reader.node for reader in one.readers}
+        if not only or source.is_graph_output():
+            continue
+        norm = source.producer()
+        one.before = _before(source, nodes)
+        if one.before is None and norm is not None and source is norm.outputs[0] and norm.op_type in _SCALE_AT:
+            one.norm = norm
+    return found
+
+
 def _outliers(
-    by_source: Mapping[ir.Value, list[Linear]], largest: Mapping[ir.Node, torch.Tensor], left: float
+    sources: Mapping[ir.Value, _Source], largest: Mapping[ir.Node, torch.Tensor], weights: int
 ) -> set[ir.Node]:
-    """The layers whose inputs have the largest outliers, as far as `left` weights go."""
-    standing: dict[ir.Value, float] = {}
-    for source, readers in by_source.items():
-        columns = largest[readers[0].node]
-        standing[source] = float(columns.max() / columns.median().clamp(min=1e-30))
+    """The layers that want blocks most, as far as the share of all weights goes that may have them."""
+    wanted: dict[ir.Value, float] = {}
+    sizes = {source: sum(math.prod(reader.shape) for reader in one.readers) for source, one in sources.items()}
+    known = {source: one.saved for source, one in sources.items() if one.saved is not None}
+    for source, saved in known.items():
+        if saved >= WORTH_BLOCKS:
+            wanted[source] = saved / sizes[source]
+    for source, one in sources.items() if not known else ():
+        columns = largest[one.readers[0].node]
+        standing = float(columns.max() / columns.median().clamp(min=1e-30))
+        if standing >= STANDS_OUT:
+            wanted[source] = standing
     found: set[ir.Node] = set()
-    for source in sorted(standing, key=lambda one: -standing[one]):
-        size = sum(math.prod(reader.shape) for reader in by_source[source])
-        if standing[source] >= STANDS_OUT and size <= left:
-            found |= {reader.node for reader in by_source[source]}
-            left -= size
+    left = (MOST_WORTH if known else MOST_BLOCKS) * weights
+    for source in sorted(wanted, key=lambda one: -wanted[one]):
+        if sizes[source] <= left:
+            found |= {reader.node for reader in sources[source].readers}
+            left -= sizes[source]
     return found
 
 
@@ -152,16 +204,20 @@ def _before(source: ir.Value, nodes: Mapping[ir.Node, Linear]) -> Linear | None:
     return None
 
 
-def _exponents(largest: torch.Tensor, readers: Sequence[Linear], levels: int) -> torch.Tensor:
-    """log2 of the factors: how far a column's activations stand out, and how little its weights do."""
+def _exponents(largest: torch.Tensor, readers: Sequence[Linear], levels: int, cost: Cost | None) -> torch.Tensor:
+    """log2 of the factors: those that cost least, or how far a column's activations stand out, and how little its
+    weights do."""
     matrices = [reader.weight() for reader in readers]
     weights = torch.stack([matrix.abs().amax(0) for matrix in matrices]).amax(0)
-    tiny = torch.finfo(torch.float32).tiny
-    wanted = SHARE * torch.log2(largest.clamp(min=tiny)) - (1 - SHARE) * torch.log2(weights.clamp(min=tiny))
     used = (largest > 0) & (weights > 0)
     if not bool(used.any()):
-        return torch.zeros_like(wanted)
-    wanted = torch.where(used, torch.round(wanted - wanted[used].median()), 0.0)
+        return torch.zeros_like(weights)
+    if cost is not None:
+        wanted = torch.where(used, cost.least(), 0.0)
+    else:
+        tiny = torch.finfo(torch.float32).tiny
+        wanted = SHARE * torch.log2(largest.clamp(min=tiny)) - (1 - SHARE) * torch.log2(weights.clamp(min=tiny))
+        wanted = torch.where(used, torch.round(wanted - wanted[used].median()), 0.0)
     for most in range(MOST, 0, -1):
         exponents = wanted.clamp(LEAST, most)
         if all(_error(matrix, torch.exp2(exponents), levels) <= LARGEST_ERROR for matrix in matrices):

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -23,7 +23,8 @@ from edgeprompt.base.blockwise import (
 from edgeprompt.errors import ExportError
 from exporters.graft.fuse import drop_unused
 from exporters.graft.linears import Linear, WeightIndex, find_linears, initializer_tensor, is_constant
-from exporters.quantize.equalize import MOST_BLOCKS, Factors, divided, equalize
+from exporters.quantize.cost import LEAST_TOKENS, Cost
+from exporters.quantize.equalize import Factors, divided, equalize
 from exporters.quantize.feedback import moments, quantize_affine_fed
 from exporters.quantize.observe import Observed, of_pieces
 from exporters.quantize.rows import quantize_rows
@@ -188,8 +189,27 @@ class _Quantizer:
             found = of_pieces(self.observed.largest, self.index.pieces(linear.weight()))
             if found is not None:
                 largest[linear.node] = found
-        share = 0.0 if self.web else MOST_BLOCKS
-        return equalize(self.graph, linears, largest, self._initializer, levels=self.levels, most_blocks=share)
+        return equalize(
+            self.graph,
+            linears,
+            largest,
+            self._initializer,
+            levels=self.levels,
+            measure=self._cost,
+            block=table_block,
+            blocks=not self.web,
+        )
+
+    def _cost(self, readers: Sequence[Linear]) -> Cost | None:
+        """What 8-bit integers cost layers that share an input; None where that was not observed."""
+        assert self.observed is not None
+        weights = [reader.weight() for reader in readers]
+        pieces = [self.index.pieces(weight) for weight in weights]
+        inputs = [self.observed.inputs_of(one) for one in pieces]
+        if inputs[0] is None or any(one is None for one in inputs) or len(inputs[0]) < LEAST_TOKENS:
+            return None
+        gradients = [self.observed.gradients_of(one) for one in pieces]
+        return Cost(inputs[0], gradients, weights, predicted=self.observed.predicted, levels=self.levels)
 
     def _sensitive(self, linears: list[Linear], observed: Observed) -> set[ir.Node]:
         """The layers that lose most with 4 bits for each of their weights, as far as `EIGHT_BITS` goes."""
@@ -352,22 +372,41 @@ class _Quantizer:
     def _nbits(self, linear: Linear, weight: torch.Tensor) -> tuple[BlockWeights, ir.Value, ir.Value, ir.Value | None]:
         value = linear.node.inputs[0]
         assert value is not None
-        blocks = self._eight_bits(weight)
-        return blocks, *self._matmul(linear, weight, blocks, value, blocks.codes.shape[2])
+        factors = self.factors.columns.get(linear.node)
+        blocks = self._eight_bits(weight if factors is None else weight * initializer_tensor(factors))
+        return blocks, *self._matmul(linear, weight, blocks, value, blocks.codes.shape[2], factors=factors)
 
     def _matmul(
-        self, linear: Linear, weight: torch.Tensor, blocks: BlockWeights, value: ir.Value, block: int, offsets: int = 0
+        self,
+        linear: Linear,
+        weight: torch.Tensor,
+        blocks: BlockWeights,
+        value: ir.Value,
+        block: int,
+        offsets: int = 0,
+        factors: ir.Value | None = None,
     ) -> tuple[ir.Value, ir.Value, ir.Value | None]:
         bits, stem = blocks.bits, str(linear.value.name)
-        known = stem in self._made
+        known = stem in self._made and factors is None
         codes, scales, zeros = self._made[stem] if known else self._stored(stem, blocks)
-        self._made[stem] = codes, scales, zeros
+        if factors is None:
+            self._made[stem] = codes, scales, zeros
         inputs = [value, codes, scales, zeros]
         if linear.bias is not None:
             inputs += [None, linear.bias]
         if not known:
+            named = None if factors is None else str(factors.name)
             self._record(
-                weight, codes, scales, zeros, "blocks", bits, columns=blocks.columns, block=block, offsets=offsets
+                weight,
+                codes,
+                scales,
+                zeros,
+                "blocks",
+                bits,
+                columns=blocks.columns,
+                block=block,
+                offsets=offsets,
+                factors=named,
             )
         attributes = {"K": blocks.columns, "N": weight.shape[0], "bits": bits, "block_size": block}
         self._replace(linear.node, "MatMulNBits", inputs, {**attributes, "accuracy_level": 4})

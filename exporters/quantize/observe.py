@@ -21,6 +21,8 @@ MOST_PARAMETERS = 400_000_000
 """Of a base that is observed closely: what is kept takes about 2 kB a row and column of its matrices."""
 KEPT_TOKENS, KEPT_AT_ONCE = 2048, 256
 """Tokens whose inputs are kept, in all and of one pass."""
+VIRTUAL = 8
+"""Rows of noise in place of a text's first tokens: what stands there in an untrained prompt."""
 _EVERY = 4
 """One position of so many predicts a token: the output layer of a small base takes longer than all others."""
 
@@ -71,7 +73,7 @@ class Observed:
         return 0.5 * float(moved.square().sum()) / max(self.predicted, 1)
 
 
-def observe(loaded: LoadedBase, data: Any = None, *, closely: bool = False) -> Observed:
+def observe(loaded: LoadedBase, data: Any = None, *, closely: bool = False, virtual: bool = False) -> Observed:
     """Run a decoder over calibration texts, each matrix read once for many of them.
 
     A base that cannot read text is fed random token ids.
@@ -80,6 +82,7 @@ def observe(loaded: LoadedBase, data: Any = None, *, closely: bool = False) -> O
         loaded: The base; its matrices may lie in their files.
         data: The user's texts, as `exporters.validate.quality.read_texts` takes them; None: the shipped ones.
         closely: Keep inputs and gradients too, of the first `KEPT_TOKENS` tokens, and look at no more.
+        virtual: Then let every second text start with `VIRTUAL` random rows, so that activations of prompts are seen.
 
     Raises:
         DataError: `data` holds no text that the base can read.
@@ -106,14 +109,16 @@ def observe(loaded: LoadedBase, data: Any = None, *, closely: bool = False) -> O
             observed.texts.append(mask.nonzero()[:, 0])
         with _watched(loaded.model, observed, mask.bool(), keep=closely):
             if closely:
-                _draw(loaded.model, observed, ids, mask, random_tokens)
+                _draw(loaded.model, observed, ids, mask, random_tokens, VIRTUAL if virtual else 0)
             else:
                 with torch.no_grad():
                     loaded.model.base_model(input_ids=ids, attention_mask=mask, use_cache=False)
     return observed
 
 
-def _draw(model: Any, observed: Observed, ids: torch.Tensor, mask: torch.Tensor, random: torch.Generator) -> None:
+def _draw(
+    model: Any, observed: Observed, ids: torch.Tensor, mask: torch.Tensor, random: torch.Generator, virtual: int
+) -> None:
     """Let a base draw next tokens, and go back from their log-likelihood to all of its matrices."""
 
     def some(_: Any, given: tuple[torch.Tensor, ...]) -> tuple[torch.Tensor, ...]:
@@ -122,7 +127,10 @@ def _draw(model: Any, observed: Observed, ids: torch.Tensor, mask: torch.Tensor,
     hook = model.get_output_embeddings().register_forward_pre_hook(some)
     try:
         with torch.enable_grad():
-            embedded = model.get_input_embeddings()(ids).detach().requires_grad_(True)
+            embedded = model.get_input_embeddings()(ids).detach()
+            rows = embedded[1::2, :virtual]
+            rows.copy_(torch.randn(rows.shape, generator=random) * embedded.std())
+            embedded.requires_grad_(True)
             logits = model(inputs_embeds=embedded, attention_mask=mask, use_cache=False).logits[0]
             likely = torch.log_softmax(logits, -1)
             drawn = torch.multinomial(likely.detach().exp(), 1, generator=random)

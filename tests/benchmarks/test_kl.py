@@ -24,3 +24,16 @@ def test_floats_lie_off_the_grid_and_near_it() -> None:
 def test_the_table_in_the_docs_is_the_result() -> None:
     document = Path(__file__).resolve().parents[2] / "docs" / "quantisation.md"
     assert table(json.loads(OUT.read_text("utf-8"))) in document.read_text("utf-8")
+
+
+def test_rows_of_another_machine_say_so() -> None:
+    result = json.loads(OUT.read_text("utf-8"))
+    there = {**result["machine"], "cpu": "Another"}
+    for rows in result["bases"].values():
+        for row in rows.values():
+            row.pop("machine", None)
+    assert "Other rows" not in table(result)
+    result["bases"]["smollm2"]["int8"]["machine"] = there
+    last = table(result).splitlines()[-1]
+    assert last.startswith("Other rows (smollm2 int8): Measured on ")
+    assert "Another" in last

@@ -15,7 +15,7 @@ from edgeprompt.base.dequantize import dequantize_record, load_package_weights
 from edgeprompt.base.load import LoadedBase, load_base
 from edgeprompt.errors import DataError, InputError, PackageError, UnsupportedError, ValidationError
 from exporters import decoder_only, export_model
-from exporters.quantize import graph as quantizer
+from exporters.quantize import equalize as equalizer
 from exporters.quantize.observe import Observed, observe
 from exporters.validate.weights import check_weights
 from tests.support import decoder_models
@@ -48,7 +48,7 @@ def unequalised(monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.mark.parametrize("family", ["llama", "gemma3_text"])
 def test_outliers_cost_little(family: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(quantizer, "MOST_BLOCKS", 0.0)
+    monkeypatch.setattr(equalizer, "MOST_WORTH", 0.0)
     loaded = with_outliers(family)
     good = export_model(loaded, tmp_path / "good", precision="int8", allow_quality_loss=True).manifest
     unequalised(monkeypatch)
@@ -73,7 +73,7 @@ def test_outliers_cost_little(family: str, tmp_path: Path, monkeypatch: pytest.M
 
 
 def test_what_is_stored_is_the_base(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(quantizer, "MOST_BLOCKS", 0.0)
+    monkeypatch.setattr(equalizer, "MOST_WORTH", 0.0)
     loaded = with_outliers("llama")
     export_model(loaded, tmp_path / "package", precision="int8", allow_quality_loss=True)
     before = {name: value.clone() for name, value in loaded.model.named_parameters()}
@@ -145,7 +145,7 @@ def _lines(file: Path, texts: list[str]) -> Path:
 
 
 def test_a_column_beyond_all_factors_gets_blocks(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(quantizer, "MOST_BLOCKS", 0.12)  # one matrix of the two layers
+    monkeypatch.setattr(equalizer, "MOST_WORTH", 0.12)  # one matrix of the two layers
     loaded = with_outliers("llama")
     with torch.no_grad():
         loaded.model.model.layers[1].mlp.up_proj.weight[COLUMN] *= 512
@@ -155,3 +155,10 @@ def test_a_column_beyond_all_factors_gets_blocks(tmp_path: Path, monkeypatch: py
     blocks = {name for name, layout in layouts.items() if layout == "blocks" and "layers" in name}
     assert blocks == {"model.layers.1.mlp.down_proj.weight"}
     assert manifest.validation["least_correlation"] > 0.9
+    # Its columns have factors too, and it reads back as the base's.
+    assert all(record["factors"] for record in manifest.extra["weights"] if record["pieces"][0][0] in blocks)
+    name = "model.layers.1.mlp.down_proj.weight"
+    before = dict(loaded.model.named_parameters())[name].detach().clone()
+    load_package_weights(loaded.model, tmp_path / "package")
+    after = dict(loaded.model.named_parameters())[name].detach()
+    assert float((after - before).norm() / before.norm()) < 0.02
