@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import logging
 import re
 import shutil
 import tempfile
@@ -16,7 +17,10 @@ from edgeprompt.errors import HubError, InputError, MissingDependencyError
 from edgeprompt.package.folder import open_package
 from edgeprompt.package.manifest import Base, Manifest
 
+_LOG = logging.getLogger("edgeprompt")
 CARD = "README.md"
+_OURS = 'library_name: "edgeprompt"'
+"""In the metadata of the cards that are written here."""
 _REPO = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
 
 
@@ -86,6 +90,8 @@ def push(
 ) -> str:
     """Put a package or a prompt file into a repository, which is made where it is not there; one commit.
 
+    A model card that edgeprompt did not write is left as it is.
+
     Args:
         source: a package folder, or a prompt file.
         repo: `user/repo`.
@@ -125,12 +131,28 @@ def push(
         try:
             hub = huggingface_hub.HfApi()
             hub.create_repo(repo, private=private, exist_ok=True)
+            if _has_own_card(hub, repo):
+                (staged / CARD).unlink()
+                _LOG.warning("note: %s has a model card that edgeprompt did not write; it is left as it is", repo)
             done = hub.upload_folder(
                 repo_id=repo, folder_path=staged, commit_message=message or f"{source.name}, by edgeprompt push"
             )
         except (OSError, ValueError, RuntimeError) as error:
             raise HubError(f"cannot push to {repo!r}: {' '.join(str(error).split())[:300]}") from error
     return str(done.commit_url)
+
+
+def _has_own_card(hub: Any, repo: str) -> bool:
+    """Whether a repository has a card that somebody wrote, or another tool."""
+    from huggingface_hub.errors import EntryNotFoundError
+
+    with tempfile.TemporaryDirectory() as folder:
+        try:
+            file = hub.hf_hub_download(repo, CARD, local_dir=folder)
+        except EntryNotFoundError:
+            return False
+        text = Path(file).read_text("utf-8", errors="replace")
+    return bool(text.strip()) and _OURS not in text.split("\n---", 1)[0]
 
 
 def _files(manifest: Manifest, folder: Path) -> list[str]:

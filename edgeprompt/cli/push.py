@@ -19,7 +19,8 @@ def command(source: Path, repo: str, private: bool, licence: str | None, message
     """Put a package or a prompt file into REPO (user/repo) on the Hugging Face Hub.
 
     A model card is written from the files: what it is, its base and fingerprint, precision and measured quality,
-    labels, and how to use it. The token is that of `hf auth login`, or HF_TOKEN.
+    labels, and how to use it. A card that edgeprompt did not write is left as it is. The token is that of `hf auth
+    login`, or HF_TOKEN.
     """
     console.quiet_libraries()
     from edgeprompt.publish import push

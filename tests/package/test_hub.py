@@ -295,6 +295,17 @@ def test_push_writes_a_card_and_comes_back(
     assert found.stdout == command("run", tiny_llama_package, "the film", "--prompt", prompt).stdout
 
 
+def test_a_card_that_somebody_wrote_is_left(served: Hub, command: Command, tmp_path: Path) -> None:
+    prompt = tmp_path / "sentiment.safetensors"
+    push = ("push", prompt, "user/prompts-of-mine")
+    for _ in range(2):  # its own card is replaced
+        assert command(*push, HF_TOKEN=TOKEN).stderr == ""
+    served.repositories["user/prompts-of-mine"].commit({"README.md": b"# By hand\n"})
+    done = command(*push, HF_TOKEN=TOKEN)
+    assert (done.returncode, "left as it is" in done.stderr) == (0, True)
+    assert _files(served, "user/prompts-of-mine")["README.md"] == b"# By hand\n"
+
+
 def test_what_cannot_be_pushed_is_one_line(command: Command, tmp_path: Path) -> None:
     assert "is no name of a repository" in line_of(command("push", tmp_path / "sentiment.safetensors", "new"))
     assert "nothing to push" in line_of(command("push", tmp_path / "none", "user/new"))
