@@ -62,7 +62,7 @@ def geometry_of(config: Any) -> Geometry:
 def tokens_of(config: Any, generation_config: Any = None, tokenizer: Any = None) -> Tokens:
     """Special token ids: the generation config's first, then the model's, then the tokenizer's.
 
-    A padding token of -1 is none. So is what only the config's class says, where the base has no such token.
+    A padding token of -1 is none. So is what the config's class says by default, where the base has no such token.
 
     Raises:
         SourceError: one is no token of the base.
@@ -79,7 +79,7 @@ def tokens_of(config: Any, generation_config: Any = None, tokenizer: Any = None)
             wrong = [one for one in (value if several else [value]) if not _is_token(one, size)]
             if not wrong:
                 return value
-            if source is not config or value != _usual(config, name):
+            if source is tokenizer or value != _usual(config, name):
                 raise SourceError(
                     f"the base's {where} says {name} {value!r}, and {wrong[0]!r} is none of its {size} tokens; correct "
                     "it there"

@@ -132,7 +132,8 @@ class Tally:
             self.agree.append(is_tie(got, want))
         self.correlations.append(correlation(got, want))
         tiny = 1e-12
-        self.spreads.append((float(got.std()) + tiny) / (float(want.std()) + tiny))
+        with np.errstate(all="ignore"):  # what is not finite is refused by all other figures
+            self.spreads.append((float(got.std()) + tiny) / (float(want.std()) + tiny))
 
     @property
     def scale(self) -> float:

@@ -125,6 +125,7 @@ def test_ctrl_c_inside_exec_is_an_ordinary_end():
         "import signal, sys\n"
         "from edgeprompt.cli import _terminable\n"
         "signal.signal(signal.SIGINT, signal.default_int_handler)\n"
+        "signal.signal(signal.SIGHUP, signal.SIG_DFL)\n"  # also where nohup runs the tests
         "try:\n"
         "    with _terminable():\n"
         "        exec('import signal; signal.raise_signal(signal.SIGINT)')\n"
@@ -144,6 +145,7 @@ def test_a_signal_while_an_object_is_deleted_is_heard(name, code):
         "    def __del__(self):\n"
         f"        signal.raise_signal(signal.{name})\n"
         "signal.signal(signal.SIGINT, signal.default_int_handler)\n"
+        "signal.signal(signal.SIGHUP, signal.SIG_DFL)\n"  # also where nohup runs the tests
         "try:\n"
         "    with _terminable():\n"
         "        Object()\n"

@@ -31,7 +31,8 @@ def command(base: Path, data: Path, out: Path, *more: Any) -> list[str]:
 def started(args: list[str], log: Path, steps: int) -> subprocess.Popen[str]:
     """The process, after its log has some steps."""
     env = {**os.environ, "PYTHONPATH": os.pathsep.join(filter(None, sys.path))}
-    process = subprocess.Popen(args, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=env)
+    heard = {"preexec_fn": lambda: signal.signal(signal.SIGHUP, signal.SIG_DFL)}  # also where nohup runs the tests
+    process = subprocess.Popen(args, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=env, **heard)
     deadline = time.monotonic() + 300
     figures = log / "metrics.jsonl"
     while process.poll() is None and time.monotonic() < deadline:
