@@ -166,7 +166,7 @@ def dequantize_record(
     scales = _array(initializers, record["scales"], (rows,))
     zeros = _array(initializers, record["zero_points"], (rows,)) if record["zero_points"] else None
     if columns_first:
-        middle = np.zeros_like(scales) if zeros is None else zeros.astype(np.float32)
+        middle = np.float32(128 if codes.dtype == np.uint8 else 0) if zeros is None else zeros.astype(np.float32)
         return _without_factors(
             torch.from_numpy(((codes.astype(np.float32) - middle) * scales).T), record, initializers
         )

@@ -27,7 +27,7 @@ from exporters.quantize.cost import LEAST_TOKENS, Cost
 from exporters.quantize.equalize import Factors, divided, equalize
 from exporters.quantize.feedback import moments, quantize_affine_fed
 from exporters.quantize.observe import Observed, of_pieces
-from exporters.quantize.rows import quantize_rows
+from exporters.quantize.rows import MIDDLE, quantize_rows
 from exporters.quantize.store import Store
 
 BLOCK = 32
@@ -60,7 +60,10 @@ class WeightRecord:
     scales: str
     zero_points: str | None
     layout: str
-    """"blocks": MatMulNBits, codes [rows, blocks, bytes]; "columns": DynamicQuantizeMatMul, codes [columns, rows]."""
+    """"blocks": MatMulNBits, codes [rows, blocks, bytes]; "columns": DynamicQuantizeMatMul, codes [columns, rows].
+
+    Without zero points, unsigned codes lie around the middle of their range, signed ones around 0.
+    """
     bits: int
     columns: int
     block: int
@@ -107,7 +110,8 @@ def quantize_graph(
         block_size: of int4 weights, 32, 64 or 128; a matrix whose columns it does not divide gets half of it.
         scratch: A folder that outlives the graph: what is quantised lies there, not in memory.
         target: "web" keeps the operators out that ONNX Runtime's WebAssembly build is slow at (MatMulNBits): the
-            lm_head is int8 as all other weights, and a tied embedding reads its integers.
+            lm_head is int8 as all other weights, and a tied embedding reads its integers. Its weights are unsigned,
+            around 128: WebAssembly is as quick with them, and no x86 processor overflows, whoever runs the graph.
         observed: What the matrices are fed; outliers are taken out of the activations of int8 with it. Where it was
             observed closely, errors of int4 are made up for, and the matrices that lose most have 8 bits.
 
@@ -450,8 +454,9 @@ class _Quantizer:
             return self._made[stem][:2]
         scaled = weight if factors is None else weight * initializer_tensor(factors)
         scale = scaled.abs().amax(1, keepdim=True).clamp(min=1e-12) / self.levels
-        integers = torch.round(scaled / scale).to(torch.int8)
-        codes = self._initializer(f"{stem}_s8", integers.T.contiguous().numpy())
+        integers = torch.round(scaled / scale)
+        integers = (integers + MIDDLE).to(torch.uint8) if self.web else integers.to(torch.int8)
+        codes = self._initializer(f"{stem}_{'u8' if self.web else 's8'}", integers.T.contiguous().numpy())
         scales = self._initializer(f"{stem}_scales", scale.squeeze(1).numpy())
         named = None if factors is None else str(factors.name)
         self._record(weight, codes, scales, None, "columns", 8, columns=weight.shape[1], factors=named)
@@ -473,9 +478,11 @@ class _Quantizer:
             self.graph.insert_before(embedding, node)
             return node.outputs[0]
 
-        columns = add("Gather", [codes, ids], "columns", ir.DataType.INT8, axis=1)
-        rows = add("Transpose", [columns], "rows", ir.DataType.INT8, perm=[1, 2, 0])
+        middle = self._initializer(f"{codes.name}_middle", np.array(MIDDLE, np.float32))
+        columns = add("Gather", [codes, ids], "columns", ir.DataType.UINT8, axis=1)
+        rows = add("Transpose", [columns], "rows", ir.DataType.UINT8, perm=[1, 2, 0])
         floats = add("Cast", [rows], "floats", ir.DataType.FLOAT, to=int(ir.DataType.FLOAT))
+        floats = add("Sub", [floats, middle], "centred", ir.DataType.FLOAT)
         factors = add("Gather", [scales, ids], "row_scales", ir.DataType.FLOAT, axis=0)
         factors = add("Unsqueeze", [factors, last], "row_factors", ir.DataType.FLOAT)
         looked_up = add("Mul", [floats, factors], "looked_up", ir.DataType.FLOAT)

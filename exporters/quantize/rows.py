@@ -13,7 +13,8 @@ import numpy as np
 import onnx_ir as ir
 
 _LEVELS = 127
-_ZERO_POINT = 128
+MIDDLE = 128
+"""Zero point of unsigned integers, those of activations and of unsigned weights."""
 _BLOCKED_OPSET = 21
 """From here on QuantizeLinear takes a scale for each block, and a row can be one."""
 
@@ -58,6 +59,8 @@ class _Rows:
         integers, scale = self.parts[source]
         stem = node.name or str(node.outputs[0].name)
         one, zero = self._constant("one", np.array(1, np.float32)), self._zero_point()
+        if zeros is None and codes.dtype == ir.DataType.UINT8:
+            zeros = zero
         inputs = [integers, codes, one, scales, zero, zeros]
         last = self._node(node, "MatMulIntegerToFloat", inputs, f"{stem}_product", "com.microsoft")
         product, last = last, self._node(node, "Mul", [last, scale], f"{stem}_scaled")
@@ -98,7 +101,7 @@ class _Rows:
             shape = self._node(at, "Shape", [source], f"{stem}_rows", end=-1)
             one = self._constant("one_column", np.array([1], np.int64))
             shape = self._node(at, "Concat", [shape, one], f"{stem}_shape", axis=0)
-            value = ir.tensor(np.array([_ZERO_POINT], np.uint8))
+            value = ir.tensor(np.array([MIDDLE], np.uint8))
             self.zeros[rows] = self._node(at, "ConstantOfShape", [shape], stem, value=value)
         return self.zeros[rows]
 
@@ -131,7 +134,7 @@ class _Rows:
         return node.outputs[0]
 
     def _zero_point(self) -> ir.Value:
-        return self._constant("zero_point", np.array(_ZERO_POINT, np.uint8))
+        return self._constant("zero_point", np.array(MIDDLE, np.uint8))
 
     def _constant(self, name: str, value: Any) -> ir.Value:
         found = self.constants.get(name)

@@ -1,12 +1,12 @@
 // Unmodified transformers.js on a model folder, with prompts as keys and values: JSON from stdin, tokens on stdout.
 import { readFileSync } from "node:fs";
 import { AutoModelForCausalLM, AutoTokenizer, env } from "@huggingface/transformers";
-import { inputsBehind, prefixOf, sessionOptions } from "../examples/transformers/prefix.mjs";
+import { inputsBehind, prefixOf } from "../examples/transformers/prefix.mjs";
 
 const { models, model, calls, maxNewTokens, texts = [] } = JSON.parse(readFileSync(0, "utf8"));
 env.allowRemoteModels = false;
 env.localModelPath = models;
-const loaded = await AutoModelForCausalLM.from_pretrained(model, { device: "cpu", session_options: sessionOptions });
+const loaded = await AutoModelForCausalLM.from_pretrained(model, { device: "cpu" });
 const found = [];
 for (const { ids, kv } of calls) {
   const bytes = readFileSync(kv);

@@ -28,9 +28,3 @@ export function inputsBehind(prefix, ids) {
     past_key_values: prefix,
   };
 }
-
-/**
- * `session_options` for `from_pretrained` in Node.js. Without them ONNX Runtime adds products of 8-bit weights in 16 bits
- * on x86 processors without VNNI, where they overflow: other tokens, and no error.
- */
-export const sessionOptions = { extra: { session: { x64quantprecision: "1" } } };

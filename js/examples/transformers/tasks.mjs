@@ -2,13 +2,13 @@
 import { readFile } from "node:fs/promises";
 import { basename, dirname, resolve } from "node:path";
 import { AutoModelForCausalLM, AutoTokenizer, env } from "@huggingface/transformers";
-import { inputsBehind, prefixOf, sessionOptions } from "./prefix.mjs";
+import { inputsBehind, prefixOf } from "./prefix.mjs";
 
 const [folder, text, ...files] = process.argv.slice(2);
 env.allowRemoteModels = false;
 env.localModelPath = `${dirname(resolve(folder))}/`;
 const tokenizer = await AutoTokenizer.from_pretrained(basename(folder));
-const model = await AutoModelForCausalLM.from_pretrained(basename(folder), { device: "cpu", session_options: sessionOptions });
+const model = await AutoModelForCausalLM.from_pretrained(basename(folder), { device: "cpu" });
 for (const file of files) {
   const bytes = await readFile(file);
   const prefix = prefixOf(bytes.buffer.slice(bytes.byteOffset, bytes.byteOffset + bytes.length));
