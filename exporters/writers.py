@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
+import io
 import json
 import os
 from collections.abc import Sequence
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -13,7 +13,7 @@ import numpy.typing as npt
 
 from edgeprompt import names
 from edgeprompt.errors import InputError, SourceError, UnsupportedError
-from edgeprompt.package.files import atomic_file, atomic_folder
+from edgeprompt.package.files import atomic_file, atomic_folder, write_atomic
 from edgeprompt.package.outputs import ADAPTER, ONNX_ADAPTER, TABLE
 from edgeprompt.prompts.file import HeadStep, PromptFile
 from exporters.heads import sequence_head
@@ -75,7 +75,10 @@ def write_onnx_adapter(prompt: PromptFile, path: str | os.PathLike[str], *, forc
     adapter.set_model_version(int(digest, 16) if all(c in "0123456789abcdef" for c in digest) else 0)
     adapter.set_parameters({name: ort.OrtValue.ortvalue_from_numpy(value) for name, value in inputs.items()})
     with atomic_file(path, ONNX_ADAPTER, force=force) as temporary:
-        adapter.export_adapter(str(temporary))
+        try:
+            adapter.export_adapter(str(temporary))
+        except RuntimeError as error:
+            raise InputError(f"ONNX Runtime cannot write {str(path)!r}; is the disk full?") from error
 
 
 def write_peft(
@@ -198,5 +201,7 @@ def _only_tensor(prompt: PromptFile) -> npt.NDArray[Any]:
 
 
 def _save_npy(array: npt.NDArray[Any], path: str | os.PathLike[str], force: bool) -> None:
-    with atomic_file(path, TABLE, force=force) as temporary, Path(temporary).open("wb") as file:
-        np.save(file, np.ascontiguousarray(array), allow_pickle=False)
+    # Through memory: into a file numpy drops the end without a word where the disk is full.
+    data = io.BytesIO()
+    np.save(data, np.ascontiguousarray(array), allow_pickle=False)
+    write_atomic(path, data.getvalue(), TABLE, force=force)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ctypes
 import errno
 import glob
 import hashlib
@@ -10,6 +11,7 @@ import os
 import platform
 import shutil
 import stat
+import sys
 import tempfile
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager, suppress
@@ -158,7 +160,7 @@ def atomic_folder(
             _swap(temporary, target)
             _sync(target.parent)
         finally:
-            shutil.rmtree(temporary, ignore_errors=True)
+            _remove(temporary)
 
 
 def _swap(temporary: Path, target: Path) -> None:
@@ -166,6 +168,8 @@ def _swap(temporary: Path, target: Path) -> None:
     if not target.exists():
         temporary.replace(target)
         return
+    if _exchange(temporary, target):
+        return  # the old one is the temporary one now
     aside = Path(tempfile.mkdtemp(prefix=f".{target.name}.", suffix=".old", dir=target.parent))
     old = aside / target.name
     try:
@@ -174,7 +178,26 @@ def _swap(temporary: Path, target: Path) -> None:
     finally:  # also where a signal comes between the two
         if old.exists() and not target.exists():
             old.replace(target)
-        shutil.rmtree(aside, ignore_errors=True)
+        _remove(aside)
+
+
+def _exchange(one: Path, other: Path) -> bool:
+    """Exchange two paths in one step, so that at no moment one of them is missing; False where that cannot be done."""
+    name, flag = {"linux": ("renameat2", 2), "darwin": ("renameatx_np", 2)}.get(sys.platform, ("", 0))
+    try:
+        function = getattr(ctypes.CDLL(None, use_errno=True), name) if name else None
+    except (OSError, AttributeError):  # an older C library
+        return False
+    here = -2 if sys.platform == "darwin" else -100  # AT_FDCWD
+    return function is not None and function(here, os.fsencode(one), here, os.fsencode(other), ctypes.c_uint(flag)) == 0
+
+
+def _remove(folder: Path) -> None:
+    """Remove a folder, also where a signal comes meanwhile: the second one ends the process."""
+    try:
+        shutil.rmtree(folder, ignore_errors=True)
+    finally:
+        shutil.rmtree(folder, ignore_errors=True)
 
 
 @contextmanager
@@ -185,12 +208,12 @@ def _parent(target: Path) -> Iterator[None]:
         if folder.exists():
             break
         made.append(folder)
-    target.parent.mkdir(parents=True, exist_ok=True)
     try:
+        target.parent.mkdir(parents=True, exist_ok=True)
         yield
     finally:
-        with suppress(OSError):
-            for folder in made:
+        for folder in made:
+            with suppress(OSError):
                 folder.rmdir()
 
 

@@ -31,7 +31,7 @@ class Store:
         if array.nbytes <= _SMALL:
             return tensor
         with self._path.open("ab") as file:
-            np.ascontiguousarray(array).tofile(file)
+            file.write(np.ascontiguousarray(array).view(np.uint8).data)  # `tofile` drops the end on a full disk
         begin, self._end = self._end, self._end + array.nbytes
         return ir.ExternalTensor(
             self._path.name, begin, array.nbytes, tensor.dtype, shape=ir.Shape(tensor.shape), name=name,

@@ -2,6 +2,7 @@
 
 import json
 import os
+import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -10,6 +11,7 @@ from typing import Any
 import pytest
 
 from edgeprompt.errors import InputError
+from edgeprompt.package import files
 from edgeprompt.package.files import (
     atomic_file,
     atomic_folder,
@@ -146,6 +148,7 @@ def test_what_is_swapped_between_the_look_and_the_opening_is_refused(
 def test_a_signal_while_an_old_folder_is_replaced_keeps_a_whole_one(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, moment: int
 ) -> None:
+    monkeypatch.setattr(files, "_exchange", lambda *_: False)  # a file system that cannot
     target = tmp_path / "package"
     for version in ("old", "new"):
         calls: list[Path] = []
@@ -164,6 +167,55 @@ def test_a_signal_while_an_old_folder_is_replaced_keeps_a_whole_one(
                 (folder / "sizes.json").write_text(version)
         except SystemExit:
             assert version == "new"
-        monkeypatch.undo()
+        monkeypatch.setattr(Path, "replace", real)
     assert [path.name for path in tmp_path.iterdir()] == ["package"]
     assert (target / "sizes.json").read_text() == ("old" if moment == 1 else "new")
+
+
+_KILLED = """
+import os, signal, sys
+from pathlib import Path
+from edgeprompt.package.files import atomic_folder
+from edgeprompt.package.outputs import PACKED_GRAPH
+
+target, number, moment = Path(sys.argv[1]), int(sys.argv[2]), int(sys.argv[3])
+seen = 0
+
+
+def stop(event, arguments):
+    global seen
+    if event in ("os.rename", "os.remove", "os.rmdir", "shutil.rmtree", "os.chmod", "tempfile.mkdtemp"):
+        if any(str(target.parent) in str(one) for one in arguments):
+            seen += 1
+            if seen == moment:
+                os.kill(os.getpid(), number)
+
+
+def leave(*_):
+    signal.signal(signal.SIGTERM, signal.SIG_DFL)
+    raise SystemExit(143)
+
+
+signal.signal(signal.SIGTERM, leave)
+sys.addaudithook(stop)
+with atomic_folder(target, PACKED_GRAPH, force=True) as folder:
+    (folder / "sizes.json").write_text("new")
+"""
+
+
+@pytest.mark.skipif(not sys.platform.startswith("linux"), reason="exchanges two folders in one step")
+@pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGTERM])
+def test_a_folder_is_whole_at_every_moment(tmp_path: Path, number: signal.Signals) -> None:
+    target = tmp_path / "deep" / "package"
+    for moment in range(1, 30):
+        target.mkdir(parents=True, exist_ok=True)
+        (target / "sizes.json").write_text("old")
+        command = [sys.executable, "-c", _KILLED, str(target), str(int(number)), str(moment)]
+        code = subprocess.run(command, check=False).returncode
+        assert (target / "sizes.json").read_text() in ("old", "new")
+        if number == signal.SIGTERM:
+            assert [path.name for path in target.parent.iterdir()] == ["package"]
+        if code == 0:
+            break
+    assert 3 < moment < 29
+    assert [path.name for path in target.parent.iterdir()] == ["package"]
