@@ -35,16 +35,44 @@ class Card:
     tags: tuple[str, ...]
     licence: str | None = None
 
-    def text(self) -> str:
-        """The file, with the metadata that the Hub reads."""
+    def text(self, before: str = "") -> str:
+        """The file, with the metadata that the Hub reads.
+
+        Args:
+            before: The repository's card, one of ours. What it says of other packages and prompts stays.
+        """
         head: dict[str, Any] = {"library_name": "edgeprompt", "tags": ["edgeprompt", *self.tags]}
         if _REPO.fullmatch(self.base.name):
             head["base_model"] = self.base.name
         if self.licence:
             head["license"] = self.licence
+        front, _, body = before.removeprefix("---\n").partition("\n---\n")
+        others = [
+            f"# {one.rstrip()}" for one in re.split(r"^# ", body, flags=re.MULTILINE)[1:] if self.usage not in one
+        ]
+        if others:
+            written = dict(line.split(": ", 1) for line in front.splitlines() if ": " in line)
+            old = {key: _value(value) for key, value in written.items()}
+            head = {**old, **head, "tags": list(dict.fromkeys([*_listed(old.get("tags", [])), *head["tags"]]))}
+            bases = {str(one) for card in (old, head) for one in _listed(card.get("base_model", []))}
+            if len(bases) > 1:
+                head["base_model"] = sorted(bases)
         front = "\n".join(f"{key}: {json.dumps(value)}" for key, value in head.items())  # JSON is YAML
         facts = "\n".join(f"- {line}" for line in self.lines)
-        return f"---\n{front}\n---\n# {self.title}\n\n{facts}\n\n```sh\n{self.usage}\n```\n"
+        ours = f"# {self.title}\n\n{facts}\n\n```sh\n{self.usage}\n```"
+        return f"---\n{front}\n---\n" + "\n\n".join([*others, ours]) + "\n"
+
+
+def _value(text: str) -> Any:
+    """A value of the metadata, which is JSON where it was written here, and else plain text."""
+    try:
+        return json.loads(text)
+    except ValueError:
+        return text.strip()
+
+
+def _listed(value: Any) -> list[Any]:
+    return value if isinstance(value, list) else [value]
 
 
 def package_card(manifest: Manifest, repo: str, licence: str | None) -> Card:
@@ -90,7 +118,7 @@ def push(
 ) -> str:
     """Put a package or a prompt file into a repository, which is made where it is not there; one commit.
 
-    A model card that edgeprompt did not write is left as it is.
+    A model card that edgeprompt did not write is left as it is; one that it wrote keeps what it says of other files.
 
     Args:
         source: a package folder, or a prompt file.
@@ -127,12 +155,13 @@ def push(
             _link(source, staged / source.name)
         else:
             raise InputError(f"nothing to push at {str(source)!r}; give a package folder or a prompt file")
-        (staged / CARD).write_text(card.text(), encoding="utf-8")
         try:
             hub = huggingface_hub.HfApi()
             hub.create_repo(repo, private=private, exist_ok=True)
-            if _has_own_card(hub, repo):
-                (staged / CARD).unlink()
+            before = _card_of(hub, repo)
+            if not before.strip() or _OURS in before.split("\n---", 1)[0]:
+                (staged / CARD).write_text(card.text(before), encoding="utf-8")
+            else:
                 _LOG.warning("note: %s has a model card that edgeprompt did not write; it is left as it is", repo)
             done = hub.upload_folder(
                 repo_id=repo, folder_path=staged, commit_message=message or f"{source.name}, by edgeprompt push"
@@ -142,17 +171,16 @@ def push(
     return str(done.commit_url)
 
 
-def _has_own_card(hub: Any, repo: str) -> bool:
-    """Whether a repository has a card that somebody wrote, or another tool."""
+def _card_of(hub: Any, repo: str) -> str:
+    """A repository's card; empty where it has none."""
     from huggingface_hub.errors import EntryNotFoundError
 
     with tempfile.TemporaryDirectory() as folder:
         try:
             file = hub.hf_hub_download(repo, CARD, local_dir=folder)
         except EntryNotFoundError:
-            return False
-        text = Path(file).read_text("utf-8", errors="replace")
-    return bool(text.strip()) and _OURS not in text.split("\n---", 1)[0]
+            return ""
+        return Path(file).read_text("utf-8", errors="replace")
 
 
 def _files(manifest: Manifest, folder: Path) -> list[str]:

@@ -85,7 +85,8 @@ def value_of(record: Record, column: str, where: str) -> Any:
         raise DataError(f"{where} has no column {column!r}; it has {', '.join(map(str, record)) or 'none'}")
     value = record[column]
     if type(value).__module__ == "numpy":
-        value = value.tolist()
+        small = type(value).__name__ in ("float16", "float32")  # as the digits that were meant: 0.1, not 0.10000000149
+        value = float(str(value)) if small else value.tolist()
     if value is None or (isinstance(value, float) and math.isnan(value)):
         raise DataError(f"{where} has nothing in column {column!r} ({value!r}); fill it in, or leave the row out")
     return value

@@ -14,6 +14,8 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import IO, Any, TypeAlias
 
+import numpy as np
+
 from edgeprompt.errors import DataError, MissingDependencyError
 from edgeprompt.package import strict_json
 
@@ -41,6 +43,10 @@ _SPACED = re.compile(r'\s+".*"\s*', re.DOTALL)
 _NO_UTF8 = re.compile("[\udc80-\udcff]")
 _GZIP = b"\x1f\x8b"
 _COMPRESSED = (".gz", ".bz2", ".xz", ".zst", ".zip")
+_SHORT: Mapping[str, type[np.floating[Any]]] = {
+    "float": np.float32, "float32": np.float32, "halffloat": np.float16, "float16": np.float16,
+}  # fmt: skip
+"""Floats of fewer bits than Python's, as Arrow and the datasets library call them."""
 _NUMBER = re.compile(r"[+-]?\d+(\.\d+)?([eE][+-]?\d+)?")
 
 
@@ -129,7 +135,7 @@ def read_dataset(identifier: str) -> Iterator[Record]:
 
 
 def with_names(records: Iterable[Record], features: Any) -> Iterator[Record]:
-    """Records whose class ids are replaced by their names.
+    """Records whose class ids are replaced by their names, and whose small floats have the digits that were meant.
 
     Args:
         records: what to read.
@@ -138,12 +144,17 @@ def with_names(records: Iterable[Record], features: Any) -> Iterator[Record]:
     Raises:
         DataError: an id that has no name; the message names the row.
     """
-    named = {column: names for column, feature in (features or {}).items() if (names := _class_names(feature))}
+    features = features or {}
+    named = {column: names for column, feature in features.items() if (names := _class_names(feature))}
+    short = {column: size for column, feature in features.items() if (size := _SHORT.get(str(_get(feature, "dtype"))))}
     for number, record in enumerate(records, 1):
-        if not named:
+        if not named and not short:
             yield record
             continue
         made = dict(record)
+        for column, size in short.items():
+            if isinstance(made.get(column), float):
+                made[column] = float(str(size(made[column])))  # 0.1, where float32's own value is 0.10000000149
         for column, names in named.items():
             if column in made:
                 made[column] = _name(made[column], names, f"row {number}: column {column!r}")
@@ -155,15 +166,16 @@ def _class_names(feature: Any) -> Sequence[str] | None:
     if isinstance(feature, list) and len(feature) == 1:
         return _class_names(feature[0])
 
-    def get(key: str) -> Any:
-        return feature.get(key) if isinstance(feature, Mapping) else getattr(feature, key, None)
-
-    if (get("_type") or type(feature).__name__) == "ClassLabel":
-        names = get("names")
+    if (_get(feature, "_type") or type(feature).__name__) == "ClassLabel":
+        names = _get(feature, "names")
         known = isinstance(names, (list, tuple)) and all(isinstance(name, str) for name in names)
         return names if known else None
-    inner = get("feature")
+    inner = _get(feature, "feature")
     return None if inner is None else _class_names(inner)
+
+
+def _get(feature: Any, key: str) -> Any:
+    return feature.get(key) if isinstance(feature, Mapping) else getattr(feature, key, None)
 
 
 def _name(value: Any, names: Sequence[str], where: str) -> Any:
@@ -351,7 +363,8 @@ def _parquet(path: Path) -> Iterator[Record]:
             _check_header(path, schema.names)
             batches = file.iter_batches(batch_size=1024)
             rows = (row for batch in batches for row in batch.to_pylist())
-            yield from with_names(rows, _features(schema.metadata or {}))
+            types = {field.name: {"dtype": str(field.type)} for field in schema}
+            yield from with_names(rows, {**types, **(_features(schema.metadata or {}) or {})})
     except pyarrow.ArrowException as error:
         raise DataError(f"cannot read parquet file {str(path)!r}: {' '.join(str(error).split())}") from error
 

@@ -12,6 +12,7 @@ from typing import Any
 import pytest
 
 from edgeprompt.errors import DataError
+from edgeprompt.evaluation.cells import text_of
 from edgeprompt.evaluation.data import read_records
 from edgeprompt.evaluation.formats import read_lines
 
@@ -135,6 +136,34 @@ def by_id(folder: Path, rows: list[dict[str, Any]], features: Any) -> Any:
     (folder / "set").mkdir()
     as_parquet(folder, rows, features).rename(folder / "set" / "train.parquet")
     return f"{folder.name}/set:train"
+
+
+def plain_parquet(folder: Path, rows: list[dict[str, Any]], features: Any) -> Any:
+    import pyarrow
+    import pyarrow.parquet
+
+    pyarrow.parquet.write_table(pyarrow.Table.from_pylist(rows, features.arrow_schema), folder / "d.parquet")
+    return folder / "d.parquet"
+
+
+def of_numpy(folder: Path, rows: list[dict[str, Any]], features: Any) -> Any:
+    import numpy as np
+
+    return [{name: np.dtype(features[name].dtype).type(value) for name, value in row.items()} for row in rows]
+
+
+@pytest.mark.parametrize("give", [as_parquet, in_memory, by_id, plain_parquet, of_numpy])
+@pytest.mark.parametrize("dtype", ["float16", "float32", "float64"])
+def test_numbers_have_the_digits_that_were_meant(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, give: Callable[..., Any], dtype: str
+) -> None:
+    import datasets
+
+    monkeypatch.chdir(tmp_path.parent)
+    features = datasets.Features({"text": datasets.Value(dtype)})
+    data = give(tmp_path, [{"text": 0.1}, {"text": 2.5}], features)
+    found = [text_of(record, "text", "row") for record in read_records(data)]
+    assert found == ["0.1", "2.5"]
 
 
 @pytest.mark.parametrize("give", [as_parquet, in_memory, by_id])

@@ -8,6 +8,7 @@ import shlex
 import subprocess
 import sys
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -304,6 +305,29 @@ def test_a_card_that_somebody_wrote_is_left(served: Hub, command: Command, tmp_p
     done = command(*push, HF_TOKEN=TOKEN)
     assert (done.returncode, "left as it is" in done.stderr) == (0, True)
     assert _files(served, "user/prompts-of-mine")["README.md"] == b"# By hand\n"
+
+
+def test_a_card_lists_all_that_was_pushed(
+    served: Hub, command: Command, tiny_llama_package: Path, tmp_path: Path
+) -> None:
+    first, second = tmp_path / "sentiment.safetensors", tmp_path / "second.safetensors"
+    save_prompt(replace(load_prompt(first), name="second", verbalizer={"u": (" up",), "d": (" down",)}), second)
+    for source in (first, second, tiny_llama_package, first):  # the first again: it is listed once
+        done = command("push", source, "user/several", "--license", "mit", HF_TOKEN=TOKEN)
+        assert (done.returncode, done.stderr) == (0, "")
+    card = _files(served, "user/several")["README.md"].decode()
+    for fact in (
+        "Labels: x, y.",
+        "Labels: u, d.",
+        "/sentiment.safetensors ",
+        "/second.safetensors ",
+        "run user/several ",
+    ):
+        assert card.count(fact) == 1, card
+    _, front, body = card.split("---\n", 2)
+    lines = dict(line.split(": ", 1) for line in front.splitlines())
+    assert {"onnx", "fp32", "soft-prompt", "prompt-tuning"} <= set(json.loads(lines["tags"]))
+    assert (lines["license"], body.count("\n# ") + body.startswith("# ")) == ('"mit"', 3)
 
 
 def test_what_cannot_be_pushed_is_one_line(command: Command, tmp_path: Path) -> None:
