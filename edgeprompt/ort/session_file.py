@@ -77,7 +77,7 @@ def read_session(path: str | os.PathLike[str], facts: Mapping[str, Any], shape: 
         raise
     except FileNotFoundError as error:
         raise InputError(f"there is no session at {str(path)!r}") from error
-    except (OSError, SafetensorError, ValueError, TypeError, KeyError) as error:
+    except (OSError, SafetensorError, ValueError, TypeError, KeyError, AttributeError) as error:
         raise InputError(f"{str(path)!r} is no session that can be read: {error}") from error
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import json
 import shutil
 from pathlib import Path
 
@@ -120,6 +121,10 @@ def test_what_does_not_fit_is_refused(tiny_llama_package: Path, tmp_path: Path, 
             save_file({"past_key_values": kept}, tmp_path / "c.session", metadata={"edgeprompt_session": about})
             with pytest.raises(InputError, match=f"saved with another {fact}"):
                 runtime.load_session(tmp_path / "c.session")
+        about = {**json.loads(metadata["edgeprompt_session"]), "facts": []}
+        save_file({"past_key_values": kept}, path.with_name("d"), metadata={"edgeprompt_session": json.dumps(about)})
+        with pytest.raises(InputError, match="is no session that can be read"):
+            runtime.load_session(path.with_name("d"))
     with edgeprompt.load(tiny_llama_package, options=EngineOptions(prefix_budget=4096)) as small:
         small.add_prompt(make_prompt(small.manifest, "x"))
         with pytest.raises(CapacityError, match="raise prefix_budget"):
