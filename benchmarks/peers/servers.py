@@ -82,11 +82,11 @@ def started(command: list[str], name: str) -> Iterator[Server]:
                 log.join()
 
 
-def ask(server: Server, texts: list[str], suffix: str, clients: int) -> dict[str, Any]:
-    """Latencies in seconds, tokens and seconds of one round."""
+def ask(server: Server, texts: list[str], suffix: str, clients: int, first: int = 0) -> dict[str, Any]:
+    """Latencies in seconds, tokens and seconds of one round, with texts from number `first` on."""
     latencies: list[float] = []
     tokens: list[int] = []
-    numbers, failures = count(), []
+    numbers, failures = count(first), []
     each = REQUESTS * (8 if clients == 1 else 1)
 
     def client() -> None:
@@ -94,7 +94,8 @@ def ask(server: Server, texts: list[str], suffix: str, clients: int) -> dict[str
         try:
             for _ in range(each):
                 number = next(numbers)
-                body = json.dumps(server.body(number % TASKS, texts[number % len(texts)], suffix))
+                text = f"{number} {texts[number % len(texts)]}"  # none comes twice: both keep what they have read
+                body = json.dumps(server.body(number % TASKS, text, suffix))
                 begun = time.perf_counter()
                 connection.request("POST", "/v1/completions", body, {"Content-Type": "application/json"})
                 answer = json.loads(connection.getresponse().read())
@@ -137,11 +138,13 @@ def measure(given: argparse.Namespace) -> dict[str, Any]:
         rows: dict[str, dict[str, Any]] = {server.name: {} for server in servers}
         for server in servers:
             ask(server, texts, suffix, WARM)
+        first = 0
         for number in range(given.rounds):
             for clients in given.clients:
+                first += 10_000
                 turn = number % len(servers)
                 for server in [*servers[turn:], *servers[:turn]]:
-                    found = ask(server, texts, suffix, clients)
+                    found = ask(server, texts, suffix, clients, first)
                     rows[server.name].setdefault(str(clients), []).append(found)
                     rate = found["tokens"] / found["seconds"]
                     print(f"{server.name}, {clients} clients: {rate:.1f} tokens/s", flush=True)

@@ -163,9 +163,10 @@ def summary_to_markdown(results: list[dict[str, Any]]) -> str:
     device, first = results[0]["device"], results[0]
     lines += [
         "",
-        "KL: mean divergence of the next token from the file's weights in float32 (not measured for random weights).",
-        f"{first['threads']} threads, 16-token prompt resident. {device['cpu']} ({', '.join(device['isa'])}), "
-        f"{first['time'][:10]}.",
+        "KL: mean KL divergence of the next-token distributions from those of the file's weights in float32. Random "
+        "weights have none. RSS: resident memory.",
+        f"{first['threads']} threads. The keys and values of a 16-token prompt are already in memory. "
+        f"{device['cpu']} ({', '.join(device['isa'])}), {first['time'][:10]}.",
     ]
     return "\n".join(lines) + "\n"
 

@@ -4,7 +4,8 @@
 
 Both are tuned by the recipes of the shipped prompts (`examples/prompts/make.py`): the same data, rows, steps and seeds,
 for the int4 package; only the place of the virtual tokens differs. Figures are the accuracies on held-out sentences,
-on that package. What lies under work/text-first/ is taken from there, so an interrupted run goes on.
+on that package. What lies under work/text-first/ is taken from there, so an interrupted run goes on. Results
+of other tasks are kept.
 """
 
 from __future__ import annotations
@@ -69,6 +70,8 @@ def main() -> None:
                 rows[task][place].append(measure(task, place, seed, options.limit))
                 print(task, place, seed, rows[task][place][-1], flush=True)
     machine = describe()
+    if RESULT.exists():
+        rows = json.loads(RESULT.read_text("utf-8"))["tasks"] | rows
     RESULT.write_text(json.dumps({"machine": machine, "tasks": rows}, indent=1) + "\n", encoding="utf-8")
     print("| task | prompt first (%) | text first (%) | difference in points (standard error) |\n|---|---|---|---|")
     for task, places in rows.items():
