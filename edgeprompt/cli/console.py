@@ -86,6 +86,15 @@ def as_json(value: Any) -> str:
     return json.dumps(value, ensure_ascii=not holds_unicode(), default=str)
 
 
+def one_line(text: str) -> str:
+    """A name or label of a file as people read it: quoted where spaces at its ends, lines or controls would mislead.
+
+    What a terminal would act on, or that changes the order of letters, is written as an escape.
+    """
+    plain = text.replace("\n", "").isprintable()
+    return text if plain and "\n" not in text and text == text.strip() else json.dumps(text, ensure_ascii=not plain)
+
+
 def holds_unicode() -> bool:
     """Whether stdout can write every character."""
     encoding = getattr(sys.stdout, "encoding", None) or "utf-8"

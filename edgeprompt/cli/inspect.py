@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -165,11 +164,9 @@ def _text(value: Any) -> str:
     if value is None or value in ({}, []):
         return "-"
     if isinstance(value, Mapping):
-        return ", ".join(f"{key}={_text(inner)}" for key, inner in value.items())
+        return ", ".join(f"{_text(key)}={_text(inner)}" for key, inner in value.items())
     if isinstance(value, list):
         return ", ".join(map(_text, value))
     if isinstance(value, float):
         return f"{value:.6g}"
-    if isinstance(value, str) and ("\n" in value or value != value.strip()):
-        return json.dumps(value, ensure_ascii=False)  # one line a fact, and spaces at the ends show
-    return str(value)
+    return console.one_line(str(value))

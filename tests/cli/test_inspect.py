@@ -1,5 +1,6 @@
 """`inspect`: a package, a prompt file, an adapter; anything else is refused."""
 
+import dataclasses
 import json
 import shutil
 
@@ -7,6 +8,7 @@ import numpy as np
 import onnxruntime
 import pytest
 
+from edgeprompt import save_prompt
 from edgeprompt.errors import PackageError
 from edgeprompt.package.fingerprint import parse
 from edgeprompt.package.folder import open_package
@@ -34,6 +36,16 @@ def test_prompt_file(cli, prompt_folder):
     lines = cli("inspect", path).stdout.splitlines()
     assert [line.split()[0] for line in lines] == list(facts)
     assert any('negative=" bad"' in line for line in lines)
+
+
+def test_what_a_terminal_would_act_on_is_escaped(cli, make_prompt, tmp_path):
+    words = {"x\x07": (" good",), "y": (" bad",)}
+    path = tmp_path / "odd.safetensors"
+    save_prompt(dataclasses.replace(make_prompt("odd", verbalizer=words), name="a\x1b[2J\u202eb"), path)
+    shown = cli("inspect", path).stdout
+    assert shown.replace("\n", "").isprintable()
+    assert '"a\\u001b[2J\\u202eb"' in shown
+    assert '"x\\u0007"=" good"' in shown
 
 
 def test_adapter(cli, tmp_path):
@@ -87,7 +99,6 @@ def test_a_fingerprint_of_the_older_format_is_told(cli, tiny_llama_package, make
     import shutil
     from dataclasses import replace
 
-    from edgeprompt import save_prompt
     from edgeprompt.package.folder import open_package
 
     folder = shutil.copytree(tiny_llama_package, tmp_path / "package")
