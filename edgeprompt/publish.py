@@ -40,35 +40,35 @@ class Card:
 
         Args:
             before: The repository's card, one of ours. What it says of other packages and prompts stays.
+
+        Raises:
+            HubError: `before` has metadata that cannot be read.
         """
         head: dict[str, Any] = {"library_name": "edgeprompt", "tags": ["edgeprompt", *self.tags]}
         if _REPO.fullmatch(self.base.name):
             head["base_model"] = self.base.name
         if self.licence:
             head["license"] = self.licence
-        front, _, body = before.removeprefix("---\n").partition("\n---\n")
-        others = [
-            f"# {one.rstrip()}" for one in re.split(r"^# ", body, flags=re.MULTILINE)[1:] if self.usage not in one
-        ]
+        others, old = [], {}
+        if before.strip():
+            from huggingface_hub import ModelCard
+
+            try:
+                card = ModelCard(before)
+            except Exception as error:  # YAML's errors are none of Python's own
+                raise HubError(f"the metadata of {CARD} there cannot be read; mend it first: {error}") from error
+            old = card.data.to_dict()  # type: ignore[no-untyped-call]
+            sections = re.split(r"^# ", card.text, flags=re.MULTILINE)[1:]
+            others = [f"# {one.rstrip()}" for one in sections if self.usage not in one]
         if others:
-            written = dict(line.split(": ", 1) for line in front.splitlines() if ": " in line)
-            old = {key: _value(value) for key, value in written.items()}
             head = {**old, **head, "tags": list(dict.fromkeys([*_listed(old.get("tags", [])), *head["tags"]]))}
-            bases = {str(one) for card in (old, head) for one in _listed(card.get("base_model", []))}
+            bases = {str(one) for each in (old, head) for one in _listed(each.get("base_model", []))}
             if len(bases) > 1:
                 head["base_model"] = sorted(bases)
         front = "\n".join(f"{key}: {json.dumps(value)}" for key, value in head.items())  # JSON is YAML
         facts = "\n".join(f"- {line}" for line in self.lines)
         ours = f"# {self.title}\n\n{facts}\n\n```sh\n{self.usage}\n```"
         return f"---\n{front}\n---\n" + "\n\n".join([*others, ours]) + "\n"
-
-
-def _value(text: str) -> Any:
-    """A value of the metadata, which is JSON where it was written here, and else plain text."""
-    try:
-        return json.loads(text)
-    except ValueError:
-        return text.strip()
 
 
 def _listed(value: Any) -> list[Any]:

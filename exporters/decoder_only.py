@@ -16,7 +16,7 @@ from edgeprompt.base.memory import Sizes, check_memory, to_observe
 from edgeprompt.errors import ExportError, InputError, UnsupportedError
 from edgeprompt.package.manifest import Manifest
 from edgeprompt.prompts.file import PromptFile
-from exporters.contract import CALIBRATED, BuiltGraphs, ExportOptions
+from exporters.contract import CALIBRATED, HUB_LAYOUT, BuiltGraphs, ExportOptions
 from exporters.graft.fuse import drop_unused
 from exporters.graft.kept_logits import keep_logits
 from exporters.graft.rotary import compute_tables
@@ -85,6 +85,7 @@ def finish_graph(model: ir.Model, loaded: LoadedBase, options: ExportOptions, sc
         stored=loaded.stored,
         scratch=scratch,
         target=options.target,
+        unsigned=options.layout == HUB_LAYOUT,
         observed=_observed(loaded, options),
     )
     compute_tables(model, loaded.model)

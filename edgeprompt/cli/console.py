@@ -86,7 +86,7 @@ def as_json(value: Any) -> str:
     return json.dumps(value, ensure_ascii=not holds_unicode(), default=str)
 
 
-def one_line(text: str) -> str:
+def printable(text: str) -> str:
     """A name or label of a file as people read it: quoted where spaces at its ends, lines or controls would mislead.
 
     What a terminal would act on, or that changes the order of letters, is written as an escape.

@@ -134,10 +134,10 @@ def show(name: str, score: Score) -> None:
     value, error = score.value, score.standard_error
     shown = f"{value:.4g} ± {error:.2g}" if score.metric == "mae" else f"{100 * value:.1f} ± {100 * error:.1f}"
     cut = "" if score.tokenizer in ("", "words", "13a") else f", tokens: {score.tokenizer}"
-    click.echo(f"{console.one_line(name)}: {score.metric} {shown} (n = {score.n}{cut})")
+    click.echo(f"{console.printable(name)}: {score.metric} {shown} (n = {score.n}{cut})")
     if score.per_label:
-        width = max(len(console.one_line(label)) for label in (*score.per_label, "label")) + 2
+        width = max(len(console.printable(label)) for label in (*score.per_label, "label")) + 2
         click.echo(f"  {'label':<{width}}precision  recall     f1       n")
     for label, found in score.per_label.items():
         cells = "".join(f"{100 * value:<11.1f}" for value in (found.precision, found.recall))
-        click.echo(f"  {console.one_line(label):<{width}}{cells}{100 * found.f1:<9.1f}{found.n}")
+        click.echo(f"  {console.printable(label):<{width}}{cells}{100 * found.f1:<9.1f}{found.n}")

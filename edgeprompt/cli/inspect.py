@@ -169,4 +169,4 @@ def _text(value: Any) -> str:
         return ", ".join(map(_text, value))
     if isinstance(value, float):
         return f"{value:.6g}"
-    return console.one_line(str(value))
+    return console.printable(str(value))

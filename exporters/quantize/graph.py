@@ -90,6 +90,7 @@ def quantize_graph(
     scratch: Path | None = None,
     target: str = names.NATIVE,
     observed: Observed | None = None,
+    unsigned: bool = False,
 ) -> list[dict[str, Any]]:
     """Quantise in place: "int4", "int8", or "fp16" (weights stored as float16); "fp32" only shares tied weights.
 
@@ -110,16 +111,19 @@ def quantize_graph(
         block_size: of int4 weights, 32, 64 or 128; a matrix whose columns it does not divide gets half of it.
         scratch: A folder that outlives the graph: what is quantised lies there, not in memory.
         target: "web" keeps the operators out that ONNX Runtime's WebAssembly build is slow at (MatMulNBits): the
-            lm_head is int8 as all other weights, and a tied embedding reads its integers. Its weights are unsigned,
-            around 128: WebAssembly is as quick with them, and no x86 processor overflows, whoever runs the graph.
+            lm_head is int8 as all other weights, and a tied embedding reads its integers. Its weights are unsigned.
         observed: What the matrices are fed; outliers are taken out of the activations of int8 with it. Where it was
             observed closely, errors of int4 are made up for, and the matrices that lose most have 8 bits.
+        unsigned: int8 weights lie around 128, as they always do for the web. Then no x86 processor overflows, whoever
+            runs the graph; WebAssembly is as quick with them, and processors with VNNI are slower.
 
     Returns:
         A `WeightRecord` as a dictionary for each quantised weight whose parameters are known.
     """
     store = Store(scratch) if scratch is not None else None
-    quantizer = _Quantizer(model, precision, torch_model, levels, block_size, stored or {}, store, observed, target)
+    quantizer = _Quantizer(
+        model, precision, torch_model, levels, block_size, stored or {}, store, observed, target, unsigned
+    )
     records = quantizer.run()
     quantize_rows(model)
     return records
@@ -137,8 +141,10 @@ class _Quantizer:
         store: Store | None,
         observed: Observed | None,
         target: str = names.NATIVE,
+        unsigned: bool = False,
     ) -> None:
         self.web = target == names.WEB
+        self.unsigned = unsigned or self.web
         self.graph, self.stored, self.store, self.observed = model.graph, stored, store, observed
         self.factors = Factors()
         self.eight: set[ir.Node] = set()
@@ -455,8 +461,8 @@ class _Quantizer:
         scaled = weight if factors is None else weight * initializer_tensor(factors)
         scale = scaled.abs().amax(1, keepdim=True).clamp(min=1e-12) / self.levels
         integers = torch.round(scaled / scale)
-        integers = (integers + MIDDLE).to(torch.uint8) if self.web else integers.to(torch.int8)
-        codes = self._initializer(f"{stem}_{'u8' if self.web else 's8'}", integers.T.contiguous().numpy())
+        integers = integers.add_(MIDDLE).to(torch.uint8) if self.unsigned else integers.to(torch.int8)
+        codes = self._initializer(f"{stem}_{'u8' if self.unsigned else 's8'}", integers.T.contiguous().numpy())
         scales = self._initializer(f"{stem}_scales", scale.squeeze(1).numpy())
         named = None if factors is None else str(factors.name)
         self._record(weight, codes, scales, None, "columns", 8, columns=weight.shape[1], factors=named)

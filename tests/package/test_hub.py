@@ -307,6 +307,21 @@ def test_a_card_that_somebody_wrote_is_left(served: Hub, command: Command, tmp_p
     assert _files(served, "user/prompts-of-mine")["README.md"] == b"# By hand\n"
 
 
+def test_a_card_whose_metadata_were_edited(served: Hub, command: Command, tmp_path: Path) -> None:
+    push = ("push", tmp_path / "sentiment.safetensors", "user/edited")
+    ours = b'---\nlibrary_name: "edgeprompt"\ntags:\n- films\n---\n# Another\n\n- of ours\n'
+    served.repositories["user/edited"] = Repository()
+    served.repositories["user/edited"].commit({"README.md": ours})
+    assert command(*push, HF_TOKEN=TOKEN).stderr == ""
+    card = _files(served, "user/edited")["README.md"].decode()
+    assert '"films"' in card
+    assert "# Another" in card
+    served.repositories["user/edited"].commit({"README.md": ours.replace(b"- films", b"[")})
+    done = command(*push, HF_TOKEN=TOKEN)
+    assert (done.returncode, len(done.stderr.splitlines())) == (1, 1)
+    assert "cannot be read; mend it first" in done.stderr
+
+
 def test_a_card_lists_all_that_was_pushed(
     served: Hub, command: Command, tiny_llama_package: Path, tmp_path: Path
 ) -> None:
