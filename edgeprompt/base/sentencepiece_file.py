@@ -8,6 +8,7 @@ written into the tokenizer, and it is compared again.
 
 from __future__ import annotations
 
+import logging
 import random
 import unicodedata
 from collections.abc import Callable, Iterator, Sequence
@@ -16,6 +17,8 @@ from typing import Any
 
 from edgeprompt.base.source import check_contents, one_line, read_json
 from edgeprompt.errors import MissingDependencyError, SourceError
+
+_LOG = logging.getLogger("edgeprompt")
 
 FILES = ("spm.model", "spiece.model", "tokenizer.model", "sentencepiece.bpe.model", "sentencepiece.model")
 """Names of a SentencePiece model, in the order in which they are looked for."""
@@ -45,6 +48,13 @@ _TEXTS = (
 )  # fmt: skip
 _SPACED = (" ", " a", "a ", "  a  b  ", "\n", " \n a\n")
 """Texts whose white space at the ends tells tokenizers apart."""
+_MARKS = (
+    "e\u0301\u0302", "a\u0302\u0301", "a\u0323\u0302", "o\u0328\u0304", "x\u0301\u0302", "\u00e9\u0302",
+    "E\u0301", "\u03b1\u0313\u0300\u0345", "\u304b\u3099", "\u1112\u1161\u11ab",
+)  # fmt: skip
+"""Letters and marks of their own, as some systems write é: SentencePiece joins what Unicode has a letter for."""
+_BEHIND_OTHERS = ("a\u0301\u0323", "a\u0327\u0301", "A\uff21\u0301", "a\u00a0\u0301a")
+"""A mark in another order than Unicode's, or behind a sign that is normalised: `tokenizers` reads some otherwise."""
 _RANDOM_TEXTS = 200
 _PIECES = 12
 """Of a random text."""
@@ -77,7 +87,7 @@ def read_sentencepiece(given: str, folder: Path, file: Path) -> Any:
     kind = type(tokenizer).__name__
     ids = _id_map(given, file, proto, backend, kind)
     wanted = _reference(processor, kind, tokenizer)
-    texts = [text for text in (*_TEXTS, *_random_texts(proto)) if not _has_added_token(text, backend)]
+    texts = [text for text in (*_TEXTS, *_MARKS, *_random_texts(proto)) if not _has_added_token(text, backend)]
     first_only = kind == "LlamaTokenizer" and settings.get("legacy") is False
 
     def differs(texts: Sequence[str]) -> str | None:
@@ -85,14 +95,22 @@ def read_sentencepiece(given: str, folder: Path, file: Path) -> Any:
 
     if kind in _BEGINNING and settings.get("add_bos_token", True):
         tokenizer.add_bos_token = True  # the slow tokenizers' default; transformers 5 takes a missing one as False
-    if (found := differs((*texts, *_SPACED))) is not None:
-        _apply_rules(proto, backend, kind, tokenizer, first_only=first_only)
-        found = differs((*texts, *_SPACED))
+    found = differs((*texts, *_SPACED))
+    for composed in (True, False):
+        if found is not None:
+            _apply_rules(proto, backend, kind, tokenizer, first_only=first_only, composed=composed)
+            found = differs((*texts, *_SPACED))
     if found is not None:
         raise SourceError(
             f"the tokenizer of {given!r} is a SentencePiece model ({file.name}), and what transformers makes of it "
             f"({kind}) gives the text {found!r} other ids than SentencePiece; put the model's tokenizer.json beside it"
         )
+    if (found := differs(_BEHIND_OTHERS)) is not None:
+        _LOG.warning(
+            "note: the tokenizer of %r, made of %s, gives texts like %s other ids than SentencePiece: combining marks "
+            "in another order than Unicode's, or behind a sign that is normalised away",
+            given, file.name, ascii(found),
+        )  # fmt: skip
     return tokenizer
 
 
@@ -222,8 +240,10 @@ def _random_texts(proto: Any) -> Iterator[str]:
     """Texts of the file's own pieces, and its own symbols between letters."""
     chosen = random.Random(0)
     pieces = [piece.piece.replace(_SPACE, " ") for piece in proto.pieces if piece.type == _NORMAL]
+    pieces = [piece for piece in pieces if not unicodedata.combining(piece[0])]  # see _BEHIND_OTHERS
     for _ in range(_RANDOM_TEXTS if pieces else 0):
-        yield "".join(chosen.choices(pieces, k=_PIECES)).strip()
+        text = "".join(chosen.choices(pieces, k=_PIECES)).strip()
+        yield from dict.fromkeys((text, unicodedata.normalize("NFD", text)))
     symbols = [piece.piece for piece in proto.pieces if piece.type == _USER_DEFINED]
     for symbol in chosen.sample(symbols, min(len(symbols), _PIECES)):
         yield f"a{symbol}b"
@@ -234,7 +254,7 @@ def _has_added_token(text: str, backend: Any) -> bool:
     return any(token.special and token.content in text for token in backend.get_added_tokens_decoder().values())
 
 
-def _apply_rules(proto: Any, backend: Any, kind: str, tokenizer: Any, *, first_only: bool) -> None:
+def _apply_rules(proto: Any, backend: Any, kind: str, tokenizer: Any, *, first_only: bool, composed: bool) -> None:
     """Write the file's own rules into a tokenizer: normalisation, white space, the space in front, its symbols.
 
     Args:
@@ -243,6 +263,9 @@ def _apply_rules(proto: Any, backend: Any, kind: str, tokenizer: Any, *, first_o
         kind: Its class.
         tokenizer: transformers' tokenizer around it.
         first_only: Whether the space comes in front of the text alone, not behind special tokens too.
+        composed: Whether letters and their marks are joined (NFC) before the file's table is applied. `tokenizers`
+            looks up a letter with all its marks, takes the shortest entry and drops the rest: e\\u0301\\u0302 would be
+            é alone.
     """
     from tokenizers import AddedToken, Regex, decoders, normalizers, pre_tokenizers
 
@@ -258,7 +281,12 @@ def _apply_rules(proto: Any, backend: Any, kind: str, tokenizer: Any, *, first_o
     elif getattr(tokenizer, "do_lower_case", False):
         steps.append(normalizers.Lowercase())
     if rules.precompiled_charsmap:
-        steps.append(normalizers.Precompiled(rules.precompiled_charsmap))
+        if composed:
+            steps.append(normalizers.NFC())
+        table = normalizers.Precompiled(rules.precompiled_charsmap)
+        # It takes "\r\n" for one sign too, and drops the line feed.
+        lines = normalizers.Replace("\r\n", table.normalize_str("\r") + table.normalize_str("\n"))
+        steps += [lines, table]
     if rules.remove_extra_whitespaces:
         steps += [normalizers.Replace(Regex("^ +| +$"), ""), normalizers.Replace(Regex(" {2,}"), " ")]
     backend.pre_tokenizer = None

@@ -22,6 +22,9 @@ SETTINGS: dict[str, dict[str, Any]] = {
     },
     "xlmr": {"model_type": "unigram", "unk_id": 0, "bos_id": 1, "eos_id": 2, "pad_id": -1},
     "llama": {**_LLAMA, "unk_id": 0, "bos_id": 1, "eos_id": 2, "pad_id": -1},
+    "llama with a table": {
+        **_LLAMA, "unk_id": 0, "bos_id": 1, "eos_id": 2, "pad_id": -1, "normalization_rule_name": "nmt_nfkc",
+    },
     "gemma": {
         **_LLAMA, "pad_id": 0, "eos_id": 1, "bos_id": 2, "unk_id": 3, "add_dummy_prefix": False,
         "user_defined_symbols": ["<mask>", "\n\n", "<b>"],
@@ -30,16 +33,18 @@ SETTINGS: dict[str, dict[str, Any]] = {
 
 
 @functools.cache
-def train(kind: str) -> bytes:
-    """The model file of a kind in `SETTINGS`, of 480 pieces."""
+def train(kind: str, more: tuple[str, ...] = (), size: int = 480) -> bytes:
+    """The model file of a kind in `SETTINGS`, of `size` pieces; `more`: texts besides, whose letters it has."""
     import sentencepiece
 
     texts = []
     for name in ("source", "movie"):
         with (DATA / f"{name}.train.csv").open(encoding="utf-8", newline="") as file:
             texts += [row["text"] for row in csv.DictReader(file)]
+    texts += more
     found = io.BytesIO()
     sentencepiece.SentencePieceTrainer.train(
-        sentence_iterator=iter(texts), model_writer=found, vocab_size=480, minloglevel=2, **SETTINGS[kind]
-    )
+        sentence_iterator=iter(texts), model_writer=found, vocab_size=size, minloglevel=2, **SETTINGS[kind],
+        **({"character_coverage": 1.0} if more else {}),
+    )  # fmt: skip
     return found.getvalue()
