@@ -11,6 +11,7 @@ from typing import Any
 
 from edgeprompt.request import POOLINGS
 from edgeprompt.server.options import ServerOptions
+from edgeprompt.server.schema import Schema
 
 MAX_NEW_TOKENS = 1 << 20
 TOP_LOGPROBS = 20
@@ -65,6 +66,8 @@ def _only(*values: Any, why: str) -> dict[str, Any]:
 
 _BOOLEAN = {"type": ["boolean", "null"]}
 _IGNORED = {"type": ["string", "null"], "maxLength": 512, "description": "Accepted, and changes nothing."}
+_NOTHING: Schema = {"type": "null"}
+_EMPTY = {"type": ["array", "null"], "maxItems": 0}
 _NO_PENALTY = "this server has repetition_penalty instead"
 
 
@@ -92,6 +95,8 @@ def _generation(limits: ServerOptions) -> dict[str, Any]:
         "frequency_penalty": _only(0, why=_NO_PENALTY),
         "logit_bias": {"type": ["object", "null"], "maxProperties": 0},
         "user": _IGNORED,
+        "safety_identifier": _IGNORED,
+        "prompt_cache_key": _IGNORED,
         # Beyond OpenAI, as vLLM and llama.cpp call them.
         "top_k": _integer(0, (1 << 31) - 1),
         "min_p": _number(0, 1),
@@ -137,7 +142,17 @@ def chat(limits: ServerOptions) -> dict[str, Any]:
     }
     roles = ["system", "developer", "user", "assistant"]
     message = _object(
-        {"role": {"enum": roles, "description": "tools are not supported"}, "content": content, "name": _IGNORED},
+        {
+            "role": {"enum": roles, "description": "tools are not supported"},
+            "content": content,
+            "name": _IGNORED,
+            # What else an answer has: clients send it back as it came.
+            "refusal": _NOTHING,
+            "audio": _NOTHING,
+            "function_call": _NOTHING,
+            "tool_calls": _EMPTY,
+            "annotations": _EMPTY,
+        },
         "role",
         "content",
     )
@@ -155,8 +170,15 @@ def chat(limits: ServerOptions) -> dict[str, Any]:
                 "additionalProperties": False,
             },
             "modalities": {"type": ["array", "null"], "items": {"enum": ["text"]}, "maxItems": 1},
-            "tools": {"type": ["array", "null"], "maxItems": 0},
+            "tools": _EMPTY,
             "tool_choice": _only("none", "auto", why="tools are not supported"),
+            "functions": _EMPTY,
+            "function_call": _only("none", "auto", why="tools are not supported"),
+            "audio": _NOTHING,
+            "prediction": _NOTHING,
+            "reasoning_effort": _NOTHING,
+            "verbosity": _NOTHING,
+            "web_search_options": _NOTHING,
             "parallel_tool_calls": _BOOLEAN,
             "store": _only(False, why="nothing is stored"),
             "metadata": {

@@ -98,11 +98,19 @@ def _check_size(schema: Schema, size: int, what: str, named: str, where: str) ->
 def _check_number(schema: Schema, value: float, where: str) -> None:
     low, high, above = (schema.get(name) for name in ("minimum", "maximum", "exclusiveMinimum"))
     if low is not None and value < low:
-        raise SchemaError(where, f"is {value:g}; it must be at least {low}")
+        raise SchemaError(where, f"is {_digits(value)}; it must be at least {low}")
     if above is not None and value <= above:
-        raise SchemaError(where, f"is {value:g}; it must be above {above}")
+        raise SchemaError(where, f"is {_digits(value)}; it must be above {above}")
     if high is not None and value > high:
-        raise SchemaError(where, f"is {value:g}; it must be at most {high}")
+        raise SchemaError(where, f"is {_digits(value)}; it must be at most {high}")
+
+
+def _digits(value: float) -> str:
+    try:
+        return f"{value:g}"
+    except OverflowError:  # an integer beyond all floats
+        text = str(value)
+        return f"{text[:6]}... ({len(text)} digits)"
 
 
 def _is(kind: str, value: Any) -> bool:

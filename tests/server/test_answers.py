@@ -178,6 +178,23 @@ def test_chat(chatting: Running) -> None:
         assert "".join(delta.content or "" for delta in deltas) == expected.text
 
 
+def test_an_answer_goes_back_into_the_conversation(chatting: Running) -> None:
+    """As OpenAI's guides write it: with all fields that the answer's message has."""
+    messages: Any = [{"role": "user", "content": "hello"}]
+    with client_of(chatting) as client:
+        for _ in range(2):
+            found = client.chat.completions.create(model="story", messages=messages, max_tokens=4)
+            messages += [found.choices[0].message, {"role": "user", "content": "and?"}]
+    plain = [{"role": "user", "content": "hello"}, {"role": "assistant", "content": messages[1].content}, messages[2]]
+    expected = chatting.runtime.chat(plain, prompt="story", max_new_tokens=4)
+    assert messages[3].content == expected.text
+    given = {"refusal": None, "tool_calls": None, "function_call": None, "audio": None, "annotations": []}
+    plain[1] |= given  # other servers' messages have more
+    body = {"model": "story", "messages": plain, "max_tokens": 4}
+    choice = chatting.post("/v1/chat/completions", body).json()["choices"][0]
+    assert choice["message"]["content"] == expected.text
+
+
 def test_asyncio_client(chatting: Running) -> None:
     async def ask() -> list[str]:
         async with openai.AsyncOpenAI(base_url=f"{chatting.url}/v1", api_key="none", max_retries=0) as client:

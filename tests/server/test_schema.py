@@ -51,6 +51,10 @@ def test_what_clients_send_fits(more: dict[str, Any]) -> None:
         ({"max_tokens": 1.5}, "max_tokens", "must be an integer or null, found a number"),
         ({"max_tokens": True}, "max_tokens", "must be an integer"),
         ({"top_p": 0}, "top_p", "must be above 0"),
+        ({"seed": 10**400}, "seed", r"is 100000\.\.\. \(401 digits\); it must be at most"),  # no float holds it
+        ({"temperature": -(10**400)}, "temperature", "it must be at least 0"),
+        ({"top_p": -(10**400)}, "top_p", "it must be above 0"),
+        ({"prompt": [10**400]}, "prompt.0", "it must be at most"),
         ({"echo": True}, "echo", "the text is not given back"),
         ({"presence_penalty": 1}, "presence_penalty", "repetition_penalty instead"),
         ({"logit_bias": {"5": 1}}, "logit_bias", "at most 0"),
@@ -66,9 +70,23 @@ def test_what_does_not_fit_is_named(more: dict[str, Any], where: str, message: s
 
 
 @pytest.mark.parametrize(
+    "more",
+    [
+        {"safety_identifier": "a", "prompt_cache_key": "b"},
+        {"functions": None, "function_call": "none", "audio": None, "prediction": None, "reasoning_effort": None},
+    ],
+)
+def test_what_changes_no_answer_of_a_chat_fits(more: dict[str, Any]) -> None:
+    check(bodies.chat(LIMITS), {**CHAT, **more})
+
+
+@pytest.mark.parametrize(
     ("more", "where"),
     [
         ({"messages": []}, "messages"),
+        ({"messages": [{"role": "assistant", "content": "a", "refusal": "no"}]}, "messages.0.refusal"),
+        ({"messages": [{"role": "assistant", "content": "a", "tool_calls": [{}]}]}, "messages.0.tool_calls"),
+        ({"reasoning_effort": "low"}, "reasoning_effort"),
         ({"messages": [{"role": "tool", "content": "a"}]}, "messages.0.role"),
         ({"messages": [{"role": "user"}]}, "messages.0.content"),
         (
