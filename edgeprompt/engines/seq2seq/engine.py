@@ -169,8 +169,11 @@ class Seq2SeqEngine(Engine):
 
     def _classify(self, request: Request, prompt: LoadedPrompt | None) -> Seq2SeqJob:
         if prompt is None or prompt.verbalizer is None:
-            name = "no prompt" if prompt is None else f"prompt {prompt.name!r}"
-            raise InputError(f"classify needs a prompt with a verbalizer, and {name} has one; use generate")
+            raise InputError(
+                f"prompt {prompt.name!r} has no verbalizer, which classify needs; tune it with label words"
+                if prompt is not None
+                else "classify needs a prompt with a verbalizer; add one and name it with prompt="
+            )
         clock, words = Clock(), prompt.verbalizer.words
         longest = max(len(word) for word in words)
         strategy = ScoreWords(prompt.verbalizer, clock)

@@ -101,8 +101,11 @@ export class Seq2SeqEngine implements Engine {
         return this.tagWords(request, prompt, context);
       case "classify": {
         if (!prompt?.verbalizer) {
-          const name = prompt ? `prompt ${repr(prompt.file.name)}` : "no prompt";
-          throw new InputError(`classify needs a prompt with a verbalizer, and ${name} has one; use generate`);
+          throw new InputError(
+            prompt
+              ? `prompt ${repr(prompt.file.name)} has no verbalizer, which classify needs; tune it with label words`
+              : "classify needs a prompt with a verbalizer; add one and name it with prompt",
+          );
         }
         const longest = Math.max(...prompt.verbalizer.words.map((word) => word.length));
         return this.run(new ScoreWords(prompt.verbalizer, context.clock), request, prompt, longest, context);

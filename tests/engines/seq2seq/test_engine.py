@@ -262,7 +262,8 @@ def test_prompts_from_files_come_and_go_while_others_run(seq2seq_package: Callab
     ("request_", "kind", "message"),
     [
         (Request(TEXT, "absent"), PromptNotFoundError, "absent"),
-        (Request(TEXT, task="classify"), InputError, "verbalizer"),
+        (Request(TEXT, task="classify"), InputError, "needs a prompt with a verbalizer; add one"),
+        (Request(TEXT, "bare", task="classify"), InputError, "prompt 'bare' has no verbalizer"),
         (Request(TEXT, task="tag"), InputError, "tag"),
         (Request(TEXT, chat=True), UnsupportedError, "chat"),
         (Request(""), InputError, "no token"),
@@ -281,6 +282,7 @@ def test_bad_requests_are_one_clear_line(
     t5: Runtime, bart: Runtime, request_: Request, kind: type[Exception], message: str
 ) -> None:
     runtime = bart if "96" in message else t5
+    runtime.add_prompt(make_prompt(runtime.manifest, "bare"))
     good = Request(TEXT, options=GenerationOptions(max_new_tokens=2))
     with pytest.raises(kind, match=message) as caught:
         runtime.run([good, request_])
