@@ -5,7 +5,6 @@ from __future__ import annotations
 import re
 from collections.abc import Sequence
 from dataclasses import replace
-from itertools import islice
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -15,9 +14,6 @@ from edgeprompt.cli import console, serving
 
 if TYPE_CHECKING:
     from edgeprompt.evaluation.requests import Questions
-
-_FIRST = 1024
-"""Records whose columns are taken for those of the input."""
 
 
 def answer_files(
@@ -79,7 +75,8 @@ def answer_files(
         for folder in folders:
             runtime.add_folder(folder)
         asked = replace(questions, prompts=tuple(given))
-        check_columns(asked, _columns(job.files[0]), runtime.describe, repr(str(job.files[0])))
+        columns = [*dict.fromkeys(name for row in job.first_records() for name in row)]
+        check_columns(asked, columns, runtime.describe, repr(str(source)))
     counted = [serving.count_records(path) for path in job.files]
     known = [count for count in counted if count is not None]
     report = run(job, total=sum(known) if len(known) == len(counted) else None)
@@ -88,13 +85,6 @@ def answer_files(
     if report.failed:
         left = "left out" if on_error == "skip" else "recorded"
         console.note(f"note: {report.failed} answers failed and were {left}; the first: {report.first}")
-
-
-def _columns(file: Path) -> list[str]:
-    """The columns of a file's first records."""
-    from edgeprompt.evaluation.formats import read_file
-
-    return [*dict.fromkeys(name for row in islice(read_file(file), _FIRST) for name in row)]
 
 
 def _sizes(actors: str | None) -> tuple[int, int | None] | None:

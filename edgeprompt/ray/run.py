@@ -10,10 +10,10 @@ import signal
 import socket
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from itertools import islice
+from itertools import chain, islice
 from pathlib import Path
 from typing import Any
 
@@ -28,7 +28,7 @@ _SHARE = 0.25
 _CONNECT_S = 10
 """Seconds until a cluster that does not answer counts as none."""
 _FIRST = 1024
-"""Records whose columns are those of a parquet output."""
+"""Records whose columns are those of the input, and of a parquet output."""
 
 
 @dataclass(frozen=True)
@@ -70,6 +70,19 @@ class Job:
     def suffix(self) -> str:
         """Of the parts of the output: that of the folder's name, or the input's."""
         return self.out.suffix.lower() or self.files[0].suffix.lower()
+
+    def first_records(self) -> list[Mapping[str, Any]]:
+        """Whose columns are taken for those of the input. A file may have none: Spark writes such.
+
+        Raises:
+            DataError: no file has a record.
+        """
+        from edgeprompt.evaluation.formats import read_file
+
+        found = [*islice(chain.from_iterable(map(read_file, self.files)), _FIRST)]
+        if not found:
+            raise DataError(f"data {str(self.source)!r} is empty: it has no row")
+        return found
 
     @property
     def here(self) -> bool:
@@ -176,7 +189,8 @@ def _execute(ray: Any, job: Job, tally: Any, data: Path) -> None:
     paths = [str(path) for path in job.files]
     packed = job.files[0].suffix.lower() != ".parquet"
     as_lines = None if job.suffix == ".parquet" else "jsonl" if job.suffix == ".jsonl" else "csv"
-    _check_columns(job, packed)
+    schema = _schema(job) if packed and as_lines is None else None
+    _check_columns(job, packed, () if schema is None else schema.names)
     # On one machine, more readers and writers than actors would only take their time.
     few = {"num_cpus": _SHARE, "concurrency": max(1, _cores() // 2) if job.here else None}
     if packed:
@@ -190,7 +204,7 @@ def _execute(ray: Any, job: Job, tally: Any, data: Path) -> None:
         "added": job.id_column is None,
         "packed": packed,
         "as_lines": as_lines,
-        "schema": _schema(job) if packed and as_lines is None else None,
+        "schema": schema,
         "tally": tally,
     }
     answered = answer(found, job.package, actors=job.sizes, batch_size=BATCH, **keywords)
@@ -198,20 +212,19 @@ def _execute(ray: Any, job: Job, tally: Any, data: Path) -> None:
     answered.write_datasink(sink, ray_remote_args={"num_cpus": _SHARE}, concurrency=few["concurrency"])
 
 
-def _check_columns(job: Job, packed: bool) -> None:
-    """Whether what tells rows apart can be a column beside the others."""
+def _check_columns(job: Job, packed: bool, names: Sequence[str]) -> None:
+    """Whether what tells rows apart can be a column beside the others; `names`: those of a table made from lines."""
     from edgeprompt.ray.files import ROW
 
     if job.id_column in ("prompt", "answer", "score", "error"):
         raise InputError(f"--id-column {job.id_column} is also a column of the answers; rename it in the input")
-    if packed:
-        return
-    import pyarrow.parquet as parquet
+    if not packed:
+        import pyarrow.parquet as parquet
 
-    names = parquet.read_schema(job.files[0]).names
+        names = parquet.read_schema(job.files[0]).names
     if job.id_column is None and ROW in names:
         raise InputError(f"the input has a column {ROW!r}, which Ray makes too; rename it, or give it as --id-column")
-    if job.id_column is not None and job.id_column not in names:
+    if not packed and job.id_column is not None and job.id_column not in names:
         raise DataError(f"{str(job.files[0])!r} has no column {job.id_column!r}; it has: {', '.join(names)}")
 
 
@@ -219,13 +232,10 @@ def _schema(job: Job) -> Any:
     """Columns of a parquet output, from the first records; a column without a value is one of text."""
     import pyarrow
 
-    from edgeprompt.evaluation.formats import read_file
     from edgeprompt.evaluation.rows import Answered, Form
 
     form = Form(with_errors=job.answers.get("on_error", "record") == "record")
-    rows = [form.cells(Answered(row, "", None, None)) for row in islice(read_file(job.files[0]), _FIRST)]
-    if not rows:
-        raise DataError(f"data {str(job.files[0])!r} is empty: it has no row")
+    rows = [form.cells(Answered(row, "", None, None)) for row in job.first_records()]
     try:
         found = pyarrow.Table.from_pylist(rows).schema
     except pyarrow.ArrowException as error:

@@ -16,7 +16,7 @@ from ray.data.block import BlockAccessor
 
 from edgeprompt.errors import DataError, InputError
 from edgeprompt.ray.files import LINE, RECORD, ROW, AnswerFiles, read_blocks, row_ids
-from edgeprompt.ray.run import Job, _schema, find_files
+from edgeprompt.ray.run import Job, _check_columns, _schema, find_files
 from tests.ray.conftest import make_records
 
 
@@ -98,6 +98,44 @@ def test_columns_of_a_parquet_output_are_those_of_the_first_records(tmp_path: Pa
         "text": "string", "n": "int64", "m": "string", "prompt": "string", "answer": "string", "score": "string",
         "error": "string",
     }  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("suffix", "empty"), [(".csv", "text\n"), (".csv", ""), (".tsv", "text\n"), (".jsonl", ""), (".parquet", None)]
+)
+def test_a_file_without_a_record_is_passed_over(tmp_path: Path, suffix: str, empty: str | None) -> None:
+    """Spark writes such parts."""
+    first, second = tmp_path / f"part-0{suffix}", tmp_path / f"part-1{suffix}"
+    if empty is None:
+        table = pyarrow.table({"text": ["a"]})
+        pyarrow.parquet.write_table(table.slice(1), first)
+    else:
+        first.write_text(empty, "utf-8")
+    with pytest.raises(DataError, match="is empty: it has no row"):
+        job(tmp_path, tmp_path / "out.parquet").first_records()
+    if empty is None:
+        pyarrow.parquet.write_table(table, second)
+    else:
+        second.write_text('{"text": "a"}\n' if suffix == ".jsonl" else "text\na\n", "utf-8")
+    whole = job(tmp_path, tmp_path / "out.parquet")
+    assert whole.first_records() == [{"text": "a"}]
+    assert _schema(whole).names[:2] == ["text", "prompt"]
+
+
+@pytest.mark.parametrize("suffix", [".csv", ".jsonl", ".parquet"])
+def test_a_column_called_as_rays_own_is_refused_where_it_would_be_lost(tmp_path: Path, suffix: str) -> None:
+    source = tmp_path / f"in{suffix}"
+    if suffix == ".parquet":
+        pyarrow.parquet.write_table(pyarrow.table({"text": ["a"], ROW: ["mine"]}), source)
+    else:
+        lines = f"text,{ROW}\na,mine\n" if suffix == ".csv" else json.dumps({"text": "a", ROW: "mine"}) + "\n"
+        source.write_text(lines, "utf-8")
+    table = job(source, tmp_path / "out.parquet")
+    names = () if suffix == ".parquet" else _schema(table).names
+    with pytest.raises(InputError, match="has a column 'row_hash', which Ray makes too"):
+        _check_columns(table, suffix != ".parquet", names)
+    if suffix != ".parquet":  # lines have room for it
+        _check_columns(job(source, tmp_path / "out.jsonl"), True, ())
 
 
 def test_an_input_is_a_file_or_a_folder_of_one_kind(tmp_path: Path) -> None:
