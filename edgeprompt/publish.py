@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import logging
 import re
+import shlex
 import shutil
 import tempfile
 from collections.abc import Mapping
@@ -109,7 +110,7 @@ def prompt_card(file: Path, repo: str, licence: str | None) -> Card:
         lines.append(f"Tuned for weights at {', '.join(one.precision for one in tuned)}.")
     if prompt.golden is not None:
         lines.append("It holds a golden example, which `edgeprompt validate PACKAGE --prompt FILE` asks.")
-    usage = f'edgeprompt run PACKAGE --prompt {repo}/{file.name} "your text"'
+    usage = f'edgeprompt run PACKAGE --prompt {shlex.quote(f"{repo}/{file.name}")} "your text"'
     return Card(f"{prompt.name} ({repo})", prompt.base, tuple(lines), usage, ("soft-prompt", prompt.method), licence)
 
 

@@ -16,10 +16,12 @@ from typing import Any
 
 from edgeprompt.errors import HubError, MissingDependencyError
 
+_PART = r"""[^/\\*?"<>|:\x00-\x1f\x7f]+"""
+"""Of a file's path: what every system takes in a name."""
 _FORM = re.compile(
     r"(?P<repo>[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*)"
     r"(?:@(?P<revision>refs/[a-z]+/[\w.-]+|[\w.-]+))?"
-    r"(?:/(?P<file>[\w. -]+(?:/[\w. -]+)*))?"
+    rf"(?:/(?P<file>{_PART}(?:/{_PART})*))?"
 )
 _FILES = (".safetensors", ".gguf", ".onnx", ".onnx_adapter", ".npy", ".pt", ".pth", ".bin", ".nemo", ".csv", ".json")
 """A name of two parts that ends so is a file of this machine, not a repository."""

@@ -17,6 +17,7 @@ import pytest
 from edgeprompt import load_prompt, names, save_prompt
 from edgeprompt.package import hub as package_hub
 from edgeprompt.package.folder import open_package
+from edgeprompt.publish import prompt_card
 from tests.support.hub import TOKEN, Hub, Repository, small_hub
 from tests.support.prompts import make_prompt
 from tests.support.runtimes import WORDS
@@ -29,6 +30,7 @@ from tests.support.runtimes import WORDS
         ("user/repo@v1", ("user/repo", "v1", None)),
         ("user/repo@refs/pr/3/a.safetensors", ("user/repo", "refs/pr/3", "a.safetensors")),
         ("user/repo/folder/a b.safetensors", ("user/repo", None, "folder/a b.safetensors")),
+        ("user/repo/a, b (1)+é's.safetensors", ("user/repo", None, "a, b (1)+é's.safetensors")),
         ("HuggingFaceTB/SmolLM2-135M-Instruct", ("HuggingFaceTB/SmolLM2-135M-Instruct", None, None)),
     ],
 )
@@ -41,7 +43,8 @@ def test_names_of_the_hub(given: str, parts: tuple[str | None, ...]) -> None:
 @pytest.mark.parametrize(
     "given",
     ["gpt2", "./user/repo", "/user/repo", "../repo", "user/..", "user/../repo", "user/repo/../x", "~/repo", "a/b.gguf",
-     "prompts/sentiment.safetensors", "user/repo@", "user\\repo", "", "user/repo@../x", "a/b/"],
+     "prompts/sentiment.safetensors", "user/repo@", "user\\repo", "", "user/repo@../x", "a/b/",
+     "user/repo/*.safetensors", "user/repo/a\n.safetensors"],
 )  # fmt: skip
 def test_paths_are_not_of_the_hub(given: str) -> None:
     assert package_hub.parse(given) is None
@@ -294,6 +297,16 @@ def test_push_writes_a_card_and_comes_back(
     assert "Labels: x, y." in card
     found = command("run", "user/new", "the film", "--prompt", f"user/new-prompts/{prompt.name}", HF_TOKEN=TOKEN)
     assert found.stdout == command("run", tiny_llama_package, "the film", "--prompt", prompt).stdout
+
+
+def test_a_card_quotes_a_file_name_for_the_shell(tiny_llama_package: Path, tmp_path: Path) -> None:
+    file = tmp_path / "it's, short.safetensors"
+    save_prompt(make_prompt(open_package(tiny_llama_package).manifest, "it's, short"), file)
+    *_, wanted, text = shlex.split(prompt_card(file, "user/prompts", None).usage)
+    assert (wanted, text) == (f"user/prompts/{file.name}", "your text")
+    there = package_hub.parse(wanted)
+    assert there is not None
+    assert there.file == file.name
 
 
 def test_a_card_that_somebody_wrote_is_left(served: Hub, command: Command, tmp_path: Path) -> None:
