@@ -72,7 +72,7 @@ class Server:
             MissingDependencyError: the extra `serve` is not installed.
         """
         uvicorn = import_server()
-        from edgeprompt.server.app import Service
+        from edgeprompt.server import app
 
         self._options, self._bound, self._log, self._ready = options, bound, log, ready
         address = bound.getsockname()
@@ -81,10 +81,11 @@ class Server:
         # With a key, a page of another site cannot ask; without one, it must not read by way of a name of its own.
         local = ipaddress.ip_address(address[0]).is_loopback
         hosts = _LOCAL | {shown, options.host.lower()} if local and not options.api_keys else None
-        self._service = Service(runtime, options, log=log, hosts=hosts)
+        self._service = app.Service(runtime, options, log=log, hosts=hosts)
         config = uvicorn.Config(
             self._service.app,
             loop="asyncio",
+            http=_protocol(app.READ_TIMEOUT),
             ws="none",
             lifespan="off",
             log_config=None,
@@ -142,6 +143,50 @@ class Server:
                 await self._server.serve(sockets=[self._bound])
             finally:
                 telling.cancel()
+
+
+def _protocol(seconds: float) -> Any:
+    """uvicorn's protocol, but a connection is closed that brings no head of a request in so many seconds.
+
+    uvicorn itself closes only those that had an answer; the others would count as connections for ever.
+    """
+    from uvicorn.protocols.http import auto
+
+    base: Any = auto.AutoHTTPProtocol
+
+    class Protocol(base):  # type: ignore[misc]
+        _timer: asyncio.TimerHandle | None = None
+
+        def connection_made(self, transport: Any) -> None:
+            super().connection_made(transport)
+            self._watch()
+
+        def data_received(self, data: bytes) -> None:
+            super().data_received(data)
+            self._watch()
+
+        def connection_lost(self, error: Exception | None) -> None:
+            super().connection_lost(error)
+            if self._timer is not None:
+                self._timer.cancel()
+
+        @property
+        def _idle(self) -> bool:
+            return self.cycle is None or self.cycle.response_complete
+
+        def _watch(self) -> None:
+            if self._idle:
+                self._timer = self._timer or self.loop.call_later(seconds, self._end)
+            elif self._timer is not None:
+                self._timer.cancel()
+                self._timer = None
+
+        def _end(self) -> None:
+            self._timer = None
+            if self._idle:
+                self.transport.close()
+
+    return Protocol
 
 
 @contextlib.contextmanager

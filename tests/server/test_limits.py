@@ -263,6 +263,28 @@ def test_a_body_that_does_not_come_is_given_up(runtime: Runtime, monkeypatch: py
         assert link.recv(1000).startswith(b"HTTP/1.1 408")
 
 
+@pytest.mark.parametrize(("answered", "sent"), [(False, b""), (False, b"GET /health HT"), (True, b"GET /health HT")])
+def test_a_connection_without_a_request_makes_room(
+    runtime: Runtime, monkeypatch: pytest.MonkeyPatch, answered: bool, sent: bytes
+) -> None:
+    monkeypatch.setattr("edgeprompt.server.app.READ_TIMEOUT", 0.3)
+    with serving(runtime, max_connections=4 + answered) as running:
+        held = [socket.create_connection(("127.0.0.1", int(running.url.rpartition(":")[2]))) for _ in range(4)]
+        for one in held:
+            one.settimeout(10)
+            if answered:
+                one.sendall(b"GET /health HTTP/1.1\r\nHost: localhost\r\n\r\n")
+                assert one.recv(4096).startswith(b"HTTP/1.1 ")
+            one.sendall(sent)
+        for one in held:
+            while one.recv(4096):
+                pass
+            one.close()
+        assert running.get("/health").status_code == 200
+        body = {"model": "story", "prompt": "a", "max_tokens": 200}  # what is being answered may take longer
+        assert running.post("/v1/completions", body).status_code == 200
+
+
 def test_metrics(decoder: Running) -> None:
     from prometheus_client.parser import text_string_to_metric_families
 
