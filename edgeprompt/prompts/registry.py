@@ -147,7 +147,7 @@ class PromptRegistry:
     def names(self) -> tuple[str, ...]:
         """Names that requests can use: of the prompts that are ready, and of those in folders."""
         files = (path.stem for folder in tuple(self._folders) for path in sorted(folder.glob(f"*{SUFFIX}")))
-        return tuple(dict.fromkeys((*tuple(self._prompts), *files)))
+        return tuple(dict.fromkeys((*tuple(self._prompts), *(name for name in files if name[0] != "."))))
 
     def add(
         self,

@@ -94,8 +94,9 @@ def test_a_folder_of_prompts_is_read_on_demand(tiny_llama_package: Path, tmp_pat
     with edgeprompt.load(tiny_llama_package, options=QUIET) as runtime:
         for index in range(30):
             save_prompt(make_prompt(runtime.manifest, "any", seed=index), tmp_path / f"task{index}.safetensors")
+        (tmp_path / ".hidden.safetensors").write_bytes((tmp_path / "task0.safetensors").read_bytes())
         runtime.add_folder(tmp_path)
-        assert len(runtime.prompts) == 30
+        assert len(runtime.prompts) == 30  # all that a request can name
         assert not runtime._prompts._prompts
         first = runtime.logits("a", prompt="task7")
         assert list(runtime._prompts._prompts) == ["task7"]
