@@ -1,12 +1,14 @@
 """Rows a second through Ray on this machine: tasks shuffled and sorted, one actor and two, and what the actors share.
 
-    python -m benchmarks.ablations.cluster PACKAGE PROMPT [--rows 100000] [--prompts 2000] [--rounds 1] [--out FILE]
+    python -m benchmarks.ablations.cluster PACKAGE PROMPT [--rows 100000] [--prompts 2000] [--rounds 1]
+        [--ways NUMBER ...] [--out FILE]
 
 PROMPT is copied under other names with noise on its virtual tokens, so that every task has tensors of its own. The
 records are film-review snippets, each with its number, so that none is answered twice. Every run is `edgeprompt run
 --engine ray`, with a cluster of its own. The rate counts from the first batch that was answered, so without the start
 of the cluster; `wall_s` has it. While a run lasts, the resident and the proportional set size (RSS, PSS) of the actors
-are read, and of the packed weights in them. The load average says how quiet the machine was.
+are read, and of the packed weights in them. The load average says how quiet the machine was. Runs are added to the
+result of the same package, prompts and threads.
 """
 
 from __future__ import annotations
@@ -37,6 +39,8 @@ from edgeprompt.ray.answers import open_shared
 ROOT = Path(__file__).resolve().parents[2]
 WAYS = (("shuffled", 2), ("sorted", 2), ("shuffled", 1))
 MIB = 1 << 20
+SAMPLED = 15
+"""Seconds between two readings of the memory: each takes the kernel a quarter of a second of a core."""
 
 
 def make_prompts(source: Path, folder: Path, count: int) -> None:
@@ -103,8 +107,12 @@ def measure(package: Path, prompts: Path, source: Path, folder: Path, actors: in
     load, started = os.getloadavg()[0], time.monotonic()
     process = subprocess.Popen([*map(str, command)], stderr=subprocess.PIPE, text=True, cwd=ROOT)
     memory: list[dict[str, float]] = []
+    waited = 0
     while process.poll() is None:
-        time.sleep(2)
+        time.sleep(1)
+        waited += 1
+        if waited % SAMPLED:
+            continue
         try:
             sample = memory_of(actors_of(psutil.Process(process.pid)))
             memory = sample if len(sample) >= len(memory) else memory  # the last one with all actors
@@ -131,6 +139,7 @@ def main() -> None:
     parser.add_argument("--prompts", type=int, default=2000)
     parser.add_argument("--threads", type=int, default=1, help="Of an actor.")
     parser.add_argument("--rounds", type=int, default=1)
+    parser.add_argument("--ways", type=int, nargs="+", default=[*range(len(WAYS))], help=f"Numbers from 0, of {WAYS}.")
     parser.add_argument("--out", type=Path, default=ROOT / "benchmarks" / "results" / "cluster.json")
     options = parser.parse_args()
     found: dict[str, list[dict[str, Any]]] = {f"{order}, {actors} actors": [] for order, actors in WAYS}
@@ -142,21 +151,23 @@ def main() -> None:
         engine = EngineOptions(threads=options.threads, cache_folder=folder / "cache")
         open_shared(options.package, engine).close()  # packed once, before all
         for _ in range(options.rounds):
-            for order, actors in WAYS:
+            for order, actors in (WAYS[way] for way in options.ways):
                 one = measure(
                     options.package, folder / "prompts", folder / f"{order}.parquet", folder, actors, options.threads
                 )
                 print(order, actors, json.dumps(one), flush=True)
                 found[f"{order}, {actors} actors"].append(one)
-    manifest = edgeprompt.load(options.package).manifest
     results = json.loads(options.out.read_text("utf-8")) if options.out.exists() else {}
-    results[f"{Path(manifest.base.name).stem} {manifest.precision}"] = {
-        "runs": found,
+    facts = {
         "prompts": options.prompts,
         "threads": options.threads,
         "ray": version("ray"),
         "machine": machine.describe(),
     }
+    before = results.get(options.package.name, {})
+    if all(before.get(name) == fact for name, fact in facts.items()):
+        found = {way: before["runs"].get(way, []) + runs for way, runs in found.items()}
+    results[options.package.name] = {"runs": found, **facts}
     options.out.write_text(json.dumps(results, indent=1, sort_keys=True) + "\n", "utf-8")
 
 
