@@ -37,6 +37,10 @@ class InputError(EdgePromptError, ValueError):
     """What the caller passed cannot be used (too long, an id out of range, a bad option)."""
 
 
+class OutputError(InputError, OSError):
+    """An output cannot be written where it was asked for; `strerror` says why."""
+
+
 class DataError(EdgePromptError, ValueError):
     """A data file is missing, empty, or lacks what the task needs."""
 

@@ -325,6 +325,7 @@ class Runtime:
         Raises:
             UnsupportedError: the package is no decoder-only one.
             InputError: nothing of the text is resident, or something else lies at `path`.
+            OutputError: it cannot be written there.
         """
         request = make_request(text, "generate", keywords)
         return self._engine.save_session(path, request, self._find(request))

@@ -81,6 +81,8 @@ class _Commands(click.Group):
                 return super().invoke(ctx)
         except BrokenPipeError:
             raise  # the reader of our output has gone; click ends quietly
+        except EdgePromptError as error:
+            raise _Failed(str(error), getattr(error, "exit_code", 1)) from error
         except OSError as error:
             where = f"{error.filename}: " if error.filename else ""
             raise _Failed(where + (error.strerror or str(error))) from error
@@ -92,8 +94,6 @@ class _Commands(click.Group):
             ) from error
         except _Stopped as error:
             raise _Failed(f"stopped by {error.name}", int(str(error.code))) from error
-        except EdgePromptError as error:
-            raise _Failed(str(error), getattr(error, "exit_code", 1)) from error
         except ModuleNotFoundError as error:
             raise _Failed(str(_missing(error))) from error
         except Exception as error:

@@ -166,7 +166,7 @@ def table(
         InputError: what lies there is of another run.
     """
     from edgeprompt.package.files import atomic_file
-    from edgeprompt.package.outputs import check_output
+    from edgeprompt.package.outputs import check_output, writing
 
     kind = kind_of(path)
     if not resume:
@@ -180,7 +180,8 @@ def table(
                 made.close()
         return
     part, journal = (path.with_name(path.name + end) for end in (".part", ".part.json"))
-    part.parent.mkdir(parents=True, exist_ok=True)
+    with writing(path):
+        part.parent.mkdir(parents=True, exist_ok=True)
     if part.exists() and not journal.exists():
         raise InputError(f"{str(part)!r} lies there, and no journal of edgeprompt run beside it; move it away")
     made = Table(path, form, part, journal=journal, settings=settings)

@@ -42,7 +42,8 @@ def write_session(path: str | os.PathLike[str], session: SavedSession) -> None:
     """Write a session whole or not at all; only an older session is replaced.
 
     Raises:
-        InputError: something else lies at `path`, or it cannot be written.
+        InputError: something else lies at `path`.
+        OutputError: it cannot be written.
     """
     about = {
         "version": VERSION,

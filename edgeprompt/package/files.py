@@ -19,7 +19,7 @@ from io import BufferedReader
 from pathlib import Path
 
 from edgeprompt.package import strict_json
-from edgeprompt.package.outputs import Kind, check_output
+from edgeprompt.package.outputs import Kind, check_output, writing
 
 _PARTIAL = ".partial"
 _KINDS = (
@@ -90,7 +90,7 @@ def write_atomic(
     path: str | os.PathLike[str], data: bytes, kind: Kind, *, force: bool = False, sources: Iterable[object] = ()
 ) -> None:
     """Write `data` to `path` through a temporary file in the same folder (fsync, then rename); see `atomic_file`."""
-    with atomic_file(path, kind, force=force, sources=sources) as temporary:
+    with atomic_file(path, kind, force=force, sources=sources) as temporary, writing(path):
         temporary.write_bytes(data)
 
 
@@ -108,21 +108,24 @@ def atomic_file(
 
     Raises:
         InputError: `path` is refused by `check_output`, at the start or once the file is whole.
+        OutputError: the operating system refuses it.
     """
     sources = tuple(sources)
     target = check_output(path, kind, force=force, sources=sources)
-    with _parent(target):
-        _sweep(target)
-        handle, name = tempfile.mkstemp(prefix=_prefix(target, os.getpid()), suffix=_PARTIAL, dir=target.parent)
-        os.close(handle)
+    with _parent(target, path):
+        with writing(path):
+            _sweep(target)
+            handle, name = tempfile.mkstemp(prefix=_prefix(target, os.getpid()), suffix=_PARTIAL, dir=target.parent)
+            os.close(handle)
         temporary = Path(name)
         try:
             yield temporary
-            temporary.chmod(0o666 & ~_umask())
-            _sync(temporary)
-            check_output(path, kind, force=force, sources=sources)  # also what came to lie there meanwhile
-            temporary.replace(target)
-            _sync(target.parent)
+            with writing(path):
+                temporary.chmod(0o666 & ~_umask())
+                _sync(temporary)
+                check_output(path, kind, force=force, sources=sources)  # also what came to lie there meanwhile
+                temporary.replace(target)
+                _sync(target.parent)
         finally:
             temporary.unlink(missing_ok=True)
 
@@ -144,21 +147,24 @@ def atomic_folder(
 
     Raises:
         InputError: `path` is refused by `check_output`, at the start or once the folder is whole.
+        OutputError: the operating system refuses it.
     """
     sources = tuple(sources)
     target = check_output(path, kind, force=force, sources=sources)
-    with _parent(target):
-        _sweep(target)
-        temporary = Path(tempfile.mkdtemp(prefix=_prefix(target, os.getpid()), suffix=_PARTIAL, dir=target.parent))
+    with _parent(target, path):
+        with writing(path):
+            _sweep(target)
+            temporary = Path(tempfile.mkdtemp(prefix=_prefix(target, os.getpid()), suffix=_PARTIAL, dir=target.parent))
         try:
             yield temporary
-            temporary.chmod(0o777 & ~_umask())
-            for file in temporary.rglob("*"):
-                if file.is_file():
-                    _sync(file)
-            check_output(path, kind, force=force, sources=sources)  # also what came to lie there meanwhile
-            _swap(temporary, target)
-            _sync(target.parent)
+            with writing(path):
+                temporary.chmod(0o777 & ~_umask())
+                for file in temporary.rglob("*"):
+                    if file.is_file():
+                        _sync(file)
+                check_output(path, kind, force=force, sources=sources)  # also what came to lie there meanwhile
+                _swap(temporary, target)
+                _sync(target.parent)
         finally:
             _remove(temporary)
 
@@ -201,7 +207,7 @@ def _remove(folder: Path) -> None:
 
 
 @contextmanager
-def _parent(target: Path) -> Iterator[None]:
+def _parent(target: Path, path: str | os.PathLike[str]) -> Iterator[None]:
     """Make the folders above `target`; those that were made go again if nothing came to lie in them."""
     made = []
     for folder in (target.parent, *target.parent.parents):
@@ -209,7 +215,8 @@ def _parent(target: Path) -> Iterator[None]:
             break
         made.append(folder)
     try:
-        target.parent.mkdir(parents=True, exist_ok=True)
+        with writing(path):
+            target.parent.mkdir(parents=True, exist_ok=True)
         yield
     finally:
         for folder in made:

@@ -10,13 +10,14 @@ import errno
 import json
 import os
 import stat
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from edgeprompt import names
-from edgeprompt.errors import InputError
+from edgeprompt.errors import InputError, OutputError
 
 _HEAD = 1 << 16
 _UNTOLD = "nothing in it tells that edgeprompt wrote it"
@@ -213,6 +214,24 @@ REPORT = Kind("report", _report, loosely=_text)
 TEXT = Kind("text", _text, loosely=_text)
 
 
+@contextmanager
+def writing(path: str | os.PathLike[str]) -> Iterator[None]:
+    """While inside, what the operating system says against an output is an error that names it.
+
+    Raises:
+        OutputError: an `OSError` came.
+    """
+    try:
+        yield
+    except OutputError:
+        raise
+    except OSError as error:
+        reason = error.strerror or str(error)
+        told = OutputError(f"output {str(path)!r} cannot be written: {reason}; give another path")
+        told.errno, told.strerror = error.errno, reason
+        raise told from error
+
+
 def check_output(
     path: str | os.PathLike[str], kind: Kind, *, force: bool = False, sources: Iterable[object] = ()
 ) -> Path:
@@ -230,15 +249,26 @@ def check_output(
 
     Raises:
         InputError: the path holds something that is not replaced, is a source or holds one, or cannot be written.
+        OutputError: the operating system refuses it.
     """
     if str(path) == "-":
         raise InputError("output '-' is no path; leave out the option to write to stdout, or give another path")
-    shown, target = f"output {str(path)!r}", Path(os.path.realpath(path))
+    try:
+        with writing(path):
+            return _checked(Path(path), f"output {str(path)!r}", kind, force, sources)
+    except ValueError as error:
+        if isinstance(error, InputError):
+            raise
+        raise InputError(f"output {str(path)!r} is no path: {error}; give another one") from error
+
+
+def _checked(path: Path, shown: str, kind: Kind, force: bool, sources: Iterable[object]) -> Path:
+    target = Path(os.path.realpath(path))
     read = [Path(source) for source in sources if isinstance(source, (str, os.PathLike))]
     for source in read:
-        _check_source(shown, Path(path), target, source, kind)
+        _check_source(shown, path, target, source, kind)
     if not os.path.lexists(target):
-        if Path(path).exists():  # a link to what has no path: /dev/stdout as a pipe
+        if path.exists():  # a link to what has no path: /dev/stdout as a pipe
             raise InputError(f"{shown} is no regular file; leave it out to write on stdout, or give another path")
         _check_parent(shown, target)
         return target

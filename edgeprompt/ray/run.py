@@ -250,7 +250,7 @@ def _schema(job: Job) -> Any:
 def _folder(job: Job) -> Iterator[tuple[Path, Path]]:
     """Folders for parts of the output and for what is done; the first is renamed at the end."""
     from edgeprompt.package.files import stamps_sha256, write_atomic
-    from edgeprompt.package.outputs import TEXT
+    from edgeprompt.package.outputs import TEXT, writing
 
     part, journal = job.part, job.part / "run.json"
     data, ids = part / "data", part / "ids"
@@ -259,7 +259,8 @@ def _folder(job: Job) -> Iterator[tuple[Path, Path]]:
             raise InputError(f"{str(part)!r} lies there, and is of no run that can be resumed; move it away")
         if not job.resume:
             raise InputError(f"{str(part)!r} is of a run that did not end; give --resume, or remove it to begin anew")
-    part.mkdir(parents=True, exist_ok=True)
+    with writing(job.out):
+        part.mkdir(parents=True, exist_ok=True)
     with (part / "lock").open("w") as lock:
         _lock(lock, part)
         settings = {"settings": job.settings, "files": stamps_sha256(job.files), "id_column": job.id_column}

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import IO, Any
 
 from edgeprompt.errors import MissingDependencyError
+from edgeprompt.package.outputs import writing
 from edgeprompt.progress import Update, clock, show
 from edgeprompt.tuning.files import METRICS_FILE
 
@@ -23,9 +24,10 @@ class Recorder:
         self._file: IO[str] | None = None
         self._board: _EventFile | None = None
         if log is not None:
-            log.mkdir(parents=True, exist_ok=True)
-            self._file = (log / METRICS_FILE).open("a" if start else "w", encoding="utf-8")
-            self._board = _EventFile(log)
+            with writing(log):
+                log.mkdir(parents=True, exist_ok=True)
+                self._file = (log / METRICS_FILE).open("a" if start else "w", encoding="utf-8")
+                self._board = _EventFile(log)
         self._shown = show("tuning", total, start=start, unit="steps", wanted=progress)
         self._update: Update
         self._best = ""

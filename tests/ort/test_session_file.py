@@ -101,6 +101,9 @@ def test_what_does_not_fit_is_refused(tiny_llama_package: Path, tmp_path: Path, 
         with pytest.raises(InputError, match=r"notes\.txt"):
             runtime.save_session(notes, TEXT, prompt=name)
         assert notes.read_text() == "mine"
+        for nowhere in (tmp_path / ("x" * 300) / "one.session", notes / "one.session", "a\0b"):
+            with pytest.raises(InputError, match=r"^output .*; give another (path|one)$"):
+                runtime.save_session(nowhere, TEXT, prompt=name)
         for wrong in (tmp_path / "none", tmp_path, notes):
             with pytest.raises(InputError, match="session"):
                 runtime.load_session(wrong)

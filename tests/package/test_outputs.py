@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 from safetensors.numpy import save_file
 
-from edgeprompt.errors import InputError
+from edgeprompt.errors import InputError, OutputError
 from edgeprompt.package.files import atomic_file, atomic_folder, write_atomic
 from edgeprompt.package.outputs import (
     ADAPTER,
@@ -319,3 +319,36 @@ def test_a_parquet_file_of_run_is_told_by_its_columns(tmp_path):
         else:
             with pytest.raises(InputError, match="give --force"):
                 check_output(path, RUN_PARQUET)
+
+
+@pytest.mark.parametrize("write", ["file", "folder", "bytes", "check"])
+@pytest.mark.parametrize("place", ["long name", "long folder", "NUL", "refused"])
+def test_a_place_that_cannot_be_is_one_line(tmp_path, monkeypatch, write, place):
+    """As `/proc/none`, a name that the file system does not hold, a folder that may not be made."""
+    path = (
+        tmp_path / {"long name": "x" * 300, "long folder": f"{'x' * 300}/y", "NUL": "a\0b", "refused": "none/y"}[place]
+    )
+    if place == "refused":
+        monkeypatch.setattr("pathlib.Path.mkdir", lambda self, *_, **__: os.mkdir("/proc/none/none"))
+        if write == "check":
+            return  # nothing tells before it is tried
+    with pytest.raises(InputError) as found:
+        if write == "file":
+            with atomic_file(path, PROMPT):
+                raise AssertionError
+        elif write == "folder":
+            with atomic_folder(path, PACKAGE):
+                raise AssertionError
+        elif write == "bytes":
+            write_atomic(path, b"", PROMPT)
+        elif place == "long folder":
+            with atomic_file(path, PROMPT):
+                raise AssertionError
+        else:
+            check_output(path, PROMPT)
+    assert str(found.value).startswith(f"output {str(path)!r} ")
+    assert "; give another " in str(found.value)
+    if place != "NUL":
+        assert isinstance(found.value, OutputError)
+        assert found.value.strerror
+    assert os.listdir(tmp_path) == []
