@@ -21,6 +21,7 @@ from edgeprompt.decoding.drafts import MOST, PromptLookup
 from edgeprompt.decoding.processors import Processors
 from edgeprompt.decoding.sampling import Sampler, Sampling
 from edgeprompt.errors import InferenceError, InputError
+from edgeprompt.package.tokenizer import naming
 from edgeprompt.prompts.verbalizer import Node, Verbalizer, word_tree
 from edgeprompt.request import Classification, Clock, Generation
 
@@ -309,7 +310,10 @@ def _choice_tree(sampling: Sampling, encode: Callable[[str], Sequence[int]]) -> 
     Raises:
         InputError: a choice is longer than `max_new_tokens`, for which room in the cache was reserved.
     """
-    choices = [encode(text) for text in sampling.choices]
+    choices = []
+    for text in sampling.choices:
+        with naming(f"choice {text!r}"):
+            choices.append(encode(text))
     longest = max(len(ids) for ids in choices)
     if longest > sampling.max_new_tokens:
         raise InputError(

@@ -5,7 +5,8 @@ from __future__ import annotations
 import hashlib
 import json
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -18,6 +19,23 @@ from edgeprompt.package.files import fingerprint_tokenizer, read_regular
 
 MAX_BYTES = 256 << 20
 """Of each of a tokenizer's files; the largest of a public base has 34 MB."""
+
+
+class UnreadableTextError(InputError):
+    """A text that has no ids here."""
+
+    def __init__(self, reason: str, what: str = "the text") -> None:
+        super().__init__(f"{what} {reason}")
+        self.reason = reason
+
+
+@contextmanager
+def naming(what: str) -> Iterator[None]:
+    """While inside, a text that has no ids is called `what` in the message, not "the text"."""
+    try:
+        yield
+    except UnreadableTextError as error:
+        raise UnreadableTextError(error.reason, what) from error
 
 
 class Tokenizer:
@@ -77,9 +95,9 @@ class Tokenizer:
         ids = list(encoding.ids)
         if self._vocab_size is not None and ids and max(ids) >= self._vocab_size:
             place = ids.index(max(ids))
-            raise InputError(
-                f"the text has the token {encoding.tokens[place]!r}, which has id {ids[place]} in this tokenizer, and "
-                f"the base has embeddings for {self._vocab_size} tokens; remove it from the text, or resize the base's "
+            raise UnreadableTextError(
+                f"has the token {encoding.tokens[place]!r}, which has id {ids[place]} in this tokenizer, and "
+                f"the base has embeddings for {self._vocab_size} tokens; remove it there, or resize the base's "
                 "embeddings to its tokenizer and export it again"
             )
         return ids
@@ -88,8 +106,8 @@ class Tokenizer:
         try:
             return self._tokenizer.encode(text, pair, add_special_tokens=add_special_tokens)
         except TypeError as error:  # what tokenizers says of a string that UTF-8 cannot hold
-            raise InputError(
-                "the text is no Unicode text: it holds half of a surrogate pair (U+D800 to U+DFFF); read it as UTF-8"
+            raise UnreadableTextError(
+                "is no Unicode text: it holds half of a surrogate pair (U+D800 to U+DFFF); read it as UTF-8"
             ) from error
 
     def encode_with_offsets(

@@ -110,9 +110,11 @@ def encode_text(
     fields = dict(fields)
     while True:
         if pair := pair_slots(template):
-            encoded = _pair(pair, tokenizer, fields, virtual, add_special_tokens, locate)
+            with template.naming_parts(tokenizer, fields):
+                encoded = _pair(pair, tokenizer, fields, virtual, add_special_tokens, locate)
         elif locate is not None:
-            encoded = _located(template, tokenizer, fields, virtual, add_special_tokens, locate)
+            with template.naming_parts(tokenizer, fields):
+                encoded = _located(template, tokenizer, fields, virtual, add_special_tokens, locate)
         else:
             ids = template.encode(
                 tokenizer,

@@ -9,13 +9,15 @@ from __future__ import annotations
 
 import re
 from bisect import bisect_right
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Any, Protocol, TypeAlias
 
 from edgeprompt.errors import InputError, TemplateError
 from edgeprompt.package.strict_json import check_type
+from edgeprompt.package.tokenizer import UnreadableTextError, naming
 
 
 @dataclass(frozen=True)
@@ -221,7 +223,8 @@ class Template:
             raise InputError(
                 f"the template {str(self)!r} needs {missing[0]!r}; given: {', '.join(fields) or 'nothing'}"
             )
-        ids = self._encode(tokenizer, fields, num_virtual_tokens, first_virtual_id, add_special_tokens)
+        with self.naming_parts(tokenizer, fields):
+            ids = self._encode(tokenizer, fields, num_virtual_tokens, first_virtual_id, add_special_tokens)
         if max_length is None or len(ids) <= max_length:
             return ids
         name, over = self.slots[-1], len(ids) - max_length
@@ -281,6 +284,23 @@ class Template:
                 started = True
             ids += run if isinstance(run, list) else tokenizer.encode(run, add_special_tokens=False)
         return ids + after
+
+    @contextmanager
+    def naming_parts(self, tokenizer: Tokenizer, fields: Mapping[str, str]) -> Iterator[None]:
+        """While inside, an error about a text that cannot be encoded names the part of the template that has it."""
+        try:
+            yield
+        except UnreadableTextError:
+            for part in self.parts:
+                if isinstance(part, Literal):
+                    try:
+                        tokenizer.encode(part.text, add_special_tokens=False)
+                    except UnreadableTextError as error:
+                        raise TemplateError(f"{part.text!r} of template {str(self)!r} {error.reason}") from error
+            for name in self.slots if len(self.slots) > 1 else ():
+                with naming(f"{{{name}}}"):
+                    tokenizer.encode(fields[name], add_special_tokens=False)
+            raise
 
     def check_places(self, num_virtual_tokens: int) -> None:
         """Refuse a template whose slots hold fewer or more virtual tokens than a prompt has.

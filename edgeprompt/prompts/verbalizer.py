@@ -23,6 +23,7 @@ import numpy.typing as npt
 
 from edgeprompt.arrays import softmax
 from edgeprompt.errors import TemplateError
+from edgeprompt.package.tokenizer import naming
 from edgeprompt.prompts.template import Literal, Mask, Template
 from edgeprompt.request import Classification
 
@@ -129,6 +130,8 @@ class Verbalizer:
         words: dict[tuple[int, ...], int] = {}
         for owner, (label, texts) in enumerate(verbalizer.items()):
             for text in texts:
+                with naming(f"label word {text!r} of label {label!r}"):
+                    encode(text)
                 ids = tuple(ids_alone(encode, text) if behind is None or not text else ids_behind(encode, behind, text))
                 if not ids:
                     raise TemplateError(f"label word {text!r} of label {label!r} has no tokens")

@@ -10,7 +10,7 @@ from edgeprompt import names
 from edgeprompt.errors import DataError
 from edgeprompt.evaluation.cells import text_of
 from edgeprompt.evaluation.formats import Record
-from edgeprompt.package.tokenizer import Tokenizer
+from edgeprompt.package.tokenizer import Tokenizer, UnreadableTextError
 from edgeprompt.prompts.encoder_text import EncodedText, encode_text, pair_slots
 from edgeprompt.prompts.template import Mask, Template
 from edgeprompt.tuning.options import TuneOptions
@@ -37,17 +37,19 @@ class RecordEncoder:
         columns = {slot: self.options.text_column if slot == "text" else slot for slot in self.template.slots}
         return {slot: text_of(record, column, where) for slot, column in columns.items()}
 
-    def encode(
-        self, fields: Mapping[str, str], *, room: int = 0, locate: bool = False, where: str = "the text"
-    ) -> EncodedText:
+    def encode(self, fields: Mapping[str, str], *, room: int = 0, locate: bool = False, where: str = "") -> EncodedText:
         """Token ids with `room` left of the longest length; `locate`: with the characters that tokens cover.
 
         Raises:
             DataError: the text holds the mask token that a template's `{mask}` stands for, or a token that the base
                 has no embedding of: `run` refuses both. `where` says which text.
+            TemplateError: the template has such a token.
         """
-        encoded = self._encoded(fields, room, locate)
-        self._check(encoded.ids, where)
+        try:
+            encoded = self._encoded(fields, room, locate)
+        except UnreadableTextError as error:
+            raise DataError(f"{where}: {error}" if where else str(error)) from error
+        self._check(encoded.ids, where or "the text")
         return encoded
 
     def _check(self, ids: Sequence[int], where: str) -> None:

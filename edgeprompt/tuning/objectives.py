@@ -14,6 +14,7 @@ from edgeprompt.errors import DataError
 from edgeprompt.evaluation.cells import known_label, label_of, target_of
 from edgeprompt.evaluation.formats import Record
 from edgeprompt.names import ENCODER_DECODER
+from edgeprompt.package.tokenizer import UnreadableTextError
 from edgeprompt.prompts.file import Array, Golden, Head
 from edgeprompt.prompts.verbalizer import Verbalizer, text_before_words
 from edgeprompt.tuning.encoding import RecordEncoder
@@ -197,7 +198,10 @@ class Generate:
     def encode_pair(self, record: Record, where: str, answer: str) -> Example:
         """One record and the answer to it."""
         options = self.encoder.options
-        target = self._target(answer)
+        try:
+            target = self._target(answer)
+        except UnreadableTextError as error:
+            raise DataError(f"{where}: the target {error.reason}") from error
         if len(target) > options.max_length // 2:
             raise DataError(
                 f"{where}: the target takes {len(target)} tokens, at most half of max_length {options.max_length} "

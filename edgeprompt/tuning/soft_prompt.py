@@ -14,6 +14,7 @@ from torch import nn
 from edgeprompt import names
 from edgeprompt.errors import UnsupportedError
 from edgeprompt.package.manifest import Geometry
+from edgeprompt.package.tokenizer import naming
 from edgeprompt.tuning.options import TuneOptions
 
 PREFIX_METHODS = ("prefix-tuning", "p-tuning-v2")
@@ -171,5 +172,6 @@ def start_ids(
     if options.init == "vocab":
         return [int(value) for value in np.random.default_rng([options.seed, 5]).integers(0, vocab_size, count)]
     text = "".join(words) if options.init == "labels" and words else options.init_text or purpose
-    ids = tokenizer.encode(text, add_special_tokens=False) or [0]
+    with naming("the text that the prompt starts from"):
+        ids = tokenizer.encode(text, add_special_tokens=False) or [0]
     return (ids * math.ceil(count / len(ids)))[:count]

@@ -10,7 +10,7 @@ import pytest
 import edgeprompt
 from edgeprompt import Request
 from edgeprompt.base.tokenizer_files import check_tokenizer_files
-from edgeprompt.errors import InputError, MissingDependencyError, PackageError, SourceError
+from edgeprompt.errors import DataError, InputError, MissingDependencyError, PackageError, SourceError, TemplateError
 from edgeprompt.package.files import fingerprint_tokenizer
 from edgeprompt.package.folder import open_package
 from edgeprompt.package.tokenizer import Tokenizer
@@ -108,9 +108,9 @@ def test_no_text_reads_another_prompts_rows(old_package, architecture):
             with pytest.raises(InputError, match=WORD):
                 runtime.embed([WORD])
             return
-        with pytest.raises(InputError, match=WORD):
+        with pytest.raises(InputError, match=f"^label word ' {WORD}' of label 'a' has the token"):
             runtime.add_prompt(make_prompt(manifest, "words", verbalizer={"a": (f" {WORD}",), "b": (" b",)}))
-        with pytest.raises(InputError, match=WORD):
+        with pytest.raises(InputError, match=f"^choice '{WORD}' has the token"):
             runtime.generate("a", prompt="first", choices=[WORD, "b"])
         with pytest.raises(InputError, match=WORD):
             runtime.generate(WORD)
@@ -122,11 +122,30 @@ def test_tuning_refuses_them_too(base, architecture, tmp_path):
     with_more_tokens(folder, WORD)
     chosen = random.Random(0)
     rows = [{"text": f"{chosen.random()} {WORD}", "label": label} for label in ("a", "b") for _ in range(4)]
-    with pytest.raises(InputError, match=f"the token '{WORD}', which has id 512"):
-        tune(
-            folder, rows, output=tmp_path / "p.safetensors", options=TuneOptions(steps=1, max_length=90), progress=False
-        )
-    assert not (tmp_path / "p.safetensors").exists()
+
+    def refused(kind, told, rows, **options):
+        with pytest.raises(kind, match=rf"^{told} has the token '{WORD}', which has id 512"):
+            tune(
+                folder, rows, output=tmp_path / "p.safetensors", progress=False,
+                options=TuneOptions(**{"steps": 1, "max_length": 90, **options}),
+            )  # fmt: skip
+        assert not (tmp_path / "p.safetensors").exists()
+
+    good = [{"text": f"{chosen.random()}", "label": label} for label in ("a", "b") for _ in range(4)]
+    refused(DataError, "row 1 of .*: the text", rows)
+    refused(DataError, "row 9 of .*: the text", [*good, rows[0]])
+    refused(TemplateError, f"' {WORD} is' of template .*", good, template=f"{{text}} {WORD} is")
+    two = [{**row, "title": f"a {WORD}" if row is good[5] else "a"} for row in good]
+    refused(DataError, r"row 6 of .*: \{title\}", two, template="{title} {text} is")
+    pair = [{**row, "title": f"a {WORD}" if row is good[5] else "a"} for row in good]
+    if architecture == "encoder":
+        refused(DataError, r"row 6 of .*: \{title\}", pair, template="{prompt}{text}{title}")
+        return
+    words = {"a": (" a",), "b": (f" {WORD}",)}
+    refused(InputError, f"label word ' {WORD}' of label 'b'", good, verbalizer=words)
+    refused(InputError, "the text that the prompt starts from", good, init="text", init_text=WORD)
+    targets = [{"text": row["text"], "target": WORD if row is good[3] else "x"} for row in good]
+    refused(DataError, "row 4 of .*: the target", targets, task="generate")
 
 
 def test_a_tokenizer_alone_takes_its_whole_vocabulary(old_package):
