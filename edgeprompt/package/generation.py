@@ -50,7 +50,25 @@ def check_generation(data: object) -> dict[str, Any]:
                 raise ValueError(f"{where} is {value!r}, it must be true, false or 'never'")
         else:
             raise ValueError(f"generation has unknown key {name!r}; known: {', '.join((*FIELDS, *BEAMS))}")
+    _check_forced(found)
     return dict(found)
+
+
+def _check_forced(found: Mapping[str, Any]) -> None:
+    """Refuse a token that must come and may not: nothing would be left to answer with."""
+    banned = [(token, "bad_words_ids") for token, *more in found.get("bad_words_ids", ()) if not more]
+    banned += [(token, "suppress_tokens") for token in found.get("suppress_tokens", ())]
+    first = [(token, "begin_suppress_tokens") for token in found.get("begin_suppress_tokens", ())]
+    bos, eos = found.get("forced_bos_token_id"), found.get("forced_eos_token_id", [])
+    for name, forced, never in (
+        ("forced_bos_token_id", [] if bos is None else [bos], dict(banned + first)),
+        ("forced_eos_token_id", eos, dict(banned)),
+    ):
+        if forced and all(token in never for token in forced):
+            raise ValueError(
+                f"{name} forces token {forced[0]}, which {never[forced[0]]} forbids, so no token is left to answer "
+                "with; remove it from one of them"
+            )
 
 
 def _tokens(value: object, where: str) -> list[int]:

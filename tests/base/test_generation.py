@@ -136,3 +136,29 @@ def test_beam_search_of_a_base_is_carried_where_there_are_beams():
     for wrong in ({"length_penalty": float("inf")}, {"length_penalty": "x"}, {"early_stopping": "soon"}):
         with pytest.raises(ValueError, match="generation"):
             check_generation(wrong)
+
+
+@pytest.mark.parametrize(
+    "fields",
+    [
+        {"forced_bos_token_id": 3, "suppress_tokens": [3]},
+        {"forced_bos_token_id": 3, "begin_suppress_tokens": [2, 3]},
+        {"forced_bos_token_id": 3, "bad_words_ids": [[3]]},
+        {"forced_eos_token_id": [3], "suppress_tokens": [3]},
+        {"forced_eos_token_id": [3, 4], "suppress_tokens": [3], "bad_words_ids": [[4]]},
+    ],
+)
+def test_a_token_that_must_come_and_may_not_is_refused(fields):
+    """They used to end in an answer's NaN."""
+    with pytest.raises(ValueError, match=r"forces token 3, which (\w+) forbids.*remove it from one of them"):
+        check_generation(fields)
+    with pytest.raises(SourceError, match=r"generation_config is not usable: .* forces token 3"):
+        generation_of(LlamaConfig(vocab_size=9), GenerationConfig(**fields), names.ENCODER_DECODER)
+
+
+def test_a_forced_token_that_may_come_is_kept():
+    for fields in (
+        {"forced_eos_token_id": [3, 4], "suppress_tokens": [3], "begin_suppress_tokens": [4]},
+        {"forced_bos_token_id": 3, "bad_words_ids": [[3, 4]], "suppress_tokens": [5]},
+    ):
+        assert check_generation(fields) == fields
