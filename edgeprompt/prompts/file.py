@@ -7,6 +7,7 @@ import hashlib
 import logging
 import os
 import struct
+import unicodedata
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -264,11 +265,28 @@ def load_prompt(path: str | os.PathLike[str]) -> PromptFile:
     """
     file = Path(path)
     try:
-        return from_bytes(read_regular(file, MAX_FILE_BYTES))
+        return tell_alike(from_bytes(read_regular(file, MAX_FILE_BYTES)))
     except OSError as error:
         raise PromptFileError(f"cannot read prompt file {str(file)!r}: {error.strerror or error}") from error
     except ValueError as error:
         raise PromptFileError(f"bad prompt file {str(file)!r}: {error}") from error
+
+
+def labels_alike(prompt: PromptFile) -> str | None:
+    """What is wrong with labels that differ in white space at their ends or in their Unicode form alone."""
+    seen: dict[str, str] = {}
+    for label in dict.fromkeys((*prompt.labels, *prompt.verbalizer)):
+        other = seen.setdefault(unicodedata.normalize("NFC", label.strip()), label)
+        if other != label:
+            return f"labels {other!a} and {label!a} look the same, and no data can have both"
+    return None
+
+
+def tell_alike(prompt: PromptFile) -> PromptFile:
+    """Say so where a prompt of earlier versions has labels that look the same; its answers tell them apart."""
+    if alike := labels_alike(prompt):
+        _LOG.warning("note: prompt %r: %s", prompt.name, alike)
+    return prompt
 
 
 def save_prompt(prompt: PromptFile, path: str | os.PathLike[str]) -> None:
@@ -279,6 +297,8 @@ def save_prompt(prompt: PromptFile, path: str | os.PathLike[str]) -> None:
         InputError: `path` holds another file than a prompt file, which is not replaced.
     """
     data = prompt.to_bytes()
+    if alike := labels_alike(prompt):
+        raise PromptFileError(f"cannot save prompt {prompt.name!r}: {alike}; rename one of them")
     try:
         write_atomic(path, data, PROMPT)
     except OSError as error:
@@ -474,6 +494,8 @@ def _check_tensors(prompt: PromptFile, tensors: Mapping[str, Array]) -> None:
         raise ValueError(f"method is {prompt.method!r}, allowed: {', '.join(names.METHODS)}, head")
     if prompt.task not in names.TASKS:
         raise ValueError(f"task is {prompt.task!r}, allowed: {', '.join(names.TASKS)}")
+    if double := next((label for label in prompt.labels if prompt.labels.count(label) > 1), None):
+        raise ValueError(f"label {double!r} stands twice in labels")
     if prompt.calibration and len(prompt.calibration) != len(prompt.verbalizer):
         raise ValueError(f"{len(prompt.calibration)} calibration values for {len(prompt.verbalizer)} labels")
     if prompt.verbalizer_aggregation not in AGGREGATIONS:

@@ -19,7 +19,7 @@ from typing import TypeAlias
 from edgeprompt.errors import InputError, PromptFileError, PromptNotFoundError
 from edgeprompt.package.files import read_regular
 from edgeprompt.package.manifest import Manifest
-from edgeprompt.prompts.file import MAX_FILE_BYTES, PromptFile, from_bytes
+from edgeprompt.prompts.file import MAX_FILE_BYTES, PromptFile, from_bytes, tell_alike
 from edgeprompt.prompts.verbalizer import Verbalizer
 from edgeprompt.prompts.weights import ALLOWED, check_weights, differ
 
@@ -75,7 +75,7 @@ class LoadedPrompt:
         file = Path(path).absolute()
         data = _read(file)
         try:
-            prompt = from_bytes(data)
+            prompt = tell_alike(from_bytes(data))
         except PromptFileError as error:
             raise PromptFileError(f"bad prompt file {str(path)!r}: {error}") from error
         return LoadedPrompt(

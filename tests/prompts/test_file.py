@@ -287,3 +287,24 @@ def test_aggregation_is_read_back_and_its_default_changes_no_bytes(aggregation: 
 def test_an_aggregation_without_sense_is_refused(changes) -> None:
     with pytest.raises(PromptFileError, match="verbalizer_aggregation is"):
         make_prompt(calibration=(), **changes).to_bytes()
+
+
+@pytest.mark.parametrize("pair", [("\u00e9", "e\u0301"), ("good", "good "), ("good", "\tgood")])
+@pytest.mark.parametrize("where", ["labels", "verbalizer"])
+def test_labels_that_look_the_same_are_not_saved_and_old_ones_are_told(pair, where, tmp_path, caplog) -> None:
+    given = pair if where == "labels" else {pair[0]: (" a",), pair[1]: (" b",)}
+    prompt = make_prompt(**{"calibration": (), "golden": None, "labels": (), "verbalizer": {}, where: given})
+    path = tmp_path / "a.safetensors"
+    with pytest.raises(PromptFileError, match=r"look the same.*rename one of them"):
+        save_prompt(prompt, path)
+    assert not path.exists()
+    path.write_bytes(prompt.to_bytes())  # as earlier versions did
+    for read in (load_prompt, LoadedPrompt.open):
+        caplog.clear()
+        read(path)
+        assert f"labels {pair[0]!a} and {pair[1]!a} look the same" in caplog.text
+
+
+def test_a_label_twice_is_refused() -> None:
+    with pytest.raises(PromptFileError, match="label 'a' stands twice"):
+        make_prompt(labels=("a", "b", "a"), verbalizer={}, calibration=()).to_bytes()
