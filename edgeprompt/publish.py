@@ -68,7 +68,7 @@ class Card:
                 head["base_model"] = sorted(bases)
         front = "\n".join(f"{key}: {json.dumps(value)}" for key, value in head.items())  # JSON is YAML
         facts = "\n".join(f"- {line}" for line in self.lines)
-        ours = f"# {self.title}\n\n{facts}\n\n```sh\n{self.usage}\n```"
+        ours = f"# {_plain(self.title)}\n\n{facts}\n\n```sh\n{self.usage}\n```"
         return f"---\n{front}\n---\n" + "\n\n".join([*others, ours]) + "\n"
 
 
@@ -80,12 +80,14 @@ def package_card(manifest: Manifest, repo: str, licence: str | None) -> Card:
     """The card of a package."""
     pinned = manifest.extra.get("base_revision")
     lines = [
-        f"{_named(manifest.base.name)} ({manifest.architecture}, {manifest.model_type}) as one ONNX graph that takes "
-        f"soft prompts; precision {manifest.precision}.",
-        f"Base fingerprint `{manifest.base.brief}`.",
-        *([f"Exported from `{pinned}`."] if pinned else []),
+        f"{_named(manifest.base.name)} ({manifest.architecture}, {_plain(manifest.model_type)}) as one ONNX graph that "
+        f"takes soft prompts; precision {_plain(manifest.precision)}.",
+        f"Base fingerprint {_code(manifest.base.brief)}.",
+        *([f"Exported from {_code(str(pinned))}."] if pinned else []),
         *_quality(manifest.quality),
-        "Made with " + ", ".join(f"{name} {version}" for name, version in sorted(manifest.versions.items())) + ".",
+        "Made with "
+        + ", ".join(_plain(f"{name} {version}") for name, version in sorted(manifest.versions.items()))
+        + ".",
     ]
     usage = f"pip install 'edgeprompt[cpu,hub]'\nedgeprompt run {repo} \"your text\""
     return Card(repo, manifest.base, tuple(lines), usage, ("onnx", manifest.precision), licence)
@@ -99,18 +101,18 @@ def prompt_card(file: Path, repo: str, licence: str | None) -> Card:
     lines = [
         f"A soft prompt for {_named(prompt.base.name)}: {prompt.method}, {prompt.num_virtual_tokens} virtual tokens, "
         f"task {prompt.task}.",
-        f"Base fingerprint `{prompt.base.brief}`.",
-        f"Template `{json.dumps(str(prompt.template))}`.",
+        f"Base fingerprint {_code(prompt.base.brief)}.",
+        f"Template {_code(json.dumps(str(prompt.template), ensure_ascii=False))}.",
     ]
     labels = [*(prompt.labels or prompt.verbalizer)]
     if labels:
-        lines.append("Labels: " + ", ".join(labels) + ".")
+        lines.append("Labels: " + ", ".join(map(_label, labels)) + ".")
     if prompt.tuned_for is not None:
         tuned = prompt.tuned_for if isinstance(prompt.tuned_for, tuple) else (prompt.tuned_for,)
-        lines.append(f"Tuned for weights at {', '.join(one.precision for one in tuned)}.")
+        lines.append(f"Tuned for weights at {', '.join(_plain(one.precision) for one in tuned)}.")
     if prompt.golden is not None:
         lines.append("It holds a golden example, which `edgeprompt validate PACKAGE --prompt FILE` asks.")
-    usage = f'edgeprompt run PACKAGE --prompt {shlex.quote(f"{repo}/{file.name}")} "your text"'
+    usage = f'edgeprompt run PACKAGE --prompt {_shown(shlex.quote(f"{repo}/{file.name}"))} "your text"'
     return Card(f"{prompt.name} ({repo})", prompt.base, tuple(lines), usage, ("soft-prompt", prompt.method), licence)
 
 
@@ -204,10 +206,32 @@ def _quality(quality: Mapping[str, Any]) -> list[str]:
     if not quality:
         return ["Its quality was not compared with the base."]
     told = ", ".join(
-        f"{name} {value:.4g}" if isinstance(value, float) else f"{name} {value}" for name, value in quality.items()
+        _plain(f"{name} {value:.4g}" if isinstance(value, float) else f"{name} {value}")
+        for name, value in quality.items()
     )
     return [f"Beside its base: {told}."]
 
 
 def _named(base: str) -> str:
-    return f"[{base}](https://huggingface.co/{base})" if _REPO.fullmatch(base) else base
+    return f"[{base}](https://huggingface.co/{base})" if _REPO.fullmatch(base) else _plain(base)
+
+
+def _shown(text: str) -> str:
+    """A text on one line; what is no visible sign, or turns the order of letters, is written as an escape."""
+    return "".join(sign if sign.isprintable() else ascii(sign)[1:-1] for sign in text)
+
+
+def _plain(text: str) -> str:
+    """A text in Markdown as it is: none of its signs is read as Markdown or HTML."""
+    return re.sub(r"([\\`*_\[\]<>|~&#!$])", r"\\\1", _shown(text))
+
+
+def _label(label: str) -> str:
+    return _plain(json.dumps(label, ensure_ascii=False) if "," in label or label != label.strip() else label)
+
+
+def _code(text: str) -> str:
+    """A text as code in Markdown, whatever backticks it has."""
+    text = _shown(text)
+    fence = "`" * (1 + max(map(len, re.findall("`+", text)), default=0))
+    return f"{fence} {text} {fence}" if "`" in text else f"{fence}{text}{fence}"

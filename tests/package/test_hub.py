@@ -12,11 +12,15 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 
 from edgeprompt import load_prompt, names, save_prompt
 from edgeprompt.package import hub as package_hub
 from edgeprompt.package.folder import open_package
+from edgeprompt.package.manifest import Base
+from edgeprompt.prompts.file import PromptFile
+from edgeprompt.prompts.template import Template
 from edgeprompt.publish import prompt_card
 from tests.support.hub import TOKEN, Hub, Repository, small_hub
 from tests.support.prompts import make_prompt
@@ -410,3 +414,29 @@ def test_the_first_command_of_the_readme(served: Hub, python: Command, smollm2_g
     assert manifest.extra["base_revision"] == f"{words[2]}@{commit}"
     answered = python("-m", "edgeprompt", "run", "model/", "The capital of France is", "--max-new-tokens", 3)
     assert "Paris" in answered.stdout
+
+
+def test_a_card_shows_names_and_labels_as_they_are(tmp_path: Path) -> None:
+    """Markdown, HTML, tables and lines in them are signs of a text."""
+    from huggingface_hub import ModelCard
+
+    labels = ("a|b", "<b>c</b>", "*d*", "e\n# f\n---", "[g](http://h)", "i`j", "k, l", "\u202em", "plain_é")
+    prompt = PromptFile(
+        name="n\n---\n# x <script>", method="prompt-tuning", task="classify", base=Base("my *base*\n# y", "f"),
+        template=Template.parse("{prompt}a `` b\n```{text}"), prompt_embeddings=np.zeros((1, 4), np.float32),
+        verbalizer={label: (f" {index}",) for index, label in enumerate(labels)},
+    )  # fmt: skip
+    file = tmp_path / "a b$(x).safetensors"
+    save_prompt(prompt, file)
+    read = ModelCard(prompt_card(file, "user/repo", "x\ny: z").text())
+    assert read.data.to_dict()["license"] == "x\ny: z"
+    lines = read.text.splitlines()
+    assert [line for line in lines if line.startswith(("#", "---", "|", "<"))] == [
+        r"# n\\n---\\n\# x \<script\> (user/repo)"
+    ]
+    assert next(line for line in lines if line.startswith("- Labels")) == (
+        r"- Labels: a\|b, \<b\>c\</b\>, \*d\*, e\\n\# f\\n---, \[g\](http://h), i\`j, "
+        r'"k, l", \\u202em, plain\_é.'
+    )
+    assert '- Template ```` "{prompt}a `` b\\n```{text}" ````.' in lines
+    assert any("--prompt 'user/repo/a b$(x).safetensors'" in line for line in lines)
