@@ -224,8 +224,31 @@ def _check_columns(job: Job, packed: bool, names: Sequence[str]) -> None:
         names = parquet.read_schema(job.files[0]).names
     if job.id_column is None and ROW in names:
         raise InputError(f"the input has a column {ROW!r}, which Ray makes too; rename it, or give it as --id-column")
-    if not packed and job.id_column is not None and job.id_column not in names:
-        raise DataError(f"{str(job.files[0])!r} has no column {job.id_column!r}; it has: {', '.join(names)}")
+    if not packed and job.id_column is not None:
+        for file in job.files:
+            _check_id_column(file, job.id_column)
+
+
+def _check_id_column(file: Path, name: str) -> None:
+    """Whether every row of a parquet file has an id, as the lines of other files are checked when they are read.
+
+    Raises:
+        DataError: the column is not there or holds lists or objects, or a row has nothing in it.
+    """
+    import pyarrow.parquet as parquet
+
+    with parquet.ParquetFile(file) as opened:
+        schema = opened.schema_arrow
+        if name not in schema.names:
+            raise DataError(f"{str(file)!r} has no column {name!r}; it has: {', '.join(schema.names)}")
+        if schema.field(name).type.num_fields:
+            raise DataError(f"column {name!r} of {str(file)!r} holds lists or objects; an id is a text or a number")
+        empty = sum(batch.column(0).null_count for batch in opened.iter_batches(columns=[name]))
+        if empty:
+            raise DataError(
+                f"{empty} rows of {str(file)!r} have nothing in column {name!r}, so nothing tells them apart; fill it "
+                "in, or give another --id-column or none"
+            )
 
 
 def _schema(job: Job) -> Any:

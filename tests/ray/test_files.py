@@ -138,6 +138,25 @@ def test_a_column_called_as_rays_own_is_refused_where_it_would_be_lost(tmp_path:
         _check_columns(job(source, tmp_path / "out.jsonl"), True, ())
 
 
+@pytest.mark.parametrize(
+    ("column", "message"),
+    [
+        (["a", None, None], "2 rows of .* have nothing in column 'id'"),
+        ([7, None], "1 rows of .* have nothing in column 'id'"),
+        ([{"a": 1}, {"a": 2}], "holds lists or objects"),
+        (None, "has no column 'id'; it has: text"),
+    ],
+)
+def test_every_row_of_every_parquet_file_has_an_id(tmp_path: Path, column: list[Any] | None, message: str) -> None:
+    pyarrow.parquet.write_table(pyarrow.table({"text": ["a"], "id": ["x"]}), tmp_path / "a.parquet")
+    fine = job(tmp_path, tmp_path / "out", id_column="id", resume=True)
+    _check_columns(fine, False, ())
+    rows = {"text": ["b"] * len(column or "b"), **({} if column is None else {"id": column})}
+    pyarrow.parquet.write_table(pyarrow.table(rows), tmp_path / "b.parquet")
+    with pytest.raises(DataError, match=message):
+        _check_columns(job(tmp_path, tmp_path / "out", id_column="id", resume=True), False, ())
+
+
 def test_an_input_is_a_file_or_a_folder_of_one_kind(tmp_path: Path) -> None:
     folder = tmp_path / "in"
     (folder / "part").mkdir(parents=True)
