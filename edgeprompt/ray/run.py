@@ -184,6 +184,8 @@ def run(job: Job, *, total: int | None = None) -> Report:
 
 def _execute(ray: Any, job: Job, tally: Any, data: Path) -> None:
     """Read, answer and write."""
+    import pyarrow
+
     from edgeprompt.ray.files import ROW, AnswerFiles, FileAnswers, RecordFiles
 
     paths = [str(path) for path in job.files]
@@ -196,7 +198,13 @@ def _execute(ray: Any, job: Job, tally: Any, data: Path) -> None:
     if packed:
         found = ray.data.read_datasource(RecordFiles(paths, id_column=job.id_column), **few)
     else:
-        found = ray.data.read_parquet(paths, include_row_hash=job.id_column is None, **few)
+        try:
+            found = ray.data.read_parquet(paths, include_row_hash=job.id_column is None, **few)
+        except pyarrow.ArrowException as error:
+            raise DataError(
+                f"the files of {str(job.source)!r} do not have the same columns ({_line(error)}); write them alike, or "
+                "run them one by one"
+            ) from error
     keywords = {
         **job.answers,
         "actor": FileAnswers,

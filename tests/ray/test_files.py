@@ -6,6 +6,7 @@ import csv
 import io
 import json
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -16,7 +17,7 @@ from ray.data.block import BlockAccessor
 
 from edgeprompt.errors import DataError, InputError
 from edgeprompt.ray.files import LINE, RECORD, ROW, AnswerFiles, read_blocks, row_ids
-from edgeprompt.ray.run import Job, _check_columns, _schema, find_files
+from edgeprompt.ray.run import Job, _check_columns, _execute, _schema, find_files
 from tests.ray.conftest import make_records
 
 
@@ -136,6 +137,17 @@ def test_a_column_called_as_rays_own_is_refused_where_it_would_be_lost(tmp_path:
         _check_columns(table, suffix != ".parquet", names)
     if suffix != ".parquet":  # lines have room for it
         _check_columns(job(source, tmp_path / "out.jsonl"), True, ())
+
+
+def test_parquet_files_of_other_columns_are_one_line(tmp_path: Path) -> None:
+    def read_parquet(paths: list[str], **_: Any) -> None:  # as Ray does before it reads
+        pyarrow.unify_schemas([pyarrow.parquet.read_schema(path) for path in paths], promote_options="permissive")
+
+    for index, texts in enumerate((pyarrow.array(["a"]), pyarrow.array(["a"]).dictionary_encode())):
+        pyarrow.parquet.write_table(pyarrow.table({"text": texts}), tmp_path / f"{index}.parquet")
+    ray: Any = SimpleNamespace(data=SimpleNamespace(read_parquet=read_parquet))
+    with pytest.raises(DataError, match=r"do not have the same columns .*Field text has incompatible types"):
+        _execute(ray, job(tmp_path, tmp_path / "out"), None, tmp_path / "data")
 
 
 @pytest.mark.parametrize(
