@@ -11,25 +11,6 @@ import edgeprompt
 from edgeprompt.errors import EdgePromptError, ExportError, SourceError
 from exporters import export_model
 
-SCALED = {
-    "linear": {"rope_type": "linear", "factor": 4.0},
-    "yarn": {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 32},
-}
-
-
-@pytest.mark.parametrize("kind", SCALED)
-def test_auto_exports_what_the_builder_cannot(kind, save_tiny, tmp_path):
-    from transformers import LlamaConfig, LlamaForCausalLM
-
-    torch.manual_seed(0)
-    config = LlamaConfig(
-        vocab_size=512, hidden_size=64, intermediate_size=96, num_hidden_layers=2, num_attention_heads=4,
-        num_key_value_heads=2, max_position_embeddings=128, bos_token_id=0, eos_token_id=0, pad_token_id=1,
-        initializer_range=0.2, rope_parameters={"rope_theta": 10000.0, **SCALED[kind]},
-    )  # fmt: skip
-    report = export_model(save_tiny(LlamaForCausalLM(config)), tmp_path / "out")
-    assert report.manifest.route == "torch"
-
 
 def test_auto_goes_on_to_torch_and_says_so(tiny_llama_base, tmp_path, monkeypatch):
     from exporters.routes import genai
@@ -46,7 +27,8 @@ def test_auto_goes_on_to_torch_and_says_so(tiny_llama_base, tmp_path, monkeypatc
 
 
 EVERY = {
-    **SCALED,
+    "linear": {"rope_type": "linear", "factor": 4.0},
+    "yarn": {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 32},
     "yarn with its parameters": {
         "rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 32, "mscale": 0.7,
         "mscale_all_dim": 0.5, "beta_fast": 16, "beta_slow": 2,
@@ -88,16 +70,16 @@ def test_the_genai_route_refuses_and_names_the_route_that_does_it(kind, save_tin
     with pytest.raises(ExportError, match=f"rotary positions by {EVERY[kind]['rope_type']} .*; use --route torch"):
         export_model(base, tmp_path / "out", route="genai")
     assert not (tmp_path / "out").exists()
-    report = export_model(base, tmp_path / "out")
-    assert report.manifest.route == "torch"
-    assert EVERY[kind]["rope_type"] in report.manifest.extra["route_instead_of_genai"]
 
 
 @pytest.mark.parametrize("kind", EVERY)
 def test_every_type_at_every_length(kind, save_tiny, tmp_path):
     """As in PyTorch on texts shorter and longer than the original positions, and one line beyond what is served."""
     base = save_tiny(tiny(rope_parameters={"rope_theta": 10000.0, **EVERY[kind]}))
-    report = export_model(base, tmp_path / "out", route="genai" if kind in BUILT else "torch")
+    report = export_model(base, tmp_path / "out", route="genai" if kind in BUILT else "auto")
+    assert report.manifest.route == ("genai" if kind in BUILT else "torch")
+    if kind not in BUILT:  # auto takes the route that can, and says so
+        assert EVERY[kind]["rope_type"] in report.manifest.extra["route_instead_of_genai"]
     most = SERVED.get(kind, 128)
     assert report.manifest.geometry.max_positions == most
     model = AutoModelForCausalLM.from_pretrained(base).eval()
