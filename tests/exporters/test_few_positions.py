@@ -40,7 +40,7 @@ KINDS = [decoder, learned, encoder, encoder_decoder]
 
 
 @pytest.mark.parametrize("kind", KINDS)
-@pytest.mark.parametrize("positions", [12, 20])
+@pytest.mark.parametrize("positions", [12, pytest.param(20, marks=pytest.mark.slow)])
 def test_a_base_with_few_positions_exports(kind, positions, save_tiny, tmp_path):
     report = export_model(kind(save_tiny, positions), tmp_path / "package")
     assert report.manifest.geometry.max_positions == positions

@@ -18,7 +18,7 @@ from tests.support.decoder_models import tiny_decoder
     [
         ("llama", "genai", "int4"),
         ("gpt2", "torch", "int8"),
-        ("gemma3_text", "torch", "int4"),
+        pytest.param("gemma3_text", "torch", "int4", marks=pytest.mark.slow),  # six layers, traced twice
         ("qwen2", "torch", "fp32"),
     ],
 )

@@ -54,8 +54,8 @@ def data(tmp_path: Path) -> Path:
     ("number", "code", "how"),
     [
         (signal.SIGTERM, 143, "stopped by SIGTERM"),
-        (signal.SIGHUP, 129, "stopped by SIGHUP"),
-        (signal.SIGINT, 1, "interrupted"),
+        pytest.param(signal.SIGHUP, 129, "stopped by SIGHUP", marks=pytest.mark.slow),
+        pytest.param(signal.SIGINT, 1, "interrupted", marks=pytest.mark.slow),
     ],
 )
 def test_a_signal_before_the_first_evaluation_leaves_a_checkpoint(
@@ -78,8 +78,8 @@ def test_a_signal_before_the_first_evaluation_leaves_a_checkpoint(
     ("place", "more"),
     [
         ("loop:Loop._choose", ()),
-        ("tuner:prompt_file", ()),
-        ("tuner:save_prompt", ()),
+        pytest.param("tuner:prompt_file", (), marks=pytest.mark.slow),
+        pytest.param("tuner:save_prompt", (), marks=pytest.mark.slow),
         ("distil:closeness", ("--distil", "Cat or number? {text}\nIt is")),
     ],
 )

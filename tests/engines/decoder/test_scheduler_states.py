@@ -345,7 +345,7 @@ def run_machine(
 def test_any_order_of_events(
     kind: str, tiny_llama_package: Path, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
-    run_machine(tiny_llama_package, kind, monkeypatch, tmp_path, max_examples=25)
+    run_machine(tiny_llama_package, kind, monkeypatch, tmp_path, max_examples=12)
 
 
 @pytest.mark.slow

@@ -46,7 +46,7 @@ def unequalised(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(decoder_only, "observe", lambda *_, **__: Observed())
 
 
-@pytest.mark.parametrize("family", ["llama", "gemma3_text"])
+@pytest.mark.parametrize("family", ["llama", pytest.param("gemma3_text", marks=pytest.mark.slow)])
 def test_outliers_cost_little(family: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(equalizer, "MOST_WORTH", 0.0)
     loaded = with_outliers(family)

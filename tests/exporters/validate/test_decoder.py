@@ -5,6 +5,7 @@
 
 from __future__ import annotations
 
+import itertools
 import os
 from collections.abc import Callable, Mapping
 from functools import cache
@@ -178,8 +179,17 @@ def test_genai_route_refuses_what_it_would_write_wrong(model_type: str, tmp_path
     assert list(tmp_path.iterdir()) == []
 
 
-@pytest.mark.parametrize("precision", ["fp16", "int8", "int4"])
-@pytest.mark.parametrize("model_type", ["gpt2", "llama", "bloom"])
+# Each precision and each of the families at once; the other pairs take as many traces again.
+QUICK = (("gpt2", "fp16"), ("llama", "int8"), ("bloom", "int4"))
+
+
+@pytest.mark.parametrize(
+    ("model_type", "precision"),
+    [
+        pytest.param(*pair, marks=() if pair in QUICK else pytest.mark.slow)
+        for pair in itertools.product(("gpt2", "llama", "bloom"), ("fp16", "int8", "int4"))
+    ],
+)
 def test_precisions(model_type: str, precision: str, tmp_path: Path) -> None:
     report = export_model(loaded_decoder(model_type), tmp_path / "package", route="torch", precision=precision)
     assert report.validation["mean_correlation"] > {"fp16": 0.9999, "int8": 0.99, "int4": 0.9}[precision]
