@@ -23,7 +23,7 @@ import numpy.typing as npt
 
 from edgeprompt.arrays import softmax
 from edgeprompt.errors import TemplateError
-from edgeprompt.package.tokenizer import naming
+from edgeprompt.package.tokenizer import UnreadableTextError, naming
 from edgeprompt.prompts.template import Literal, Mask, Template
 from edgeprompt.request import Classification
 
@@ -127,6 +127,10 @@ class Verbalizer:
         """
         if len(verbalizer) < 2:
             raise TemplateError(f"a verbalizer needs at least two labels, found {list(verbalizer)}")
+        try:
+            encode(behind or "")
+        except UnreadableTextError as error:
+            raise TemplateError(f"{behind!r} of the template {error.reason}") from error
         words: dict[tuple[int, ...], int] = {}
         for owner, (label, texts) in enumerate(verbalizer.items()):
             for text in texts:

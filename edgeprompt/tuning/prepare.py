@@ -13,8 +13,8 @@ from edgeprompt import names
 from edgeprompt.errors import CapacityError, InputError, SourceError, UnsupportedError
 from edgeprompt.package.folder import open_package
 from edgeprompt.package.manifest import Geometry, Tokens
-from edgeprompt.package.tokenizer import Tokenizer
-from edgeprompt.prompts.template import Template
+from edgeprompt.package.tokenizer import Tokenizer, naming
+from edgeprompt.prompts.template import Template, label_words
 from edgeprompt.tuning.causal import CausalPrompt
 from edgeprompt.tuning.encoder import EncoderPrompt
 from edgeprompt.tuning.encoding import RecordEncoder
@@ -199,6 +199,9 @@ def _start(model: Prompted, plan: TaskPlan, tokenizer: Tokenizer, options: TuneO
     soft = model.soft
     if soft is None:
         return
+    for label, word in label_words(plan.verbalizer):  # a start may be made of them
+        with naming(f"label word {word!r} of label {label!r}"):
+            tokenizer.encode(word, add_special_tokens=False)
     words = [word for choices in plan.verbalizer.values() for word in choices] or [f" {label}" for label in plan.labels]
     ids = start_ids(options, tokenizer, model.vocab_size, words, plan.purpose)
     table = model.base.get_input_embeddings()

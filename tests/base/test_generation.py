@@ -152,8 +152,22 @@ def test_a_token_that_must_come_and_may_not_is_refused(fields):
     """They used to end in an answer's NaN."""
     with pytest.raises(ValueError, match=r"forces token 3, which (\w+) forbids.*remove it from one of them"):
         check_generation(fields)
+    config = GenerationConfig()
+    for name, value in fields.items():  # transformers refuses some of them in its constructor
+        setattr(config, name, value)
     with pytest.raises(SourceError, match=r"generation_config is not usable: .* forces token 3"):
-        generation_of(LlamaConfig(vocab_size=9), GenerationConfig(**fields), names.ENCODER_DECODER)
+        generation_of(LlamaConfig(vocab_size=9), config, names.ENCODER_DECODER)
+
+
+@pytest.mark.parametrize("never", ["suppress_tokens", "begin_suppress_tokens"])
+def test_export_says_which_fields_contradict(never, seq2seq_base, tmp_path):
+    base = shutil.copytree(seq2seq_base("BART"), tmp_path / "base")
+    file = base / "generation_config.json"
+    fields = json.loads(file.read_text()) if file.exists() else {}
+    file.write_text(json.dumps({**fields, "forced_bos_token_id": 5, never: [5]}))
+    with pytest.raises(SourceError, match=rf"forced_bos_token_id.*{never}"):
+        export_model(base, tmp_path / "out")
+    assert not (tmp_path / "out").exists()
 
 
 def test_a_forced_token_that_may_come_is_kept():

@@ -134,7 +134,7 @@ def test_tuning_refuses_them_too(base, architecture, tmp_path):
     good = [{"text": f"{chosen.random()}", "label": label} for label in ("a", "b") for _ in range(4)]
     refused(DataError, "row 1 of .*: the text", rows)
     refused(DataError, "row 9 of .*: the text", [*good, rows[0]])
-    refused(TemplateError, f"' {WORD} is' of template .*", good, template=f"{{text}} {WORD} is")
+    refused(TemplateError, f"' {WORD} is' of (the )?template.*", good, template=f"{{text}} {WORD} is")
     two = [{**row, "title": f"a {WORD}" if row is good[5] else "a"} for row in good]
     refused(DataError, r"row 6 of .*: \{title\}", two, template="{title} {text} is")
     pair = [{**row, "title": f"a {WORD}" if row is good[5] else "a"} for row in good]
@@ -143,6 +143,7 @@ def test_tuning_refuses_them_too(base, architecture, tmp_path):
         return
     words = {"a": (" a",), "b": (f" {WORD}",)}
     refused(InputError, f"label word ' {WORD}' of label 'b'", good, verbalizer=words)
+    refused(InputError, f"label word ' {WORD}' of label 'b'", good, verbalizer=words, init="random")
     refused(InputError, "the text that the prompt starts from", good, init="text", init_text=WORD)
     targets = [{"text": row["text"], "target": WORD if row is good[3] else "x"} for row in good]
     refused(DataError, "row 4 of .*: the target", targets, task="generate")
