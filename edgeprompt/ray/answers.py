@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import os
+import re
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from edgeprompt import errors
 from edgeprompt.errors import EdgePromptError, InputError, MissingDependencyError
 from edgeprompt.evaluation.rows import Answered, Form, columns_of
 from edgeprompt.options import EngineOptions
@@ -273,4 +275,9 @@ def root_cause(error: BaseException) -> EdgePromptError | None:
             return one
         seen.append(one)
         waiting += [getattr(one, "cause", None), one.__cause__, one.__context__]
+    # An error of an actor comes without its cause; the traceback of the actor stands in its text.
+    told = re.search(rf"^{errors.__name__}\.(\w+): (.+)$", str(error), re.MULTILINE)
+    kind = getattr(errors, told[1], None) if told else None
+    if told and isinstance(kind, type) and issubclass(kind, EdgePromptError):
+        return kind(told[2])
     return None

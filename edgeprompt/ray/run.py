@@ -392,7 +392,7 @@ def _context(ray: Any, job: Job, ids: Path) -> Iterator[None]:
     from edgeprompt.ray.files import ROW
 
     for name in ("ray.data", "ray.train", "ray"):
-        logging.getLogger(name).setLevel(logging.ERROR)
+        logging.getLogger(name).setLevel(logging.CRITICAL)  # an error is raised as well
     context = DataContext.get_current().copy()
     context.enable_progress_bars = False
     context.print_on_execution_start = False

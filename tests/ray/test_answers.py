@@ -10,7 +10,7 @@ import pytest
 
 import edgeprompt
 from edgeprompt import EngineOptions, Request
-from edgeprompt.errors import DataError, EdgePromptError, InputError
+from edgeprompt.errors import DataError, EdgePromptError, InputError, PromptNotFoundError
 from edgeprompt.ray.answers import LEAST_PREFIX_BUDGET, Answers, cpus_of, pool, prefix_budget, root_cause
 from edgeprompt.request import GenerationOptions
 from tests.ray.conftest import make_records
@@ -107,6 +107,12 @@ def test_the_cause_is_found_among_the_errors_around_it() -> None:
         fail()
     assert str(root_cause(caught.value)) == "this row has no column"
     assert root_cause(ValueError("no cause")) is None
+    # As Ray tells of an actor's error.
+    text = "ray::MapWorker.submit()\nedgeprompt.errors.PromptNotFoundError: no prompt ''; there are: a\n\nThe above"
+    told = root_cause(RuntimeError(f"{text} exception was the direct cause ...\nTo change retry attempts, ..."))
+    assert isinstance(told, PromptNotFoundError)
+    assert str(told) == "no prompt ''; there are: a"
+    assert root_cause(RuntimeError("edgeprompt.errors.Nothing: a")) is None
 
 
 def test_a_column_that_the_data_has_not_ends_the_job(tiny_llama_package: Path, keywords: dict[str, Any]) -> None:

@@ -264,3 +264,16 @@ def test_ids_that_are_not_all_different_end_a_run_that_could_be_wrong(
     assert "column 'id' has 1 rows more than once" in err.splitlines()[-1]
     assert not out.exists()
     assert json.loads((tmp_path / "out.jsonl.part" / "run.json").read_bytes())["id_column"] == "id"
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(600)
+def test_what_ends_a_run_is_one_line(tiny_llama_package: Path, tasks: Path, tmp_path: Path, start: Any) -> None:
+    source, out = write(tmp_path / "in.jsonl", make_records(20)), tmp_path / "out.jsonl"
+    process = start(arguments(tiny_llama_package, tasks, source, out, "--engine", "ray", "--on-error", "stop"))
+    _, err = process.communicate(timeout=300)
+    assert process.returncode == 1
+    assert "no prompt 'nothing'" in err.splitlines()[-1]
+    assert "Traceback" not in err
+    assert " ERROR " not in err
+    assert [path.name for path in tmp_path.iterdir() if path.name.startswith("out")] == []
