@@ -17,6 +17,10 @@ class PromptFileError(EdgePromptError, ValueError):
     """A prompt file is broken, hostile, or breaks the format."""
 
 
+class PromptChangedError(PromptFileError):
+    """The file of a prompt in a folder was replaced while a request waited; asked again, it uses the new one."""
+
+
 class PackageError(EdgePromptError, ValueError):
     """An exported package is broken, incomplete, or of another contract version."""
 

@@ -10,13 +10,15 @@ import dataclasses
 import hashlib
 import logging
 import os
+import stat
 import threading
+import time
 from collections.abc import Callable, Iterable
 from functools import cached_property
 from pathlib import Path
 from typing import TypeAlias
 
-from edgeprompt.errors import InputError, PromptFileError, PromptNotFoundError
+from edgeprompt.errors import InputError, PromptChangedError, PromptFileError, PromptNotFoundError
 from edgeprompt.package.files import read_regular
 from edgeprompt.package.manifest import Manifest
 from edgeprompt.prompts.file import MAX_FILE_BYTES, PromptFile, from_bytes, tell_alike
@@ -24,8 +26,13 @@ from edgeprompt.prompts.verbalizer import Verbalizer
 from edgeprompt.prompts.weights import ALLOWED, check_weights, differ
 
 SUFFIX = ".safetensors"
-Stamp: TypeAlias = tuple[int, int, int]
-"""Of a file in a folder of prompts: it changes when the file is replaced."""
+Stamp: TypeAlias = tuple[int, ...]
+"""Of a file in a folder of prompts: it changes when the file is replaced or written into, also where that keeps its
+size, its time of modification and its inode."""
+_TICK_NS = 20_000_000
+"""What is written within a tick of a file system's clock (10 ms at most) may have one stamp with what was there."""
+_TRIES = 10
+"""So often a file that is written into while it is read is read again."""
 
 _LOG = logging.getLogger("edgeprompt")
 
@@ -106,16 +113,24 @@ class LoadedPrompt:
         """The prompt with its tensors.
 
         Raises:
-            PromptFileError: the file is gone, or another than the one that was added.
+            PromptFileError: the file is gone, or another than the one that was added (`PromptChangedError` where it
+                is of a folder, and the name may have another file by now).
         """
         whole = self._whole
         if whole is not None:
             return whole
         assert self._path is not None
-        data = _read(self._path)
+        if self.stamp is None:
+            data = _read(self._path)
+            if hashlib.sha256(data).hexdigest() != self._sha256:
+                raise PromptFileError(f"prompt file {str(self._path)!r} has changed since it was added; add it again")
+            return from_bytes(data)
+        try:
+            data = _read(self._path)
+        except PromptFileError as error:
+            raise PromptChangedError(f"{error}, and it was there when it was asked for; ask again") from error
         if hashlib.sha256(data).hexdigest() != self._sha256:
-            again = "was added; add it again" if self.stamp is None else "was asked for; ask again"
-            raise PromptFileError(f"prompt file {str(self._path)!r} has changed since it {again}")
+            raise PromptChangedError(f"prompt file {str(self._path)!r} has changed since it was asked for; ask again")
         return from_bytes(data)
 
 
@@ -146,8 +161,9 @@ class PromptRegistry:
     @property
     def names(self) -> tuple[str, ...]:
         """Names that requests can use: of the prompts that are ready, and of those in folders."""
-        files = (path.stem for folder in tuple(self._folders) for path in sorted(folder.glob(f"*{SUFFIX}")))
-        return tuple(dict.fromkeys((*tuple(self._prompts), *(name for name in files if name[0] != "."))))
+        with self._lock:
+            added = [name for name, prompt in self._prompts.items() if prompt.stamp is None]
+        return tuple(dict.fromkeys((*added, *(name for folder in tuple(self._folders) for name in _names_in(folder)))))
 
     def add(
         self,
@@ -217,7 +233,7 @@ class PromptRegistry:
         if prompt is not None and prompt.stamp is None:
             return prompt
         for folder in self._folders:
-            path, stamp = _file_of(folder, name)
+            stamp = _file_of(folder, name)[1]
             if stamp is None:
                 continue
             if prompt is not None and prompt.stamp == stamp:
@@ -225,12 +241,9 @@ class PromptRegistry:
             with self._lock:
                 prompt = self._prompts.get(name)
                 if prompt is None or prompt.stamp not in (None, stamp):  # else another thread was faster
-                    try:
-                        found = LoadedPrompt.open(path, name=name, stamp=stamp)
-                    except PromptFileError:
-                        if _file_of(folder, name)[1] is None:  # it went away meanwhile
-                            continue
-                        raise
+                    found = _open_settled(folder, name)
+                    if found is None:  # it went away meanwhile
+                        continue
                     self._add(found)
                     return found
             return prompt
@@ -272,15 +285,54 @@ class PromptRegistry:
             self._forget(old)
 
 
+def _names_in(folder: Path) -> list[str]:
+    """Names of the files of a folder that requests can name."""
+    try:
+        names = sorted(name for name in os.listdir(folder) if name.endswith(SUFFIX))
+    except OSError:  # the folder has gone
+        return []
+    return [name for name in (name.removesuffix(SUFFIX) for name in names) if _file_of(folder, name)[1] is not None]
+
+
 def _file_of(folder: Path, name: str) -> tuple[Path, Stamp | None]:
+    """The file of a name, and its stamp; None where it is no name, or there is no regular file."""
     path = folder / f"{name}{SUFFIX}"
     if not isinstance(name, str) or not name or name != os.path.basename(name) or "\0" in name or name[0] == ".":
         return path, None
     try:
+        name.encode()  # no request holds a name that is not UTF-8
         status = path.stat()
-    except (OSError, UnicodeEncodeError):  # the latter: half of a surrogate pair is no file's name
+    except (OSError, UnicodeEncodeError):
         return path, None
-    return path, (status.st_ino, status.st_mtime_ns, status.st_size)
+    if not stat.S_ISREG(status.st_mode):
+        return path, None
+    return path, (status.st_dev, status.st_ino, status.st_mtime_ns, status.st_ctime_ns, status.st_size)
+
+
+def _open_settled(folder: Path, name: str) -> LoadedPrompt | None:
+    """A prompt of a folder, all of whose bytes were there at one time; None where its file went away.
+
+    Raises:
+        PromptFileError: the file is no prompt, or is written into all the time.
+    """
+    for _ in range(_TRIES):
+        path, stamp = _file_of(folder, name)
+        if stamp is None:
+            return None
+        age = time.time_ns() - max(stamp[2:4])
+        if 0 <= age < _TICK_NS:
+            time.sleep((_TICK_NS - age) / 1e9)
+        try:
+            found = LoadedPrompt.open(path, name=name, stamp=stamp)
+        except PromptFileError:
+            if _file_of(folder, name)[1] == stamp:
+                raise
+            continue
+        if _file_of(folder, name)[1] == stamp:
+            return found
+    if _file_of(folder, name)[1] is None:
+        return None
+    raise PromptFileError(f"prompt file {str(path)!r} is being written; ask again when it is whole")
 
 
 def _read(file: Path) -> bytes:

@@ -7,6 +7,7 @@ import json
 import time
 from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import suppress
 from functools import partial
 from typing import Any, TypeVar
 
@@ -17,6 +18,7 @@ from starlette.responses import Response
 from starlette.routing import Route
 
 from edgeprompt.engines.scheduler import Job
+from edgeprompt.errors import PromptChangedError
 from edgeprompt.prompts.encoder_text import pair_of
 from edgeprompt.runtime import Runtime
 from edgeprompt.server import answers, bodies, questions
@@ -33,6 +35,8 @@ from edgeprompt.server.stream import EventStream, events
 T = TypeVar("T")
 THREADS = 8
 """That read prompts and tokenise texts."""
+TRIES = 5
+"""So often a request begins anew whose prompt's file is replaced while it waits."""
 READ_TIMEOUT = 30.0
 """Seconds in which a body has to come."""
 
@@ -293,6 +297,13 @@ class Service:
         return body
 
     async def _ask(self, request: Request, question: Question) -> list[Any]:
+        """The answers; where a prompt's file is replaced meanwhile, those of the new one."""
+        for _ in range(TRIES - 1):
+            with suppress(PromptChangedError):
+                return await self._ask_once(request, question)
+        return await self._ask_once(request, question)
+
+    async def _ask_once(self, request: Request, question: Question) -> list[Any]:
         """The answers; a client that goes away cancels its requests."""
         jobs = await self._submit(request.state.record, question)
         found = asyncio.gather(*map(asyncio.wrap_future, jobs))

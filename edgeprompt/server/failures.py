@@ -13,6 +13,7 @@ from edgeprompt.errors import (
     InputError,
     MissingDependencyError,
     PackageError,
+    PromptChangedError,
     PromptFileError,
     PromptNotFoundError,
     QueueFullError,
@@ -24,7 +25,7 @@ from edgeprompt.errors import (
 
 INVALID = "invalid_request_error"
 RETRY_AFTER = 1
-"""Seconds after which a client may try again when the server was full."""
+"""Seconds after which a client may try again when the server was full, or a prompt was being replaced."""
 
 
 @dataclass
@@ -70,6 +71,10 @@ def failure_of(error: BaseException, model: str = "") -> Failure:
             return not_found(model)
         case QueueFullError():
             return busy(str(error))
+        case PromptChangedError():
+            message = f"the prompt file of model {model!r} was replaced while the request waited; ask again"
+            again = {"Retry-After": str(RETRY_AFTER)}
+            return Failure(503, message, "server_error", "prompt_replaced", "model", again)
         case PromptFileError() | BaseMismatchError():  # the message names the server's paths
             message = f"the prompt file of model {model!r} cannot be served here; the server's log says why"
             return Failure(404, message, code="model_not_servable", param="model")

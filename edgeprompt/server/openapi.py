@@ -100,7 +100,7 @@ _SAID = {
     415: "The body is not sent as application/json.",
     429: "The server is full; Retry-After says when to try again.",
     500: "The server failed.",
-    503: "The server is stopping.",
+    503: "The server is stopping, or the prompt was replaced again and again; Retry-After says when to try again.",
     504: "The request took too long.",
 }
 
