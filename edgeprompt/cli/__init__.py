@@ -119,13 +119,13 @@ def _terminable() -> Iterator[None]:
         yield
         return
     before: dict[signal.Signals, Any] = {}
+    heard: list[int] = []
 
     def stop(number: int, frame: Any) -> None:
+        heard.append(number)
         for known in before:
             signal.signal(known, signal.SIG_DFL)
-        if number == signal.SIGINT:
-            raise _Interrupted
-        raise _Stopped(number)
+        raise _exception_of(number)
 
     def lost(unraisable: Any) -> None:
         """What is raised while an object is deleted is lost, also what `stop` raised: the signal comes once more."""
@@ -147,10 +147,20 @@ def _terminable() -> Iterator[None]:
     usual_lost, sys.unraisablehook = sys.unraisablehook, lost
     try:
         yield
+    except Exception as error:
+        # Extension modules and lazy imports make errors of their own of what is raised inside them. Ours of a signal,
+        # which say how to go on, have their exit code, as click's have.
+        if heard and getattr(error, "exit_code", None) is None:
+            raise _exception_of(heard[0]) from error
+        raise
     finally:
         sys.unraisablehook = usual_lost
         for number, handler in before.items():
             signal.signal(number, handler)
+
+
+def _exception_of(number: int) -> BaseException:
+    return _Interrupted() if number == signal.SIGINT else _Stopped(number)
 
 
 def _send_to_main(number: int) -> None:

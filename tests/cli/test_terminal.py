@@ -156,3 +156,26 @@ def test_a_signal_while_an_object_is_deleted_is_heard(name, code):
     )
     done = subprocess.run([sys.executable, "-c", program], check=False, capture_output=True, text=True)
     assert (done.returncode, done.stdout, done.stderr) == (code, "", "")
+
+
+@pytest.mark.parametrize(("name", "code"), [("SIGINT", 1), ("SIGTERM", 143), ("SIGHUP", 129)])
+@pytest.mark.parametrize("made", ["ImportError('initialization failed')", "SourceError('cannot read the config')"])
+def test_a_signal_that_a_library_makes_an_error_of_its_own_of_is_heard(name, code, made):
+    """Extension modules do so while they are imported: it was a traceback, or a wrong reason."""
+    program = (
+        "import signal\n"
+        "from edgeprompt.cli import inspect, main\n"
+        "from edgeprompt.errors import SourceError\n"
+        "signal.signal(signal.SIGINT, signal.default_int_handler)\n"
+        "signal.signal(signal.SIGHUP, signal.SIG_DFL)\n"  # also where nohup runs the tests
+        "def work(**_):\n"
+        "    try:\n"
+        f"        signal.raise_signal(signal.{name})\n"
+        "    except BaseException:\n"
+        f"        raise {made}\n"
+        "inspect.command.callback = work\n"
+        "main(['inspect', 'x'])\n"
+    )
+    done = subprocess.run([sys.executable, "-c", program], check=False, capture_output=True, text=True)
+    said = "Aborted!" if name == "SIGINT" else f"error: stopped by {name}"
+    assert (done.returncode, done.stdout, done.stderr.strip()) == (code, "", said)
