@@ -16,6 +16,7 @@ from typing import Any
 from edgeprompt import names
 from edgeprompt.errors import HubError, InputError, MissingDependencyError
 from edgeprompt.package.folder import open_package
+from edgeprompt.package.hub import reason
 from edgeprompt.package.manifest import Base, Manifest
 
 _LOG = logging.getLogger("edgeprompt")
@@ -170,7 +171,7 @@ def push(
                 repo_id=repo, folder_path=staged, commit_message=message or f"{source.name}, by edgeprompt push"
             )
         except (OSError, ValueError, RuntimeError) as error:
-            raise HubError(f"cannot push to {repo!r}: {' '.join(str(error).split())[:300]}") from error
+            raise HubError(f"cannot push to {repo!r}: {reason(error)}") from error
     return str(done.commit_url)
 
 

@@ -261,7 +261,7 @@ def given_answer(record: Record, context: str, where: str) -> tuple[str, int]:
             return "", 0
         answer = clean(str(texts[0]), f"{where}: the answer")
         first = starts[0] if starts else -1
-        if not isinstance(first, (int, float)) or first != int(first):
+        if not isinstance(first, (int, float)) or first < -1 or first % 1 != 0:  # of infinity and NaN it is NaN
             raise DataError(f"{where}: answer_start holds {first!r}, a number of characters is needed")
         start = int(first)
         raw = record.get("context")

@@ -158,11 +158,11 @@ def _download(hub: Any, wanted: HubPath, file: str, revision: str | None, what: 
     except errors.HFValidationError as error:
         raise HubError(f"{there}, and it is no name of the Hub: {_line(error)}") from error
     except (OSError, ValueError, RuntimeError) as error:
-        raise HubError(f"cannot download {file!r} of {wanted.repo!r}: {_line(error)}; try again") from error
+        raise HubError(f"cannot download {file!r} of {wanted.repo!r}: {reason(error)}; try again") from error
     except Exception as error:
         if type(error).__module__.partition(".")[0] not in ("httpx", "httpx2", "httpcore", "httpcore2", "requests"):
             raise
-        raise HubError(f"cannot download {file!r} of {wanted.repo!r}: {_line(error)}; try again") from error
+        raise HubError(f"cannot download {file!r} of {wanted.repo!r}: {reason(error)}; try again") from error
 
 
 def _check(path: Path, wanted: HubPath, file: str) -> None:
@@ -193,6 +193,13 @@ def _check(path: Path, wanted: HubPath, file: str) -> None:
         )
     mark.parent.mkdir(exist_ok=True)
     mark.write_text(stamp, encoding="ascii")
+
+
+def reason(error: BaseException) -> str:
+    """What failed, on one line; of a token that no header can hold, what is wrong with it, and nothing of it."""
+    if isinstance(error, UnicodeEncodeError) and error.encoding == "ascii":  # of all that is sent, headers alone are
+        return "the token (HF_TOKEN, or that of hf auth login) has a character that is not ASCII; copy it anew"
+    return _line(error)
 
 
 def _line(error: BaseException) -> str:

@@ -126,7 +126,7 @@ def test_tags_that_are_a_printed_list_or_ids_are_refused(tags: Any) -> None:
         tagged_words({"tokens": "a b", "tags": tags}, "row 1")
 
 
-@pytest.mark.parametrize("start", ["x", None, 1.5])
+@pytest.mark.parametrize("start", ["x", None, 1.5, float("inf"), float("nan"), -3])
 def test_an_answer_starts_at_a_whole_number(start: Any) -> None:
     with pytest.raises(DataError, match="row 1: answer_start holds"):
         given_answer({"answers": {"text": ["cat"], "answer_start": [start]}}, "the cat", "row 1")

@@ -176,6 +176,15 @@ def test_a_private_repository_and_its_token(served: Hub, command: Command, tmp_p
     assert not [path for path in tmp_path.rglob("*") if path.is_file() and TOKEN.encode() in path.read_bytes()]
 
 
+def test_a_token_that_is_not_ascii_is_named_and_not_shown(command: Command, tmp_path: Path) -> None:
+    """A letter with an accent, or the quotes of a text program: it was "'ascii' codec can't encode character"."""
+    push = ("push", tmp_path / "sentiment.safetensors", "user/new")
+    for arguments in (RUN, push, ("export", "user/package", "-o", tmp_path / "out")):
+        line = line_of(command(*arguments, HF_TOKEN="\u201chf_s\xe9cret\u201d"))
+        assert "the token (HF_TOKEN, or that of hf auth login) has a character that is not ASCII" in line
+        assert not [part for part in ("cret", "201c", "\u201c", "codec") if part in line]
+
+
 def test_a_file_that_comes_damaged_is_not_used(served: Hub, command: Command, tmp_path: Path) -> None:
     (graph,) = json.loads(_package(served)[names.MANIFEST])["graphs"].values()
     for name in (graph["file"], "sentiment.safetensors"):  # a large file, and a small one
