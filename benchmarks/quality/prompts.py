@@ -6,7 +6,7 @@
 Prompts are tuned by the recipes of the shipped ones (`examples/prompts/make.py`) for the package that serves them: int4
 of SmolLM2, whose file has 4 bits, and the file's own blocks (`gguf`) of Gemma.
 Figures are accuracies on the test set, on that package. What lies under work/prompts-of-bases/ is taken from there, so
-an interrupted run goes on.
+an interrupted run goes on. Results of other bases and tasks are kept.
 """
 
 from __future__ import annotations
@@ -109,6 +109,9 @@ def main() -> None:
     options = parser.parse_args()
     found = {base: {task: rows_of(base, task, options) for task in options.tasks} for base in options.bases}
     machine = describe()
+    if RESULT.exists():
+        before: dict[str, Any] = json.loads(RESULT.read_text("utf-8"))["bases"]
+        found = {base: before.get(base, {}) | found.get(base, {}) for base in BASES if base in before or base in found}
     RESULT.write_text(json.dumps({"machine": machine, "bases": found}, indent=1) + "\n", encoding="utf-8")
     print(f"{to_markdown(found)}\n\n{line(machine)}")
 

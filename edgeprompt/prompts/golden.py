@@ -114,8 +114,10 @@ def check_all(runtime: Checks) -> dict[str, GoldenCheck]:
             continue
         check = found[name] = runtime.check(name)
         if not check.passed:
+            logits = check.max_logit_difference
+            apart = "" if logits is None else f" (logits differ by at most {logits:.2g})"
             raise ValidationError(
                 f"prompt {name!r} answers its golden example with {check.found!r}, and answered {check.expected!r} "
-                "where it was made; it may be for other weights (edgeprompt inspect tells)"
+                f"where it was made{apart}; compare what it was made for with this package: edgeprompt inspect both"
             )
     return found

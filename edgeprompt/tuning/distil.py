@@ -30,7 +30,7 @@ from edgeprompt.tuning.instruction import (
     make_instruction,
 )
 from edgeprompt.tuning.loop import stopped
-from edgeprompt.tuning.objectives import texts_at_once
+from edgeprompt.tuning.objectives import GOLDEN_CANDIDATES, texts_at_once
 from edgeprompt.tuning.options import Distillation, TuneOptions
 from edgeprompt.tuning.prepare import Run, prepare, read_tokenizer
 from edgeprompt.tuning.question import Question, ask
@@ -261,7 +261,7 @@ def _read_data(run: Run, question: Question, taught: Taught, balance: tuple[floa
     assert isinstance(objective, (DistilClassify, DistilGenerate, DistilText))
     encode: Any = objective.encode_answered
     kind: Any = LabelAnswer if run.plan.task == "classify" else TextAnswer
-    first: dict[str, str] = {}
+    first: list[dict[str, str]] = []
     silent: list[str] = []
 
     def encoded() -> Iterator[Any]:
@@ -270,8 +270,8 @@ def _read_data(run: Run, question: Question, taught: Taught, balance: tuple[floa
             answers = (one.without(balance) for one in answers)
         for number, (record, answer) in enumerate(zip(read_records(question.texts), answers, strict=True), 1):
             where = f"row {number} of {source_name(question.texts)!r}"
-            if not first:
-                first.update(objective.fields(record, where))
+            if number <= GOLDEN_CANDIDATES:
+                first.append(dict(objective.fields(record, where)))
             if isinstance(answer, TextAnswer) and not answer.text.strip():
                 silent.append(where)
             yield encode(record, where, answer)

@@ -23,6 +23,10 @@ from edgeprompt.tuning.prompted import Prompted, PromptedLM
 from edgeprompt.tuning.verbalizer import LabelWords
 
 GOLDEN_TOKENS = 8
+GOLDEN_CANDIDATES = 8
+"""Records of which one becomes the golden example."""
+CLEAR = 1.0
+"""By which the best logit of a golden example should exceed the next: kernels of other processors round otherwise."""
 _ROWS = 64
 """Up to so many texts continued by label words are one batch; of more, each text is computed once."""
 _CONTINUED = 1024
@@ -227,16 +231,18 @@ class Generate:
         return Outcome(loss, float((logits.argmax(-1) == target).sum()), len(target))
 
     def golden(self, fields: Mapping[str, str], shared: Any, calibration: Sequence[float]) -> Golden:
-        """The first tokens of the greedy answer, and the five best logits of the first."""
+        """The first tokens of the greedy answer, as far as they are clear, and the five best logits of the first."""
         ids = self.encoder.encode(fields).ids
         made: list[int] = []
         first: dict[str, float] = {}
         while len(made) < GOLDEN_TOKENS and self._end not in made:
             logits = self._model.logits([ids], [[made]], shared)[-1].float()
+            best = logits.topk(min(5, len(logits)))
             if not first:
-                best = logits.topk(min(5, len(logits)))
                 first = {str(int(token)): float(value) for token, value in zip(best.indices, best.values, strict=True)}
-            made.append(int(logits.argmax()))
+            elif float(best.values[0] - best.values[1]) < CLEAR:
+                break
+            made.append(int(best.indices[0]))
         return Golden(fields=dict(fields), token_ids=tuple(made), logits=first)
 
     def head(self) -> tuple[Head | None, Mapping[str, Array]]:

@@ -17,12 +17,12 @@ from edgeprompt.errors import BaseMismatchError, InputError, TuningError
 from edgeprompt.evaluation.data import DataSource, data_hash, read_records, source_name
 from edgeprompt.package.manifest import Base
 from edgeprompt.progress import Update
-from edgeprompt.prompts.file import PromptFile, TunedFor, load_prompt
+from edgeprompt.prompts.file import Golden, PromptFile, TunedFor, load_prompt
 from edgeprompt.prompts.weights import TUNED_QUALITY, nearest
 from edgeprompt.tuning.calibration import choose_calibration
 from edgeprompt.tuning.examples import BatchPlan, Example, Examples, few_shot, sample, sorted_batches, split
 from edgeprompt.tuning.loop import Loop, Progress
-from edgeprompt.tuning.objectives import WordClassify, texts_at_once
+from edgeprompt.tuning.objectives import CLEAR, GOLDEN_CANDIDATES, Objective, WordClassify, texts_at_once
 from edgeprompt.tuning.options import DEFAULT_STEPS, checkpoint_path
 from edgeprompt.tuning.prepare import Run
 
@@ -63,18 +63,18 @@ class RunData:
     """Which examples to train on, int64."""
     eval_examples: Examples
     eval_batches: Sequence[Sequence[int]]
-    fields: Mapping[str, str]
-    """The template's fields of one record, for the golden example."""
+    candidates: Sequence[Mapping[str, str]]
+    """The template's fields of the first records, one of which becomes the golden example."""
     notes: tuple[str, ...] = ()
 
 
 def read_data(run: Run, data: DataSource, *, show: bool = False) -> RunData:
     """Tokenise the data, and divide it into training and evaluation; `show` progress on stderr."""
     options = run.options
-    examples, fields = _encode(run, data, show=show)
+    examples, candidates = _encode(run, data, show=show)
     notes = []
     if options.eval_data is not None:
-        eval_examples, fields = _encode(run, options.eval_data, show=show)
+        eval_examples, candidates = _encode(run, options.eval_data, show=show)
         indices, held = np.arange(len(examples)), np.arange(len(eval_examples))
     else:
         eval_examples = examples
@@ -89,18 +89,18 @@ def read_data(run: Run, data: DataSource, *, show: bool = False) -> RunData:
     held = sample(held, options.eval_limit, options.seed)
     size = texts_at_once(run.objective, options.batch_size * _EVAL_BATCHES)
     batches = list(sorted_batches(held, eval_examples.lengths, size))
-    return RunData(data, examples, indices, eval_examples, batches, fields, tuple(notes))
+    return RunData(data, examples, indices, eval_examples, batches, candidates, tuple(notes))
 
 
-def _encode(run: Run, data: DataSource, *, show: bool) -> tuple[Examples, dict[str, str]]:
-    """All records of `data` as examples, and the fields of the first."""
-    first: dict[str, str] = {}
+def _encode(run: Run, data: DataSource, *, show: bool) -> tuple[Examples, list[dict[str, str]]]:
+    """All records of `data` as examples, and the fields of the first ones."""
+    first: list[dict[str, str]] = []
 
     def encoded(tell: Update) -> Iterator[Example]:
         for number, record in enumerate(read_records(data), 1):
             where = f"row {number} of {source_name(data)!r}"
-            if not first:
-                first.update(run.objective.fields(record, where))
+            if number <= GOLDEN_CANDIDATES:
+                first.append(dict(run.objective.fields(record, where)))
             yield run.objective.encode(record, where)
             if number % _TOLD == 0:
                 tell(number, "")
@@ -178,6 +178,30 @@ def resume(run: Run, loop: Loop, path: Path) -> None:
     soft.start_from(torch.from_numpy(tensor.copy()).float().to(loop.accelerator.device))
 
 
+def _golden(
+    objective: Objective, candidates: Sequence[Mapping[str, str]], shared: Any, calibration: Sequence[float]
+) -> Golden:
+    """The first example with a clear answer, which another processor's rounding does not change; else the clearest."""
+    found: list[tuple[float, Golden]] = []
+    for fields in candidates:
+        golden = objective.golden(fields, shared, calibration)
+        found.append((_margin(golden, calibration), golden))
+        if found[-1][0] >= CLEAR:
+            break
+    return max(found, key=lambda one: one[0])[1]
+
+
+def _margin(golden: Golden, calibration: Sequence[float]) -> float:
+    """How far the best label's or first token's logit lies above the next; infinite where nothing is compared so."""
+    values = [*golden.logits.values()]
+    if len(values) < 2 or not (golden.token_ids or golden.label in golden.logits):
+        return math.inf
+    if len(calibration) == len(values):
+        values = [value - shift for value, shift in zip(values, calibration, strict=True)]
+    second, first = sorted(values)[-2:]
+    return first - second
+
+
 def prompt_file(run: Run, loop: Loop, done: Progress, path: Path, data: RunData, *, show: bool = False) -> PromptFile:
     """The best prompt as a prompt file; `show` progress of its calibration on stderr."""
     options, objective, plan, packages = run.options, run.objective, run.plan, run.weights.packages
@@ -191,7 +215,7 @@ def prompt_file(run: Run, loop: Loop, done: Progress, path: Path, data: RunData,
             shown = show and loop.accelerator.is_main_process
             with progress.show("calibrating", len(batches), unit="batches", wanted=shown) as tell:
                 calibration = choose_calibration(objective, data.eval_examples, batches, shared, tell)
-        golden = objective.golden(data.fields, shared, calibration)
+        golden = _golden(objective, data.candidates, shared, calibration)
     soft = objective.model.soft
     array = soft.array() if soft is not None else None
     deep = soft is not None and soft.is_prefix
