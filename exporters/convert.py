@@ -299,8 +299,8 @@ def _reread(
     """An edgeprompt prompt file as source: options replace what it holds; its base is never changed."""
     if facts and not facts.base.matches(prompt.base):
         raise BaseMismatchError(
-            f"prompt {prompt.name!r} was made for base {prompt.base.name} ({prompt.base.brief}), "
-            f"--base is {facts.base.name} ({facts.base.brief}){prompt.base.apart(facts.base)}"
+            f"prompt {prompt.name!r} was made for base {prompt.base.name!r} ({prompt.base.brief}), "
+            f"--base is {facts.base.name!r} ({facts.base.brief}){prompt.base.apart(facts.base)}"
         )
     if template is not None:
         prompt = dataclasses.replace(prompt, template=Template.parse(template))

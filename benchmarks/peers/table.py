@@ -163,8 +163,8 @@ def summary_to_markdown(results: list[dict[str, Any]]) -> str:
     device, first = results[0]["device"], results[0]
     lines += [
         "",
-        "KL: mean KL divergence of the next-token distributions from those of the file's weights in float32. Random "
-        "weights have none. RSS: resident memory.",
+        "KL: mean KL divergence of the next-token distributions from those of the file's weights in float32. A base "
+        "with random weights has no KL. RSS: resident memory.",
         f"{first['threads']} threads. The keys and values of a 16-token prompt are already in memory. "
         f"{device['cpu']} ({', '.join(device['isa'])}), {first['time'][:10]}.",
     ]

@@ -108,8 +108,8 @@ def _instruction(value: str | None) -> str | None:
 @click.option(
     "--balance-teacher",
     is_flag=True,
-    help="Take what the teacher prefers whatever the text out of its answers. For labels that are about equally "
-    "common.",
+    help="Remove the teacher's constant preference for some labels from its answers. For labels that are about "
+    "equally common.",
 )
 @click.option("--teacher", metavar="BASE", help="Another base that reads the instruction, instead of BASE.")
 @click.option(
@@ -158,7 +158,8 @@ def _instruction(value: str | None) -> str | None:
 @click.option(
     "--eval-split",
     type=console.Number(0, 1, max_open=True),
-    help="Without --eval: fraction of DATA kept for evaluation. Default: 256 examples, at most a fifth.",
+    help="Without --eval: fraction of DATA kept for evaluation. Default: 256 examples, or a fifth of DATA if that is "
+    "fewer.",
 )
 @click.option(
     "--shots",

@@ -65,7 +65,7 @@ class Columns:
             meant = known_label(label, known)
             if meant is None:
                 raise DataError(
-                    f"{where}: label {label!r} is none that prompt {prompt.name!r} knows: {', '.join(known)}"
+                    f"{where}: label {label!r} is not a label of prompt {prompt.name!r} ({', '.join(known)})"
                 )
             found.append(meant)
         return [frozenset(found)] if problem == "multi_label" else found

@@ -224,8 +224,8 @@ class PromptFile:
         """
         if not self.base.matches(manifest.base):
             raise BaseMismatchError(
-                f"prompt {self.name!r} was made for base {self.base.name} ({self.base.brief}), "
-                f"the package holds {manifest.base.name} ({manifest.base.brief})"
+                f"prompt {self.name!r} was made for base {self.base.name!r} ({self.base.brief}), "
+                f"the package holds {manifest.base.name!r} ({manifest.base.brief})"
                 f"{self.base.apart(manifest.base)}; tune it for this base"
             )
         weaker = self.base.weaker(manifest.base)

@@ -72,8 +72,8 @@ class Distillation:
     answers: Path | None = None
     """File that keeps the teacher's answers; None: beside the output."""
     balance: bool = False
-    """Subtract from every label's log-probability its mean over all texts: a teacher that prefers a label whatever the
-    text then answers by what differs between texts. For labels that are about equally common."""
+    """Subtract from every label's log-probability its mean over all texts, which removes a preference that does not
+    depend on the text. For labels that are about equally common."""
 
     def __post_init__(self) -> None:
         """Refuse what no run could use.

@@ -165,8 +165,8 @@ def resume(run: Run, loop: Loop, path: Path) -> None:
     ours = Base(run.loaded.name, run.fingerprint)
     if not prompt.base.matches(ours):
         raise BaseMismatchError(
-            f"prompt {str(path)!r} was made for base {prompt.base.name} ({prompt.base.brief}), "
-            f"this base is {ours.name} ({ours.brief}){ours.apart(prompt.base)}"
+            f"prompt {str(path)!r} was made for base {prompt.base.name!r} ({prompt.base.brief}), "
+            f"this base is {ours.name!r} ({ours.brief}){ours.apart(prompt.base)}"
         )
     if soft is None:
         raise InputError("--method head trains no prompt, so it cannot start from a prompt file; leave out --resume")

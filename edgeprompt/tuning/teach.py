@@ -274,8 +274,8 @@ def _prompted_teacher(
     ours = Base(loaded.name, loaded.fingerprint)
     if not prompt.base.matches(ours):
         raise BaseMismatchError(
-            f"prompt {prompt.name!r} was made for base {prompt.base.name} ({prompt.base.brief}), the teacher is "
-            f"{ours.name} ({ours.brief}){prompt.base.apart(ours)}; name its own base with --teacher"
+            f"prompt {prompt.name!r} was made for base {prompt.base.name!r} ({prompt.base.brief}), the teacher is "
+            f"{ours.name!r} ({ours.brief}){prompt.base.apart(ours)}; name its own base with --teacher"
         )
     deep = prompt.past_key_values is not None
     array = prompt.past_key_values if deep else prompt.prompt_embeddings

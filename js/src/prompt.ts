@@ -343,8 +343,8 @@ export function checkBase(prompt: PromptFile, manifest: Manifest, sizesAlone = f
     const apart = difference(prompt.base.fingerprint, base.fingerprint);
     if (apart) {
       throw new BaseMismatchError(
-        `prompt ${repr(prompt.name)} was made for base ${prompt.base.name} (${brief(prompt.base.fingerprint)}), the ` +
-          `package holds ${base.name} (${brief(base.fingerprint)}); ${apart}; tune it for this base`,
+        `prompt ${repr(prompt.name)} was made for base ${repr(prompt.base.name)} (${brief(prompt.base.fingerprint)}), the ` +
+          `package holds ${repr(base.name)} (${brief(base.fingerprint)}); ${apart}; tune it for this base`,
       );
     }
     const theirs = manifest.tokenizerFingerprint;

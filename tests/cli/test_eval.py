@@ -78,7 +78,7 @@ def test_refusals(cli, refused, tiny_llama_package, prompt_folder, data, tmp_pat
     other = tmp_path / "other.csv"
     other.write_text("text,label\nfine,positive\nhm,neutral\n")
     line = refused("eval", tiny_llama_package, other, "--prompt", sentiment)
-    assert "row 2: label 'neutral' is none that prompt 'sentiment' knows: negative, positive" in line
+    assert "row 2: label 'neutral' is not a label of prompt 'sentiment' (negative, positive)" in line
     other.write_text("text,label\n")
     assert "is empty" in refused("eval", tiny_llama_package, other, "--prompt", sentiment)
     usage = cli("eval", tiny_llama_package, data, "--prompt", sentiment, "--shots", 3)

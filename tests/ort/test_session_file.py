@@ -90,7 +90,7 @@ def test_a_prompt_that_is_gone_takes_its_session_along(tiny_llama_package: Path,
 def test_what_does_not_fit_is_refused(tiny_llama_package: Path, tmp_path: Path, name: str | None) -> None:
     path = tmp_path / "one.session"
     with _open(tiny_llama_package) as runtime:
-        with pytest.raises(InputError, match="nothing of this text is resident"):
+        with pytest.raises(InputError, match=r"Ask this text first \(rt\.generate\), then save it"):
             runtime.save_session(path, TEXT, prompt=name)
         assert not path.exists()
         runtime.generate(TEXT, prompt=name, max_new_tokens=1)

@@ -231,7 +231,7 @@ def test_errors_are_also_standard_ones():
 
 def test_another_base_is_refused_and_both_are_named():
     prompt = make_prompt(base=Base("other", "sha256:" + "9" * 64))
-    with pytest.raises(BaseMismatchError, match=r"other \(sha256:9+\).*tiny \(sha256:0+\)"):
+    with pytest.raises(BaseMismatchError, match=r"'other' \(sha256:9+\).*'tiny' \(sha256:0+\)"):
         prompt.check_base(make_manifest())
 
 

@@ -140,8 +140,8 @@ class DecoderEngine(Engine):
         found = self.derived.find_blocks(blocks)
         if not found:
             raise InputError(
-                f"nothing of this text is resident: a session needs at least {BLOCK} tokens that were asked before, "
-                "reuse_texts, and room in prefix_budget"
+                f"nothing of this text is in memory: a session needs at least {BLOCK} tokens, reuse_texts, and room in "
+                "prefix_budget. Ask this text first (rt.generate), then save it."
             )
         name, sha256 = ("", "") if depends is None else (depends.name, depends.sha256)
         kept = cast("KV", np.concatenate(found, axis=2))
