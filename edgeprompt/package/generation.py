@@ -55,19 +55,21 @@ def check_generation(data: object) -> dict[str, Any]:
 
 
 def _check_forced(found: Mapping[str, Any]) -> None:
-    """Refuse a token that must come and may not: nothing would be left to answer with."""
-    banned = [(token, "bad_words_ids") for token, *more in found.get("bad_words_ids", ()) if not more]
-    banned += [(token, "suppress_tokens") for token in found.get("suppress_tokens", ())]
-    first = [(token, "begin_suppress_tokens") for token in found.get("begin_suppress_tokens", ())]
-    bos, eos = found.get("forced_bos_token_id"), found.get("forced_eos_token_id", [])
-    for name, forced, never in (
-        ("forced_bos_token_id", [] if bos is None else [bos], dict(banned + first)),
-        ("forced_eos_token_id", eos, dict(banned)),
+    """Refuse a token that must come and may not: nothing would be left to answer with.
+
+    `bad_words_ids` and `begin_suppress_tokens` are not meant: transformers forces tokens behind the former, and the
+    latter begins behind a forced first token.
+    """
+    never = found.get("suppress_tokens", ())
+    bos = found.get("forced_bos_token_id")
+    for name, forced in (
+        ("forced_bos_token_id", [] if bos is None else [bos]),
+        ("forced_eos_token_id", found.get("forced_eos_token_id", [])),
     ):
         if forced and all(token in never for token in forced):
             raise ValueError(
-                f"{name} forces token {forced[0]}, which {never[forced[0]]} forbids, so no token is left to answer "
-                "with; remove it from one of them"
+                f"{name} forces token {forced[0]}, which suppress_tokens forbids, so no token is left to answer with; "
+                "remove it from one of them"
             )
 
 

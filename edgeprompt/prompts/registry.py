@@ -161,8 +161,8 @@ class PromptRegistry:
     @property
     def names(self) -> tuple[str, ...]:
         """Names that requests can use: of the prompts that are ready, and of those in folders."""
-        with self._lock:
-            added = [name for name, prompt in self._prompts.items() if prompt.stamp is None]
+        # Without the lock, which may be held for ever in a forked process.
+        added = [name for name, prompt in self._prompts.copy().items() if prompt.stamp is None]
         return tuple(dict.fromkeys((*added, *(name for folder in tuple(self._folders) for name in _names_in(folder)))))
 
     def add(
@@ -312,6 +312,8 @@ def _file_of(folder: Path, name: str) -> tuple[Path, Stamp | None]:
 def _open_settled(folder: Path, name: str) -> LoadedPrompt | None:
     """A prompt of a folder, all of whose bytes were there at one time; None where its file went away.
 
+    A file that another replaced while it was read was whole; its stamp tells that it has to be read again.
+
     Raises:
         PromptFileError: the file is no prompt, or is written into all the time.
     """
@@ -328,7 +330,8 @@ def _open_settled(folder: Path, name: str) -> LoadedPrompt | None:
             if _file_of(folder, name)[1] == stamp:
                 raise
             continue
-        if _file_of(folder, name)[1] == stamp:
+        now = _file_of(folder, name)[1]
+        if now is not None and (now == stamp or now[:2] != stamp[:2]):
             return found
     if _file_of(folder, name)[1] is None:
         return None

@@ -142,10 +142,8 @@ def test_beam_search_of_a_base_is_carried_where_there_are_beams():
     "fields",
     [
         {"forced_bos_token_id": 3, "suppress_tokens": [3]},
-        {"forced_bos_token_id": 3, "begin_suppress_tokens": [2, 3]},
-        {"forced_bos_token_id": 3, "bad_words_ids": [[3]]},
         {"forced_eos_token_id": [3], "suppress_tokens": [3]},
-        {"forced_eos_token_id": [3, 4], "suppress_tokens": [3], "bad_words_ids": [[4]]},
+        {"forced_eos_token_id": [3, 4], "suppress_tokens": [4, 3]},
     ],
 )
 def test_a_token_that_must_come_and_may_not_is_refused(fields):
@@ -159,13 +157,12 @@ def test_a_token_that_must_come_and_may_not_is_refused(fields):
         generation_of(LlamaConfig(vocab_size=9), config, names.ENCODER_DECODER)
 
 
-@pytest.mark.parametrize("never", ["suppress_tokens", "begin_suppress_tokens"])
-def test_export_says_which_fields_contradict(never, seq2seq_base, tmp_path):
+def test_export_says_which_fields_contradict(seq2seq_base, tmp_path):
     base = shutil.copytree(seq2seq_base("BART"), tmp_path / "base")
     file = base / "generation_config.json"
     fields = json.loads(file.read_text()) if file.exists() else {}
-    file.write_text(json.dumps({**fields, "forced_bos_token_id": 5, never: [5]}))
-    with pytest.raises(SourceError, match=rf"forced_bos_token_id.*{never}"):
+    file.write_text(json.dumps({**fields, "forced_bos_token_id": 5, "suppress_tokens": [5]}))
+    with pytest.raises(SourceError, match=r"forced_bos_token_id.*suppress_tokens"):
         export_model(base, tmp_path / "out")
     assert not (tmp_path / "out").exists()
 
@@ -174,5 +171,6 @@ def test_a_forced_token_that_may_come_is_kept():
     for fields in (
         {"forced_eos_token_id": [3, 4], "suppress_tokens": [3], "begin_suppress_tokens": [4]},
         {"forced_bos_token_id": 3, "bad_words_ids": [[3, 4]], "suppress_tokens": [5]},
+        {"forced_bos_token_id": 3, "bad_words_ids": [[3]], "begin_suppress_tokens": [3]},
     ):
         assert check_generation(fields) == fields
