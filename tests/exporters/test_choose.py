@@ -108,7 +108,7 @@ def test_refusals_come_before_the_exports(tiny_llama_base, prompt, data, tmp_pat
     assert invoke(tiny_llama_base, "-o", tmp_path / "p", "--precision", "auto", "--data", data).exit_code == 2
     bad = tmp_path / "bad.jsonl"
     bad.write_text('{"text": "x", "label": "sad"}\n')
-    with pytest.raises(DataError, match="'sad' is none"):
+    with pytest.raises(DataError, match="'sad' is not a label"):
         export_best(tiny_llama_base, tmp_path / "p", prompts=[prompt], data=bad)
     with pytest.raises(InputError, match="at least one --prompt"):
         export_best(tiny_llama_base, tmp_path / "p", prompts=[], data=data)
