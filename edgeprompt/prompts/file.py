@@ -8,7 +8,8 @@ import logging
 import os
 import struct
 import unicodedata
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Protocol
@@ -22,7 +23,7 @@ from safetensors.numpy import save as save_tensors
 from edgeprompt import names
 from edgeprompt.errors import BaseMismatchError, PromptFileError, TemplateError
 from edgeprompt.package import strict_json
-from edgeprompt.package.files import read_regular, write_atomic
+from edgeprompt.package.files import open_regular, read_regular, write_atomic
 from edgeprompt.package.manifest import Base, Geometry, Manifest
 from edgeprompt.package.outputs import PROMPT
 from edgeprompt.package.strict_json import check_keys, check_type
@@ -311,11 +312,9 @@ def from_bytes(data: bytes) -> PromptFile:
     Raises:
         PromptFileError: broken, or breaking the format.
     """
-    try:
-        text = _metadata_text(data)
+    with _telling():
+        _, written = _read_header(data, len(data))  # before safetensors sees the bytes: sizes, duplicate names
         tensors = dict(load_tensors(data))
-        written = check_type(strict_json.loads(text), dict, "metadata")
-        strict_json.dumps(written).encode()  # JSON can escape half a surrogate pair, which no UTF-8 holds
         prompt = _from_parts(written, tensors)
         _check_tensors(prompt, prompt.tensors())
         if len(prompt.tensors()) != len(tensors):
@@ -324,32 +323,63 @@ def from_bytes(data: bytes) -> PromptFile:
             raise ValueError(
                 f"num_virtual_tokens is {written['num_virtual_tokens']}, the tensors have {prompt.num_virtual_tokens}"
             )
-    except (ValueError, TypeError, KeyError, OverflowError, SafetensorError, TemplateError) as error:
-        if isinstance(error, PromptFileError):
-            raise
-        raise PromptFileError(str(error) or type(error).__name__) from error
     return prompt
 
 
-def _metadata_text(data: bytes) -> str:
-    """The `edgeprompt` entry of the header, read before safetensors sees the bytes (sizes, duplicate names)."""
+def outline(path: str | os.PathLike[str]) -> PromptFile:
+    """A prompt as the header of its file tells: its tensors have their shapes, and no values.
+
+    Raises:
+        PromptFileError: the file cannot be read, is not whole, or its header breaks the format.
+    """
+    with _telling():
+        try:
+            with open_regular(path, MAX_FILE_BYTES) as file:
+                whole = os.fstat(file.fileno()).st_size
+                data = file.read(8)
+                data += file.read(min(int.from_bytes(data, "little"), MAX_HEADER_BYTES))
+        except OSError as error:
+            raise ValueError(f"it cannot be read: {error.strerror or error}") from error
+        specs, written = _read_header(data, whole)
+        if whole != len(data) + max((spec["data_offsets"][1] for spec in specs.values()), default=0):
+            raise ValueError(f"it has {whole} bytes, its header tells of another number; is it being written?")
+        kinds: dict[str, Any] = {"F32": np.zeros((), np.float32), "F16": np.zeros((), np.float16)}
+        shapes = {name: np.broadcast_to(kinds[spec["dtype"]], spec["shape"]) for name, spec in specs.items()}
+        return _from_parts(written, shapes)
+
+
+@contextmanager
+def _telling() -> Iterator[None]:
+    """Make a `PromptFileError` of what goes wrong with a file."""
+    try:
+        yield
+    except PromptFileError:
+        raise
+    except (ValueError, TypeError, KeyError, IndexError, OverflowError, SafetensorError, TemplateError) as error:
+        raise PromptFileError(str(error) or type(error).__name__) from error
+
+
+def _read_header(data: bytes, whole: int) -> tuple[dict[str, Any], dict[str, Any]]:
+    """What the header at the start of `data` says of each tensor, and the metadata; the file has `whole` bytes."""
     if len(data) < 8:
         raise ValueError("too short for a safetensors file")
     (size,) = struct.unpack("<Q", data[:8])
-    if size > min(MAX_HEADER_BYTES, len(data) - 8):
-        raise ValueError(f"the header claims {size} bytes; the file has {len(data)}, at most {MAX_HEADER_BYTES} fit")
+    if size > min(MAX_HEADER_BYTES, whole - 8):
+        raise ValueError(f"the header claims {size} bytes; the file has {whole}, at most {MAX_HEADER_BYTES} fit")
     header = check_type(strict_json.loads(data[8 : 8 + size]), dict, "the header")
+    metadata = header.pop("__metadata__", None)
     for name, spec in header.items():
-        if name != "__metadata__" and (not isinstance(spec, dict) or spec.get("dtype") not in ("F32", "F16")):
+        if not isinstance(spec, dict) or spec.get("dtype") not in ("F32", "F16"):
             kind = spec.get("dtype") if isinstance(spec, dict) else spec
             raise ValueError(f"tensor {name!r} is {kind}, allowed: F32, F16")
-    metadata = header.get("__metadata__")
     if not isinstance(metadata, dict) or set(metadata) != {METADATA_KEY}:
         raise ValueError(
             f"no edgeprompt prompt file: __metadata__ must hold the key {METADATA_KEY!r} alone "
             "(edgeprompt convert reads other tools' prompts)"
         )
-    return str(check_type(metadata[METADATA_KEY], str, METADATA_KEY))
+    written = check_type(strict_json.loads(check_type(metadata[METADATA_KEY], str, METADATA_KEY)), dict, "metadata")
+    strict_json.dumps(written).encode()  # JSON can escape half a surrogate pair, which no UTF-8 holds
+    return header, written
 
 
 @dataclass(frozen=True)

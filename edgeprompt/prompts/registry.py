@@ -13,15 +13,15 @@ import os
 import stat
 import threading
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from functools import cached_property
 from pathlib import Path
 from typing import TypeAlias
 
-from edgeprompt.errors import InputError, PromptChangedError, PromptFileError, PromptNotFoundError
+from edgeprompt.errors import BaseMismatchError, InputError, PromptChangedError, PromptFileError, PromptNotFoundError
 from edgeprompt.package.files import read_regular
 from edgeprompt.package.manifest import Manifest
-from edgeprompt.prompts.file import MAX_FILE_BYTES, PromptFile, from_bytes, tell_alike
+from edgeprompt.prompts.file import MAX_FILE_BYTES, PromptFile, from_bytes, outline, tell_alike
 from edgeprompt.prompts.verbalizer import Verbalizer
 from edgeprompt.prompts.weights import ALLOWED, check_weights, differ
 
@@ -156,14 +156,42 @@ class PromptRegistry:
         self._allow_other_weights, self._package = allow_other_weights, package
         self._prompts: dict[str, LoadedPrompt] = {}
         self._folders = [*folders]
+        self._fit: Mapping[Path, tuple[Stamp, bool]] = {}
+        """Of files in folders: whether they can be served."""
         self._lock = threading.RLock()
 
     @property
     def names(self) -> tuple[str, ...]:
-        """Names that requests can use: of the prompts that are ready, and of those in folders."""
+        """Names that requests can use: of the prompts that are ready, and of those in folders.
+
+        The log says once of a file in a folder why it cannot be served, as far as its header tells.
+        """
         # Without the lock, which may be held for ever in a forked process.
-        added = [name for name, prompt in self._prompts.copy().items() if prompt.stamp is None]
-        return tuple(dict.fromkeys((*added, *(name for folder in tuple(self._folders) for name in _names_in(folder)))))
+        found = {name: True for name, prompt in self._prompts.copy().items() if prompt.stamp is None}
+        fit: dict[Path, tuple[Stamp, bool]] = {}
+        for folder in tuple(self._folders):
+            for name, path, stamp in _files_in(folder):
+                if name in found:
+                    continue
+                settled = not 0 <= time.time_ns() - max(stamp[2:4]) < _TICK_NS
+                known = self._fit.get(path)
+                if known is None or known[0] != stamp:
+                    known = (stamp, self._fits(name, path, tell=settled))
+                if settled:
+                    fit[path] = known
+                found[name] = known[1]
+        self._fit = fit
+        return tuple(name for name, fits in found.items() if fits)
+
+    def _fits(self, name: str, path: Path, *, tell: bool) -> bool:
+        """Whether the header of a file is that of a prompt for the package."""
+        try:
+            self._check(outline(path), lambda: hashlib.sha256(_read(path)).hexdigest())
+        except (PromptFileError, BaseMismatchError) as error:
+            if tell:
+                _LOG.warning("prompt %r of folder %r cannot be served: %s", name, str(path.parent), error)
+            return False
+        return True
 
     def add(
         self,
@@ -262,17 +290,19 @@ class PromptRegistry:
         if allow_base_mismatch:
             whole.check_geometry(self._manifest)
         else:
-            whole.check_base(self._manifest)
-        allowed = self._allow_other_weights if allow_other_weights is None else allow_other_weights
-        if not (allowed or allow_base_mismatch):
-            # Hashing a prompt that came from no file takes time.
-            sha256 = prompt.sha256 if ALLOWED in self._manifest.extra else None
-            check_weights(whole, self._manifest, sha256=sha256, package=self._package)
+            self._check(whole, lambda: prompt.sha256, allow_other_weights)
         if other := differ(whole, self._manifest):
             _LOG.info("prompt %r was tuned for %s, the package is %s", prompt.name, other, self._manifest.precision)
         self._accept(prompt)
         prompt.release()
         self._replace(prompt.name, prompt)
+
+    def _check(self, prompt: PromptFile, sha256: Callable[[], str], allow_other_weights: bool | None = None) -> None:
+        prompt.check_base(self._manifest)
+        if not (self._allow_other_weights if allow_other_weights is None else allow_other_weights):
+            # Hashing a prompt takes time.
+            known = sha256() if ALLOWED in self._manifest.extra else None
+            check_weights(prompt, self._manifest, sha256=known, package=self._package)
 
     def _replace(self, name: str, prompt: LoadedPrompt | None) -> None:
         old = self._prompts.get(name)
@@ -285,13 +315,16 @@ class PromptRegistry:
             self._forget(old)
 
 
-def _names_in(folder: Path) -> list[str]:
-    """Names of the files of a folder that requests can name."""
+def _files_in(folder: Path) -> Iterator[tuple[str, Path, Stamp]]:
+    """The files of a folder that requests can name, in the order of their names."""
     try:
-        names = sorted(name for name in os.listdir(folder) if name.endswith(SUFFIX))
+        files = sorted(file for file in os.listdir(folder) if file.endswith(SUFFIX))
     except OSError:  # the folder has gone
-        return []
-    return [name for name in (name.removesuffix(SUFFIX) for name in names) if _file_of(folder, name)[1] is not None]
+        return
+    for name in (file.removesuffix(SUFFIX) for file in files):
+        path, stamp = _file_of(folder, name)
+        if stamp is not None:
+            yield name, path, stamp
 
 
 def _file_of(folder: Path, name: str) -> tuple[Path, Stamp | None]:

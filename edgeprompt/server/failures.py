@@ -12,6 +12,7 @@ from edgeprompt.errors import (
     InferenceError,
     InputError,
     MissingDependencyError,
+    OtherWeightsError,
     PackageError,
     PromptChangedError,
     PromptFileError,
@@ -75,8 +76,11 @@ def failure_of(error: BaseException, model: str = "") -> Failure:
             message = f"the prompt file of model {model!r} was replaced while the request waited; ask again"
             again = {"Retry-After": str(RETRY_AFTER)}
             return Failure(503, message, "server_error", "prompt_replaced", "model", again)
-        case PromptFileError() | BaseMismatchError():  # the message names the server's paths
+        case PromptFileError() | OtherWeightsError():  # the message names the server's paths
             message = f"the prompt file of model {model!r} cannot be served here; the server's log says why"
+            return Failure(404, message, code="model_not_servable", param="model")
+        case BaseMismatchError():
+            message = f"the prompt file of model {model!r} cannot be served here: {error}"
             return Failure(404, message, code="model_not_servable", param="model")
         case RequestTimeoutError():
             return Failure(504, str(error), "server_error", "timeout")

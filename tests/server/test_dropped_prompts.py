@@ -16,8 +16,10 @@ import pytest
 
 import edgeprompt
 from edgeprompt import PromptFile, Runtime
+from edgeprompt.package.manifest import Base
 from edgeprompt.prompts import registry
-from edgeprompt.prompts.file import save_prompt
+from edgeprompt.prompts.file import TunedFor, save_prompt
+from edgeprompt.prompts.weights import TUNED_QUALITY
 from tests.support.encoder_prompts import with_head
 from tests.support.prompts import make_prompt
 from tests.support.runtimes import QUIET
@@ -229,3 +231,39 @@ def test_only_what_can_be_served_is_listed(tiny_llama_package: Path, tmp_path: P
                 assert answer.status_code in (400, 404), answer.text
             (tmp_path / "good.safetensors").unlink()  # "link" goes nowhere now; both were loaded or listed
             assert [one["id"] for one in running.get("/v1/models").json()["data"]] == [base]
+
+
+def test_a_prompt_of_another_base_is_not_listed_and_told_once(
+    tiny_llama_package: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Such prompts were listed, and asked for they gave a 404."""
+    with edgeprompt.load(tiny_llama_package, options=QUIET) as runtime:
+        good = version(runtime, "g", 0)
+        save_prompt(good, tmp_path / "good.safetensors")
+        other = dataclasses.replace(good, base=Base("gpt9", "sha256:9"))
+        save_prompt(other, tmp_path / "other.safetensors")
+        far = {"kl_mean": 0.6}
+        away = dataclasses.replace(good, tuned_for=TunedFor("int4", "sha256:0"), training={TUNED_QUALITY: far})
+        save_prompt(away, tmp_path / "away.safetensors")
+        (tmp_path / "half.safetensors").write_bytes(good.to_bytes()[:-1])
+        (tmp_path / "junk.safetensors").write_bytes(b"junk")
+        time.sleep(0.05)
+        runtime.add_folder(tmp_path)
+        with serving(runtime) as running:
+            base = runtime.manifest.base.name
+            for _ in range(3):
+                assert [one["id"] for one in running.get("/v1/models").json()["data"]] == [base, "good"]
+            told = [one.getMessage() for one in caplog.records if one.name == "edgeprompt"]
+            assert [message.split("'")[1] for message in told] == ["away", "half", "junk", "other"]
+            assert "was made for base 'gpt9'" in told[-1]
+            answer = running.post("/v1/classify", {"model": "other", "input": TEXT})
+            assert (answer.status_code, answer.json()["error"]["code"]) == (404, "model_not_servable")
+            assert "was made for base 'gpt9'" in answer.text
+            assert str(tmp_path) not in answer.text
+            answer = running.post("/v1/classify", {"model": "away", "input": TEXT})
+            assert (answer.status_code, answer.json()["error"]["code"]) == (404, "model_not_servable")
+            assert str(tiny_llama_package) not in answer.text
+            for name in ("other", "half"):
+                save_prompt(good, tmp_path / f"{name}.safetensors")
+            names = [one["id"] for one in running.get("/v1/models").json()["data"]]
+            assert names == [base, "good", "half", "other"]
