@@ -199,6 +199,7 @@ def config_facts(config: Any) -> dict[str, Any]:
     """The values of a config that change what a base computes and are not the defaults of its class.
 
     Keys that the class does not know are left out (no model reads them), and so are sizes, which the tensors have.
+    Values that are false or null where the default is neither stand by their names in `SWITCHED_OFF`.
     """
     config = text_config(config)
     try:
@@ -206,17 +207,18 @@ def config_facts(config: Any) -> dict[str, Any]:
     except Exception:  # a class that needs arguments has no defaults
         usual = {}
     given = config.to_dict()
+    plain, defaults = _plain(given), _plain(usual)
     facts = {
-        name: value
-        for name, value in _plain(given).items()
-        if (name in usual or not usual) and value != _plain(usual).get(name)
+        name: value for name, value in plain.items() if (name in usual or not usual) and value != defaults.get(name)
     }
+    off = {name for name in defaults.keys() - plain.keys() if name in given}
     types = given.get("layer_types")
     facts.pop("layer_types", None)
     if types and len(set(types)) > 1:
         facts["layer_types"] = "".join(str(one)[0] for one in types)  # f(ull), s(liding), c(hunked)
     elif types and types[0] == "full_attention":
         facts.pop("sliding_window", None)
+        off.discard("sliding_window")
     elif types:
         facts["layer_types"] = str(types[0])
     rope = given.get("rope_parameters") or {}
@@ -224,7 +226,7 @@ def config_facts(config: Any) -> dict[str, Any]:
         facts["max_position_embeddings"] = given.get("max_position_embeddings")
     if offset := geometry_of(config).position_offset:
         facts["position_offset"] = offset
-    return facts
+    return facts | {parts.SWITCHED_OFF: sorted(off)}
 
 
 def _plain(values: Mapping[str, Any]) -> dict[str, Any]:

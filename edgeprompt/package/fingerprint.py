@@ -39,7 +39,9 @@ MASKED_SIZES = "masked_head_sizes"
 """Key of the facts for the sizes and sums of that head: base64url of `ENTRY`s, in the order of their signs' hashes."""
 LOGITS_BIAS = "final_logits_bias"
 """Key of the facts of a base that has such a bias: whether it is not zero."""
-OPTIONAL = (MASKED_HEAD, MASKED_SIZES, LOGITS_BIAS)
+SWITCHED_OFF = "switched_off"
+"""Key of the facts for the names of config values that are false or null where the default of their class is neither."""
+OPTIONAL = (MASKED_HEAD, MASKED_SIZES, LOGITS_BIAS, SWITCHED_OFF)
 """Facts that are compared where both bases have them: heads may be left out, and older fingerprints lack some."""
 _NAMES_BYTES = 8
 OTHER = "their sizes or embeddings differ"
@@ -174,6 +176,10 @@ def weaker(one: str, other: str) -> str | None:
 def _facts_apart(one: Fingerprint, other: Fingerprint) -> tuple[list[str], list[str]]:
     """Values of the configs that differ, and those that differ where one of both bases does not tell them."""
     a, b = dict(flat(one.facts or {})), dict(flat(other.facts or {}))
+    off = [side.pop(SWITCHED_OFF, None) for side in (a, b)]
+    if all(isinstance(names, list) for names in off):  # older fingerprints do not say what is off
+        for side, names in zip((a, b), off, strict=True):
+            side.update({str(name): False for name in names})
     differ, unknown = [], []
     for name in sorted(a.keys() | b.keys()):
         # Facts leave defaults out, but some values of an object may be defaults: what is known has them.

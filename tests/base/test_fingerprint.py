@@ -13,10 +13,11 @@ from transformers import AutoConfig, AutoModel, AutoModelForCausalLM, AutoModelF
 from edgeprompt.base.fingerprint import Digest, base_fingerprint, config_facts, fingerprint_of, sampled_rows
 from edgeprompt.base.geometry import geometry_of
 from edgeprompt.base.load import load_base
-from edgeprompt.package.fingerprint import FORMAT_3, brief, differences, parse, rank
+from edgeprompt.package.fingerprint import FORMAT_3, SWITCHED_OFF, brief, differences, parse, rank
 from edgeprompt.package.manifest import Base
-from tests.support import base_changes
+from tests.support import base_changes, seq2seq_models
 from tests.support.damaged import bases
+from tests.support.decoder_models import _SIZES, CONFIGS
 from tests.support.gguf_models import write_gguf
 
 CONFIG = {"hidden_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4, "vocab_size": 500}
@@ -417,3 +418,32 @@ def test_a_bias_of_all_logits_is_part_of_a_base():
     assert first.weaker(old)
     plain.final_logits_bias.zero_()
     assert known.fingerprint == base_fingerprint(plain)
+
+
+@pytest.mark.parametrize(
+    ("kind", "changes"),
+    [
+        ("gpt_neox", {"use_parallel_residual": False}),
+        ("gpt2", {"scale_attn_weights": False}),
+        ("mistral", {"sliding_window": None}),
+        ("t5", {"scale_decoder_outputs": False}),
+    ],
+)
+def test_a_value_that_is_switched_off_counts(kind, changes):
+    """False and null were left out, as if they were the defaults; here the class's default is neither."""
+    pair = []
+    for more in ({}, changes):
+        settings = seq2seq_models.CONFIGS["T5"][1] if kind == "t5" else {**_SIZES, **CONFIGS[kind]}
+        if kind == "mistral":
+            settings = {name: value for name, value in settings.items() if name != "sliding_window"}
+        torch.manual_seed(0)
+        auto = AutoModelForSeq2SeqLM if kind == "t5" else AutoModelForCausalLM
+        pair.append(Base(kind, base_fingerprint(auto.from_config(AutoConfig.for_model(kind, **{**settings, **more})))))
+    usual, off = pair
+    assert next(iter(changes)) in usual.apart(off)
+    assert not off.matches(usual)
+    for base, other in (pair, reversed(pair)):  # a fingerprint of before does not say what is off
+        old = {name: value for name, value in parse(base.fingerprint).facts.items() if name != SWITCHED_OFF}
+        assert Base("old", _with_facts(base.fingerprint, old)).matches(other)
+    broken = {**parse(usual.fingerprint).facts, SWITCHED_OFF: 1}
+    assert Base("broken", _with_facts(usual.fingerprint, broken)).matches(usual)

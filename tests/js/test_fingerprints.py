@@ -21,6 +21,8 @@ def test_every_pair_is_judged_alike(ask: Callable[..., Any]) -> None:
         found += [
             base_fingerprint(base_changes.changed(model, what, kind)) for what, k in base_changes.CASES if k == kind
         ]
+        # What differs alone: a value that is off where its class's default is on.
+        found.append(base_fingerprint(_switched_off(model, kind)))
         signs, first = parse(found[0]).signs, parse(found[0]).first
         if kind in base_changes.EPSILON_KINDS:
             found += [base_fingerprint(_of_gguf(model, epsilon)) for epsilon in (None, 1e-3)]
@@ -42,6 +44,17 @@ def _of_gguf(model: Any, epsilon: float | None) -> Any:
     if epsilon is not None:
         setattr(other.config, name, epsilon)
     note_known(other, [name])
+    return other
+
+
+def _switched_off(model: Any, kind: str) -> Any:
+    """A copy whose config has a value that is false, not the default."""
+    other = copy.deepcopy(model)
+    usual = type(other.config)().to_dict()
+    name = {"gpt2": "scale_attn_weights", "t5": "scale_decoder_outputs"}.get(kind)
+    if name is not None:
+        assert usual[name] is True
+        setattr(other.config, name, False)
     return other
 
 
