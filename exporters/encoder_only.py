@@ -9,7 +9,6 @@ from typing import Any
 from edgeprompt import names
 from edgeprompt.base.geometry import geometry_of
 from edgeprompt.base.load import LoadedBase
-from edgeprompt.base.source import read_json
 from edgeprompt.errors import UnsupportedError
 from edgeprompt.package.manifest import Manifest
 from edgeprompt.prompts.file import PromptFile
@@ -17,6 +16,7 @@ from exporters.contract import BuiltGraphs, ExportOptions
 from exporters.decoder_only import GRAPH, save_graph
 from exporters.graft.padding import padding_as_bias
 from exporters.graft.virtual_tokens import graft_virtual_tokens
+from exporters.pooling import pooling_of
 from exporters.quantize.graph import SIGNED_7, quantize_graph
 from exporters.routes.encoder_graph import trace_graph
 from exporters.validate.encoder import validate_encoder
@@ -49,7 +49,7 @@ def build(loaded: LoadedBase, options: ExportOptions, folder: Path, scratch: Pat
     return BuiltGraphs(
         {"model": GRAPH},
         "torch",
-        pooling=_pooling(loaded.config),
+        pooling=pooling_of(loaded),
         kv_in_place=False,
         extra={"weights": weights},
     )
@@ -64,14 +64,3 @@ def validate(
         ValidationError: it does not compute what the base computes.
     """
     return validate_encoder(loaded, folder, manifest, prompts, data)
-
-
-def _pooling(config: Any) -> str:
-    """What sentence-transformers noted beside the model, else the mean."""
-    file = Path(getattr(config, "_name_or_path", "") or ".") / "1_Pooling/config.json"
-    if not file.is_file():
-        return "mean"
-    noted = read_json(file)
-    if noted.get("pooling_mode_cls_token"):
-        return "cls"
-    return "last" if noted.get("pooling_mode_lasttoken") else "mean"

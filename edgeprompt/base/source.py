@@ -29,7 +29,8 @@ TOKENIZERS = (
 """Without any of these a model has no tokenizer, though transformers would make up an empty one for some types."""
 _HUB_FILES = (
     *TOKENIZERS, "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json", "merges.txt", "target.spm",
-    "normalizer.json", "chat_template.jinja", "generation_config.json", "1_Pooling/config.json",
+    "normalizer.json", "chat_template.jinja", "generation_config.json", "modules.json", "1_Pooling/config.json",
+    "sentence_bert_config.json", "config_sentence_transformers.json",
 )  # fmt: skip
 
 

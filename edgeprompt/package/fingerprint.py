@@ -40,7 +40,7 @@ MASKED_SIZES = "masked_head_sizes"
 LOGITS_BIAS = "final_logits_bias"
 """Key of the facts of a base that has such a bias: whether it is not zero."""
 SWITCHED_OFF = "switched_off"
-"""Key of the facts for the names of config values that are false or null where the default of their class is neither."""
+"""Key of the facts for the names of config values that are false or null where their class has another default."""
 OPTIONAL = (MASKED_HEAD, MASKED_SIZES, LOGITS_BIAS, SWITCHED_OFF)
 """Facts that are compared where both bases have them: heads may be left out, and older fingerprints lack some."""
 _NAMES_BYTES = 8
