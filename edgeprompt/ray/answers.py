@@ -113,6 +113,7 @@ class Answers:
 
         from edgeprompt.evaluation.requests import check_columns
 
+        batch = batch.cast(without_views(batch.schema))
         check_columns(self._questions, batch.column_names, self._runtime.describe, "the data")
         records = batch.to_pylist()
         answers = [*self.answers(records, repr(records[:1]))]
@@ -183,6 +184,29 @@ def answer(
         num_cpus=num_cpus or cpus_of(engine),
         compute=ActorPoolStrategy(**pool(actors)),
     )
+
+
+def without_views(schema: Any) -> Any:
+    """An Arrow schema with `string` for `string_view`, and so on: rows of views cannot be taken or filtered."""
+    import pyarrow
+    from pyarrow import types
+
+    def plain(kind: Any) -> Any:
+        if "_view" not in str(kind):
+            return kind
+        if types.is_struct(kind):
+            return pyarrow.struct([field.with_type(plain(field.type)) for field in kind])
+        if types.is_map(kind):
+            return pyarrow.map_(plain(kind.key_type), plain(kind.item_type))
+        if types.is_fixed_size_list(kind):
+            return pyarrow.list_(plain(kind.value_type), kind.list_size)
+        if types.is_large_list(kind):
+            return pyarrow.large_list(plain(kind.value_type))
+        if types.is_list(kind):
+            return pyarrow.list_(plain(kind.value_type))
+        return {pyarrow.string_view(): pyarrow.string(), pyarrow.binary_view(): pyarrow.binary()}.get(kind, kind)
+
+    return pyarrow.schema([field.with_type(plain(field.type)) for field in schema], schema.metadata)
 
 
 def pool(actors: int | tuple[int, int | None] | None) -> dict[str, int]:

@@ -121,3 +121,23 @@ def test_a_column_that_the_data_has_not_ends_the_job(tiny_llama_package: Path, k
         Answers(tiny_llama_package, **{**keywords, "prompt_column": "tsak"})(table)
     with pytest.raises(DataError, match="the data has no column 'txet'"):
         Answers(tiny_llama_package, **{**keywords, "folders": [], "prompt_column": None, "text_column": "txet"})(table)
+
+
+def test_columns_of_views_and_dictionaries(tiny_llama_package: Path, keywords: dict[str, Any]) -> None:
+    """Arrow cannot take rows of views: the batch ended in a traceback."""
+    plain = pyarrow.table({"id": [*"abc"], "text": ["a film", None, "ä story"], "task": ["task1"] * 3})
+    answers = Answers(tiny_llama_package, **{**keywords, "on_error": "skip"})
+    for kind in (pyarrow.string_view(), pyarrow.large_string(), pyarrow.dictionary(pyarrow.int32(), pyarrow.string())):
+        found = answers(plain.cast(pyarrow.schema([(name, kind) for name in plain.column_names])))
+        assert found.to_pylist() == answers(plain).to_pylist(), kind
+    view, binary = pyarrow.string_view(), pyarrow.array([b"\xff", b"", None], pyarrow.binary_view())
+    nested = {
+        "list": pyarrow.array([["x"], [], None], pyarrow.list_(view)),
+        "large": pyarrow.array([["x"], [], None], pyarrow.large_list(view)),
+        "fixed": pyarrow.array([["x"], ["y"], None], pyarrow.list_(view, 1)),
+        "struct": pyarrow.array([{"q": "x"}, {"q": None}, None], pyarrow.struct([("q", view)])),
+        "map": pyarrow.array([[("k", "v")], [], None], pyarrow.map_(view, view)),
+    }
+    given = pyarrow.table({**nested, "binary": binary, "text": plain["text"], "task": plain["task"]})
+    kept = answers(given)
+    assert kept.drop_columns(["answer", "score", "prompt"]).to_pylist() == [given.to_pylist()[i] for i in (0, 2)]
