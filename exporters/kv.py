@@ -42,7 +42,7 @@ def write_kv(
     Raises:
         InputError: no package, or an unknown type.
         BaseMismatchError: the prompt was made for another base.
-        UnsupportedError: the prompt is none that keys and values can hold.
+        UnsupportedError: the prompt is none that keys and values can hold, or its values do not fit the type.
     """
     if dtype not in DTYPES:
         raise InputError(f"dtype is {dtype!r}, allowed: {', '.join(DTYPES)}")
@@ -63,6 +63,12 @@ def write_kv(
             "front of it"
         )
     kv = prefix_of(prompt, opened)
+    largest, most = float(np.abs(kv).max()), float(np.finfo(dtype).max)
+    if not largest <= most:
+        raise UnsupportedError(
+            f"keys and values of prompt {prompt.name!r} reach {largest:.4g}, and {dtype} ends at "
+            f"{most:.4g}{'; write them as float32' if dtype == 'float16' else ''}"
+        )
     tensors = {}
     for layer in range(manifest.geometry.num_layers):
         for index, part in enumerate(("key", "value")):

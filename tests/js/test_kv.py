@@ -47,6 +47,22 @@ def _as_prefix(prompt: PromptFile, file: Path) -> PromptFile:
     )
 
 
+def test_what_float16_cannot_hold_is_refused(tiny_llama_package: Path, tmp_path: Path) -> None:
+    """It was written as infinity, with numpy's warning and exit code 0."""
+    with edgeprompt.load(tiny_llama_package, options=QUIET) as runtime:
+        prompt = make_prompt(runtime.manifest, "story", "prefix-tuning", seed=1)
+    assert prompt.past_key_values is not None
+    past = prompt.past_key_values.astype(np.float32)
+    past[0, 0, 0, 0, 0] = -70000
+    save_prompt(dataclasses.replace(prompt, past_key_values=past), tmp_path / "story.safetensors")
+    out = tmp_path / "kv.safetensors"
+    with pytest.raises(UnsupportedError, match=r"reach 7e\+04, and float16 ends at 6\.55e\+04; write them as float32"):
+        convert_prompt(tmp_path / "story.safetensors", out, target="kv", base=tiny_llama_package, kv_dtype="float16")
+    assert not out.exists()
+    convert_prompt(tmp_path / "story.safetensors", out, target="kv", base=tiny_llama_package)
+    assert load_file(out)["past_key_values.0.key"].min() == -70000
+
+
 @pytest.mark.parametrize("method", ["prompt-tuning", "prefix-tuning"])
 def test_the_prefix_is_the_prompt(tiny_llama_package: Path, tmp_path: Path, method: str) -> None:
     with edgeprompt.load(tiny_llama_package, options=QUIET) as runtime:
