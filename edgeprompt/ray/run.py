@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import logging
 import os
+import re
 import shutil
 import signal
 import socket
@@ -20,7 +21,7 @@ from typing import Any
 from edgeprompt import progress
 from edgeprompt.errors import DataError, EdgePromptError, InferenceError, InputError
 from edgeprompt.options import EngineOptions
-from edgeprompt.ray.answers import BATCH, answer, cpus_of, import_ray, pool, root_cause
+from edgeprompt.ray.answers import BATCH, answer, cpus_of, import_ray, pool, root_cause, without_views
 
 SUFFIXES = (".parquet", ".csv", ".tsv", ".jsonl")
 _SHARE = 0.25
@@ -199,7 +200,9 @@ def _execute(ray: Any, job: Job, tally: Any, data: Path) -> None:
         found = ray.data.read_datasource(RecordFiles(paths, id_column=job.id_column), **few)
     else:
         try:
-            found = ray.data.read_parquet(paths, include_row_hash=job.id_column is None, **few)
+            found = ray.data.read_parquet(
+                paths, schema=_plain_columns(paths), include_row_hash=job.id_column is None, **few
+            )
         except pyarrow.ArrowException as error:
             raise DataError(
                 f"the files of {str(job.source)!r} do not have the same columns ({_line(error)}); write them alike, or "
@@ -218,6 +221,16 @@ def _execute(ray: Any, job: Job, tally: Any, data: Path) -> None:
     answered = answer(found, job.package, actors=job.sizes, batch_size=BATCH, **keywords)
     sink = AnswerFiles(str(data), job.suffix, without=ROW if job.id_column is None and as_lines is None else None)
     answered.write_datasink(sink, ray_remote_args={"num_cpus": _SHARE}, concurrency=few["concurrency"])
+
+
+def _plain_columns(paths: Sequence[str]) -> Any:
+    """The columns of all parquet files where one has views, which Ray cannot filter; None lets Ray look at them."""
+    import pyarrow
+    import pyarrow.parquet as parquet
+
+    schemas = [parquet.read_schema(path) for path in paths]
+    plain = [*map(without_views, schemas)]
+    return None if plain == schemas else pyarrow.unify_schemas(plain)
 
 
 def _check_columns(job: Job, packed: bool, names: Sequence[str]) -> None:
@@ -480,5 +493,7 @@ def _check_ids(job: Job, ids: Path) -> None:
 
 
 def _line(error: BaseException) -> str:
+    """The words of an error on one line; of a traceback in them, those of the error that came first."""
     lines = [line.strip() for line in str(error).splitlines() if line.strip()]
-    return (lines[-1] if lines else type(error).__name__)[:300]
+    first = next((line for line in lines if re.match(r"[\w.]+(Error|Exception): ", line)), None)
+    return (first or (lines[-1] if lines else type(error).__name__))[:300]

@@ -20,6 +20,7 @@ import pytest
 from click.testing import CliRunner
 
 from edgeprompt.cli import main
+from edgeprompt.ray.run import _line
 from tests.cli.test_run_files import read, write
 from tests.ray.conftest import make_records
 
@@ -73,6 +74,17 @@ def test_a_folder_of_prompts_answers_here_too(tiny_llama_package: Path, tasks: P
     rows = read(out)
     assert {row["prompt"] for row in rows} == {"", *(f"task{i}" for i in range(8))}
     assert [bool(row["error"]) for row in rows] == [i % 40 == 0 or i % 50 == 0 for i in range(60)]
+
+
+def test_of_a_traceback_the_first_error_is_told() -> None:
+    told = (
+        'ray::MapWorker() (pid=1)\n  File "pyarrow/table.pxi"\npyarrow.lib.ArrowInvalid: no\nOSError: disk full\n\n'
+        "The above exception was the direct cause of the following exception:\n\nray::MapWorker() (pid=1)\n"
+        "ray.exceptions.UserCodeException: UDF failed to process a data block.\nTo change retry attempts, ask Ray."
+    )
+    assert _line(RuntimeError(told)) == "OSError: disk full"
+    assert _line(RuntimeError("one\ntwo\n")) == "two"
+    assert _line(RuntimeError()) == "RuntimeError"
 
 
 # What follows starts Ray.
