@@ -14,6 +14,7 @@ import stat
 import threading
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from functools import cached_property
 from pathlib import Path
 from typing import TypeAlias
@@ -355,20 +356,37 @@ def _open_settled(folder: Path, name: str) -> LoadedPrompt | None:
         if stamp is None:
             return None
         age = time.time_ns() - max(stamp[2:4])
-        if 0 <= age < _TICK_NS:
-            time.sleep((_TICK_NS - age) / 1e9)
-        try:
-            found = LoadedPrompt.open(path, name=name, stamp=stamp)
-        except PromptFileError:
-            if _file_of(folder, name)[1] == stamp:
-                raise
-            continue
-        now = _file_of(folder, name)[1]
-        if now is not None and (now == stamp or now[:2] != stamp[:2]):
-            return found
+        with _kept(path):
+            if _file_of(folder, name)[1] != stamp:
+                continue
+            if 0 <= age < _TICK_NS:
+                time.sleep((_TICK_NS - age) / 1e9)
+            try:
+                found = LoadedPrompt.open(path, name=name, stamp=stamp)
+            except PromptFileError:
+                if _file_of(folder, name)[1] == stamp:
+                    raise
+                continue
+            now = _file_of(folder, name)[1]
+            if now is not None and (now == stamp or now[:2] != stamp[:2]):
+                return found
     if _file_of(folder, name)[1] is None:
         return None
     raise PromptFileError(f"prompt file {str(path)!r} is being written; ask again when it is whole")
+
+
+@contextmanager
+def _kept(path: Path) -> Iterator[None]:
+    """While inside, no other file gets the number (inode) of this one, which tells a replaced file from a written one."""
+    try:
+        held = os.open(path, os.O_RDONLY | os.O_NONBLOCK) if os.name == "posix" else None
+    except OSError:  # the file has gone, or cannot be read: opening it as a prompt says so
+        held = None
+    try:
+        yield
+    finally:
+        if held is not None:
+            os.close(held)
 
 
 def _read(file: Path) -> bytes:

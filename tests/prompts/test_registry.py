@@ -66,6 +66,27 @@ def test_a_prompt_file_that_is_replaced_while_it_is_added(
     runtime.remove_prompt("first")
 
 
+def test_a_prompt_file_that_is_replaced_all_the_time(
+    runtime: Runtime, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A new file often gets the number of an old one, which looked as if somebody wrote into it."""
+    monkeypatch.setattr(registry, "_TRIES", 2)
+    path, prompt, stop = tmp_path / "p.safetensors", make_prompt(runtime.manifest, "p"), threading.Event()
+    save_prompt(prompt, path)
+
+    def write() -> None:
+        while not stop.wait(0.002):
+            save_prompt(prompt, path)
+
+    writer = threading.Thread(target=write)
+    writer.start()
+    try:
+        assert all(registry._open_settled(tmp_path, "p") for _ in range(20))
+    finally:
+        stop.set()
+        writer.join()
+
+
 def test_a_prompt_file_that_goes_while_it_is_found(
     runtime: Runtime, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
