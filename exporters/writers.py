@@ -173,12 +173,10 @@ def _check_head(prompt: PromptFile, base: BaseFacts | None) -> None:
 def _peft_prefix(prompt: PromptFile, seq2seq: bool) -> npt.NDArray[Any]:
     """The prefix with layers in PEFT's slots (see the importer: decoder layer i reads slot 2i modulo layers)."""
     prefix = prompt.past_key_values
-    if prefix is None or prompt.encoder_past_key_values is not None:
-        raise UnsupportedError(
-            f"prompt {prompt.name!r} has "
-            + ("no prompt at all, a head alone" if prefix is None else "a prefix in the encoder")
-            + ", which PEFT cannot load"
-        )
+    if prefix is None or prompt.encoder_past_key_values is not None or prompt.is_infix:
+        what = "keys and values inside its text" if prompt.is_infix else "a prefix in the encoder"
+        what = "no prompt at all, a head alone" if prefix is None else what
+        raise UnsupportedError(f"prompt {prompt.name!r} has {what}, which PEFT cannot load")
     if not seq2seq:
         return prefix
     layers = len(prefix)
@@ -195,6 +193,11 @@ def _peft_prefix(prompt: PromptFile, seq2seq: bool) -> npt.NDArray[Any]:
 
 def _only_tensor(prompt: PromptFile) -> npt.NDArray[Any]:
     tensor = prompt.prompt_embeddings if prompt.prompt_embeddings is not None else prompt.past_key_values
+    if prompt.is_infix:
+        raise UnsupportedError(
+            f"prompt {prompt.name!r} has keys and values inside its text ({prompt.template}); others put them in front "
+            "of it, so keep it as a prompt file"
+        )
     if tensor is None or prompt.encoder_past_key_values is not None:
         raise UnsupportedError(f"prompt {prompt.name!r} is not one tensor; keep it as a prompt file")
     return tensor

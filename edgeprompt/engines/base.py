@@ -114,13 +114,18 @@ class Engine(ABC):
         self.scheduler.close()
 
 
-def check_template(prompt: LoadedPrompt) -> None:
+def check_template(prompt: LoadedPrompt, *, infix: bool = False) -> None:
     """Refuse virtual tokens that have no place.
 
     Raises:
         TemplateError: the prompt has virtual tokens, and its template no `{prompt}`.
+        UnsupportedError: its keys and values stand inside the text, and the engine does not serve that (`infix`).
     """
     template = prompt.file.template
+    if prompt.is_infix and not infix:
+        raise UnsupportedError(
+            f"prompt {prompt.name!r} has keys and values inside its text ({template}), which decoders serve alone"
+        )
     if prompt.rows and not any(isinstance(part, VirtualTokens) for part in template.parts):
         raise TemplateError(
             f"prompt {prompt.name!r} has {prompt.rows} virtual tokens, and its template {str(template)!r} no {{prompt}}"
@@ -153,7 +158,7 @@ def given_ids(request: Request, prompt: LoadedPrompt | None, vocab_size: int) ->
     bad = next((token for token in ids if not 0 <= token < vocab_size), None)
     if bad is not None:
         raise InputError(f"input_ids holds {bad}; ids of this base are 0 to {vocab_size - 1}")
-    if prompt is not None and prompt.rows and not prompt.file.template.prompt_is_prefix:
+    if prompt is not None and prompt.virtual_ids and not prompt.file.template.prompt_is_prefix:
         raise InputError(f"prompt {prompt.name!r} has virtual tokens inside its template, so it needs text, not ids")
     return ids
 

@@ -201,6 +201,12 @@ class SlotCache:
         """Copy of positions `start` to `end` of a slot."""
         return self._buffer[:, slot, :, start:end].copy()
 
+    def write(self, slot: int, start: int, part: KV) -> None:
+        """Put keys and values into a slot at `start`, where a prefill would write."""
+        end = start + part.shape[2]
+        self.extend(slot, start, end)
+        self._buffer[:, slot, :, start:end] = part
+
     def move(self, source: int, target: int, length: int) -> None:
         """Copy the first `length` positions of one slot over another, and what is known of them."""
         held = self._held.get(source, _EMPTY)

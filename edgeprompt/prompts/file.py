@@ -27,14 +27,15 @@ from edgeprompt.package.files import open_regular, read_regular, write_atomic
 from edgeprompt.package.manifest import Base, Geometry, Manifest
 from edgeprompt.package.outputs import PROMPT
 from edgeprompt.package.strict_json import check_keys, check_type
-from edgeprompt.prompts.template import Template
+from edgeprompt.prompts.template import Template, VirtualTokens
 from edgeprompt.prompts.verbalizer import AGGREGATIONS
 
 _LOG = logging.getLogger("edgeprompt")
 Array = npt.NDArray[np.float32] | npt.NDArray[np.float16]
 
 FORMAT = "edgeprompt-prompt"
-VERSION = 1
+VERSION = 2
+"""Of files whose keys and values stand inside the text (infix-tuning). All others are of version 1, and say so."""
 METADATA_KEY = names.PROMPT_METADATA
 MAX_HEADER_BYTES = 1 << 20
 MAX_FILE_BYTES = 1 << 30
@@ -159,6 +160,11 @@ class PromptFile:
         past = self.past_key_values if self.past_key_values is not None else self.encoder_past_key_values
         return int(past.shape[3]) if past is not None else 0
 
+    @property
+    def is_infix(self) -> bool:
+        """Whether its keys and values stand inside the text, where the template says (infix-tuning, Li & Liang)."""
+        return self.past_key_values is not None and not self.template.prompt_is_prefix
+
     def tensors(self) -> dict[str, Array]:
         """All tensors under their names in the file."""
         found = {
@@ -173,7 +179,7 @@ class PromptFile:
         """The JSON object stored under the `edgeprompt` key."""
         return {
             "format": FORMAT,
-            "version": VERSION,
+            "version": VERSION if self.is_infix else 1,
             "name": self.name,
             "method": self.method,
             "task": self.task,
@@ -423,8 +429,9 @@ def _tuned_for(data: object) -> TunedFor | tuple[TunedFor, ...] | None:
 def _from_parts(data: dict[str, Any], tensors: dict[str, Array]) -> PromptFile:
     if data.get("format") != FORMAT:
         raise ValueError(f'"format" is {data.get("format")!r}, expected {FORMAT!r}')
-    if type(data.get("version")) is not int or data["version"] != VERSION:
-        raise ValueError(f"version {data.get('version')!r}, this edgeprompt reads {VERSION}")
+    version = data.get("version")
+    if type(version) is not int or not 1 <= version <= VERSION:
+        raise ValueError(f"version {version!r}, this edgeprompt reads 1 to {VERSION}")
     check_keys(_Written, data, "metadata")
     for key in ("name", "method", "task"):
         check_type(data[key], str, key)
@@ -436,12 +443,17 @@ def _from_parts(data: dict[str, Any], tensors: dict[str, Array]) -> PromptFile:
     base = Base(**check_keys(Base, data["base"], "base"))
     check_type(base.name, str, "base.name")
     check_type(base.fingerprint, str, "base.fingerprint")
+    template = Template.from_json(data["template"])
+    if version == VERSION and (names.PAST_KEY_VALUES not in tensors or template.prompt_is_prefix):
+        raise ValueError(f"version {VERSION} is for keys and values inside the text, and there are none")
+    if version == 1 and names.PAST_KEY_VALUES in tensors and not template.prompt_is_prefix:
+        template = template.without_prompt()  # they stood in front, whatever the template said
     return PromptFile(
         name=data["name"],
         method=data["method"],
         task=data["task"],
         base=base,
-        template=Template.from_json(data["template"]),
+        template=template,
         prompt_embeddings=tensors.get(names.PROMPT_EMBEDDINGS),
         past_key_values=tensors.get(names.PAST_KEY_VALUES),
         encoder_past_key_values=tensors.get(f"encoder_{names.PAST_KEY_VALUES}"),
@@ -516,6 +528,8 @@ def _check_tensors(prompt: PromptFile, tensors: Mapping[str, Array]) -> None:
             raise ValueError(f"tensor {name!r} holds NaN or infinity")
     if prompt.num_virtual_tokens > MAX_VIRTUAL_TOKENS:
         raise ValueError(f"{prompt.num_virtual_tokens} virtual tokens, at most {MAX_VIRTUAL_TOKENS} are allowed")
+    if prompt.is_infix:
+        _check_infix(prompt)
     if prompt.prompt_embeddings is not None and prompt.past_key_values is not None:
         raise ValueError("both prompt_embeddings and past_key_values; a prompt has one of them")
     if not tensors:
@@ -534,6 +548,17 @@ def _check_tensors(prompt: PromptFile, tensors: Mapping[str, Array]) -> None:
     if prompt.verbalizer_aggregation != "sum" and not prompt.verbalizer:
         raise ValueError(f"verbalizer_aggregation is {prompt.verbalizer_aggregation!r}, and there is no verbalizer")
     _check_head(prompt)
+
+
+def _check_infix(prompt: PromptFile) -> None:
+    if prompt.encoder_past_key_values is not None:
+        raise ValueError("encoder_past_key_values, and past_key_values inside the text; a prompt has one of them")
+    if isinstance(prompt.template.parts[-1], VirtualTokens):
+        raise ValueError(
+            f"template {str(prompt.template)!r} ends in {{prompt}}; keys and values give no answer by themselves, so "
+            "text must stand behind them"
+        )
+    prompt.template.check_places(prompt.num_virtual_tokens)
 
 
 def _check_head(prompt: PromptFile) -> None:

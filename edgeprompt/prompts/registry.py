@@ -64,7 +64,8 @@ class LoadedPrompt:
         self.rows = 0 if prompt.prompt_embeddings is None else len(prompt.prompt_embeddings)
         """Virtual tokens in the text."""
         self.past_length = 0 if prompt.past_key_values is None else int(prompt.past_key_values.shape[3])
-        """Positions in front of the text whose keys and values the prompt brings."""
+        """Positions whose keys and values the prompt brings: in front of the text, or inside it (`is_infix`)."""
+        self.is_infix = prompt.is_infix
         self.verbalizer: Verbalizer | None = None
         """Label words as the engine compiled them, which it does once."""
         self.stamp = stamp
@@ -103,7 +104,14 @@ class LoadedPrompt:
         Question answering as PEFT trains it reads the states of virtual tokens too, so these are run with the text.
         """
         unshifted = self.file.head_spec is not None and self.file.head_spec.input == "tokens_unshifted"
-        return self.past_length > 0 or (self.file.template.prompt_is_prefix and not unshifted)
+        if self.past_length:
+            return not self.is_infix
+        return self.file.template.prompt_is_prefix and not unshifted
+
+    @property
+    def virtual_ids(self) -> int:
+        """How many virtual ids its template puts into a text's ids: for its rows, or for keys and values inside."""
+        return self.past_length if self.is_infix else self.rows
 
     def release(self) -> None:
         """Keep the path and the hash of a prompt that came from a file, and its tensors no longer."""
@@ -377,7 +385,7 @@ def _open_settled(folder: Path, name: str) -> LoadedPrompt | None:
 
 @contextmanager
 def _kept(path: Path) -> Iterator[None]:
-    """While inside, no other file gets the number (inode) of this one, which tells a replaced file from a written one."""
+    """While inside, no other file gets the inode of this one, which tells a replaced file from a written one."""
     try:
         held = os.open(path, os.O_RDONLY | os.O_NONBLOCK) if os.name == "posix" else None
     except OSError:  # the file has gone, or cannot be read: opening it as a prompt says so

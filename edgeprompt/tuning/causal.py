@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Sequence
 from typing import Any, TypeAlias
 
@@ -12,6 +13,8 @@ from edgeprompt.tuning.soft_prompt import SoftPrompt
 
 KeysValues: TypeAlias = list[tuple[torch.Tensor, torch.Tensor]]
 """Keys and values [1, num_key_value_heads, num_virtual_tokens, head_size] of every layer."""
+_USUAL_LENGTH = 32
+"""Position at which the keys and values of an infix start: about where short texts end."""
 
 
 class CausalPrompt(PromptedLM):
@@ -20,12 +23,17 @@ class CausalPrompt(PromptedLM):
     A prompt in front of the text is the same for all rows, and causal attention makes its keys and values independent
     of them: they are computed once for a batch. Rows are padded on the right, so that positions and masks are the
     plain ones.
+
+    Keys and values inside the text (an infix) are read by what stands behind them alone. So the text in front runs
+    without gradients; it is padded on the left, so that attention with a window counts true distances.
     """
 
     def __init__(self, base: Any, soft: SoftPrompt, *, vocab_size: int, prompt_leads: bool) -> None:
         """`base`: transformers causal LM; `prompt_leads`: whether all virtual tokens stand in front."""
         super().__init__(base, soft, vocab_size=vocab_size)
         self._leads = prompt_leads
+        self._is_infix = soft.is_prefix and not prompt_leads
+        self._takes_positions = "position_ids" in inspect.signature(base.forward).parameters
 
     def shared(self) -> KeysValues:
         """What stands before every row, as keys and values; empty where the prompt stands inside the text."""
@@ -34,16 +42,19 @@ class CausalPrompt(PromptedLM):
             return [(layer[0][None], layer[1][None]) for layer in made]
         return self.keys_values(made) if self._leads else []
 
-    def keys_values(self, embeddings: torch.Tensor) -> KeysValues:
-        """Keys and values of `embeddings` [count, hidden_size] at positions 0, 1, ..."""
+    def keys_values(self, embeddings: torch.Tensor, start: int = 0) -> KeysValues:
+        """Keys and values of `embeddings` [count, hidden_size] at positions `start`, `start` + 1, ..."""
         cache = self._cache()
-        self.base.base_model(inputs_embeds=embeddings[None], past_key_values=cache, use_cache=True)
+        positions = torch.arange(start, start + len(embeddings), device=self.base.device)[None]
+        at = self._at(positions) if start else {}
+        self.base.base_model(inputs_embeds=embeddings[None], past_key_values=cache, use_cache=True, **at)
         return [(layer.keys, layer.values) for layer in cache.layers]
 
     def start_prefix(self, ids: Sequence[int]) -> torch.Tensor:
         """The keys and values of a text, as a prefix to start from."""
         embedded = self.base.get_input_embeddings()(torch.tensor(list(ids), device=self.base.device))
-        return torch.stack([torch.stack([key[0], value[0]]) for key, value in self.keys_values(embedded)])
+        made = self.keys_values(embedded, _USUAL_LENGTH if self._is_infix else 0)
+        return torch.stack([torch.stack([key[0], value[0]]) for key, value in made])
 
     def logits(
         self,
@@ -61,6 +72,8 @@ class CausalPrompt(PromptedLM):
                 last = len(text) - skipped - 1
                 places += [(len(rows), last + offset) for offset in range(len(answer) + 1)]
                 rows.append([*text[skipped:], *answer])
+        if self._is_infix:
+            return self._run_around(rows, places, shared)[0]
         return self._run(rows, places, shared, self._cache() if shared else None)
 
     def begin(
@@ -70,6 +83,8 @@ class CausalPrompt(PromptedLM):
         from transformers import DynamicCache
 
         shared = self.shared() if shared is None else shared
+        if self._is_infix:
+            return self._run_around(texts, [(index, len(text) - 1) for index, text in enumerate(texts)], shared)
         skipped = self._skipped(shared)
         rows = [list(text[skipped:]) for text in texts]
         cache = DynamicCache()  # without the config: a sliding window must not cut what padding has pushed out of it
@@ -93,9 +108,15 @@ class CausalPrompt(PromptedLM):
         from transformers import DynamicCache
 
         shared = self.shared() if shared is None else shared
+        cache = DynamicCache()
+        if self._is_infix:
+            logits, states = self.begin(texts, shared)
+            for layer, rows_of in enumerate(zip(*states, strict=True)):
+                keys, values = zip(*rows_of, strict=True)
+                cache.update(torch.cat(keys), torch.cat(values), layer)
+            return logits, cache
         skipped = self._skipped(shared)
         rows = [list(text[skipped:]) for text in texts]
-        cache = DynamicCache()
         return self._run(rows, [(index, len(row) - 1) for index, row in enumerate(rows)], shared, cache), cache
 
     def step(self, state: Any, tokens: torch.Tensor) -> torch.Tensor:
@@ -129,6 +150,50 @@ class CausalPrompt(PromptedLM):
         with self.gathering(places):
             logits: torch.Tensor = self.base(**inputs, use_cache=cache is not None).logits
         return logits
+
+    def _run_around(
+        self, rows: Sequence[Sequence[int]], places: Sequence[tuple[int, int]], infix: KeysValues
+    ) -> tuple[torch.Tensor, list[KeysValues]]:
+        """Logits at `places` (row, position) of `rows`, in which virtual ids stand where the infix does.
+
+        Returns:
+            The logits, and keys and values of each row, padding cut off.
+        """
+        from transformers import DynamicCache
+
+        cache, device, count = DynamicCache(), self.base.device, self.soft.num_virtual_tokens
+        starts = [next(place for place, token in enumerate(row) if token >= self.vocab_size) for row in rows]
+        longest, pads = max(starts), [max(starts) - start for start in starts]
+        reversed_ids, reversed_mask = pad_right([row[:start][::-1] for row, start in zip(rows, starts, strict=True)])
+        ids, mask = reversed_ids.flip(1).to(device), reversed_mask.flip(1).to(device)
+        if longest:
+            with torch.no_grad():
+                positions = (mask.cumsum(1) - 1).clamp(min=0)
+                self.base.base_model(
+                    input_ids=ids, attention_mask=mask, past_key_values=cache, use_cache=True, **self._at(positions)
+                )
+        for layer, (key, value) in enumerate(infix):
+            cache.update(key.expand(len(rows), -1, -1, -1), value.expand(len(rows), -1, -1, -1), layer)
+        behind = [row[start + count :] for row, start in zip(rows, starts, strict=True)]
+        ids, rest = pad_right(behind, count)
+        first = torch.tensor(starts, device=device)[:, None] + count
+        with self.gathering([(row, place - starts[row] - count) for row, place in places]):
+            logits: torch.Tensor = self.base(
+                input_ids=ids.to(device),
+                attention_mask=torch.cat([mask, rest.to(device)], dim=1),
+                past_key_values=cache,
+                use_cache=True,
+                **self._at(first + torch.arange(ids.shape[1], device=device)),
+            ).logits
+        ends = [longest + count + len(row) for row in behind]
+        return logits, [
+            [(layer.keys[row, None, :, pad:end], layer.values[row, None, :, pad:end]) for layer in cache.layers]
+            for row, (pad, end) in enumerate(zip(pads, ends, strict=True))
+        ]
+
+    def _at(self, positions: torch.Tensor) -> dict[str, torch.Tensor]:
+        """Positions as the base takes them; a base that takes none counts the mask, or distances alone (ALiBi)."""
+        return {"position_ids": positions} if self._takes_positions else {}
 
     def _cache(self) -> Any:
         from transformers import DynamicCache

@@ -212,7 +212,7 @@ def _start_from_instruction(run: Run, taught: Taught) -> None:
         if target is None:
             return
         soft.start_from(target.float())
-        if not options.projection:
+        if not options.projection and run.plan.template.prompt_is_prefix:
             soft.freeze_first()
         return
     table = run.model.base.get_input_embeddings()

@@ -132,7 +132,7 @@ def make_plan(
         raise DataError(f"the {source} one label only, {facts.labels[0]!r}; classification needs two or more")
     return TaskPlan(
         task=facts.task,
-        template=_place_prompt(template, options),
+        template=_place_prompt(template, options, architecture),
         verbalizer=verbalizer,
         labels=facts.labels,
         problem_type=facts.problem_type,
@@ -176,9 +176,19 @@ def _task_of(data: DataSource, options: TuneOptions) -> str:
     )
 
 
-def _place_prompt(template: Template, options: TuneOptions) -> Template:
-    if options.method in (*PREFIX_METHODS, "head"):
+def _place_prompt(template: Template, options: TuneOptions, architecture: str) -> Template:
+    if options.method == "head" or (options.method in PREFIX_METHODS and template.prompt_is_prefix):
         return template.without_prompt()
+    if options.method in PREFIX_METHODS:
+        places = sum(isinstance(part, VirtualTokens) for part in template.parts)
+        if architecture != names.DECODER_ONLY or places > 1 or isinstance(template.parts[-1], VirtualTokens):
+            raise InputError(
+                f"template {str(template)!r}: keys and values ({options.method}) stand in front of the text; write "
+                "{prompt} first or leave it out. On a decoder they can stand in one place inside it, with text behind "
+                'them, as "{text}{prompt}\\nLabel:"'
+            )
+        if options.adapter is not None:
+            raise UnsupportedError("PEFT has no adapter with keys and values inside the text; leave out --adapter")
     if any(isinstance(part, VirtualTokens) for part in template.parts):
         return template
     return Template((VirtualTokens(), *template.parts)).checked()

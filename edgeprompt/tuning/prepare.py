@@ -85,7 +85,7 @@ def prepare(base: Any, facts: DataFacts, options: TuneOptions, *, num_tasks: int
     if options.method != "head":
         soft = SoftPrompt(geometry, options, task_type=_TASK_TYPES[architecture], num_tasks=num_tasks)
     count = soft.num_virtual_tokens if soft is not None else 0
-    deep = soft is not None and soft.is_prefix
+    deep = soft is not None and soft.is_prefix and plan.template.prompt_is_prefix
     encoder = RecordEncoder(
         architecture=architecture,
         template=plan.template,

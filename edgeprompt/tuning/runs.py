@@ -297,6 +297,8 @@ def _closeness(run: Run, data: RunData, index: int) -> dict[str, float]:
     source = data.eval_examples if data.eval_batches else data.examples
     some = [source[index].ids for batch in batches for index in batch][:_CLOSENESS_TEXTS]
     rows = None if soft.is_prefix else soft.array()
+    if soft.is_prefix:  # the texts alone are compared, without keys and values
+        some = [[token for token in ids if token < run.encoder.vocab_size] for ids in some]
     found = check_closeness(run.loaded.model, run.weights.packages[index].path, some, rows)
     return {
         "graph_max_difference": found.max_difference,

@@ -278,6 +278,7 @@ def _prompted_teacher(
             f"{ours.name!r} ({ours.brief}){prompt.base.apart(ours)}; name its own base with --teacher"
         )
     deep = prompt.past_key_values is not None
+    leads = deep and not prompt.is_infix
     array = prompt.past_key_values if deep else prompt.prompt_embeddings
     assert array is not None
     fixed = FixedPrompt(torch.from_numpy(np.asarray(array, np.float32).copy()), is_prefix=deep)
@@ -286,8 +287,8 @@ def _prompted_teacher(
         template=prompt.template,
         tokenizer=tokenizer,
         options=replace(options, distil=None, init="text"),
-        num_virtual_ids=0 if deep else fixed.num_virtual_tokens,
-        prefix_length=fixed.num_virtual_tokens if deep else 0,
+        num_virtual_ids=0 if leads else fixed.num_virtual_tokens,
+        prefix_length=fixed.num_virtual_tokens if leads else 0,
         vocab_size=geometry.vocab_size,
         add_special_tokens=prompt.add_special_tokens,
     )

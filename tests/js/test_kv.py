@@ -85,10 +85,12 @@ def test_what_cannot_be_a_prefix_is_rejected(tiny_llama_package: Path, tmp_path:
     with edgeprompt.load(tiny_llama_package, options=QUIET) as runtime:
         manifest = runtime.manifest
     inside = make_prompt(manifest, "inside", template=Template.parse("{text}{prompt}"))
+    infix = make_prompt(manifest, "infix", "prefix-tuning", template=Template.parse("{text}{prompt} is"))
     other = make_prompt(manifest, "other")
     other = dataclasses.replace(other, base=dataclasses.replace(other.base, fingerprint="sha256:0"))
     for prompt, kind, base in (
         (inside, UnsupportedError, tiny_llama_package),
+        (infix, UnsupportedError, tiny_llama_package),
         (other, BaseMismatchError, tiny_llama_package),
         (make_prompt(manifest, "nowhere"), InputError, None),
     ):
@@ -97,6 +99,21 @@ def test_what_cannot_be_a_prefix_is_rejected(tiny_llama_package: Path, tmp_path:
         with pytest.raises(kind):
             convert_prompt(file, tmp_path / "out.safetensors", target="kv", base=base)
         assert not (tmp_path / "out.safetensors").exists()
+
+
+@pytest.mark.parametrize(
+    ("target", "out"), [("kv", "a.safetensors"), ("npy", "a.npy"), ("peft", "a"), ("onnx-adapter", "a.onnx_adapter")]
+)
+def test_keys_and_values_inside_the_text_stay_a_prompt_file(
+    target: str, out: str, tiny_llama_package: Path, tmp_path: Path
+) -> None:
+    with edgeprompt.load(tiny_llama_package, options=QUIET) as runtime:
+        template = Template.parse("{text}{prompt} is")
+        prompt = make_prompt(runtime.manifest, "infix", "prefix-tuning", template=template)
+    save_prompt(prompt, tmp_path / "infix.safetensors")
+    with pytest.raises(UnsupportedError, match="inside its text"):
+        convert_prompt(tmp_path / "infix.safetensors", tmp_path / out, target=target, base=tiny_llama_package)
+    assert not (tmp_path / out).exists()
 
 
 def test_half_precision(tiny_llama_package: Path, tmp_path: Path) -> None:

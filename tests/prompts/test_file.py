@@ -108,6 +108,41 @@ def test_round_trip_keeps_everything(tmp_path):
     np.testing.assert_array_equal(loaded.past_key_values, prompt.past_key_values)
 
 
+def infix(**changes):
+    past = np.random.default_rng(0).standard_normal((2, 2, 1, 3, 2)).astype(np.float16)
+    template = Template.parse("{text}{prompt} is")
+    fields = {"method": "prefix-tuning", "prompt_embeddings": None, "past_key_values": past, "template": template}
+    return make_prompt(**fields | changes)
+
+
+def test_keys_and_values_inside_the_text_are_version_2(tmp_path):
+    """Older readers would put them in front."""
+    save_prompt(infix(), tmp_path / "p.safetensors")
+    loaded = load_prompt(tmp_path / "p.safetensors")
+    assert loaded.metadata()["version"] == 2
+    assert loaded.is_infix
+    assert loaded.to_bytes() == infix().to_bytes()
+    assert str(loaded.template) == "{text}{prompt} is"
+    for template in ("{prompt}{text} is", "{text} is"):
+        other = from_bytes(infix(template=Template.parse(template)).to_bytes())
+        assert (other.metadata()["version"], other.is_infix, str(other.template)) == (1, False, template)
+
+
+def test_version_1_has_keys_and_values_in_front_whatever_the_template_says():
+    data = infix().to_bytes().replace(rb"\"version\":2", rb"\"version\":1")
+    old = from_bytes(data)
+    assert (old.is_infix, str(old.template)) == (False, "{text} is")
+
+
+@pytest.mark.parametrize(
+    ("template", "says"),
+    [("{text}{prompt}", "text must stand behind them"), ("{text}{prompt:2} is", "places 2 virtual")],
+)
+def test_keys_and_values_that_no_text_follows_or_that_have_no_place(template, says):
+    with pytest.raises(PromptFileError, match=says):
+        infix(template=Template.parse(template)).to_bytes()
+
+
 def test_saving_is_atomic(tmp_path, monkeypatch):
     path = tmp_path / "p.safetensors"
     save_prompt(make_prompt(), path)

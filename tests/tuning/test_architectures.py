@@ -322,3 +322,13 @@ def test_what_does_not_go_together(tiny_bert: Path, tiny_t5: Path, tiny_llama_ba
         with pytest.raises(error, match=message):
             tune(base, data, output=out, options=dataclasses.replace(BASIC, **changes))
     assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("base", ["T5", "BERT"])
+def test_keys_and_values_inside_the_text_are_for_decoders(
+    base: str, seq2seq_base: Callable[[str], Path], tiny_bert: Path, tmp_path: Path
+) -> None:
+    asked = dataclasses.replace(BASIC, method="prefix-tuning", template="{text}{prompt} is")
+    folder = seq2seq_base("T5") if base == "T5" else tiny_bert
+    with pytest.raises(InputError, match="On a decoder they can stand"):
+        tune(folder, toy_rows(), output=tmp_path / "x.safetensors", options=asked)

@@ -97,6 +97,52 @@ def test_prompt_inside_the_text_sees_its_place(loaded: Any) -> None:
     torch.testing.assert_close(found, expected, rtol=0, atol=2e-5 * float(expected.detach().abs().max()))
 
 
+def infix_of(loaded: Any) -> CausalPrompt:
+    model = prompted(loaded, method="prefix-tuning")
+    return CausalPrompt(loaded.model, model.soft, vocab_size=VOCABULARY, prompt_leads=False)
+
+
+def test_an_infix_is_read_by_what_stands_behind_it(loaded: Any) -> None:
+    from transformers import DynamicCache
+
+    model = infix_of(loaded)
+    rows = [[*row, *VIRTUAL, 9, 10, 11][: 20 - index] for index, row in enumerate([*ROWS, []])]
+    answers = [[[7], [8, 9, 10]], [[]], [[4, 4, 4]], [[]]]
+    found = model.logits(rows, answers)
+    found.log_softmax(-1)[:, 7].sum().backward()
+    assert all(float(value.grad.abs().max()) > 0 for value in model.soft.encoder.parameters())
+    expected = []
+    for row, several in zip(rows, answers, strict=True):
+        start = row.index(VOCABULARY)
+        for answer in several:
+            cache, rest = DynamicCache(config=loaded.model.config), [*row[start + COUNT :], *answer]
+            with torch.no_grad():
+                if start:
+                    loaded.model(torch.tensor([row[:start]]), past_key_values=cache)
+                for layer, (key, value) in enumerate(model.soft()):
+                    cache.update(key[None], value[None], layer)
+                logits = loaded.model(torch.tensor([rest]), past_key_values=cache).logits[0]
+            expected.append(logits[-len(answer) - 1 :])
+    whole = torch.cat(expected)
+    torch.testing.assert_close(found, whole, rtol=0, atol=2e-5 * float(whole.abs().max()))
+
+
+def test_an_infix_begins_texts_that_answers_go_on(loaded: Any) -> None:
+    model = infix_of(loaded)
+    rows = [[*row, *VIRTUAL, 9, 10, 11] for row in ROWS]
+    with torch.no_grad():
+        whole = model.logits(rows, [[[7, 8]]] * 3).view(3, 3, -1)
+        first, states = model.begin(rows)
+        torch.testing.assert_close(first, whole[:, 0], rtol=0, atol=1e-4)
+        for state, expected in zip(states, whole, strict=True):
+            torch.testing.assert_close(model.go_on(state, [[7, 8]]), expected[1:], rtol=0, atol=1e-4)
+        alike = [rows[0], [3, 4, *VIRTUAL, 1, 2, 9, 10, 11]]  # of one length, the infix in other places
+        logits, state = model.open(alike)
+        following = model.step(state, torch.tensor([7, 7]))
+        expected = model.logits(alike, [[[7]]] * 2).view(2, 2, -1)
+        torch.testing.assert_close(torch.stack([logits, following], 1), expected, rtol=0, atol=1e-4)
+
+
 @pytest.mark.parametrize("options", METHODS, ids=lambda options: "-".join(map(str, options.values())))
 def test_every_encoder_can_start_from_given_vectors(loaded: Any, options: dict[str, Any]) -> None:
     model = prompted(loaded, **options)

@@ -36,8 +36,9 @@ def labels(count: int) -> Verbalizer:
 def scored(model: Any, count: int) -> tuple[torch.Tensor, list[torch.Tensor]]:
     objective = WordClassify.__new__(WordClassify)
     objective._model, objective.words = model, LabelWords(labels(count))
-    virtual = [] if model.soft.is_prefix else list(range(model.vocab_size, model.vocab_size + COUNT))
-    inside = 0 if getattr(model, "_leads", True) else 1
+    leads = getattr(model, "_leads", True)
+    virtual = [] if model.soft.is_prefix and leads else list(range(model.vocab_size, model.vocab_size + COUNT))
+    inside = 0 if leads else 1
     texts = [[*text[:inside], *virtual, *text[inside:]] for text in TEXTS]
     scores = objective.scores(texts)
     model.zero_grad()
@@ -75,13 +76,13 @@ def check_same(model: Any, monkeypatch: pytest.MonkeyPatch) -> None:
         torch.testing.assert_close(other, gradient, rtol=1e-3, atol=1e-5)
 
 
-@pytest.mark.parametrize("method", ["prompt-tuning", "behind text", "prefix-tuning"])
+@pytest.mark.parametrize("method", ["prompt-tuning", "behind text", "prefix-tuning", "infix"])
 @pytest.mark.parametrize("family", decoder_models.CONFIGS)
 def test_decoders_have_the_numbers_and_gradients_of_one_pass(
     family: str, method: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    leads = method != "behind text"
-    method = method if leads else "prompt-tuning"
+    leads = method in ("prompt-tuning", "prefix-tuning")
+    method = {"behind text": "prompt-tuning", "infix": "prefix-tuning"}.get(method, method)
     check_same(prompted(decoder_models.loaded_decoder(family), method, leads=leads), monkeypatch)
 
 

@@ -14,6 +14,7 @@ import numpy as np
 import pytest
 import torch
 
+import edgeprompt
 from edgeprompt.errors import (
     BaseMismatchError,
     DataError,
@@ -22,6 +23,7 @@ from edgeprompt.errors import (
     SourceError,
     TemplateError,
     TuningError,
+    UnsupportedError,
 )
 from edgeprompt.package.fingerprint import parse
 from edgeprompt.prompts.file import load_prompt
@@ -65,9 +67,10 @@ def options(**changes: Any) -> TuneOptions:
         {"method": "prefix-tuning"},
         {"method": "prefix-tuning", "projection": True, "learning_rate": 0.01},
         {"template": "{text} is {prompt}"},
+        {"method": "prefix-tuning", "template": "{text}{prompt} is"},
         {"verbalizer": {"animal": (" a cat", " dog"), "number": (" n",)}},
     ],
-    ids=["prompt", "mlp", "lstm", "prefix", "projection", "inside", "long-words"],
+    ids=["prompt", "mlp", "lstm", "prefix", "projection", "inside", "infix", "long-words"],
 )
 def test_learns_a_toy_task(tiny_llama_base: Path, tmp_path: Path, changes: dict[str, Any]) -> None:
     result = tune(tiny_llama_base, toy_rows(), output=tmp_path / "toy.safetensors", options=options(**changes))
@@ -421,3 +424,38 @@ def test_a_base_that_memory_does_not_hold_stays_in_its_files(
     want, got = (np.asarray(getattr(found.prompt, key), np.float64) for found in (whole, read))
     # Adam turns the sign of a gradient that is nearly zero into a whole step: single values may differ.
     assert np.linalg.norm(got - want) < 0.01 * np.linalg.norm(want)
+
+
+@pytest.mark.parametrize(
+    ("changes", "says"),
+    [
+        ({"template": "{text}{prompt}"}, "in one place inside it, with text behind"),
+        ({"template": "{text}{prompt:2} is{prompt} a"}, "in one place inside it"),
+        ({"adapter": Path("adapter")}, "PEFT has no adapter with keys and values inside the text"),
+    ],
+)
+def test_an_infix_that_cannot_be_is_refused(
+    tiny_llama_base: Path, tmp_path: Path, changes: dict[str, Any], says: str
+) -> None:
+    fields = {"template": "{text}{prompt} is", "method": "prefix-tuning"} | changes
+    if "adapter" in fields:
+        fields["adapter"] = tmp_path / "adapter"
+    with pytest.raises((InputError, UnsupportedError), match=says):
+        tune(tiny_llama_base, toy_rows(), output=tmp_path / "toy.safetensors", options=options(**fields))
+    assert not any(tmp_path.glob("*.safetensors"))
+
+
+def test_an_infix_is_served_as_it_was_trained(tiny_llama_base: Path, tiny_llama_package: Path, tmp_path: Path) -> None:
+    asked = options(method="prefix-tuning", template="{text}{prompt} is")
+    result = tune(tiny_llama_base, toy_rows(), output=tmp_path / "toy.safetensors", options=asked)
+    prompt = load_prompt(result.path)
+    assert prompt.is_infix
+    assert prompt.golden is not None
+    with edgeprompt.load(tiny_llama_package) as runtime:
+        runtime.add_prompt(result.path)
+        found = runtime.classify(prompt.golden.fields["text"], prompt="toy")
+        assert found.label == prompt.golden.label
+        for label, logit in prompt.golden.logits.items():
+            assert found.logits[label] == pytest.approx(logit, abs=1e-3)
+        answers = [runtime.classify(row["text"], prompt="toy").label == row["label"] for row in toy_rows()]
+    assert np.mean(answers) >= 0.9

@@ -93,7 +93,7 @@ class DecoderEngine(Engine):
             raise UnsupportedError(f"prompt {prompt.name!r} has encoder_past_key_values, and this base has no encoder")
         if file.head_spec is not None:
             check_head_of(prompt.name, file, self._manifest, self._graph)
-        check_template(prompt)
+        check_template(prompt, infix=True)
         self._ids(prompt, file.template, dict.fromkeys(file.template.slots, "a"))
         if file.verbalizer:
             before = self._chat_end(()) if file.generation.get("chat") else text_before_words(file.template)
@@ -312,7 +312,7 @@ class DecoderEngine(Engine):
         special: bool = True,
     ) -> list[int]:
         """A text's ids behind the prefix; `limit` counts the prefix in."""
-        virtual, prefix = prompt.rows if prompt else 0, _prefix_length(prompt)
+        virtual, prefix = prompt.virtual_ids if prompt else 0, _prefix_length(prompt)
         if limit is not None and not virtual:
             limit -= prefix
         ids = template.encode(

@@ -60,6 +60,9 @@ class DecoderGraph(Protocol):
         `states` gets their hidden states, float32 [positions, hidden_size], where the graph gives them.
         """
 
+    def write(self, row: int, past: int, part: KV) -> None:
+        """Put keys and values [2 * num_layers, heads, positions, head_size] behind a row's `past` positions."""
+
     def decode(self, ids: Sequence[int], lengths: Sequence[int], first: int = 0) -> Logits:
         """One token for each row from `first` on, `lengths` positions before it; float32 [rows, vocab_size]."""
 
@@ -252,6 +255,10 @@ class SharedGraph(_Graph):
         last: Logits = logits[0, -1].astype(np.float32, copy=False)
         return last
 
+    def write(self, row: int, past: int, part: KV) -> None:
+        """Put keys and values behind `past` positions of a slot."""
+        self._cache.write(row, past, part)
+
     def decode(self, ids: Sequence[int], lengths: Sequence[int], first: int = 0) -> Logits:
         """One token for each row from `first` on."""
         count, fill = len(ids), range(len(ids), self.least_rows)
@@ -434,6 +441,16 @@ class GrowingGraph(_Graph):
             states += (found[0] for found in more)
         logits: Logits = last[0, -1]
         return logits
+
+    def write(self, row: int, past: int, part: KV) -> None:
+        """Join keys and values to a row's."""
+        begun = self._alone(self._rows[row], past)
+        self._rows[row] = _Grown(
+            [
+                self._send(np.concatenate([value.numpy(), block[None]], axis=2))
+                for value, block in zip(begun, part, strict=True)
+            ]
+        )
 
     def decode(self, ids: Sequence[int], lengths: Sequence[int], first: int = 0) -> Logits:
         """One token for each row from `first` on, in one step where the graph can tell rows' positions apart."""

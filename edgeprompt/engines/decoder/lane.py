@@ -62,8 +62,9 @@ class DecoderJob(Job):
         self.drafts = drafts
         self.prefix = prompt if prompt is not None and prompt.is_prefix and prompt.num_virtual_tokens else None
         """Whose keys and values stand in front."""
-        self.table = prompt if prompt is not None and prompt.rows and not prompt.is_prefix else None
-        """Whose rows virtual ids among `ids` index."""
+        self.table = prompt if prompt is not None and prompt.virtual_ids and not prompt.is_prefix else None
+        """Whose rows, or keys and values, virtual ids among `ids` index."""
+        self.vocab_size = vocab_size
         self.cut = 0
         """Positions at the prefix's end that are run again, for their logits: where the text is empty."""
         count = 0 if self.prefix is None else self.prefix.num_virtual_tokens
@@ -160,9 +161,14 @@ class DecoderLane:
             if not job.ids:  # the prefix alone was asked for
                 return True
         # Pieces end where they would if nothing were resident, so that their rows are the same to the last bit.
-        piece = job.ids[job.filled : (job.filled // graph.chunk + 1) * graph.chunk]
-        table = None if job.table is None else self._prefixes.rows(job.table)
-        logits = graph.prefill(job.slot, piece, job.length, table, job.states)
+        piece = job.ids[job.filled : self._piece(job, job.filled)[1]]
+        logits = None
+        if job.table is not None and job.table.is_infix and piece[0] >= job.vocab_size:
+            first = piece[0] - job.vocab_size
+            graph.write(job.slot, job.length, self._prefixes.infix(job.table)[:, :, first : first + len(piece)])
+        else:
+            table = None if job.table is None or job.table.is_infix else self._prefixes.rows(job.table)
+            logits = graph.prefill(job.slot, piece, job.length, table, job.states)
         job.filled += len(piece)
         job.length += len(piece)
         done = job.filled // BLOCK
@@ -171,6 +177,7 @@ class DecoderLane:
         job.kept = done
         if job.filled < len(job.ids):
             return False
+        assert logits is not None  # text stands behind keys and values
         several = strategy.width > 1
         if several:
             self._spread(job)
@@ -203,15 +210,29 @@ class DecoderLane:
         if job.ids:
             graph.place(job.slot, parts, total, job.slot)
 
+    def _piece(self, job: DecoderJob, filled: int) -> tuple[int, int]:
+        """Where the piece of a job's ids that goes on at `filled` begins, and where it ends.
+
+        Keys and values that stand inside the text are a piece of their own.
+        """
+        start = filled - filled % self.graph.chunk
+        end = min(start + self.graph.chunk, len(job.ids))
+        if job.table is None or not job.table.is_infix or filled == len(job.ids):
+            return start, end
+        given = [token >= job.vocab_size for token in job.ids[start:end]]
+        here = given[filled - start]
+        changes = [start + place for place, other in enumerate(given) if other != here]
+        start = max((place + 1 for place in changes if place < filled), default=start)
+        return start, min((place for place in changes if place > filled), default=end)
+
     def _may_begin(self, job: DecoderJob, filled: int) -> bool:
         """Whether what follows `filled` ids is computed to the same last bit as if nothing were resident.
 
         Kernels add up in another order for a row alone, and attention takes the rows of a piece in groups. So the
         piece's last row must be alone in its group in both cases or in neither.
         """
-        groups, done = self.graph.row_groups, filled % self.graph.chunk
-        whole = min(len(job.ids) - (filled - done), self.graph.chunk)
-        left = whole - done
+        start, end = self._piece(job, filled)
+        groups, done, whole, left = self.graph.row_groups, filled - start, end - start, end - filled
         if done == 0:
             return left > 0 or filled == 0
         alone = any(rows % group == 1 for rows in (left, whole) for group in groups)

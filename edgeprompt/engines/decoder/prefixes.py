@@ -49,7 +49,7 @@ class Prefixes:
 
         Args:
             prefix: the prompt whose keys and values stand in front of the text.
-            table: the prompt whose rows virtual ids among `ids` index.
+            table: the prompt whose rows, or keys and values, virtual ids among `ids` index.
             ids: the text's.
         """
         if not self._texts or not self.cache.budget:
@@ -94,6 +94,16 @@ class Prefixes:
             lambda: np.ascontiguousarray(prompt.tensors().prompt_embeddings, np.float32),
         )
         return found.astype(np.float32, copy=False)
+
+    def infix(self, prompt: LoadedPrompt) -> KV:
+        """The keys and values of a prompt that has them inside its text."""
+
+        def make() -> KV:
+            past = prompt.tensors().past_key_values
+            assert past is not None
+            return self._shape.prefix(past)
+
+        return self.cache.derive(prompt, names.PAST_KEY_VALUES, make)
 
     def _make(self, prompt: LoadedPrompt, graph: DecoderGraph, slot: int, total: int) -> KV:
         size = self._shape

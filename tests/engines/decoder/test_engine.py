@@ -43,6 +43,8 @@ def reference_logits(model: Any, prompt: PromptFile | None, ids: list[int], spre
 
     with torch.no_grad():
         table = model.get_input_embeddings().weight
+        if prompt is not None and prompt.is_infix:
+            return infix_logits(model, prompt.past_key_values, spread or [])
         if prompt is not None and prompt.past_key_values is not None:
             cache = DynamicCache(config=model.config)
             for layer, (key, value) in enumerate(prompt.past_key_values):
@@ -54,6 +56,24 @@ def reference_logits(model: Any, prompt: PromptFile | None, ids: list[int], spre
             first = model.config.vocab_size
             ids = spread or [*range(first, first + prompt.num_virtual_tokens), *ids]
         return model(inputs_embeds=table[torch.tensor(ids)][None]).logits[0, -1].numpy()
+
+
+def infix_logits(model: Any, past: Any, ids: list[int]) -> Any:
+    """Token by token; where a virtual id stands, its keys and values are put into the cache."""
+    import torch
+    from transformers import DynamicCache
+
+    cache, logits, vocab = DynamicCache(config=model.config), None, model.config.vocab_size
+    for place, token in enumerate(ids):
+        if token >= vocab:
+            for layer, (key, value) in enumerate(past[:, :, :, [token - vocab]]):
+                cache.update(torch.tensor(key)[None], torch.tensor(value)[None], layer)
+            continue
+        logits = model(
+            torch.tensor([[token]]), past_key_values=cache, attention_mask=torch.ones(1, place + 1, dtype=torch.long)
+        ).logits
+    assert logits is not None
+    return logits[0, -1].numpy()
 
 
 def assert_close(found: Any, expected: Any) -> None:
@@ -80,6 +100,36 @@ def test_virtual_tokens_inside_the_text(runtime: Runtime, model: Any) -> None:
     assert_close(runtime.logits("film", prompt="inside"), reference_logits(model, prompt, [], spread=ids))
     with pytest.raises(InputError, match="needs text, not ids"):
         runtime.logits(prompt="inside", input_ids=[5, 6])
+
+
+@pytest.mark.parametrize("template", ["{text}{prompt} is", "{prompt:2}the {text}{prompt} is"])
+def test_keys_and_values_inside_the_text(runtime: Runtime, model: Any, template: str) -> None:
+    prompt = make_prompt(runtime.manifest, "infix", "prefix-tuning", template=Template.parse(template), count=5)
+    runtime.add_prompt(prompt)
+    encode, first = runtime._package.tokenizer.encode, runtime.manifest.geometry.vocab_size
+    lead = 2 if template.startswith("{prompt") else 0
+    text = encode("the film was long" if lead else "film was long")
+    ids = [*range(first, first + lead), *text, *range(first + lead, first + 5), *encode(" is")]
+    expected = reference_logits(model, prompt, [], spread=ids)
+    assert_close(runtime.logits("film was long", prompt="infix"), expected)
+    found = runtime.generate("film was long", prompt="infix", max_new_tokens=4).token_ids
+    for token in found:
+        assert int(expected.argmax()) == token
+        ids.append(token)
+        expected = reference_logits(model, prompt, [], spread=ids)
+    with pytest.raises(InputError, match="needs text, not ids"):
+        runtime.logits(prompt="infix", input_ids=[5, 6])
+
+
+def test_keys_and_values_inside_a_long_text(runtime: Runtime, model: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    template = Template.parse("{text}{prompt} is")
+    prompt = make_prompt(runtime.manifest, "infix", "prefix-tuning", template=template, count=13)
+    runtime.add_prompt(prompt)
+    monkeypatch.setattr(runtime._engine._lanes[0].graph, "chunk", 8)
+    text, first = "the film was long and the story was good and never very short", runtime.manifest.geometry.vocab_size
+    encode = runtime._package.tokenizer.encode
+    ids = [*encode(text), *range(first, first + 13), *encode(" is")]
+    assert_close(runtime.logits(text, prompt="infix"), reference_logits(model, prompt, [], spread=ids))
 
 
 def test_empty_text_reads_the_last_virtual_token(runtime: Runtime, model: Any) -> None:

@@ -26,7 +26,7 @@ from tests.support.runtimes import QUIET
 WORDS = {"x": (" good", " good story"), "y": (" bad", " never ever made")}
 FIRST = "the film was long and the story of a man who went home was never very good but the actors were "
 SECOND = "nobody had seen it before, and nobody will see it again, not in a hundred years of films and stories "
-PROMPTS = (None, "front", "behind", "other", "deep", "inside")
+PROMPTS = (None, "front", "behind", "other", "deep", "inside", "infix", "infix too")
 
 
 def add_prompts(runtime: Runtime) -> None:
@@ -35,6 +35,8 @@ def add_prompts(runtime: Runtime) -> None:
         "behind": {"template": "{text}{prompt}\nA:", "seed": 1},
         "other": {"template": "{text}{prompt}\nA:", "seed": 2},
         "deep": {"template": "{text}\nA:", "method": "prefix-tuning", "seed": 3},
+        "infix": {"template": "{text}{prompt}\nA:", "method": "prefix-tuning", "seed": 5},
+        "infix too": {"template": "{text}{prompt:2} is{prompt}\nA:", "method": "prefix-tuning", "seed": 6},
         "inside": {"template": FIRST + "{prompt}{text}\nA:", "seed": 4},
     }
     for name, fields in plan.items():

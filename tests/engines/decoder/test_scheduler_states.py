@@ -30,13 +30,14 @@ from edgeprompt.ort import kv_cache
 from edgeprompt.package.folder import open_package
 from edgeprompt.package.manifest import Manifest
 from edgeprompt.prompts.file import PromptFile
+from edgeprompt.prompts.template import Template
 from edgeprompt.request import GenerationOptions
 from tests.support.packages import growing_package
 from tests.support.prompts import make_prompt
 from tests.support.runtimes import QUIET
 
 WORDS = {"x": (" good", " good story", " very good actors"), "y": (" bad", " never ever made")}
-PROMPTS = (None, "rows", "more", "deep")
+PROMPTS = (None, "rows", "more", "deep", "infix")
 TEXTS = ("a", "a story of a man who never went home", "a story of a man who was good", "a story of")
 TOLERANCE = 1e-4
 KINDS = ("in place", "batch invariant", "growing", "drafts")
@@ -51,6 +52,7 @@ def prompts_of(manifest: Manifest) -> dict[str, PromptFile]:
         make_prompt(manifest, "rows", verbalizer=WORDS, count=5),
         make_prompt(manifest, "more", seed=1, count=9),
         make_prompt(manifest, "deep", "prefix-tuning", seed=2, count=6),
+        make_prompt(manifest, "infix", "prefix-tuning", seed=3, template=Template.parse("{text}{prompt}\nA:")),
     ]
     return {prompt.name: prompt for prompt in found}
 
@@ -68,7 +70,11 @@ class Scratch:
 
     def text_ids(self, prompt: str | None, text: str, task: str) -> tuple[int, ...]:
         shown = f"{text}\nA:" if prompt == "rows" else text
-        return tuple(self._package.tokenizer.encode(shown))
+        ids = tuple(self._package.tokenizer.encode(shown))
+        if prompt != "infix":
+            return ids
+        first, count = self._manifest.geometry.vocab_size, self._prompts["infix"].num_virtual_tokens
+        return (*ids, *range(first, first + count), *self._package.tokenizer.encode("\nA:"))
 
     def _logprobs(self, prompt: str | None, ids: tuple[int, ...]) -> Any:
         """float64 [vocab_size] behind `ids`."""
@@ -79,8 +85,19 @@ class Scratch:
         if found is not None and found.prompt_embeddings is not None:
             rows = found.prompt_embeddings
             ids = (*range(size.vocab_size, size.vocab_size + len(rows)), *ids)
+        elif found is not None and found.is_infix:
+            place = ids.index(size.vocab_size)
+            front = self._run(ids[:place], rows, past)[1:]
+            before = np.stack([value[0] for value in front]).reshape(*past.shape[:3], place, past.shape[4])
+            past, ids = np.concatenate([before, found.past_key_values], axis=3), ids[place + found.num_virtual_tokens :]
         elif found is not None:
             past = found.past_key_values
+        logits = self._run(ids, rows, past)[0][0, -1].astype(np.float64)
+        return logits - logits.max() - np.log(np.exp(logits - logits.max()).sum())
+
+    def _run(self, ids: tuple[int, ...], rows: Any, past: Any) -> Any:
+        """Logits, then the keys and values of every layer."""
+        size = self._manifest.geometry
         start, total = past.shape[3], past.shape[3] + len(ids)
         feeds = {
             names.INPUT_IDS: np.asarray([ids], np.int64),
@@ -92,8 +109,8 @@ class Scratch:
             for index, part in enumerate(("key", "value")):
                 feeds[names.past(layer, part)] = past[layer, index][None]
         known = {name: value for name, value in feeds.items() if name in self._inputs}
-        logits = self._session.run([names.LOGITS], known)[0][0, -1].astype(np.float64)
-        return logits - logits.max() - np.log(np.exp(logits - logits.max()).sum())
+        parts = [(layer, part) for layer in range(size.num_layers) for part in ("key", "value")]
+        return self._session.run([names.LOGITS, *(names.present(*part) for part in parts)], known)
 
     def greedy(self, prompt: str | None, text: str) -> tuple[int, ...]:
         """The longest answer that is asked for."""
@@ -107,7 +124,8 @@ class Scratch:
         known: dict[tuple[int, ...], list[tuple[int, ...]]] = {}
         for prompt in PROMPTS:
             for text in TEXTS:
-                answers = known.setdefault(self.text_ids(prompt, text, "generate"), [])
+                read = self.text_ids(prompt, text, "generate")
+                answers = known.setdefault(tuple(i for i in read if i < self._manifest.geometry.vocab_size), [])
                 answers.append(self.greedy(prompt, text))
 
         def draft(lookup: Any, said: list[int], most: int = 7) -> tuple[list[int], float]:
