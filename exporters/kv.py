@@ -57,7 +57,7 @@ def write_kv(
     prompt.check_base(manifest)
     if prompt.head_spec is not None or not prompt.num_virtual_tokens:
         raise UnsupportedError(f"prompt {prompt.name!r} is more than a prefix (a head), or has no virtual tokens")
-    if not prompt.template.prompt_is_prefix:
+    if prompt.is_infix or (prompt.past_key_values is None and not prompt.template.prompt_is_prefix):
         raise UnsupportedError(
             f"prompt {prompt.name!r} has virtual tokens inside its text ({prompt.template}); keys and values stand in "
             "front of it"

@@ -124,7 +124,7 @@ def check_template(prompt: LoadedPrompt, *, infix: bool = False) -> None:
     template = prompt.file.template
     if prompt.is_infix and not infix:
         raise UnsupportedError(
-            f"prompt {prompt.name!r} has keys and values inside its text ({template}), which decoders serve alone"
+            f"prompt {prompt.name!r} has keys and values inside its text ({template}), which only decoders serve"
         )
     if prompt.rows and not any(isinstance(part, VirtualTokens) for part in template.parts):
         raise TemplateError(

@@ -27,7 +27,7 @@ from edgeprompt.package.files import open_regular, read_regular, write_atomic
 from edgeprompt.package.manifest import Base, Geometry, Manifest
 from edgeprompt.package.outputs import PROMPT
 from edgeprompt.package.strict_json import check_keys, check_type
-from edgeprompt.prompts.template import Template, VirtualTokens
+from edgeprompt.prompts.template import Literal, Template
 from edgeprompt.prompts.verbalizer import AGGREGATIONS
 
 _LOG = logging.getLogger("edgeprompt")
@@ -145,6 +145,8 @@ class PromptFile:
     distilled_from: Mapping[str, Any] = field(default_factory=dict)
     """Of a distilled prompt: the teacher (`base`, `fingerprint`), what it read (`template`), and how closely the prompt
     follows it (docs/distillation.md)."""
+    is_infix: bool = False
+    """Whether its keys and values stand inside the text, where the template says, and not in front (infix-tuning)."""
 
     @property
     def tuned_weights(self) -> tuple[TunedFor, ...]:
@@ -159,11 +161,6 @@ class PromptFile:
             return int(self.prompt_embeddings.shape[0])
         past = self.past_key_values if self.past_key_values is not None else self.encoder_past_key_values
         return int(past.shape[3]) if past is not None else 0
-
-    @property
-    def is_infix(self) -> bool:
-        """Whether its keys and values stand inside the text, where the template says (infix-tuning, Li & Liang)."""
-        return self.past_key_values is not None and not self.template.prompt_is_prefix
 
     def tensors(self) -> dict[str, Array]:
         """All tensors under their names in the file."""
@@ -443,17 +440,12 @@ def _from_parts(data: dict[str, Any], tensors: dict[str, Array]) -> PromptFile:
     base = Base(**check_keys(Base, data["base"], "base"))
     check_type(base.name, str, "base.name")
     check_type(base.fingerprint, str, "base.fingerprint")
-    template = Template.from_json(data["template"])
-    if version == VERSION and (names.PAST_KEY_VALUES not in tensors or template.prompt_is_prefix):
-        raise ValueError(f"version {VERSION} is for keys and values inside the text, and there are none")
-    if version == 1 and names.PAST_KEY_VALUES in tensors and not template.prompt_is_prefix:
-        template = template.without_prompt()  # they stood in front, whatever the template said
     return PromptFile(
         name=data["name"],
         method=data["method"],
         task=data["task"],
         base=base,
-        template=template,
+        template=Template.from_json(data["template"]),
         prompt_embeddings=tensors.get(names.PROMPT_EMBEDDINGS),
         past_key_values=tensors.get(names.PAST_KEY_VALUES),
         encoder_past_key_values=tensors.get(f"encoder_{names.PAST_KEY_VALUES}"),
@@ -470,6 +462,7 @@ def _from_parts(data: dict[str, Any], tensors: dict[str, Array]) -> PromptFile:
         training=check_type(data["training"], dict, "training"),
         golden=_golden(golden) if golden is not None else None,
         distilled_from=check_type(data.get("distilled_from", {}), dict, "distilled_from"),
+        is_infix=version == VERSION,
     )
 
 
@@ -529,7 +522,7 @@ def _check_tensors(prompt: PromptFile, tensors: Mapping[str, Array]) -> None:
     if prompt.num_virtual_tokens > MAX_VIRTUAL_TOKENS:
         raise ValueError(f"{prompt.num_virtual_tokens} virtual tokens, at most {MAX_VIRTUAL_TOKENS} are allowed")
     if prompt.is_infix:
-        _check_infix(prompt)
+        check_infix(prompt)
     if prompt.prompt_embeddings is not None and prompt.past_key_values is not None:
         raise ValueError("both prompt_embeddings and past_key_values; a prompt has one of them")
     if not tensors:
@@ -550,13 +543,24 @@ def _check_tensors(prompt: PromptFile, tensors: Mapping[str, Array]) -> None:
     _check_head(prompt)
 
 
-def _check_infix(prompt: PromptFile) -> None:
+def check_infix(prompt: PromptFile) -> None:
+    """Refuse keys and values inside a text that have no place there, or nothing behind them that reads them.
+
+    Raises:
+        ValueError: says why.
+    """
+    if prompt.past_key_values is None or prompt.template.prompt_is_prefix:
+        raise ValueError(f"version {VERSION} is for keys and values inside the text, and there are none")
     if prompt.encoder_past_key_values is not None:
         raise ValueError("encoder_past_key_values, and past_key_values inside the text; a prompt has one of them")
-    if isinstance(prompt.template.parts[-1], VirtualTokens):
+    if prompt.head_spec is not None and prompt.head_spec.input != "last":
         raise ValueError(
-            f"template {str(prompt.template)!r} ends in {{prompt}}; keys and values give no answer by themselves, so "
-            "text must stand behind them"
+            f"a head on {prompt.head_spec.input!r}, and keys and values inside the text: they have no states"
+        )
+    if not isinstance(prompt.template.parts[-1], Literal):
+        raise ValueError(
+            f"template {str(prompt.template)!r} has no fixed text at its end, which reads the keys and values inside "
+            "the text"
         )
     prompt.template.check_places(prompt.num_virtual_tokens)
 

@@ -22,7 +22,7 @@ from typing import TypeAlias
 from edgeprompt.errors import BaseMismatchError, InputError, PromptChangedError, PromptFileError, PromptNotFoundError
 from edgeprompt.package.files import read_regular
 from edgeprompt.package.manifest import Manifest
-from edgeprompt.prompts.file import MAX_FILE_BYTES, PromptFile, from_bytes, outline, tell_alike
+from edgeprompt.prompts.file import MAX_FILE_BYTES, PromptFile, check_infix, from_bytes, outline, tell_alike
 from edgeprompt.prompts.verbalizer import Verbalizer
 from edgeprompt.prompts.weights import ALLOWED, check_weights, differ
 
@@ -66,6 +66,11 @@ class LoadedPrompt:
         self.past_length = 0 if prompt.past_key_values is None else int(prompt.past_key_values.shape[3])
         """Positions whose keys and values the prompt brings: in front of the text, or inside it (`is_infix`)."""
         self.is_infix = prompt.is_infix
+        if prompt.is_infix:
+            try:
+                check_infix(prompt)
+            except ValueError as error:
+                raise PromptFileError(f"prompt {name!r}: {error}") from error
         self.verbalizer: Verbalizer | None = None
         """Label words as the engine compiled them, which it does once."""
         self.stamp = stamp

@@ -53,7 +53,9 @@ class CausalPrompt(PromptedLM):
     def start_prefix(self, ids: Sequence[int]) -> torch.Tensor:
         """The keys and values of a text, as a prefix to start from."""
         embedded = self.base.get_input_embeddings()(torch.tensor(list(ids), device=self.base.device))
-        made = self.keys_values(embedded, _USUAL_LENGTH if self._is_infix else 0)
+        most = getattr(self.base.config, "max_position_embeddings", None) or _USUAL_LENGTH + len(embedded)
+        start = max(0, min(_USUAL_LENGTH, most - len(embedded))) if self._is_infix else 0
+        made = self.keys_values(embedded, start)
         return torch.stack([torch.stack([key[0], value[0]]) for key, value in made])
 
     def logits(

@@ -35,6 +35,7 @@ from edgeprompt.tuning.options import Distillation, TuneOptions
 from edgeprompt.tuning.prepare import Run, prepare, read_tokenizer
 from edgeprompt.tuning.question import Question, ask
 from edgeprompt.tuning.runs import RunData, TuneResult, check_packages, closeness, make_loop, prompt_file, resume
+from edgeprompt.tuning.soft_prompt import PREFIX_METHODS
 from edgeprompt.tuning.teach import Taught, check_tokenizers, load_reader, teach, text_of_bos
 from edgeprompt.tuning.teacher import CHUNK
 
@@ -159,7 +160,9 @@ def _student_options(
 
     template = options.template
     if template is None and question.prompt is not None:
-        template = str(question.prompt.template)
+        prompt, decoder = question.prompt, loaded.family.architecture == names.DECODER_ONLY
+        deep = options.method in PREFIX_METHODS and not (prompt.is_infix and decoder)
+        template = str(prompt.template.without_prompt() if deep else prompt.template)
     if template is None:
         assert question.template is not None
         chat = bos = None
@@ -204,7 +207,8 @@ def _start_from_instruction(run: Run, taught: Taught) -> None:
     if taught.template is None or options.init not in _INITS or options.init_text is not None:
         return
     words = "".join(part.text for part in taught.template.parts if not isinstance(part, Slot))  # type: ignore[union-attr]
-    ids = run.tokenizer.encode(words, add_special_tokens=soft.is_prefix) or [0]
+    leads = soft.is_prefix and run.plan.template.prompt_is_prefix
+    ids = run.tokenizer.encode(words, add_special_tokens=leads) or [0]
     count = soft.num_virtual_tokens
     ids = (ids * math.ceil(count / len(ids)))[: max(count, len(ids))]
     if soft.is_prefix:
@@ -212,7 +216,7 @@ def _start_from_instruction(run: Run, taught: Taught) -> None:
         if target is None:
             return
         soft.start_from(target.float())
-        if not options.projection and run.plan.template.prompt_is_prefix:
+        if not options.projection and leads:
             soft.freeze_first()
         return
     table = run.model.base.get_input_embeddings()

@@ -21,7 +21,7 @@ from edgeprompt.evaluation.cells import (
 )
 from edgeprompt.evaluation.data import DataSource, column_names, read_records, source_name
 from edgeprompt.evaluation.formats import Record
-from edgeprompt.prompts.template import Mask, Template, VirtualTokens
+from edgeprompt.prompts.template import Literal, Mask, Template, VirtualTokens
 from edgeprompt.tuning.options import TuneOptions
 from edgeprompt.tuning.soft_prompt import PREFIX_METHODS
 
@@ -181,11 +181,11 @@ def _place_prompt(template: Template, options: TuneOptions, architecture: str) -
         return template.without_prompt()
     if options.method in PREFIX_METHODS:
         places = sum(isinstance(part, VirtualTokens) for part in template.parts)
-        if architecture != names.DECODER_ONLY or places > 1 or isinstance(template.parts[-1], VirtualTokens):
+        if architecture != names.DECODER_ONLY or places > 1 or not isinstance(template.parts[-1], Literal):
             raise InputError(
                 f"template {str(template)!r}: keys and values ({options.method}) stand in front of the text; write "
-                "{prompt} first or leave it out. On a decoder they can stand in one place inside it, with text behind "
-                'them, as "{text}{prompt}\\nLabel:"'
+                "{prompt} first or leave it out. On a decoder they can stand in one place inside it, with fixed text "
+                'at the end, as "{text}{prompt}\\nLabel:"'
             )
         if options.adapter is not None:
             raise UnsupportedError("PEFT has no adapter with keys and values inside the text; leave out --adapter")

@@ -175,6 +175,12 @@ def resume(run: Run, loop: Loop, path: Path) -> None:
     if tensor is None or list(tensor.shape) != shape:
         found = "no such tensor" if tensor is None else list(tensor.shape)
         raise TuningError(f"cannot start from {str(path)!r}: {run.options.method} needs {shape}, found {found}")
+    if prompt.is_infix != (soft.is_prefix and not run.plan.template.prompt_is_prefix):
+        where = "inside" if prompt.is_infix else "in front of"
+        raise TuningError(
+            f"cannot start from {str(path)!r}: its keys and values stand {where} the text, and --template puts them "
+            "elsewhere"
+        )
     soft.start_from(torch.from_numpy(tensor.copy()).float().to(loop.accelerator.device))
 
 
@@ -231,6 +237,7 @@ def prompt_file(run: Run, loop: Loop, done: Progress, path: Path, data: RunData,
         template=plan.template,
         prompt_embeddings=None if deep else array,
         past_key_values=array if deep else None,
+        is_infix=deep and not plan.template.prompt_is_prefix,
         head=tensors,
         head_spec=head,
         verbalizer=plan.verbalizer,

@@ -278,6 +278,8 @@ def _prompted_teacher(
             f"{ours.name!r} ({ours.brief}){prompt.base.apart(ours)}; name its own base with --teacher"
         )
     deep = prompt.past_key_values is not None
+    if prompt.is_infix and loaded.family.architecture != names.DECODER_ONLY:
+        raise UnsupportedError(f"prompt {prompt.name!r} has keys and values inside its text, which is for decoders")
     leads = deep and not prompt.is_infix
     array = prompt.past_key_values if deep else prompt.prompt_embeddings
     assert array is not None
@@ -292,7 +294,8 @@ def _prompted_teacher(
         vocab_size=geometry.vocab_size,
         add_special_tokens=prompt.add_special_tokens,
     )
-    model = prompted(loaded, prompt.template, geometry, fixed.to(loaded.model.device), tokens)
+    template = prompt.template.without_prompt() if leads else prompt.template
+    model = prompted(loaded, template, geometry, fixed.to(loaded.model.device), tokens)
     teacher = Teacher(
         model, encoder, verbalizer=question.verbalizer if question.facts.task == "classify" else {},
         calibration=prompt.calibration, ends=ends,

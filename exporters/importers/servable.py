@@ -30,7 +30,9 @@ def check_servable(prompt: PromptFile, base: BaseFacts) -> None:
             f"prompt {prompt.name!r} has {prompt.num_virtual_tokens} virtual tokens; base {base.base.name} reads "
             f"{limit} positions, text included"
         )
-    if prompt.prompt_embeddings is not None:
+    if prompt.is_infix and base.architecture != names.DECODER_ONLY:
+        raise UnsupportedError(f"prompt {prompt.name!r} has keys and values inside its text, which is for decoders")
+    if prompt.prompt_embeddings is not None or prompt.is_infix:
         prompt.template.check_places(prompt.num_virtual_tokens)
     if prompt.head_spec is not None:
         check_head_sizes(prompt.name, prompt, base.geometry.hidden_size)

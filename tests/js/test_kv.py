@@ -21,7 +21,7 @@ from edgeprompt.prompts.file import PromptFile, save_prompt
 from edgeprompt.prompts.template import Template
 from exporters import export_model, layout
 from exporters.convert import convert_prompt
-from tests.support.prompts import make_prompt
+from tests.support.prompts import make_infix, make_prompt
 from tests.support.runtimes import QUIET
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -85,7 +85,7 @@ def test_what_cannot_be_a_prefix_is_rejected(tiny_llama_package: Path, tmp_path:
     with edgeprompt.load(tiny_llama_package, options=QUIET) as runtime:
         manifest = runtime.manifest
     inside = make_prompt(manifest, "inside", template=Template.parse("{text}{prompt}"))
-    infix = make_prompt(manifest, "infix", "prefix-tuning", template=Template.parse("{text}{prompt} is"))
+    infix = make_infix(manifest, "infix", "{text}{prompt} is")
     other = make_prompt(manifest, "other")
     other = dataclasses.replace(other, base=dataclasses.replace(other.base, fingerprint="sha256:0"))
     for prompt, kind, base in (
@@ -108,8 +108,7 @@ def test_keys_and_values_inside_the_text_stay_a_prompt_file(
     target: str, out: str, tiny_llama_package: Path, tmp_path: Path
 ) -> None:
     with edgeprompt.load(tiny_llama_package, options=QUIET) as runtime:
-        template = Template.parse("{text}{prompt} is")
-        prompt = make_prompt(runtime.manifest, "infix", "prefix-tuning", template=template)
+        prompt = make_infix(runtime.manifest, "infix", "{text}{prompt} is")
     save_prompt(prompt, tmp_path / "infix.safetensors")
     with pytest.raises(UnsupportedError, match="inside its text"):
         convert_prompt(tmp_path / "infix.safetensors", tmp_path / out, target=target, base=tiny_llama_package)

@@ -112,6 +112,7 @@ def infix(**changes):
     past = np.random.default_rng(0).standard_normal((2, 2, 1, 3, 2)).astype(np.float16)
     template = Template.parse("{text}{prompt} is")
     fields = {"method": "prefix-tuning", "prompt_embeddings": None, "past_key_values": past, "template": template}
+    fields["is_infix"] = True
     return make_prompt(**fields | changes)
 
 
@@ -123,24 +124,32 @@ def test_keys_and_values_inside_the_text_are_version_2(tmp_path):
     assert loaded.is_infix
     assert loaded.to_bytes() == infix().to_bytes()
     assert str(loaded.template) == "{text}{prompt} is"
-    for template in ("{prompt}{text} is", "{text} is"):
-        other = from_bytes(infix(template=Template.parse(template)).to_bytes())
-        assert (other.metadata()["version"], other.is_infix, str(other.template)) == (1, False, template)
 
 
 def test_version_1_has_keys_and_values_in_front_whatever_the_template_says():
-    data = infix().to_bytes().replace(rb"\"version\":2", rb"\"version\":1")
-    old = from_bytes(data)
-    assert (old.is_infix, str(old.template)) == (False, "{text} is")
+    for template in ("{prompt}{text} is", "{text} is", "{text}{prompt} is"):
+        data = infix(template=Template.parse(template), is_infix=False).to_bytes()
+        old = from_bytes(data)
+        assert (old.metadata()["version"], old.is_infix, str(old.template)) == (1, False, template)
+        assert old.to_bytes() == data
 
 
 @pytest.mark.parametrize(
-    ("template", "says"),
-    [("{text}{prompt}", "text must stand behind them"), ("{text}{prompt:2} is", "places 2 virtual")],
+    ("changes", "says"),
+    [
+        ({"template": Template.parse("{text}{prompt}")}, "no fixed text at its end"),
+        ({"template": Template.parse("{text}{prompt}{other}")}, "no fixed text at its end"),
+        ({"template": Template.parse("{text}{prompt:2} is")}, "places 2 virtual"),
+        ({"template": Template.parse("{prompt}{text} is")}, "there are none"),
+        ({"past_key_values": None, "prompt_embeddings": np.ones((3, 4), np.float32)}, "there are none"),
+        ({"head_spec": Head("tokens", ()), "task": "tag"}, "they have no states"),
+    ],
 )
-def test_keys_and_values_that_no_text_follows_or_that_have_no_place(template, says):
+def test_keys_and_values_that_cannot_stand_inside_the_text(changes, says):
     with pytest.raises(PromptFileError, match=says):
-        infix(template=Template.parse(template)).to_bytes()
+        infix(**changes).to_bytes()
+    with pytest.raises(PromptFileError, match=says):
+        LoadedPrompt("x", infix(**changes))
 
 
 def test_saving_is_atomic(tmp_path, monkeypatch):

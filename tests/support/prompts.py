@@ -36,3 +36,8 @@ def make_prompt(
         past_key_values=rng.normal(0, 1, shape).astype(np.float32) if deep else None,
         **fields,
     )
+
+
+def make_infix(manifest: Manifest, name: str, template: str, **fields: Any) -> PromptFile:
+    """A random prompt with keys and values inside the text, where the template says."""
+    return make_prompt(manifest, name, "prefix-tuning", template=Template.parse(template), is_infix=True, **fields)

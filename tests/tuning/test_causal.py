@@ -16,6 +16,7 @@ from edgeprompt.tuning.causal import CausalPrompt
 from edgeprompt.tuning.options import TuneOptions
 from edgeprompt.tuning.soft_prompt import SoftPrompt
 from edgeprompt.tuning.verbalizer import LabelWords
+from tests.support import decoder_models
 
 VOCABULARY = 512
 COUNT = 5
@@ -97,25 +98,37 @@ def test_prompt_inside_the_text_sees_its_place(loaded: Any) -> None:
     torch.testing.assert_close(found, expected, rtol=0, atol=2e-5 * float(expected.detach().abs().max()))
 
 
+@pytest.fixture(params=decoder_models.CONFIGS)
+def family(request: pytest.FixtureRequest) -> Any:
+    return decoder_models.loaded_decoder(request.param)
+
+
 def infix_of(loaded: Any) -> CausalPrompt:
+    for parameter in loaded.model.parameters():
+        parameter.requires_grad_(False)
     model = prompted(loaded, method="prefix-tuning")
-    return CausalPrompt(loaded.model, model.soft, vocab_size=VOCABULARY, prompt_leads=False)
+    vocab = loaded.config.vocab_size
+    return CausalPrompt(loaded.model, model.soft, vocab_size=vocab, prompt_leads=False)
 
 
-def test_an_infix_is_read_by_what_stands_behind_it(loaded: Any) -> None:
+def virtual(model: CausalPrompt) -> list[int]:
+    return list(range(model.vocab_size, model.vocab_size + COUNT))
+
+
+def test_an_infix_is_read_by_what_stands_behind_it(family: Any) -> None:
     from transformers import DynamicCache
 
-    model = infix_of(loaded)
-    rows = [[*row, *VIRTUAL, 9, 10, 11][: 20 - index] for index, row in enumerate([*ROWS, []])]
+    loaded, model = family, infix_of(family)
+    rows = [[*row, *virtual(model), *[9, 10, 11][index % 3 :]] for index, row in enumerate([*ROWS, []])]
     answers = [[[7], [8, 9, 10]], [[]], [[4, 4, 4]], [[]]]
     found = model.logits(rows, answers)
     found.log_softmax(-1)[:, 7].sum().backward()
     assert all(float(value.grad.abs().max()) > 0 for value in model.soft.encoder.parameters())
     expected = []
     for row, several in zip(rows, answers, strict=True):
-        start = row.index(VOCABULARY)
+        start = row.index(model.vocab_size)
         for answer in several:
-            cache, rest = DynamicCache(config=loaded.model.config), [*row[start + COUNT :], *answer]
+            cache, rest = DynamicCache(), [*row[start + COUNT :], *answer]
             with torch.no_grad():
                 if start:
                     loaded.model(torch.tensor([row[:start]]), past_key_values=cache)

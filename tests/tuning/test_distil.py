@@ -111,8 +111,13 @@ def taught(tiny_llama_base: Path, tmp_path_factory: pytest.TempPathFactory) -> P
 
 METHODS = pytest.mark.parametrize(
     "changes",
-    [{}, {"method": "p-tuning", "learning_rate": 0.03}, {"method": "prefix-tuning"}],
-    ids=["prompt", "p-tuning", "prefix"],
+    [
+        {},
+        {"method": "p-tuning", "learning_rate": 0.03},
+        {"method": "prefix-tuning"},
+        {"method": "prefix-tuning", "template": "{text}{prompt} is"},
+    ],
+    ids=["prompt", "p-tuning", "prefix", "infix"],
 )
 
 
@@ -144,7 +149,8 @@ def test_a_prompt_moves_to_another_base(
     assert found["accuracy"]["value"] >= 0.85
     assert found["prompt"] == load_prompt(taught).sha256
     assert result.prompt.verbalizer == VERBALIZER
-    assert str(result.prompt.template).endswith("{text} is")
+    assert result.prompt.is_infix == ("template" in changes)
+    assert str(result.prompt.template.without_prompt()).endswith("{text} is")
 
 
 @METHODS

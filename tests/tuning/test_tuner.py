@@ -429,7 +429,8 @@ def test_a_base_that_memory_does_not_hold_stays_in_its_files(
 @pytest.mark.parametrize(
     ("changes", "says"),
     [
-        ({"template": "{text}{prompt}"}, "in one place inside it, with text behind"),
+        ({"template": "{text}{prompt}"}, "in one place inside it, with fixed text at the end"),
+        ({"template": "{text}{prompt}{label}"}, "in one place inside it, with fixed text at the end"),
         ({"template": "{text}{prompt:2} is{prompt} a"}, "in one place inside it"),
         ({"adapter": Path("adapter")}, "PEFT has no adapter with keys and values inside the text"),
     ],
@@ -459,3 +460,11 @@ def test_an_infix_is_served_as_it_was_trained(tiny_llama_base: Path, tiny_llama_
             assert found.logits[label] == pytest.approx(logit, abs=1e-3)
         answers = [runtime.classify(row["text"], prompt="toy").label == row["label"] for row in toy_rows()]
     assert np.mean(answers) >= 0.9
+
+
+def test_a_prefix_is_no_start_for_an_infix(tiny_llama_base: Path, tmp_path: Path) -> None:
+    asked = options(method="prefix-tuning", steps=2)
+    front = tune(tiny_llama_base, toy_rows(), output=tmp_path / "front.safetensors", options=asked)
+    inside = dataclasses.replace(asked, template="{text}{prompt} is", resume=front.path)
+    with pytest.raises(TuningError, match="stand in front of the text, and --template puts them elsewhere"):
+        tune(tiny_llama_base, toy_rows(), output=tmp_path / "inside.safetensors", options=inside)

@@ -325,6 +325,8 @@ class DecoderEngine(Engine):
         )
         if virtual and prefix:
             ids = ids[virtual:]
+        if prompt is not None and prompt.is_infix and ids[-1] >= self._vocab:
+            raise InputError(f"no token stands behind the virtual ones of {str(template)!r}, so there is no answer")
         return ids
 
     def _chat(self, template: Template, before: Sequence[Message]) -> Template:

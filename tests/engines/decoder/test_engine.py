@@ -17,7 +17,7 @@ from edgeprompt.errors import CapacityError, InputError, PromptNotFoundError, Te
 from edgeprompt.prompts.file import Head, HeadStep
 from edgeprompt.prompts.template import Template
 from edgeprompt.request import GenerationOptions
-from tests.support.prompts import make_prompt
+from tests.support.prompts import make_infix, make_prompt
 from tests.support.runtimes import QUIET
 
 WORDS = ["the", "a", "film", "was", "good", "bad", "very", "story", "actors", "music", "long", "short", "never", "made"]
@@ -104,7 +104,7 @@ def test_virtual_tokens_inside_the_text(runtime: Runtime, model: Any) -> None:
 
 @pytest.mark.parametrize("template", ["{text}{prompt} is", "{prompt:2}the {text}{prompt} is"])
 def test_keys_and_values_inside_the_text(runtime: Runtime, model: Any, template: str) -> None:
-    prompt = make_prompt(runtime.manifest, "infix", "prefix-tuning", template=Template.parse(template), count=5)
+    prompt = make_infix(runtime.manifest, "infix", template, count=5)
     runtime.add_prompt(prompt)
     encode, first = runtime._package.tokenizer.encode, runtime.manifest.geometry.vocab_size
     lead = 2 if template.startswith("{prompt") else 0
@@ -122,8 +122,7 @@ def test_keys_and_values_inside_the_text(runtime: Runtime, model: Any, template:
 
 
 def test_keys_and_values_inside_a_long_text(runtime: Runtime, model: Any, monkeypatch: pytest.MonkeyPatch) -> None:
-    template = Template.parse("{text}{prompt} is")
-    prompt = make_prompt(runtime.manifest, "infix", "prefix-tuning", template=template, count=13)
+    prompt = make_infix(runtime.manifest, "infix", "{text}{prompt} is", count=13)
     runtime.add_prompt(prompt)
     monkeypatch.setattr(runtime._engine._lanes[0].graph, "chunk", 8)
     text, first = "the film was long and the story was good and never very short", runtime.manifest.geometry.vocab_size

@@ -35,8 +35,8 @@ def add_prompts(runtime: Runtime) -> None:
         "behind": {"template": "{text}{prompt}\nA:", "seed": 1},
         "other": {"template": "{text}{prompt}\nA:", "seed": 2},
         "deep": {"template": "{text}\nA:", "method": "prefix-tuning", "seed": 3},
-        "infix": {"template": "{text}{prompt}\nA:", "method": "prefix-tuning", "seed": 5},
-        "infix too": {"template": "{text}{prompt:2} is{prompt}\nA:", "method": "prefix-tuning", "seed": 6},
+        "infix": {"template": "{text}{prompt}\nA:", "method": "prefix-tuning", "seed": 5, "is_infix": True},
+        "infix too": {"template": "{text}{prompt:2} is{prompt}\nA:", "method": "prefix-tuning", "is_infix": True},
         "inside": {"template": FIRST + "{prompt}{text}\nA:", "seed": 4},
     }
     for name, fields in plan.items():

@@ -30,10 +30,9 @@ from edgeprompt.ort import kv_cache
 from edgeprompt.package.folder import open_package
 from edgeprompt.package.manifest import Manifest
 from edgeprompt.prompts.file import PromptFile
-from edgeprompt.prompts.template import Template
 from edgeprompt.request import GenerationOptions
 from tests.support.packages import growing_package
-from tests.support.prompts import make_prompt
+from tests.support.prompts import make_infix, make_prompt
 from tests.support.runtimes import QUIET
 
 WORDS = {"x": (" good", " good story", " very good actors"), "y": (" bad", " never ever made")}
@@ -52,7 +51,7 @@ def prompts_of(manifest: Manifest) -> dict[str, PromptFile]:
         make_prompt(manifest, "rows", verbalizer=WORDS, count=5),
         make_prompt(manifest, "more", seed=1, count=9),
         make_prompt(manifest, "deep", "prefix-tuning", seed=2, count=6),
-        make_prompt(manifest, "infix", "prefix-tuning", seed=3, template=Template.parse("{text}{prompt}\nA:")),
+        make_infix(manifest, "infix", "{text}{prompt}\nA:", seed=3),
     ]
     return {prompt.name: prompt for prompt in found}
 
