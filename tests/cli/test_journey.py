@@ -18,7 +18,14 @@ def test_getting_started(cli, tiny_llama_base, tmp_path, monkeypatch):
     blocks = re.findall(r"```sh\n(.*?)```", page, re.DOTALL)
     lines = [line for block in blocks for line in block.replace("\\\n", " ").splitlines() if line]
     said = {}
-    assert lines.pop(0) == "pip install '.[cpu,tune,export,eval,hub]'"
+    assert lines.pop(0) == "pip install '.[cpu,tune,export,eval,serve,hub]'"
+    serve, curl = lines[-2:]
+    lines = lines[:-2]
+    assert serve.startswith("edgeprompt serve")  # run in tests/server
+    assert curl.startswith("curl")
+    header, *rows = re.search(r"```csv\n(.*?)```", page, re.DOTALL)[1].splitlines()
+    for name in ("tickets.csv", "tickets.test.csv"):
+        (tmp_path / name).write_text("\n".join([header, *rows * 8]) + "\n", "utf-8")
     for line in lines:
         program, command, *args = shlex.split(line)
         if program == "python":  # it prints where the base of the package lies
@@ -31,6 +38,9 @@ def test_getting_started(cli, tiny_llama_base, tmp_path, monkeypatch):
         result = cli(command, *args, *short)
         assert result.exit_code == 0, f"{line}: {result.stderr}"
         said.setdefault(command, []).append(result.stdout)
+    assert "tickets: accuracy" in said["eval"][1]
+    shown = cli("run", "model", "--prompt", "prompts/tickets.safetensors", "Where is my parcel?").stdout
+    assert shown.split("\t")[0] in ("billing", "delivery", "defect")
     assert list(said) == ["export", "run", "inspect", "tune", "eval"]
     assert said["run"][1].split("\t")[0] in ("negative", "positive")
     assert len((tmp_path / "answers.csv").read_text("utf-8").splitlines()) == 121

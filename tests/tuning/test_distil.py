@@ -115,10 +115,10 @@ METHODS = pytest.mark.parametrize(
         {},
         {"method": "p-tuning", "learning_rate": 0.03},
         {"method": "prefix-tuning"},
-        {"method": "prefix-tuning", "template": "{text}{prompt} is"},
     ],
-    ids=["prompt", "p-tuning", "prefix", "infix"],
+    ids=["prompt", "p-tuning", "prefix"],
 )
+INFIX = {"method": "prefix-tuning", "template": "{text}{prompt} is", "steps": 120}
 
 
 @pytest.fixture(scope="module")
@@ -135,7 +135,7 @@ def new_base(save_tiny: Callable[..., Path]) -> Path:
     return save_tiny(LlamaForCausalLM(config))
 
 
-@METHODS
+@pytest.mark.parametrize("changes", [*METHODS.args[1], INFIX], ids=["prompt", "p-tuning", "prefix", "infix"])
 def test_a_prompt_moves_to_another_base(
     tiny_llama_base: Path, new_base: Path, taught: Path, tmp_path: Path, changes: dict[str, Any]
 ) -> None:
