@@ -6,7 +6,7 @@ All are tuned by the recipes of the shipped prompts (`examples/prompts/make.py`)
 int4 package. The virtual tokens behind the text have the same steps and rate, too. The infix (keys and values behind
 the text) has twice the steps and a rate of 0.01; its steps need no gradients of the text. Figures are the
 accuracies on held-out sentences, on that package. What lies under work/text-first/ is taken from there, so an
-interrupted run goes on. Results of other tasks and places are kept.
+interrupted run goes on. Results of other tasks and places are kept; each run names the processor's instructions.
 """
 
 from __future__ import annotations
@@ -57,7 +57,8 @@ def measure(task: str, place: str, seed: int, limit: int) -> dict[str, Any]:
             *("eval", package(recipe.precision), recipe.files()[2], "--prompt", prompt),
             *("--metric", recipe.metric, "--limit", limit),
         )
-        score.write_text(json.dumps({key: found[key] for key in ("metric", "value", "standard_error", "n")}))
+        kept = {key: found[key] for key in ("metric", "value", "standard_error", "n")}
+        score.write_text(json.dumps({**kept, "isa": describe()["isa"]}))
     result: dict[str, Any] = json.loads(score.read_text())
     return result
 
