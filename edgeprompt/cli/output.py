@@ -16,7 +16,7 @@ import click
 
 from edgeprompt.cli import console
 from edgeprompt.errors import InputError
-from edgeprompt.evaluation.rows import Answered, Form, csv_line
+from edgeprompt.evaluation.rows import Answered, Form, as_text, csv_line
 
 if TYPE_CHECKING:
     from edgeprompt.package.outputs import Kind
@@ -111,7 +111,7 @@ class Table:
                 raise InputError(f"a row has other columns than the first ({', '.join(self._header)}); write .jsonl")
             text.write(csv_line((cells[name] for name in self._header), self._suffix))
         elif self._suffix == ".parquet":
-            text.write(json.dumps(self._form.cells(answered), ensure_ascii=False, default=str) + "\n")
+            text.write(json.dumps(self._form.cells(answered), ensure_ascii=False, default=as_text) + "\n")
         elif self._suffix == ".jsonl":
             text.write(self._form.json(answered) + "\n")
         else:

@@ -16,7 +16,7 @@ import click
 from edgeprompt.cli import console, ray, serving
 from edgeprompt.cli.output import Lines, Table, kind_of, parquet_schema, table
 from edgeprompt.errors import DataError, EdgePromptError, InputError
-from edgeprompt.evaluation.rows import Answered, Form
+from edgeprompt.evaluation.rows import Answered, Form, as_text
 
 if TYPE_CHECKING:
     from edgeprompt.evaluation.requests import Questions
@@ -274,7 +274,7 @@ def _count(
             yield row
 
     if suffix == ".parquet":
-        parquet_schema(json.loads(json.dumps(row, default=str)) for row in rows())
+        parquet_schema(json.loads(json.dumps(row, default=as_text)) for row in rows())
     else:
         for _ in rows():
             pass

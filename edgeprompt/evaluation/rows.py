@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import base64
 import csv
 import io
 import json
@@ -67,7 +68,7 @@ class Form:
             **({"error": answered.error} if self.with_errors else {}),
         }
         whole = {**columns_of(answered.record, facts), **facts}
-        return json.dumps(whole, ensure_ascii=self.escaped, default=str)
+        return json.dumps(whole, ensure_ascii=self.escaped, default=as_text)
 
     @property
     def names(self) -> tuple[str, ...]:
@@ -122,4 +123,11 @@ def csv_line(cells: Iterable[Any], suffix: str) -> str:
 
 
 def _flat(value: Any) -> Any:
-    return json.dumps(value, ensure_ascii=False, default=str) if isinstance(value, (list, dict)) else value
+    if isinstance(value, (list, dict)):
+        return json.dumps(value, ensure_ascii=False, default=as_text)
+    return as_text(value) if isinstance(value, bytes) else value
+
+
+def as_text(value: object) -> str:
+    """A cell that JSON has no form for: bytes (of a parquet file) in base64, a date and so on as Python writes it."""
+    return base64.b64encode(value).decode() if isinstance(value, bytes) else str(value)

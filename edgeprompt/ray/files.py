@@ -18,7 +18,7 @@ from edgeprompt.errors import DataError
 from edgeprompt.evaluation.cells import value_of
 from edgeprompt.evaluation.formats import read_file
 from edgeprompt.evaluation.requests import batches
-from edgeprompt.evaluation.rows import csv_line
+from edgeprompt.evaluation.rows import as_text, csv_line
 from edgeprompt.ray.answers import Answers
 
 ROW = "row_hash"
@@ -54,7 +54,9 @@ def read_blocks(path: str, id_column: str | None) -> Iterator[Any]:
             places = enumerate(records, place + 1)
             found = [str(value_of(record, id_column, f"row {number} of {path!r}")) for number, record in places]
             ids = pyarrow.array(found, pyarrow.string())
-        lines = [json.dumps(record, default=str) for record in records]  # ASCII: Arrow takes no half surrogate pairs
+        lines = [
+            json.dumps(record, default=as_text) for record in records
+        ]  # ASCII: Arrow takes no half surrogate pairs
         yield pyarrow.table({id_column or ROW: ids, RECORD: pyarrow.array(lines, pyarrow.string())})
         place += len(records)
 
@@ -100,7 +102,7 @@ class FileAnswers(Answers):
         if self._as_lines is not None:
             form = replace(self._form, escaped=True)
             lines = [
-                form.json(one) if self._as_lines == "jsonl" else json.dumps(form.cells(one), default=str)
+                form.json(one) if self._as_lines == "jsonl" else json.dumps(form.cells(one), default=as_text)
                 for _, one in answers
             ]
             return pyarrow.table({self._id: kept, LINE: pyarrow.array(lines, pyarrow.string())})

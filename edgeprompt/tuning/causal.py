@@ -8,6 +8,7 @@ from typing import Any, TypeAlias
 
 import torch
 
+from edgeprompt.errors import InputError
 from edgeprompt.tuning.prompted import PromptedLM, pad_right
 from edgeprompt.tuning.soft_prompt import SoftPrompt
 
@@ -177,6 +178,11 @@ class CausalPrompt(PromptedLM):
         for layer, (key, value) in enumerate(infix):
             cache.update(key.expand(len(rows), -1, -1, -1), value.expand(len(rows), -1, -1, -1), layer)
         behind = [row[start + count :] for row, start in zip(rows, starts, strict=True)]
+        if not all(behind):
+            raise InputError(
+                "a text has no token behind {prompt}, so nothing reads the keys and values; end the template "
+                "in text that the tokenizer keeps"
+            )
         ids, rest = pad_right(behind, count)
         first = torch.tensor(starts, device=device)[:, None] + count
         with self.gathering([(row, place - starts[row] - count) for row, place in places]):

@@ -66,6 +66,17 @@ def test_columns_of_the_input_stand_beside_the_answers(cli, command, tmp_path, g
     assert sorted(path.name for path in tmp_path.iterdir()) == sorted([source.name, out.name])
 
 
+@pytest.mark.parametrize("made", ["csv", "tsv", "jsonl", "parquet"])
+def test_a_column_of_bytes_is_kept_in_base64(cli, command, tmp_path, made):
+    """It was written as the text "b'...'"."""
+    records = [{"text": "the film", "image": b"\xff\x00", "all": [b"\x01"]}, {"text": "a", "image": None, "all": []}]
+    result = cli(*command, "--input", write(tmp_path / "in.parquet", records), "--output", tmp_path / f"out.{made}")
+    assert result.exit_code == 0, result.stderr
+    found = read(tmp_path / f"out.{made}")
+    assert [row["image"] or None for row in found] == ["/wA=", None]
+    assert found[0]["all"] == (["AQ=="] if made in ("jsonl", "parquet") else '["AQ=="]')
+
+
 def bad_rows():
     records = rows(6)
     records[1]["text"] = "word " * 5000

@@ -11,6 +11,7 @@ import torch
 
 from edgeprompt.base.geometry import geometry_of
 from edgeprompt.base.load import load_base
+from edgeprompt.errors import InputError
 from edgeprompt.prompts.verbalizer import Verbalizer
 from edgeprompt.tuning.causal import CausalPrompt
 from edgeprompt.tuning.options import TuneOptions
@@ -138,6 +139,12 @@ def test_an_infix_is_read_by_what_stands_behind_it(family: Any) -> None:
             expected.append(logits[-len(answer) - 1 :])
     whole = torch.cat(expected)
     torch.testing.assert_close(found, whole, rtol=0, atol=2e-5 * float(whole.abs().max()))
+
+
+def test_an_infix_that_no_token_follows_is_refused(loaded: Any) -> None:
+    model = infix_of(loaded)
+    with pytest.raises(InputError, match=r"no token behind \{prompt\}"):
+        model.logits([[3, *VIRTUAL, 9], [3, 4, *VIRTUAL]], [[[]], [[]]])
 
 
 def test_an_infix_begins_texts_that_answers_go_on(loaded: Any) -> None:

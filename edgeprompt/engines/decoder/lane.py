@@ -7,6 +7,7 @@ sequences (label words) has them in the slots behind all others, and steps of it
 from __future__ import annotations
 
 import time
+from bisect import bisect_right
 from collections import deque
 from collections.abc import Callable, Sequence
 
@@ -73,6 +74,10 @@ class DecoderJob(Job):
         if not ids and vocab_size and self.prefix is not None:
             self.table, self.cut, ids = self.prefix, 1, [vocab_size + count - 1]
         self.ids = ids
+        infix = self.table is not None and self.table.is_infix
+        given = [token >= vocab_size for token in ids] if infix else []
+        self.edges = [place for place in range(1, len(given)) if given[place] != given[place - 1]]
+        """Where keys and values that stand among `ids` begin and end: they are pieces of their own."""
         self.filled = -1
         """How many of `ids` are prefilled; -1 before it begins."""
         self.blocks: list[bytes] = []
@@ -211,19 +216,10 @@ class DecoderLane:
             graph.place(job.slot, parts, total, job.slot)
 
     def _piece(self, job: DecoderJob, filled: int) -> tuple[int, int]:
-        """Where the piece of a job's ids that goes on at `filled` begins, and where it ends.
-
-        Keys and values that stand inside the text are a piece of their own.
-        """
-        start = filled - filled % self.graph.chunk
-        end = min(start + self.graph.chunk, len(job.ids))
-        if job.table is None or not job.table.is_infix or filled == len(job.ids):
-            return start, end
-        given = [token >= job.vocab_size for token in job.ids[start:end]]
-        here = given[filled - start]
-        changes = [start + place for place, other in enumerate(given) if other != here]
-        start = max((place + 1 for place in changes if place < filled), default=start)
-        return start, min((place for place in changes if place > filled), default=end)
+        """Where the piece of a job's ids that goes on at `filled` begins, and where it ends."""
+        start, edge = filled - filled % self.graph.chunk, bisect_right(job.edges, filled)
+        end = min(start + self.graph.chunk, len(job.ids), *job.edges[edge : edge + 1])
+        return max(start, *job.edges[max(0, edge - 1) : edge], 0), end
 
     def _may_begin(self, job: DecoderJob, filled: int) -> bool:
         """Whether what follows `filled` ids is computed to the same last bit as if nothing were resident.
