@@ -8,7 +8,7 @@ records are film-review snippets, each with its number, so that none is answered
 --engine ray`, with a cluster of its own. The rate counts from the first batch that was answered, so without the start
 of the cluster; `wall_s` has it. While a run lasts, the resident and the proportional set size (RSS, PSS) of the actors
 are read, and of the packed weights in them. The load average says how quiet the machine was. Runs are added to the
-result of the same package, prompts and threads.
+result of the same package, prompts, threads and machine, each with its day.
 """
 
 from __future__ import annotations
@@ -158,12 +158,10 @@ def main() -> None:
                 print(order, actors, json.dumps(one), flush=True)
                 found[f"{order}, {actors} actors"].append(one)
     results = json.loads(options.out.read_text("utf-8")) if options.out.exists() else {}
-    facts = {
-        "prompts": options.prompts,
-        "threads": options.threads,
-        "ray": version("ray"),
-        "machine": machine.describe(),
-    }
+    described = machine.describe()
+    day = described.pop("day")
+    facts = {"prompts": options.prompts, "threads": options.threads, "ray": version("ray"), "machine": described}
+    found = {way: [{"day": day, **run} for run in runs] for way, runs in found.items()}
     before = results.get(options.package.name, {})
     if all(before.get(name) == fact for name, fact in facts.items()):
         found = {way: before["runs"].get(way, []) + runs for way, runs in found.items()}

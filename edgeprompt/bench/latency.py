@@ -295,7 +295,10 @@ class Latency:
         return 0
 
     def _depth(self, prompt: PromptFile) -> int:
-        return prompt.num_virtual_tokens if self._cached else 0
+        """Tokens that are cached in front of the text: a prompt inside or behind it has none there."""
+        deep = prompt.past_key_values is not None
+        leads = not prompt.is_infix if deep else prompt.template.prompt_is_prefix
+        return prompt.num_virtual_tokens if self._cached and leads else 0
 
     def _result(
         self, test: str, samples: Sequence[float], prompt: PromptFile | None = None, *, unit: str = "ns", **setting: Any

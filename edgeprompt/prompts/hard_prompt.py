@@ -29,6 +29,7 @@ def hard_prompt(prompt: PromptFile, text: str, *, name: str) -> PromptFile:
         template=Template((Literal(text), *parts) if text else parts),
         prompt_embeddings=None,
         past_key_values=None,
+        is_infix=False,
         encoder_past_key_values=None,
         calibration=(),
         tuned_for=None,

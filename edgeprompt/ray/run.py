@@ -26,6 +26,8 @@ from edgeprompt.ray.answers import BATCH, answer, cpus_of, import_ray, pool, roo
 SUFFIXES = (".parquet", ".csv", ".tsv", ".jsonl")
 _SHARE = 0.25
 """Processor cores that reading and writing take beside the actors."""
+_LEAST_BYTES, _MOST_BYTES, _BLOCKS_AN_ACTOR = 1 << 14, 1 << 19, 8
+"""Of a block of records: least and most bytes, and how many an actor has of a small input."""
 _CONNECT_S = 10
 """Seconds until a cluster that does not answer counts as none."""
 _FIRST = 1024
@@ -396,6 +398,16 @@ def _own_signals() -> Iterator[None]:
                 signal.signal(number, handler)
 
 
+def _block_bytes(job: Job, cpus: int) -> int:
+    """Bytes of what an actor gets at once, at most about some thousand texts: what a worker that is lost loses.
+
+    A small input has several for each actor. A single one would leave the others without work.
+    """
+    actors = job.sizes[1] or max(job.sizes[0], cpus)
+    whole = sum(path.stat().st_size for path in job.files)
+    return min(_MOST_BYTES, max(_LEAST_BYTES, whole // (_BLOCKS_AN_ACTOR * actors)))
+
+
 @contextmanager
 def _context(ray: Any, job: Job, ids: Path) -> Iterator[None]:
     """Ray Data's settings for this job."""
@@ -409,7 +421,7 @@ def _context(ray: Any, job: Job, ids: Path) -> Iterator[None]:
     context = DataContext.get_current().copy()
     context.enable_progress_bars = False
     context.print_on_execution_start = False
-    context.target_max_block_size = 1 << 19  # about some thousand texts: what a worker that is lost loses
+    context.target_max_block_size = _block_bytes(job, int(ray.cluster_resources().get("CPU", 1)))
     if job.resume:
         config = CheckpointConfig(job.id_column or ROW, str(ids), delete_checkpoint_on_success=False)
         config.checkpoint_actor_pool_max_size = 1

@@ -26,6 +26,8 @@ from edgeprompt.cli import main
 from edgeprompt.errors import InputError
 from edgeprompt.package.folder import open_package
 from edgeprompt.prompts.file import Head, HeadStep
+from edgeprompt.prompts.template import Template
+from tests.support.prompts import make_prompt
 
 OPTIONS = BenchOptions(
     input_tokens=(8, 24), new_tokens=6, batch=(1, 3), tasks=(1, 5), threads=(1,), providers=("cpu",), repetitions=4
@@ -100,6 +102,27 @@ def test_depth_tells_what_stands_in_the_cache(report: Report):
     assert {result.n_depth for result in of(report, "ttft_cached")} == {16}
     assert {result.n_depth for test in ("ttft_rerun", "ttft_none", "ttft_hard") for result in of(report, test)} == {0}
     assert of(report, "ttft_hard")[0].n_prompt > 8
+
+
+@pytest.mark.parametrize(
+    ("method", "template", "depth"),
+    [
+        ("prompt-tuning", "{text}{prompt}\nA:", 0),
+        ("prompt-tuning", "{prompt}{text}\nA:", 8),
+        ("prefix-tuning", "{text}{prompt}\nA:", 0),
+        ("prefix-tuning", "{text}\nA:", 8),
+    ],
+)
+def test_a_prompt_behind_the_text_has_no_depth(
+    method: str, template: str, depth: int, tiny_llama_package: Path, tmp_path: Path
+):
+    manifest, where = open_package(tiny_llama_package).manifest, Template.parse(template)
+    infix = method == "prefix-tuning" and not depth
+    prompt = make_prompt(manifest, "placed", method, count=8, template=where, is_infix=infix)
+    edgeprompt.save_prompt(prompt, file := tmp_path / "placed.safetensors")
+    small = BenchOptions((file,), (4,), 2, (1,), (1,), (1,), ("cpu",), 1, 0)
+    (first,) = of(run_bench(tiny_llama_package, small), "ttft_cached")
+    assert first.n_depth == depth
 
 
 def test_cold_start_contains_a_load(report: Report):

@@ -182,6 +182,19 @@ def test_the_answers_are_those_of_a_run_without_a_cluster(
     assert not (tmp_path / f"out.{made}.part").exists()
 
 
+@pytest.mark.slow
+@pytest.mark.timeout(900)
+@pytest.mark.parametrize("kind", ["parquet", "jsonl"])
+def test_a_small_input_is_shared_among_the_actors(
+    tiny_llama_package: Path, tasks: Path, tmp_path: Path, start: Any, kind: str
+) -> None:
+    source = write(tmp_path / f"in.{kind}", make_records(COUNT))
+    out = tmp_path / "out"
+    finish(start(arguments(tiny_llama_package, tasks, source, out, "--engine", "ray", "--actors", 2)))
+    assert len([*out.iterdir()]) >= 3  # what an actor got at once is a file
+    assert len(parts(out)) == COUNT
+
+
 def wait_for_parts(part: Path, process: subprocess.Popen[str], count: int = 2) -> list[Path]:
     """Files whose rows are noted as written."""
     end = time.monotonic() + 300
