@@ -309,7 +309,7 @@ async function readTokenizer(platform: Platform, manifest: Manifest): Promise<To
       );
     }
   }
-  return Tokenizer.parse(data, config);
+  return Tokenizer.parse(data, config, manifest.geometry.vocabSize);
 }
 
 /** A text as the user's turn in the package's chat template, ready for the answer. */

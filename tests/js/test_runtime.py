@@ -14,6 +14,8 @@ import edgeprompt
 from edgeprompt import EdgePromptError
 from edgeprompt.prompts.file import Head, HeadStep, PromptFile, save_prompt
 from edgeprompt.prompts.template import Template
+from tests.support.encoder_prompts import with_head
+from tests.support.packages import package_before_the_check
 from tests.support.prompts import make_prompt
 from tests.support.runtimes import QUIET, WORDS
 
@@ -389,3 +391,47 @@ def test_the_bases_generation_config(
     assert [list(one.token_ids) for one in expected] == [one["tokenIds"] for one in found]
     bare = [plain.generate(text, max_new_tokens=40) for text in TEXTS]
     assert [one.token_ids for one in expected] != [one.token_ids for one in bare]
+
+
+@pytest.mark.parametrize("architecture", ["decoder", "encoder", "encoder-decoder"])
+def test_no_text_reads_a_prompts_rows(
+    ask: Callable[..., Any],
+    tiny_llama_package: Path,
+    encoder_package: Callable[[str], Path],
+    seq2seq_package: Callable[[str], Path],
+    architecture: str,
+    tmp_path: Path,
+) -> None:
+    """Two tokens of the tokenizer have ids behind the base's embedding, where the rows of prompts begin."""
+    made = {"encoder": lambda: encoder_package("BERT"), "encoder-decoder": lambda: seq2seq_package("T5")}
+    package = package_before_the_check(
+        made.get(architecture, lambda: tiny_llama_package)(), tmp_path / "package", "zyzzyva"
+    )
+    with edgeprompt.load(package, options=QUIET) as runtime:
+        behind = Template.parse("{text} and {prompt}")
+        if architecture == "encoder":
+            prompt = with_head(runtime, "behind", 2, "mean", template=behind)
+            pair = with_head(
+                runtime,
+                "pair",
+                2,
+                "tokens",
+                task="qa",
+                labels=(),
+                template=Template.parse("{prompt}{question}{context}"),
+            )
+        else:
+            prompt, pair = make_prompt(runtime.manifest, "behind", template=behind), None
+    calls: list[dict[str, Any]] = [
+        {"method": {"encoder": "classify"}.get(architecture, "generate"), "args": ["a zyzzyva b", {"prompt": "behind"}]}
+    ]
+    if pair is not None:
+        calls += [
+            {"method": "answer", "args": ["a", "zyzzyva", {"prompt": "pair"}]},
+            {"method": "embed", "args": [["zyzzyva"]]},
+        ]
+    saved = _save(tmp_path, *(one for one in (prompt, pair) if one is not None))
+    found = ask("serve", package=str(package), calls=[*({"prompt": str(one)} for one in saved), *calls])
+    for one in found[len(saved) :]:
+        assert one.get("error") == "InputError", one
+        assert "text holds 512 ('zyzzyva'); ids of this base are 0 to 511" in one["message"]

@@ -11,27 +11,17 @@ import edgeprompt
 from edgeprompt import Request
 from edgeprompt.base.tokenizer_files import check_tokenizer_files
 from edgeprompt.errors import DataError, InputError, MissingDependencyError, PackageError, SourceError, TemplateError
-from edgeprompt.package.files import fingerprint_tokenizer
 from edgeprompt.package.folder import open_package
 from edgeprompt.package.tokenizer import Tokenizer
 from edgeprompt.prompts.template import Template
 from edgeprompt.tuning import TuneOptions, tune
 from exporters import export_model
 from tests.support.encoder_prompts import with_head
+from tests.support.packages import package_before_the_check, with_more_tokens
 from tests.support.prompts import make_prompt
 
 WORD = "zyzzyva"
 ARCHITECTURES = ("decoder", "encoder", "encoder-decoder")
-
-
-def with_more_tokens(folder, *tokens):
-    """Adds tokens to a tokenizer without giving the base embeddings for them, as `add_tokens` alone does."""
-    from transformers import AutoTokenizer
-
-    tokenizer = AutoTokenizer.from_pretrained(folder)
-    tokenizer.add_tokens(list(tokens))
-    assert len(tokenizer) > 512
-    tokenizer.save_pretrained(folder)
 
 
 @pytest.fixture
@@ -53,12 +43,7 @@ def old_package(tiny_llama_package, encoder_package, seq2seq_package, tmp_path):
         source = {"decoder": lambda: tiny_llama_package, "encoder": lambda: encoder_package("BERT")}.get(
             architecture, lambda: seq2seq_package("T5")
         )()
-        folder = shutil.copytree(source, tmp_path / f"package-{architecture}")
-        with_more_tokens(folder, WORD)
-        fingerprint = fingerprint_tokenizer((folder / "tokenizer.json").read_bytes())
-        manifest = open_package(folder).manifest
-        dataclasses.replace(manifest, tokenizer_fingerprint=fingerprint, tokenizer_sha256=None).write(folder)
-        return folder
+        return package_before_the_check(source, tmp_path / f"package-{architecture}", WORD)
 
     return make
 

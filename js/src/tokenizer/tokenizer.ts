@@ -1,8 +1,8 @@
 /** `tokenizer.json` read and run: exact with Python's `tokenizers` for the types that edgeprompt's packages have. */
 
 import { sha256 } from "../bytes.ts";
-import { EdgePromptError, PackageError } from "../errors.ts";
-import { Float, canonicalJson, parseJson, type Fields } from "../json.ts";
+import { EdgePromptError, InputError, PackageError } from "../errors.ts";
+import { Float, canonicalJson, parseJson, repr, type Fields } from "../json.ts";
 import { makeDecoder } from "./decoders.ts";
 import { byteLength, makeModel, type Model } from "./models.ts";
 import { makeNormalizer, type Normalizer } from "./normalizers.ts";
@@ -51,10 +51,13 @@ export class Tokenizer {
   /**
    * @param data `tokenizer.json`, parsed.
    * @param config `tokenizer_config.json`, parsed.
+   * @param vocabSize Rows of the base's embedding. A token from there on would read a prompt's row: a text that has one is
+   *   refused.
    */
   constructor(
     data: any,
     private readonly config: any = {},
+    private readonly vocabSize = Infinity,
   ) {
     this.normalize = makeNormalizer(data.normalizer);
     this.preTokenize = makePreTokenizer(data.pre_tokenizer);
@@ -78,10 +81,12 @@ export class Tokenizer {
   }
 
   /** Read a package's files. */
-  static parse(tokenizer: Uint8Array, config: Uint8Array | null): Tokenizer {
+  static parse(tokenizer: Uint8Array, config: Uint8Array | null, vocabSize: number): Tokenizer {
     try {
       const decoder = new TextDecoder("utf-8", { fatal: true });
-      return new Tokenizer(JSON.parse(decoder.decode(tokenizer)), config ? JSON.parse(decoder.decode(config)) : {});
+      return new Tokenizer(
+        JSON.parse(decoder.decode(tokenizer)), config ? JSON.parse(decoder.decode(config)) : {}, vocabSize,
+      );
     } catch (error) {
       if (error instanceof EdgePromptError) throw error;
       throw new PackageError(`cannot read tokenizer.json: ${(error as Error).message}`);
@@ -109,12 +114,12 @@ export class Tokenizer {
   }
 
   encodeWithOffsets(text: string, addSpecialTokens = true): Encoding {
-    return join(this.postProcess([this.bare(text, 0)], addSpecialTokens, [text]));
+    return this.join([text], addSpecialTokens);
   }
 
   /** Two texts joined the tokenizer's way. */
   encodePair(first: string, second: string, addSpecialTokens = true): Encoding {
-    return join(this.postProcess([this.bare(first, 0), this.bare(second, 1)], addSpecialTokens, [first, second]));
+    return this.join([first, second], addSpecialTokens);
   }
 
   /** Where each token of a text ends, without special tokens. */
@@ -134,6 +139,16 @@ export class Tokenizer {
 
   tokenToId(token: string): number | null {
     return this.ids.get(token) ?? null;
+  }
+
+  /** One encoding of all texts, its ids all the base's own; every encoding of text comes through here. */
+  private join(texts: string[], addSpecialTokens: boolean): Encoding {
+    const found = join(this.postProcess(texts.map((text, i) => this.bare(text, i)), addSpecialTokens, texts));
+    const bad = found.ids.find((id) => id >= this.vocabSize);
+    if (bad) {
+      throw new InputError(`text holds ${bad} (${repr(this.byId[bad])}); ids of this base are 0 to ${this.vocabSize - 1}`);
+    }
+    return found;
   }
 
   private bare(text: string, sequence: number): Encoding {
