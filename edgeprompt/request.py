@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import operator
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence, Set
 from dataclasses import dataclass, field
 from typing import Any, TypeAlias, TypedDict
 
@@ -46,6 +46,20 @@ class GenerationOptions:
     """Decoders: check tokens that the answer may copy from the text several at a time; None takes
     `EngineOptions.drafts`."""
 
+    def __post_init__(self) -> None:
+        """Check what is used as it is; ranges are checked with the request.
+
+        Raises:
+            InputError: a value is of a wrong type.
+        """
+        check_flag("logprobs", self.logprobs)
+        check_flag("drafts", self.drafts)
+        if not isinstance(self.num_beams, int | np.integer):
+            raise InputError(f"num_beams is {self.num_beams!r}; it must be an integer between 1 and 64")
+        for name in ("stop", "choices"):
+            if not isinstance(getattr(self, name), str | list | tuple | None):
+                raise InputError(f"{name} is {getattr(self, name)!r}; it must be a list of texts")
+
 
 @dataclass(frozen=True)
 class Request:
@@ -74,32 +88,43 @@ class Request:
         """Check what every engine relies on.
 
         Raises:
-            InputError: `prompt` is no name, `input_ids` no integers or beside a text, `options` no GenerationOptions,
-                `timeout` no number of seconds from 0 on, `pooling` no known one, or `messages` no conversation.
+            InputError: `prompt` or `task` is no name, `input_ids` no integers or beside a text, `options` no
+                GenerationOptions, `chat` or `truncate` neither True nor False, `timeout` no number of seconds from 0
+                on, `pooling` no known one, or `messages` no conversation.
         """
         if not isinstance(self.prompt, str | None):
             raise InputError(f"prompt is {self.prompt!r}; give the name of a prompt, or None")
+        if not isinstance(self.task, str | None):
+            raise InputError(f"task is {self.task!r}; give its name, or None")
+        check_flag("chat", self.chat)
+        check_flag("truncate", self.truncate)
         if self.input_ids is not None:
+            given = items_of(self.input_ids, "input_ids must be integers, in a list")
             try:
-                ids = tuple(operator.index(token) for token in self.input_ids)
+                ids = tuple(operator.index(token) for token in given)
             except TypeError as error:
                 raise InputError(f"input_ids must be integers ({error})") from error
-            if any(isinstance(token, bool) for token in self.input_ids):
+            if any(isinstance(token, bool) for token in given):
                 raise InputError("input_ids must be integers, found True or False (a mask, perhaps); give token ids")
             object.__setattr__(self, "input_ids", ids)
-            if self.text or self.chat:
-                raise InputError(f"input_ids stand instead of a text; leave out {'the text' if self.text else 'chat'}")
+            if not self._is_without_text or self.chat:
+                left = "chat" if self._is_without_text else "the text"
+                raise InputError(f"input_ids stand instead of a text; leave out {left}")
         if not isinstance(self.options, GenerationOptions):
             raise InputError(f"options is {type(self.options).__name__}; give GenerationOptions(...)")
         timeout = self.timeout
-        if timeout is not None and (not isinstance(timeout, int | float) or not timeout >= 0):
+        if timeout is not None and (not isinstance(timeout, _NUMBERS) or not timeout >= 0):
             raise InputError(f"timeout is {timeout!r}; it must be a number of seconds, or None")
-        if self.pooling not in (None, *POOLINGS):
+        if not isinstance(self.pooling, str | None) or self.pooling not in (None, *POOLINGS):
             raise InputError(f"pooling is {self.pooling!r}, allowed: {', '.join(POOLINGS)}")
-        if self.messages:
+        if not isinstance(self.messages, list | tuple | None) or self.messages:
             object.__setattr__(self, "messages", _conversation(self.messages))
-            if self.text or self.input_ids is not None:
+            if not self._is_without_text or self.input_ids is not None:
                 raise InputError("give messages, a text, or input_ids; not several")
+
+    @property
+    def _is_without_text(self) -> bool:
+        return isinstance(self.text, str | Mapping) and not self.text
 
 
 class RequestKeywords(TypedDict, total=False):
@@ -157,6 +182,30 @@ def make_request(text: Text, task: str, keywords: Mapping[str, Any]) -> Request:
     return Request(text, task=task, options=options, **fields)
 
 
+def check_flag(name: str, value: object) -> None:
+    """Refuse what is neither True, False nor None: the text "false" counts as true.
+
+    Raises:
+        InputError: names it.
+    """
+    if not isinstance(value, bool | np.bool_ | None):
+        raise InputError(f"{name} is {value!r}; it must be True or False")
+
+
+def items_of(value: object, rule: str) -> list[Any]:
+    """The items of a list, a tuple, an array or a generator; `rule` is what to say where `value` is none.
+
+    Raises:
+        InputError: a text, a mapping, a set (which has no order), or nothing that has items.
+    """
+    try:
+        if not isinstance(value, str | bytes | bytearray | Mapping | Set) and isinstance(value, Iterable):
+            return list(value)
+    except TypeError:  # an array without dimensions
+        pass
+    raise InputError(f"{rule}; found {type(value).__name__}")
+
+
 def _conversation(messages: Sequence[Message]) -> tuple[Message, ...]:
     for message in messages if isinstance(messages, list | tuple) else ({},):
         if not isinstance(message, Mapping) or not all(isinstance(message.get(k), str) for k in ("role", "content")):
@@ -166,6 +215,7 @@ def _conversation(messages: Sequence[Message]) -> tuple[Message, ...]:
     return tuple(messages)
 
 
+_NUMBERS = (int, float, np.integer, np.floating)
 _OPTIONS = tuple(GenerationOptions.__dataclass_fields__)
 _FIELDS = ("prompt", "input_ids", "truncate", "timeout", "chat", "messages")
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import queue
 import weakref
-from collections.abc import AsyncIterator, Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import AsyncIterator, Callable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from functools import partial
 from typing import TYPE_CHECKING, Any, Literal, TypeAlias, Unpack, cast, overload
@@ -41,6 +41,7 @@ from edgeprompt.request import (
     RuntimeStatus,
     Tagging,
     Text,
+    items_of,
     make_request,
 )
 
@@ -199,8 +200,9 @@ class Runtime:
 
     def run_tasks(self, text: Text, prompts: Sequence[str], *, truncate: bool = False) -> dict[str, Result]:
         """Answer one text with several prompts, as one batch: prompt name -> result."""
-        requests = [Request(text, name, truncate=truncate) for name in prompts]
-        return dict(zip(prompts, self.run(requests), strict=True))
+        names = items_of(prompts, "run_tasks takes a list of prompts' names")
+        requests = [Request(text, name, truncate=truncate) for name in names]
+        return dict(zip(names, self.run(requests), strict=True))
 
     def submit(self, request: Request, on_text: Callable[[str], None] | None = None) -> Job:
         """Queue a request and return at once.
@@ -224,7 +226,10 @@ class Runtime:
             requests: what to ask.
             on_text: one for each request, or none.
         """
+        requests = items_of(requests, "submit_all takes a list of requests")
         listeners = on_text or (None,) * len(requests)
+        if len(listeners) != len(requests):
+            raise InputError(f"submit_all has {len(requests)} requests and {len(listeners)} on_text; give one for each")
         prompts = self._resolve(requests, False)
         jobs = [
             self._prepare(request, prompts, False, listener)
@@ -277,9 +282,11 @@ class Runtime:
         first, second = pair_of(self._prompts.find(name).file.template)
         if isinstance(question, str) and isinstance(context, str):
             return self._each({first: question, second: context}, "qa", keywords)
-        if isinstance(question, str) or isinstance(context, str) or len(question) != len(context):
-            raise InputError("give one question and one context, or lists of as many questions as contexts")
-        texts: list[Text] = [{first: one, second: other} for one, other in zip(question, context, strict=True)]
+        rule = "give one question and one context, or lists of as many questions as contexts"
+        asked, given = items_of(question, rule), items_of(context, rule)
+        if len(asked) != len(given):
+            raise InputError(f"{rule}; found {len(asked)} and {len(given)}")
+        texts: list[Text] = [{first: one, second: other} for one, other in zip(asked, given, strict=True)]
         return self._each(texts, "qa", keywords)
 
     @overload
@@ -305,7 +312,7 @@ class Runtime:
                 fills the prompt's template.
             keywords: as for `generate`.
         """
-        if not messages:
+        if isinstance(messages, list | tuple) and not messages:
             raise InputError("chat needs at least one message: {'role': 'user', 'content': ...}")
         return cast(Generation, self._each("", "generate", {**keywords, "messages": messages}))
 
@@ -388,14 +395,14 @@ class Runtime:
         """
         if isinstance(texts, str | Mapping):
             raise InputError("embed takes a list of texts; put the one text into a list")
-        if input_ids is not None and any(texts):
-            raise InputError("embed takes texts or input_ids; give one of them")
-        if not isinstance(texts if input_ids is None else input_ids, Iterable):
-            raise InputError("embed takes a list of texts, or input_ids: a list of the ids of each")
+        rule = "embed takes a list of texts, or input_ids: a list of the ids of each"
+        given = items_of(texts, rule)
         if input_ids is not None:
-            requests = [Request("", prompt, ids, "embed", pooling=pooling) for ids in input_ids]
+            if any(given):
+                raise InputError("embed takes texts or input_ids; give one of them")
+            requests = [Request("", prompt, ids, "embed", pooling=pooling) for ids in items_of(input_ids, rule)]
         else:
-            requests = [Request(text, prompt, None, "embed", pooling=pooling) for text in texts]
+            requests = [Request(text, prompt, None, "embed", pooling=pooling) for text in given]
         found = self.run(requests)
         if not found:
             return np.empty((0, self.manifest.geometry.hidden_size), np.float32)
@@ -413,7 +420,10 @@ class Runtime:
 
     def calibration(self, prompt: str, texts: Sequence[Text] = CONTENT_FREE) -> tuple[float, ...]:
         """Values for `PromptFile.calibration`: log of the mean probability of each label for texts without content."""
-        results = self.classify([*texts], prompt=prompt)
+        given = items_of(texts, "calibration takes a list of texts")
+        if not given:
+            raise InputError("calibration needs at least one text; leave texts out for those of the library")
+        results = self.classify(given, prompt=prompt)
         return contextual_calibration([list(result.logits.values()) for result in results])
 
     async def arun(self, requests: Sequence[Request]) -> list[Result]:
@@ -424,7 +434,7 @@ class Runtime:
         """
         from edgeprompt.asynchronous import gather  # here: asyncio is a quarter of the package's import time
 
-        return await gather(self.submit, requests)
+        return await gather(self.submit, items_of(requests, "arun takes a list of requests"))
 
     async def aclassify(self, text: Text = "", **keywords: Unpack[RequestKeywords]) -> Classification:
         """`classify` of one text for asyncio."""
@@ -457,8 +467,7 @@ class Runtime:
     def _find(self, request: Request) -> LoadedPrompt | None:
         """The prompt that a request names."""
         self._open()
-        if not isinstance(request, Request):
-            raise InputError(f"a request is {type(request).__name__}; give Request(...)")
+        _check_request(request)
         return None if request.prompt is None else self._prompts.find(request.prompt)
 
     def _resolve(self, requests: Sequence[Request], return_errors: bool) -> dict[str | None, LoadedPrompt | Exception]:
@@ -466,13 +475,13 @@ class Runtime:
         self._open()
         found: dict[str | None, LoadedPrompt | Exception] = {}
         for request in requests:
-            if not isinstance(request, Request) or request.prompt not in found:
+            if isinstance(request, Request) and request.prompt not in found:
                 try:
                     prompt = self._find(request)
                 except Exception as error:
                     if not return_errors:
                         raise
-                    found[getattr(request, "prompt", None)] = error
+                    found[request.prompt] = error
                 else:
                     if prompt is not None:
                         found[request.prompt] = prompt
@@ -485,10 +494,11 @@ class Runtime:
         return_errors: bool,
         on_text: Callable[[str], None] | None = None,
     ) -> Job | Exception:
-        prompt = prompts.get(request.prompt)
-        if isinstance(prompt, Exception):
-            return prompt
         try:
+            _check_request(request)
+            prompt = prompts.get(request.prompt)
+            if isinstance(prompt, Exception):
+                return prompt
             return self._engine.prepare(request, prompt, on_text)
         except Exception as error:
             if not return_errors:
@@ -510,6 +520,11 @@ class Runtime:
         self._why_closed = why
         self._sessions.abandon()
         self._engine.scheduler.abandon(InputError(why))
+
+
+def _check_request(request: object) -> None:
+    if not isinstance(request, Request):
+        raise InputError(f"a request is {type(request).__name__}; give Request(...)")
 
 
 def _outcome(job: Job | Exception, return_errors: bool) -> Any:

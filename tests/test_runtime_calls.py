@@ -75,6 +75,10 @@ def test_answer(architecture: str, slots: str, any_runtime: Callable[[str], Runt
         runtime.answer([question], [context, context], prompt="qa")
     with pytest.raises(InputError, match="needs a prompt"):
         runtime.answer(question, context)
+    asked: Any = runtime.answer
+    for wrong in ((None, None), (5, ["a"]), (np.array(["a", "b"]), "a"), ({"a"}, {"b"}), ("a", None)):
+        with pytest.raises(InputError, match="lists of as many"):
+            asked(*wrong, prompt="qa")
 
 
 @pytest.mark.parametrize("architecture", ARCHITECTURES)
@@ -217,3 +221,76 @@ def test_every_type_of_a_signature_is_public() -> None:
             }
     strip = {word.strip("'>\"\\") for word in named}
     assert strip <= public, strip - public
+
+
+WRONG = (b"good", 1.5, ("a", 5), {5: "a"}, {"text": None}, np.array("a"), np.array(["a", "b"]), {"a"}, object())
+
+
+@pytest.mark.parametrize("architecture", ARCHITECTURES)
+@pytest.mark.parametrize("value", WRONG, ids=lambda value: type(value).__name__)
+def test_values_of_wrong_types_are_named(value: Any, architecture: str, any_runtime: Callable[[str], Runtime]) -> None:
+    runtime = any_runtime(architecture)
+    for call in (
+        runtime.logits,
+        lambda value: runtime.embed([value]),
+        runtime.run,
+        runtime.submit,
+        runtime.submit_all,
+        lambda value: runtime.run_tasks("a", value),
+        runtime.prompt,
+        runtime.describe,
+        runtime.check,
+        runtime.remove_prompt,
+        runtime.add_prompt,
+        runtime.add_folder,
+        edgeprompt.load,
+        runtime.chat,
+        lambda value: runtime.generate(messages=value),
+        lambda value: Request("a", task=value),
+        lambda value: Request("a", chat=value),
+        lambda value: Request("a", truncate=value),
+        lambda value: Request("a", pooling=value),
+        *(
+            lambda value, name=name: runtime.generate("a", **{name: value})
+            for name in ("logprobs", "num_beams", "drafts", "stop", "choices")
+        ),
+    ):
+        with pytest.raises(EdgePromptError):
+            call(value)
+
+
+def test_a_text_that_is_no_path_is_named(runtime: Runtime) -> None:
+    for path in ("\ud800", "a\0b"):
+        for read in (runtime.add_prompt, runtime.add_folder, edgeprompt.load):
+            with pytest.raises(EdgePromptError):
+                read(path)
+
+
+@pytest.mark.parametrize("architecture", ARCHITECTURES)
+def test_lists_keep_their_order_or_are_refused(architecture: str, any_runtime: Callable[[str], Runtime]) -> None:
+    runtime: Any = any_runtime(architecture)
+    ids = runtime.tokenizer.encode("the film")
+    expected = runtime.embed(input_ids=[ids])
+    for given in (np.array([ids]), (one for one in [ids]), [np.array(ids, np.int16)], [iter(ids)], (tuple(ids),)):
+        assert np.array_equal(runtime.embed(input_ids=given), expected)
+    for wrong in ([set(ids)], [dict.fromkeys(ids)], [bytes(len(ids))], {tuple(ids)}, np.array(5), "56", ids):
+        with pytest.raises(InputError, match=r"integers|a list of the ids"):
+            runtime.embed(input_ids=wrong)
+    with pytest.raises(InputError, match="found set"):
+        runtime.embed({"the film", "a story"})
+    with pytest.raises(InputError, match="prompts' names; found str"):
+        runtime.run_tasks("the film", "words")
+    if architecture == "decoder":
+        assert len(runtime.run_tasks("the film", (name for name in ("words", "story")))) == 2
+        with pytest.raises(InputError, match="at least one text"):
+            runtime.calibration("words", [])
+
+
+def test_what_is_no_request_fails_alone(runtime: Runtime) -> None:
+    request = Request("the film", task="logits")
+    wrong, right, other = runtime.run([5, request, None], return_errors=True)  # type: ignore[list-item]
+    assert str(wrong) == "a request is int; give Request(...)"
+    assert np.array_equal(right, runtime.run([request])[0])  # type: ignore[arg-type]
+    assert isinstance(other, InputError)
+    with pytest.raises(InputError, match="2 requests and 1 on_text"):
+        runtime.submit_all([request, request], [print])

@@ -66,7 +66,11 @@ def check_regular(path: str | os.PathLike[str], limit: int | None = None) -> int
     Raises:
         OSError: as `read_regular`.
     """
-    return _check_status(os.stat(path), limit)
+    try:
+        status = os.stat(path)
+    except ValueError as error:  # NUL, or half of a surrogate pair
+        raise OSError(errno.EINVAL, f"it is no path ({error})") from error
+    return _check_status(status, limit)
 
 
 def _check_status(status: os.stat_result, limit: int | None) -> int:

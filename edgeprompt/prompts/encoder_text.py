@@ -103,7 +103,7 @@ def encode_text(
     missing = [name for name in template.slots if name not in fields]
     if missing:
         raise InputError(
-            f"the template {str(template)!r} needs {missing[0]!r}; given: {', '.join(fields) or 'nothing'}"
+            f"the template {str(template)!r} needs {missing[0]!r}; given: {', '.join(map(str, fields)) or 'nothing'}"
         )
     virtual = list(range(first_virtual_id, first_virtual_id + num_virtual_tokens))
     last = template.slots[-1]

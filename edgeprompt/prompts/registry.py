@@ -259,6 +259,7 @@ class PromptRegistry:
         Raises:
             PromptNotFoundError: no prompt of that name is ready.
         """
+        _check_name(name)
         with self._lock:
             if name not in self._prompts:
                 raise PromptNotFoundError(f"no prompt {name!r}; loaded: {', '.join(self._prompts) or 'none'}")
@@ -271,6 +272,7 @@ class PromptRegistry:
             PromptNotFoundError: no prompt of that name.
             PromptFileError, BaseMismatchError: the file of that name in a folder cannot be served.
         """
+        _check_name(name)
         prompt = self._prompts.get(name)
         if prompt is not None and prompt.stamp is None:
             return prompt
@@ -327,6 +329,11 @@ class PromptRegistry:
         if old is not None:
             old.removed = True
             self._forget(old)
+
+
+def _check_name(name: object) -> None:
+    if not isinstance(name, str):
+        raise PromptNotFoundError(f"no prompt {name!r}; the name of a prompt is a text")
 
 
 def _files_in(folder: Path) -> Iterator[tuple[str, Path, Stamp]]:

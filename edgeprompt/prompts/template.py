@@ -221,7 +221,7 @@ class Template:
         missing = [name for name in self.slots if name not in fields]
         if missing:
             raise InputError(
-                f"the template {str(self)!r} needs {missing[0]!r}; given: {', '.join(fields) or 'nothing'}"
+                f"the template {str(self)!r} needs {missing[0]!r}; given: {', '.join(map(str, fields)) or 'nothing'}"
             )
         with self.naming_parts(tokenizer, fields):
             ids = self._encode(tokenizer, fields, num_virtual_tokens, first_virtual_id, add_special_tokens)
