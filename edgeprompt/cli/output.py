@@ -16,7 +16,7 @@ import click
 
 from edgeprompt.cli import console
 from edgeprompt.errors import InputError
-from edgeprompt.evaluation.rows import Answered, Form, as_text, csv_line
+from edgeprompt.evaluation.rows import Answered, Form, columns_of, csv_line
 
 if TYPE_CHECKING:
     from edgeprompt.package.outputs import Kind
@@ -41,12 +41,19 @@ class Lines:
 class Table:
     """Answers in a file that appears when all are written; `done` records were answered by an earlier run."""
 
-    def __init__(self, path: Path, form: Form, part: Path, *, journal: Path | None, settings: str) -> None:
-        """`part`: where answers are collected; `journal`: how far they are, None: nothing will be resumed."""
+    def __init__(
+        self, path: Path, form: Form, part: Path, *, journal: Path | None, settings: str, schema: Any = None
+    ) -> None:
+        """`part`: where answers are collected; `journal`: how far they are, None: nothing will be resumed; `schema`: of
+        the input's columns, for a parquet file."""
         self._form, self._part, self._journal, self._settings = form, part, journal, settings
         self._suffix = path.suffix.lower()
         self.done = 0
         self._header: list[str] | None = None
+        if self._suffix == ".parquet":
+            self._schema = _with_facts(schema, form)
+            self._header = list(map(str, self._schema))
+        before = self._header
         size = 0
         if journal is not None and journal.exists():
             try:
@@ -56,7 +63,7 @@ class Table:
                 raise InputError(
                     f"{str(journal)!r} is no journal of edgeprompt run; remove it to begin anew"
                 ) from error
-            if state.get("settings") != settings:
+            if state.get("settings") != settings or (before is not None and before != self._header):
                 raise InputError(
                     f"{str(part)!r} was begun with another input, package, prompt or option; give the same, or remove "
                     f"it and {journal.name!r} to begin anew"
@@ -75,10 +82,13 @@ class Table:
 
     def write(self, answers: list[Answered], records: int) -> None:
         """Write the answers to `records` records, and note how far the file is."""
-        text = io.StringIO(newline="")
-        for answered in answers:
-            self._row(answered, text)
-        self._file.write(self._encoded(text.getvalue()))
+        if self._suffix == ".parquet":
+            self._file.write(_packed([self._form.cells(answered) for answered in answers], self._schema))
+        else:
+            text = io.StringIO(newline="")
+            for answered in answers:
+                self._row(answered, text)
+            self._file.write(self._encoded(text.getvalue()))
         self.done += records
         if self._journal is not None:
             self._file.flush()
@@ -89,7 +99,7 @@ class Table:
         try:
             return text.encode()
         except UnicodeEncodeError as error:
-            if self._suffix == ".jsonl" or (self._form.as_json and self._suffix != ".parquet"):
+            if self._suffix == ".jsonl" or self._form.as_json:
                 return text.encode("utf-8", "backslashreplace")  # an escape of JSON, which is read as the same
             raise _half_pair(error) from error
 
@@ -110,17 +120,15 @@ class Table:
             if set(cells) != set(self._header):
                 raise InputError(f"a row has other columns than the first ({', '.join(self._header)}); write .jsonl")
             text.write(csv_line((cells[name] for name in self._header), self._suffix))
-        elif self._suffix == ".parquet":
-            text.write(json.dumps(self._form.cells(answered), ensure_ascii=False, default=as_text) + "\n")
         elif self._suffix == ".jsonl":
             text.write(self._form.json(answered) + "\n")
         else:
             text.write(self._form.line(answered) + "\n")
 
     def finish(self) -> Path:
-        """Close the file; a parquet file is made of the lines. Returns the file that is whole."""
+        """Close the file; a parquet file is made of the batches in it. Returns the file that is whole."""
         self._file.close()
-        return _to_parquet(self._part) if self._suffix == ".parquet" else self._part
+        return _to_parquet(self._part, self._schema) if self._suffix == ".parquet" else self._part
 
     def close(self) -> None:
         """Close the file as it is."""
@@ -158,7 +166,7 @@ def kind_of(path: Path) -> Kind:
 
 @contextmanager
 def table(
-    path: Path, form: Form, *, resume: bool, settings: str, force: bool, sources: tuple[object, ...]
+    path: Path, form: Form, *, schema: Any, resume: bool, settings: str, force: bool, sources: tuple[object, ...]
 ) -> Iterator[Table]:
     """A file of answers, whole or not at all; with `resume` what is answered lies in `PATH.part` until it is whole.
 
@@ -171,7 +179,7 @@ def table(
     kind = kind_of(path)
     if not resume:
         with atomic_file(path, kind, force=force, sources=sources) as temporary:
-            made = Table(path, form, temporary, journal=None, settings=settings)
+            made = Table(path, form, temporary, journal=None, settings=settings, schema=schema)
             try:
                 yield made
                 if (whole := made.finish()) != temporary:
@@ -184,7 +192,7 @@ def table(
         part.parent.mkdir(parents=True, exist_ok=True)
     if part.exists() and not journal.exists():
         raise InputError(f"{str(part)!r} lies there, and no journal of edgeprompt run beside it; move it away")
-    made = Table(path, form, part, journal=journal, settings=settings)
+    made = Table(path, form, part, journal=journal, settings=settings, schema=schema)
     try:
         yield made
         whole = made.finish()
@@ -195,8 +203,10 @@ def table(
     journal.unlink(missing_ok=True)
 
 
-def parquet_schema(rows: Iterable[Mapping[str, Any]]) -> Any:
+def parquet_schema(rows: Iterable[Mapping[str, Any]], known: Any = None) -> Any:
     """The schema (of pyarrow) of rows: every column that one of them has; memory holds 1024 of them.
+
+    `known` is one that each row must fit, None: it is found out.
 
     Raises:
         DataError: a column holds values of kinds that do not go together.
@@ -209,37 +219,62 @@ def parquet_schema(rows: Iterable[Mapping[str, Any]]) -> Any:
         import pyarrow
     except ImportError as error:
         raise MissingDependencyError("parquet files need pyarrow: pip install 'edgeprompt[tune]'") from error
-    schema = pyarrow.schema([])
+    schema = known or pyarrow.schema([])
     try:
         for some in batches(rows, 1024):
+            if known is not None:
+                pyarrow.Table.from_pylist(some, schema=known)
+                continue
             found = pyarrow.schema([*pyarrow.array(some).type])
             schema = pyarrow.unify_schemas([schema, found], promote_options="permissive")
-    except pyarrow.ArrowException as error:
+    except (pyarrow.ArrowException, OverflowError) as error:
         raise DataError(f"the columns are no table ({' '.join(str(error).split())}); write .jsonl") from error
     except UnicodeEncodeError as error:
         raise _half_pair(error) from error
-    return schema
+    if known is not None:
+        return known
+    texts = [f.with_type(pyarrow.string()) if pyarrow.types.is_null(f.type) else f for f in schema]
+    return pyarrow.schema(texts)
 
 
-def _to_parquet(lines: Path) -> Path:
-    """A parquet file beside a file of JSON lines, made of 1024 rows at a time."""
-    from edgeprompt.evaluation.requests import batches
+def _with_facts(schema: Any, form: Form) -> Any:
+    """The schema of the input's columns, and of what is put beside them."""
+    import pyarrow
 
-    def rows() -> Iterator[Any]:
-        with lines.open(encoding="utf-8") as file:
-            yield from map(json.loads, file)
+    facts = dict.fromkeys(form.names, pyarrow.string())
+    columns = columns_of({field.name: field.type for field in schema}, facts)
+    return pyarrow.schema([*columns.items(), *facts.items()])
 
-    schema = parquet_schema(rows())
+
+def _packed(rows: list[dict[str, Any]], schema: Any) -> bytes:
+    """Rows as a stream of Arrow, whole in itself: behind others in one file, it can be cut off again."""
+    import pyarrow
+
+    made = pyarrow.BufferOutputStream()
+    with pyarrow.ipc.new_stream(made, schema) as stream:
+        try:
+            stream.write_table(pyarrow.Table.from_pylist(rows, schema=schema))
+        except UnicodeEncodeError as error:
+            raise _half_pair(error) from error
+    return bytes(made.getvalue())
+
+
+def _to_parquet(part: Path, schema: Any) -> Path:
+    """A parquet file beside a file of Arrow streams, in groups of 1024 rows or more."""
     import pyarrow
     import pyarrow.parquet as parquet
 
-    texts = [f.with_type(pyarrow.string()) if pyarrow.types.is_null(f.type) else f for f in schema]
-    schema = pyarrow.schema(texts)
-    target = lines.with_name(lines.name + ".parquet")
+    target = part.with_name(part.name + ".parquet")
     try:
-        with parquet.ParquetWriter(target, schema) as writer:
-            for some in batches(rows(), 1024):
-                writer.write_table(pyarrow.Table.from_pylist(some, schema=schema))
+        with parquet.ParquetWriter(target, schema) as writer, part.open("rb") as file:
+            waiting: list[Any] = []
+            size = part.stat().st_size
+            while file.tell() < size:
+                with pyarrow.ipc.open_stream(file) as stream:
+                    waiting += stream
+                if sum(batch.num_rows for batch in waiting) >= 1024 or file.tell() >= size:
+                    writer.write_table(pyarrow.Table.from_batches(waiting, schema))
+                    waiting = []
     except BaseException:  # a signal too
         target.unlink(missing_ok=True)
         raise

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import sys
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
@@ -16,7 +15,7 @@ import click
 from edgeprompt.cli import console, ray, serving
 from edgeprompt.cli.output import Lines, Table, kind_of, parquet_schema, table
 from edgeprompt.errors import DataError, EdgePromptError, InputError
-from edgeprompt.evaluation.rows import Answered, Form, as_text
+from edgeprompt.evaluation.rows import Answered, Form
 
 if TYPE_CHECKING:
     from edgeprompt.evaluation.requests import Questions
@@ -190,9 +189,9 @@ def command(
     seen = _Seen(prompt_column)
     keep_broken = on_error != "stop"
     shared_columns: tuple[str, ...] = ()
-    total = None
+    total = schema = None
     if source:
-        total, shared_columns = _count(source, out, seen, as_json=as_json, keep_broken=keep_broken)
+        total, shared_columns, schema = _count(source, out, seen, as_json=as_json, keep_broken=keep_broken)
     rows = _rows(texts, source, shared_columns, keep_broken=keep_broken)
     form = Form(as_json=as_json, named=len(wanted) > 1 or bool(prompt_column), with_errors=on_error == "record")
     failures = _Failures(on_error)
@@ -213,7 +212,8 @@ def command(
         shared = {"on_error": on_error, "drafts": session["drafts"], "json": as_json}
         settings = serving.settings_of(package, source, wanted, folders, questions, **shared) if resume else ""
         form = replace(form, single=single)
-        with _writer(out, form, resume=resume, settings=settings, force=force, sources=sources) as writer:
+        how = {"schema": schema, "resume": resume, "settings": settings, "force": force, "sources": sources}
+        with _writer(out, form, **how) as writer:
             shown = console.track(rows, "run", total=total, start=writer.done)
             for answered, count in _answer(runtime, shown, questions, failures, writer.done):
                 writer.write(answered, count)
@@ -247,15 +247,16 @@ class _Seen:
 
 def _count(
     source: Path, out: Path | None, seen: _Seen, *, as_json: bool, keep_broken: bool
-) -> tuple[int, tuple[str, ...]]:
-    """How many records a file has, and the columns that each must have in the output; none where they may differ.
+) -> tuple[int, tuple[str, ...], Any]:
+    """How many records a file has, the columns that each must have in the output (none where they may differ), and the
+    schema of the input's columns in a parquet output.
 
     The file is read to its end, so that what cannot be read or written is told before the work.
 
     Raises:
         DataError: a line is no record, or one that the output has no place for.
     """
-    from edgeprompt.evaluation.formats import BrokenRecord
+    from edgeprompt.evaluation.formats import BrokenRecord, parquet_columns
 
     count = 0
     first: Mapping[str, Any] = {}
@@ -273,12 +274,14 @@ def _count(
                 raise DataError(f"row {count} has other columns than the first ({', '.join(first)}); write .jsonl")
             yield row
 
+    schema = None
     if suffix == ".parquet":
-        parquet_schema(json.loads(json.dumps(row, default=as_text)) for row in rows())
+        columns = parquet_columns(source) if source.suffix.lower() == ".parquet" and source.is_file() else None
+        schema = parquet_schema(rows(), columns)
     else:
         for _ in rows():
             pass
-    return count, tuple(first) if same else ()
+    return count, tuple(first) if same else (), schema
 
 
 def _rows(
@@ -347,11 +350,9 @@ def _answer(
 
 
 @contextmanager
-def _writer(
-    out: Path | None, form: Form, *, resume: bool, settings: str, force: bool, sources: tuple[object, ...]
-) -> Iterator[Lines | Table]:
+def _writer(out: Path | None, form: Form, **how: Any) -> Iterator[Lines | Table]:
     if out is None:
         yield Lines(form)
         return
-    with table(out, form, resume=resume, settings=settings, force=force, sources=sources) as made:
+    with table(out, form, **how) as made:
         yield made

@@ -369,6 +369,25 @@ def _parquet(path: Path) -> Iterator[Record]:
         raise DataError(f"cannot read parquet file {str(path)!r}: {' '.join(str(error).split())}") from error
 
 
+def parquet_columns(path: Path) -> Any:
+    """The columns of a parquet file as its records have them: an Arrow schema with names in place of class ids.
+
+    Raises:
+        DataError: the file is broken.
+    """
+    import pyarrow
+    from pyarrow import parquet
+
+    def named(kind: Any) -> Any:
+        return pyarrow.list_(named(kind.value_type)) if hasattr(kind, "value_type") else pyarrow.string()
+
+    schema = parquet.read_schema(path)
+    features = _features(schema.metadata or {}) or {}
+    return pyarrow.schema(
+        field.with_type(named(field.type)) if _class_names(features.get(field.name)) else field for field in schema
+    )
+
+
 def _features(metadata: Mapping[bytes, bytes]) -> Any:
     """What the datasets library says about the columns of a parquet file that it wrote."""
     try:

@@ -6,6 +6,7 @@ import base64
 import csv
 import io
 import json
+import math
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
@@ -68,7 +69,7 @@ class Form:
             **({"error": answered.error} if self.with_errors else {}),
         }
         whole = {**columns_of(answered.record, facts), **facts}
-        return json.dumps(whole, ensure_ascii=self.escaped, default=as_text)
+        return json_text(whole, escaped=self.escaped)
 
     @property
     def names(self) -> tuple[str, ...]:
@@ -124,10 +125,29 @@ def csv_line(cells: Iterable[Any], suffix: str) -> str:
 
 def _flat(value: Any) -> Any:
     if isinstance(value, (list, dict)):
-        return json.dumps(value, ensure_ascii=False, default=as_text)
-    return as_text(value) if isinstance(value, bytes) else value
+        return json_text(value)
+    return value if value is None or isinstance(value, (str, bool, int, float)) else as_text(value)
+
+
+def json_text(value: Any, *, escaped: bool = False) -> str:
+    """JSON, which has no NaN and no infinity: null stands for them. With `escaped` in ASCII."""
+    try:
+        return json.dumps(value, ensure_ascii=escaped, default=as_text, allow_nan=False)
+    except ValueError:
+        return json.dumps(_finite(value), ensure_ascii=escaped, default=as_text)
+
+
+def _finite(value: Any) -> Any:
+    if isinstance(value, float):
+        return value if math.isfinite(value) else None
+    if isinstance(value, dict):
+        return {name: _finite(one) for name, one in value.items()}
+    return [_finite(one) for one in value] if isinstance(value, (list, tuple)) else value
 
 
 def as_text(value: object) -> str:
-    """A cell that JSON has no form for: bytes (of a parquet file) in base64, a date and so on as Python writes it."""
-    return base64.b64encode(value).decode() if isinstance(value, bytes) else str(value)
+    """A cell that JSON has no form for: bytes (of a parquet file) in base64, dates and times in ISO 8601, anything else
+    as Python writes it."""
+    if isinstance(value, bytes):
+        return base64.b64encode(value).decode()
+    return str(value.isoformat()) if hasattr(value, "isoformat") else str(value)
