@@ -79,7 +79,7 @@ def answer_files(
         check_columns(asked, columns, runtime.describe, repr(str(source)))
     counted = [serving.count_records(path) for path in job.files]
     known = [count for count in counted if count is not None]
-    report = run(job, total=sum(known) if len(known) == len(counted) else None)
+    report = run(job, total=(sum(known) or None) if len(known) == len(counted) else None)
     speed = f", {report.rate:.1f} rows/s" if report.rate else ""
     console.note(f"note: {report.rows} rows answered{speed}")
     if report.failed:

@@ -213,8 +213,10 @@ def count_records(source: Path) -> int | None:
     if not source.is_file():
         return None
     with source.open("rb") as file:
-        lines = sum(piece.count(b"\n") for piece in iter(lambda: file.read(1 << 20), b""))
-    return max(1, lines - (source.suffix.lower() in (".csv", ".tsv")))
+        lines, last = 0, b"\n"
+        for piece in iter(lambda: file.read(1 << 20), b""):
+            lines, last = lines + piece.count(b"\n"), piece[-1:]
+    return max(0, lines + (last != b"\n") - (source.suffix.lower() in (".csv", ".tsv")))
 
 
 def settings_of(

@@ -467,3 +467,21 @@ def test_two_runs_do_not_write_one_file(cli, refused, command, tmp_path, monkeyp
         assert "another run writes" in refused(*args)
     assert cli(*args).exit_code == 0
     assert len(read(out)) == 80
+
+
+@pytest.mark.parametrize(
+    ("name", "data", "rows"),
+    [
+        ("a.jsonl", b"", 0),
+        ("a.jsonl", b'{"text": "a"}\n{"text": "b"}', 2),
+        ("a.csv", b"text\n", 0),
+        ("a.csv", b"text\na\nb", 2),
+        ("a.csv", b"text\na\nb\n", 2),
+    ],
+)
+def test_empty_files_and_last_lines_without_an_end_are_counted_rightly(tmp_path, name, data, rows):
+    from edgeprompt.cli.serving import count_records
+
+    file = tmp_path / name
+    file.write_bytes(data)
+    assert count_records(file) == rows
