@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import math
-import unicodedata
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -15,10 +14,11 @@ import numpy as np
 import numpy.typing as npt
 
 from edgeprompt.errors import DataError, InputError, MissingDependencyError
-from edgeprompt.evaluation.words import bleu_tokenizer, squad_words, tokenization, words_of
+from edgeprompt.evaluation.words import bleu_tokenizer, plain, squad_words, tokenization, words_of
 
 METRICS = ("accuracy", "f1", "exact-match", "rouge", "bleu", "mae")
 _RESAMPLES = 200
+_BLEU_RUN = 4
 _NORMAL_95 = 1.96
 """Half the width of a 95 % interval in standard errors."""
 
@@ -63,7 +63,7 @@ def score(
             evaluation does.
 
     Raises:
-        InputError: unknown metric, or one that does not fit.
+        InputError: unknown metric, or one that does not fit: BLEU of references that all have less than four tokens.
         DataError: nothing to compare, or of different number.
         MissingDependencyError: the metric's library is not installed.
 
@@ -116,11 +116,7 @@ def _per_example(metric: str, labels: bool, spans: bool) -> Callable[[Any, Any],
         return _word_f1 if spans else _text_f1
     if spans:
         return lambda guess, truth: float(squad_words(guess) == squad_words(truth))
-    return lambda guess, truth: float(_plain(guess) == _plain(truth))
-
-
-def _plain(text: str) -> str:
-    return unicodedata.normalize("NFC", text.strip())
+    return lambda guess, truth: float(plain(guess) == plain(truth))
 
 
 def _distance(guess: str, truth: str) -> float:
@@ -160,9 +156,16 @@ def _mean_f1(counts: npt.NDArray[Any]) -> float:
 
 def _bleu(predictions: Sequence[str], references: Sequence[tuple[str, ...]], tokenizer: str) -> tuple[float, float]:
     metric = _library("sacrebleu", "sacrebleu").BLEU(tokenize=tokenizer)
+    guesses = [plain(text) for text in predictions]
+    truths = [tuple(plain(text) for text in texts) for texts in references]
+    if not any(len(metric.tokenizer(text).split()) >= _BLEU_RUN for texts in truths for text in texts):
+        raise InputError(
+            f"bleu counts runs of {_BLEU_RUN} tokens, and no reference has as many, so it is 0 whatever was answered; "
+            "use rouge, f1 or exact-match"
+        )
     # sacrebleu takes streams of references; None where an example has fewer
-    streams = [list(stream) for stream in zip_longest(*references)]
-    found = metric.corpus_score(list(predictions), streams, n_bootstrap=_RESAMPLES)
+    streams = [list(stream) for stream in zip_longest(*truths)]
+    found = metric.corpus_score(guesses, streams, n_bootstrap=_RESAMPLES)
     written = json.loads(found.format(width=6, signature=metric.get_signature().format(), is_json=True))
     half_width = written.get("confidence_var", 0.0)  # sacrebleu leaves it out where every resample scores 0
     return found.score / 100, half_width / 100 / _NORMAL_95
@@ -177,7 +180,7 @@ def _rouge() -> Callable[[str, str], float]:
 
     def compare(guess: str, truth: str) -> float:
         if not words_of(guess) and not words_of(truth):  # punctuation alone
-            return float(_plain(guess) == _plain(truth))
+            return float(plain(guess) == plain(truth))
         return float(scorer.score(truth, guess)["rougeL"].fmeasure)
 
     return compare
@@ -195,7 +198,7 @@ def _word_f1(guess: str, truth: str) -> float:
 def _text_f1(guess: str, truth: str) -> float:
     """As `_word_f1`; texts without any word (punctuation, an article) are compared as they are."""
     if not squad_words(guess) and not squad_words(truth):
-        return float(_plain(guess) == _plain(truth))
+        return float(plain(guess) == plain(truth))
     return _word_f1(guess, truth)
 
 

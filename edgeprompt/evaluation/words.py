@@ -20,6 +20,7 @@ Tangut, Nushu."""
 _UNSPACED = re.compile(f"[{_UNSPACED_LETTERS}]")
 _HAN = re.compile("[\u3400-\u4dbf\u4e00-\u9fff\uf900-\ufaff\U00020000-\U0003ffff]")
 _JOINER = "\u200d"
+_JOINERS = ("\u200c", _JOINER)
 _SKIN_TONES = "\U0001f3fb\U0001f3fc\U0001f3fd\U0001f3fe\U0001f3ff"
 _ARTICLES = re.compile(r"\b(a|an|the)\b")
 _ASCII_WORD = re.compile("[a-z0-9]+")
@@ -29,6 +30,18 @@ _ASCII_PUNCTUATION = str.maketrans("", "", string.punctuation)
 def tokenization(texts: Iterable[str]) -> str:
     """What `words_of` and `squad_words` make of these texts, to be said beside a figure."""
     return WORDS_AND_CHARACTERS if any(_UNSPACED.search(text) for text in texts) else WORDS
+
+
+def plain(text: str) -> str:
+    """A text as it is seen: trimmed, composed (NFC), without marks that are not drawn (direction, byte order)."""
+    if text.isascii():
+        return text.strip()
+    shown = "".join(sign for sign in text if sign in _JOINERS or not _is_format(sign))
+    return unicodedata.normalize("NFC", shown.strip())
+
+
+def _is_format(sign: str) -> bool:
+    return unicodedata.category(sign) == "Cf"
 
 
 def words_of(text: str) -> list[str]:
@@ -70,7 +83,7 @@ def squad_words(text: str) -> list[str]:
     bare = text.lower().translate(_ASCII_PUNCTUATION)
     if not bare.isascii():
         bare = unicodedata.normalize("NFKC", bare)
-        bare = "".join(sign for sign in bare if unicodedata.category(sign)[0] != "P")
+        bare = "".join(sign for sign in bare if unicodedata.category(sign)[0] != "P" and not _is_format(sign))
         bare = "".join(_apart(bare))
     return _ARTICLES.sub(" ", bare).split()
 

@@ -156,7 +156,7 @@ def test_bleu_is_sacrebleus():
     found = score("bleu", guesses, truth)
     assert math.isclose(found.value, sacrebleu.corpus_bleu(guesses, [truth]).score / 100)
     assert 0 < found.standard_error < 0.1
-    assert score("bleu", ["x"], ["completely different words"]).value == 0.0
+    assert score("bleu", ["x"], ["four completely different words"]).value == 0.0
 
 
 @pytest.mark.parametrize(

@@ -6,6 +6,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from edgeprompt.errors import InputError
 from edgeprompt.evaluation.metrics import score
 from edgeprompt.evaluation.words import bleu_tokenizer, squad_words, words_of
 
@@ -119,3 +120,27 @@ def test_marks_are_no_letters_and_punctuation_is_compared_as_it_is():
         assert score(metric, ["?!", "...", ""], ["?!", "?!", "?!"]).value == pytest.approx(1 / 3)
     assert score("rouge", ["👍"], ["👍🔥"]).value == pytest.approx(2 / 3)
     assert score("f1", ["..."], ["the"], spans=True).value == 1.0  # as SQuAD's own evaluation
+
+
+@pytest.mark.parametrize("metric", ["rouge", "f1", "exact-match", "bleu"])
+@pytest.mark.parametrize(
+    ("one", "other"),
+    [
+        ("\u200fالطقس جميل اليوم شكرا", "الطقس جميل اليوم شكرا"),  # marks of direction, as keyboards and chats put them
+        ("\ufefffour words in Latin, é", "four words in Latin, é"),
+        ("un cafe\u0301 au lait du matin", "un café au lait du matin"),
+        ("\u1112\u1161\u11ab\u1100\u116e\u11a8 사람 하나 둘 셋", "한국 사람 하나 둘 셋"),
+    ],
+)
+def test_what_looks_the_same_is_the_same(metric, one, other):
+    for spans in (False, True) if metric in ("f1", "exact-match") else (False,):
+        assert score(metric, [one], [other], spans=spans).value == pytest.approx(1.0)
+        assert score(metric, [other], [one], spans=spans).value == pytest.approx(1.0)
+
+
+def test_bleu_of_texts_too_short_for_it_is_refused_and_not_zero():
+    for text in ("yes", "the cat", "今天", "안녕하세요"):
+        with pytest.raises(InputError, match="runs of 4 tokens, and no reference has as many"):
+            score("bleu", [text], [text])
+    assert score("bleu", ["yes", "one two three four"], ["yes", "one two three four"]).value == pytest.approx(1.0)
+    assert score("bleu", ["yes"], ["one two three four"]).value == 0.0
