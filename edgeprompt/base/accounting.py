@@ -28,9 +28,9 @@ _SMALL = 1 << 16
 _LAYER = re.compile(r"(?:^|\.)(?:layers?|h|block|blocks|blk)\.(\d+)\.")
 
 HARMLESS: Mapping[str, str] = {
-    r"rotary_emb\.inv_freq$": "computed from the config",
-    r"(^|\.)(position_ids|token_type_ids)$": "counted, not learned",
-    r"\.(attn|attention|self_attn|self_attention)\.(bias|masked_bias)$": "the causal mask",
+    r"rotary_emb\.inv_freq$": "computed from the config, and compared",
+    r"(^|\.)(position_ids|token_type_ids)$": "counted, not learned, and compared",
+    r"\.(attn|attention|self_attn|self_attention)\.(bias|masked_bias)$": "the causal mask; a bias has one dimension",
     r"(^|\.)embed_positions\.(weights|_float_tensor)$": "sinusoids, computed",
     r"(^|\.)(encoder|decoder)\.version$": "a number of the tool that trained it",
     r"^decoder\.block\.0\.layer\.1\.EncDecAttention\.relative_attention_bias\.weight$": "never read in T5",
@@ -259,6 +259,11 @@ def check_kept(model: Any, tensors: Mapping[str, Any], given: str) -> None:
 
     state, prefix = model.state_dict(), f"{model.base_model_prefix}."
     for name, stored in tensors.items():
+        if _harmless(name) and not _as_computed(name, stored, model):
+            raise SourceError(
+                f"{given!r} holds {name} with other values than {type(model).__name__} computes from its config; the "
+                "config belongs to another model, or lacks what the checkpoint was trained with"
+            )
         if not is_float(stored):
             continue
         kept = next((state[key] for key in (name, prefix + name, name.removeprefix(prefix)) if key in state), None)
@@ -277,6 +282,29 @@ def check_kept(model: Any, tensors: Mapping[str, Any], given: str) -> None:
                 f"{given!r} holds {name} with values of its own, and {type(model).__name__} has others there: it "
                 "shares that tensor with another one, or the file has it twice; save the model again as it computes"
             )
+
+
+def _as_computed(name: str, stored: Any, model: Any) -> bool:
+    """Whether a tensor that no model has a place for says what the model computes in its place."""
+    import torch
+
+    if name.endswith(".bias"):
+        return len(shape_of(stored)) != 1
+    if name.endswith("position_ids"):
+        return bool((torch.as_tensor(stored[...]).flatten().diff() == 1).all())
+    if name.endswith("token_type_ids"):
+        return not bool(torch.as_tensor(stored[...]).any())
+    if not name.endswith("inv_freq"):
+        return True
+    found = torch.as_tensor(stored[...]).float().flatten()
+    made = [value for place, value in model.named_buffers() if place.endswith("inv_freq")]
+    rope = getattr(model.config, "rope_parameters", None) or {}
+    parts = [part for part in (rope, *rope.values()) if isinstance(part, Mapping)]
+    bases = {float(part["rope_theta"]) for part in parts if part.get("rope_theta")}
+    # Before transformers 4.45 the buffer was that of the base alone, whatever scaled it later.
+    made += [base ** (-torch.arange(len(found)) / len(found)) for base in bases]
+    same = (one.shape == found.shape and torch.allclose(found, one.float(), rtol=0.02, atol=1e-6) for one in made)
+    return not made or any(same)
 
 
 def _samples(tensor: Any) -> list[Any]:

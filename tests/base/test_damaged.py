@@ -5,6 +5,7 @@ import re
 
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from edgeprompt.base.gguf_file import GgufFile
@@ -57,6 +58,23 @@ def test_a_whole_one_loads_without_a_word(kind, tmp_path, caplog, capfd):
     assert all(torch.equal(got[name], tensor) for name, tensor in want.items())
     assert not caplog.text
     assert not capfd.readouterr().err.replace("\r", "").strip()
+
+
+@pytest.mark.parametrize("rope", [{}, {"rope_type": "linear", "factor": 4.0}])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
+def test_buffers_of_older_checkpoints_pass(rope, dtype, tmp_path, caplog):
+    """As transformers stored them once: frequencies without scaling, masks, positions."""
+    theta = {"rope_theta": 500000.0, **rope}
+    path = bases.config(rope_parameters={"rope_type": "default", **theta})(tmp_path)
+    held = load_file(path / bases.WEIGHTS)
+    for layer in (0, 1):
+        held[f"model.layers.{layer}.self_attn.rotary_emb.inv_freq"] = (500000.0 ** (-torch.arange(4) / 4)).to(dtype)
+        held[f"model.layers.{layer}.self_attn.bias"] = torch.ones(1, 1, 64, 64, dtype=torch.uint8).tril()
+        held[f"model.layers.{layer}.self_attn.masked_bias"] = torch.tensor(-1e4, dtype=dtype)
+    held["model.position_ids"] = torch.arange(64)[None]
+    save_file(held, path / bases.WEIGHTS, metadata={"format": "pt"})
+    assert load_base(path).config.rope_parameters["rope_theta"] == 500000.0
+    assert not caplog.text
 
 
 @pytest.mark.parametrize("parts", [1, 3])

@@ -357,6 +357,29 @@ def _written_by(tool: str) -> Callable[[Path], None]:
     return rewrite
 
 
+def _with(name: str, values: Callable[[], Any], kind: str = "llama") -> Callable[[Path], Path]:
+    """A case with a tensor that the model has no place for."""
+    return tensors(lambda held: {**held, name: values()}, kind)
+
+
+def _frequencies(base: float) -> Any:
+    import torch
+
+    return base ** (-torch.arange(4) / 4)
+
+
+def _learned() -> Any:
+    import torch
+
+    return torch.ones(32)
+
+
+def _backwards() -> Any:
+    import torch
+
+    return torch.arange(64).flip(0)[None]
+
+
 CASES: dict[str, Damage] = {
     # Names
     "a tensor renamed": Damage(renamed("model.norm.", "model.final."), r"lacks 1 .*model\.norm\.weight.*holds 1"),
@@ -464,6 +487,17 @@ CASES: dict[str, Damage] = {
     "safetensors a pointer": Damage(file(WEIGHTS, POINTER), "Git LFS pointer"),
     "safetensors another thing": Damage(file(WEIGHTS, "<html>not found</html>" * 10), "no safetensors file"),
     "no weights": Damage(damaged(lambda folder: (folder / WEIGHTS).unlink()), "has no weights"),
+    # What a model computes, and a file may hold
+    "rotary frequencies of another config": Damage(
+        _with("model.layers.1.self_attn.rotary_emb.inv_freq", lambda: _frequencies(1e6)), "computes from its config"
+    ),
+    "a learned bias of attention": Damage(_with("model.layers.0.self_attn.bias", _learned), "computes from its config"),
+    "a learned bias of attention, encoder": Damage(
+        _with("bert.encoder.layer.0.attention.bias", _learned, "bert"), "computes from its config"
+    ),
+    "positions in another order, encoder": Damage(
+        _with("bert.embeddings.position_ids", _backwards, "bert"), "computes from its config"
+    ),
     # Shards
     "a shard missing": Damage(sharded(lambda f, i: shards(f)[1].unlink()), r"1 of \d shards .*model-00002"),
     "a shard cut short": Damage(sharded(lambda f, i: _shorter(shards(f)[1])), "model-00002.* is cut short"),
