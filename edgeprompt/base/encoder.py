@@ -6,6 +6,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from edgeprompt.base import accounting
+from edgeprompt.errors import SourceError
 
 
 def read_encoder(config: Any, tensors: Mapping[str, Any], given: str) -> Any:
@@ -19,10 +20,16 @@ def read_encoder(config: Any, tensors: Mapping[str, Any], given: str) -> Any:
         given: The base as the user named it.
 
     Raises:
-        SourceError: tensors are missing, or there are some that no part of the model takes.
+        SourceError: the config makes a decoder of it; tensors are missing, or there are some that no part of the
+            model takes.
     """
     import transformers
 
+    if getattr(config, "is_decoder", False):
+        raise SourceError(
+            f"the config of {given!r} says is_decoder, so each token reads those before it alone; an encoder reads "
+            "all: give the encoder, or take is_decoder out of config.json"
+        )
     base_class = transformers.MODEL_MAPPING[type(config)]
     renamed = accounting.match(tensors, config, base_class, given)
     base, info = accounting.load(base_class, config, renamed, given)

@@ -27,8 +27,12 @@ _PLAIN = {
     "rope.scaling.original_context_length", "tensor_data_layout", "vocab_size",
 }  # fmt: skip
 """Keys of sizes, which the tensors show, and of bookkeeping."""
+_GPT2 = ("gpt-2", "phi-2", "olmo", "jais", "mpt", "trillion", "granite-docling", "smollm")
+"""Rules (`tokenizer.ggml.pre`) that are GPT-2's in llama.cpp; transformers takes that for all that it does not know.
+smollm's differs: it also cuts digits apart, so white space in front of a digit has other tokens there."""
 _EPSILONS = {"attention.layer_norm_epsilon", "attention.layer_norm_rms_epsilon"}
 _GEMMA3_27B_LAYERS = 62
+_ARCHITECTURE = "general.architecture"
 
 
 class GgufFile:
@@ -60,6 +64,25 @@ class GgufFile:
     def has_tokenizer(self) -> bool:
         """Whether it holds a vocabulary."""
         return "tokenizer.ggml.tokens" in self.reader.fields
+
+    def check_tokenizer(self) -> None:
+        """Refuse a vocabulary whose rules transformers would replace by others in silence.
+
+        Raises:
+            ValueError: names the rule.
+        """
+        from transformers.integrations.gguf.gguf_tokenizer_mapping import GGUF_PRE_TOKENIZER_SPLITS
+
+        if not self.has_tokenizer:
+            raise ValueError("it holds no vocabulary")
+        kind, rule, space, architecture = (
+            self.reader.fields[key].contents() if key in self.reader.fields else None
+            for key in ("tokenizer.ggml.model", "tokenizer.ggml.pre", "tokenizer.ggml.add_space_prefix", _ARCHITECTURE)
+        )
+        if kind == "gpt2" and rule not in (*_GPT2, *GGUF_PRE_TOKENIZER_SPLITS):
+            raise ValueError(f"tokenizer.ggml.pre is {rule!r}, by whose rules transformers does not cut text")
+        if kind == "llama" and space is False and not str(architecture).startswith("gemma"):
+            raise ValueError("tokenizer.ggml.add_space_prefix is false, which transformers passes over")
 
     def field(self, key: str) -> Any:
         """A metadata value by its key without the architecture's name in front; None where the file has none."""
@@ -118,7 +141,7 @@ class GgufFile:
         """Names of the config's values that the file tells; all others are the defaults of the config's class."""
         from transformers.integrations.ggml import GGUF_CONFIG_MAPPING
 
-        architecture = str(self.reader.fields["general.architecture"].contents())
+        architecture = str(self.reader.fields[_ARCHITECTURE].contents())
         found = [
             name
             for key, name in GGUF_CONFIG_MAPPING.get(architecture, {}).items()
@@ -151,7 +174,7 @@ class GgufFile:
         elif config.model_type == "phi3":
             config.sliding_window = self.field("attention.sliding_window") or None
             taken.add("attention.sliding_window")
-        architecture = str(self.reader.fields["general.architecture"].contents())
+        architecture = str(self.reader.fields[_ARCHITECTURE].contents())
         taken |= {key for key, name in GGUF_CONFIG_MAPPING.get(architecture, {}).items() if name}
         epsilons = {key: value for key in _EPSILONS if (value := self.field(key)) is not None}
         if taken & epsilons.keys() and len(set(epsilons.values())) == 1:

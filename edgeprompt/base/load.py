@@ -293,12 +293,14 @@ def _gguf_tokenizer(source: Source, file: GgufFile, where: Mapping[str, str]) ->
     from transformers import AutoTokenizer
 
     try:
-        if not file.has_tokenizer:
-            raise ValueError("it holds no vocabulary")
+        file.check_tokenizer()
         return AutoTokenizer.from_pretrained(**where)
     except Exception as error:  # a foreign file: transformers raises nearly anything
         if (source.folder / "tokenizer.json").is_file():
-            accounting.tell(f"{file.name!r} has no tokenizer that can be read; the tokenizer.json beside it is used")
+            accounting.tell(
+                f"{file.name!r} has no tokenizer that can be read ({one_line(error)}); the tokenizer.json "
+                "beside it is used"
+            )
             return read_tokenizer(source.given, source.folder)
         raise SourceError(
             f"{source.given!r} has no tokenizer that can be read ({one_line(error)}); put the tokenizer.json of its "

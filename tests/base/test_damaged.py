@@ -94,8 +94,9 @@ def test_a_gguf_files_own_tokenizer_counts(tmp_path):
     assert load_base(bases.gguf()(tmp_path)).tokenizer.encode("th") == [258]
 
 
-def test_a_tokenizer_beside_a_gguf_file_is_taken(tmp_path, caplog):
-    path = bases.gguf(tokenizer=None)(tmp_path)
+@pytest.mark.parametrize("wrong", [{"tokenizer": None}, {"pre": "deepseek-llm"}])
+def test_a_tokenizer_beside_a_gguf_file_is_taken(wrong, tmp_path, caplog):
+    path = bases.gguf(**wrong)(tmp_path)
     bases.tokenizer().save(str(tmp_path / "tokenizer.json"))
     loaded = load_base(path)
     assert loaded.tokenizer.encode("a")

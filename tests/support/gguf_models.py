@@ -21,6 +21,7 @@ def write_gguf(
     fields: dict[str, Any] | None = None,
     endianess: Any = None,
     part: tuple[int, int] | None = None,
+    pre: str | None = "gpt-2",
 ) -> Path:
     """A decoder or T5 in float32 as a GGUF file.
 
@@ -32,6 +33,7 @@ def write_gguf(
         extra: Further tensors.
         fields: Metadata instead of the model's, by keys without the architecture in front.
         endianess: A `gguf.GGUFEndian`.
+        pre: Name of the rule that the tokenizer cuts text by; None writes none.
         part: (number from 0, count): write this part of the tensors alone, with the keys of a split file.
     """
     import gguf
@@ -45,7 +47,7 @@ def write_gguf(
         add = writer.add_string if isinstance(value, str) else writer.add_uint32
         (writer.add_float32 if isinstance(value, float) else add)(f"{kind}.{key}", value)
     if tokenizer is not None:
-        _add_tokenizer(writer, tokenizer)
+        _add_tokenizer(writer, tokenizer, pre)
     tensors = {name: array for name, array in (_tensors(model) | (extra or {})).items() if name not in skip}
     if part is not None:
         number, count = part
@@ -128,13 +130,14 @@ def _tensors(model: Any) -> dict[str, Any]:
     return tensors
 
 
-def _add_tokenizer(writer: Any, tokenizer: Any) -> None:
+def _add_tokenizer(writer: Any, tokenizer: Any, pre: str | None) -> None:
     import json
 
     data = json.loads(tokenizer.to_str())
     vocabulary = data["model"]["vocab"]
     writer.add_tokenizer_model("gpt2")
-    writer.add_tokenizer_pre("gpt-2")
+    if pre is not None:
+        writer.add_tokenizer_pre(pre)
     writer.add_token_list(sorted(vocabulary, key=vocabulary.get))
     writer.add_token_types([1] * len(vocabulary))
     writer.add_token_merges([m if isinstance(m, str) else " ".join(m) for m in data["model"]["merges"]])

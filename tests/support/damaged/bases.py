@@ -440,6 +440,7 @@ CASES: dict[str, Damage] = {
     "more layers, T5's decoder": Damage(config("t5", num_decoder_layers=3), "says 3 layers, its weights have 2"),
     "another width": Damage(config(intermediate_size=64), r"other shapes .*\[48, 32\].*\[64, 32\]"),
     "another vocabulary": Damage(config(vocab_size=301), r"other shapes .*\[300, 32\].*\[301, 32\]"),
+    "a decoder of an encoder's family": Damage(config("bert", is_decoder=True), "says is_decoder"),
     "heads that do not divide": Damage(config(num_attention_heads=5, head_dim=None), "not a multiple of the number"),
     "no model type": Damage(config(model_type=None, architectures=None), "names no model_type"),
     "a config cut short": Damage(cut("config.json", 0.5), r"cannot read .*config\.json"),
@@ -559,6 +560,8 @@ CASES: dict[str, Damage] = {
         gguf(fields={"attention.layer_norm_rms_epsilon": float("nan")}), "says that rms_norm_eps is NaN"
     ),
     "GGUF without a tokenizer": Damage(gguf(tokenizer=None), "has no tokenizer that can be read"),
+    "GGUF that cuts text by an unknown rule": Damage(gguf(pre="deepseek-llm"), "pre is 'deepseek-llm', by whose rules"),
+    "GGUF that names no rule of cutting text": Damage(gguf(pre=None), "pre is None, by whose rules"),
     "GGUF with other rotary factors": Damage(gguf(extra=_rope_factors()), "rope_freqs"),
     "GGUF with a scale of attention": Damage(gguf(fields={"attention.scale": 0.1}), r"attention\.scale = 0\.1"),
     "GGUF with capped logits": Damage(gguf(fields={"final_logit_softcapping": 3.0}), "final_logit_softcapping = 3"),
