@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import sys
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -27,9 +27,10 @@ _PLAIN = {
     "rope.scaling.original_context_length", "tensor_data_layout", "vocab_size",
 }  # fmt: skip
 """Keys of sizes, which the tensors show, and of bookkeeping."""
-_GPT2 = ("gpt-2", "phi-2", "olmo", "jais", "mpt", "trillion", "granite-docling", "smollm")
-"""Rules (`tokenizer.ggml.pre`) that are GPT-2's in llama.cpp; transformers takes that for all that it does not know.
-smollm's differs: it also cuts digits apart, so white space in front of a digit has other tokens there."""
+_GPT2 = ("gpt-2", "phi-2", "olmo", "jais", "mpt", "trillion", "granite-docling")
+"""Rules (`tokenizer.ggml.pre`) that are GPT-2's in llama.cpp; transformers takes that for all that it does not know."""
+_DIGITS_FIRST = ("smollm", "starcoder", "refact")
+"""Rules that cut each digit off before GPT-2's, so that white space in front of a digit has other tokens."""
 _EPSILONS = {"attention.layer_norm_epsilon", "attention.layer_norm_rms_epsilon"}
 _GEMMA3_27B_LAYERS = 62
 _ARCHITECTURE = "general.architecture"
@@ -65,12 +66,15 @@ class GgufFile:
         """Whether it holds a vocabulary."""
         return "tokenizer.ggml.tokens" in self.reader.fields
 
-    def check_tokenizer(self) -> None:
-        """Refuse a vocabulary whose rules transformers would replace by others in silence.
+    def read_tokenizer(self, where: Mapping[str, str]) -> Any:
+        """The tokenizer in the file, by the file's own rules; `where` is what `reading` gave.
 
         Raises:
-            ValueError: names the rule.
+            ValueError: transformers would replace a rule by another in silence; it is named.
+            Exception: what transformers raises for a vocabulary that it cannot read.
         """
+        from tokenizers import pre_tokenizers
+        from transformers import AutoTokenizer
         from transformers.integrations.gguf.gguf_tokenizer_mapping import GGUF_PRE_TOKENIZER_SPLITS
 
         if not self.has_tokenizer:
@@ -79,10 +83,17 @@ class GgufFile:
             self.reader.fields[key].contents() if key in self.reader.fields else None
             for key in ("tokenizer.ggml.model", "tokenizer.ggml.pre", "tokenizer.ggml.add_space_prefix", _ARCHITECTURE)
         )
-        if kind == "gpt2" and rule not in (*_GPT2, *GGUF_PRE_TOKENIZER_SPLITS):
+        if kind == "gpt2" and rule not in (*_GPT2, *_DIGITS_FIRST, *GGUF_PRE_TOKENIZER_SPLITS):
             raise ValueError(f"tokenizer.ggml.pre is {rule!r}, by whose rules transformers does not cut text")
         if kind == "llama" and space is False and not str(architecture).startswith("gemma"):
             raise ValueError("tokenizer.ggml.add_space_prefix is false, which transformers passes over")
+        tokenizer = AutoTokenizer.from_pretrained(**where)
+        if kind == "gpt2" and rule in _DIGITS_FIRST:
+            digits = pre_tokenizers.Digits(individual_digits=True)
+            tokenizer.backend_tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
+                [digits, pre_tokenizers.ByteLevel(add_prefix_space=False)]
+            )
+        return tokenizer
 
     def field(self, key: str) -> Any:
         """A metadata value by its key without the architecture's name in front; None where the file has none."""

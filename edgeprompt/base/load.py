@@ -290,11 +290,8 @@ def read_tokenizer(given: str, folder: Path) -> Any | None:
 
 def _gguf_tokenizer(source: Source, file: GgufFile, where: Mapping[str, str]) -> Any:
     """The tokenizer inside a GGUF file; where it has none, the one beside it."""
-    from transformers import AutoTokenizer
-
     try:
-        file.check_tokenizer()
-        return AutoTokenizer.from_pretrained(**where)
+        return file.read_tokenizer(where)
     except Exception as error:  # a foreign file: transformers raises nearly anything
         if (source.folder / "tokenizer.json").is_file():
             accounting.tell(

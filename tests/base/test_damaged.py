@@ -94,6 +94,12 @@ def test_a_gguf_files_own_tokenizer_counts(tmp_path):
     assert load_base(bases.gguf()(tmp_path)).tokenizer.encode("th") == [258]
 
 
+@pytest.mark.parametrize(("pre", "pieces"), [("gpt-2", ["a", "Ċ", "Ċ", "12"]), ("smollm", ["a", "ĊĊ", "1", "2"])])
+def test_a_gguf_files_own_rule_cuts_text(pre, pieces, tmp_path):
+    backend = load_base(bases.gguf(pre=pre)(tmp_path)).tokenizer.backend_tokenizer
+    assert [piece for piece, _ in backend.pre_tokenizer.pre_tokenize_str("a\n\n12")] == pieces
+
+
 @pytest.mark.parametrize("wrong", [{"tokenizer": None}, {"pre": "deepseek-llm"}])
 def test_a_tokenizer_beside_a_gguf_file_is_taken(wrong, tmp_path, caplog):
     path = bases.gguf(**wrong)(tmp_path)
